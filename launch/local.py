@@ -1,0 +1,79 @@
+"""Processes on this machine: start the ones a layout needs, or recognise that torchrun or srun already did."""
+
+import logging
+import os
+import socket
+import sys
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LaunchError(ValueError):
+    """A layout and the started processes do not fit, in one line."""
+
+
+def already_started() -> bool:
+    """Whether torchrun or srun started this process as one of several; srun's variables are put in torchrun's terms."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if "SLURM_PROCID" not in os.environ or tasks == 1:
+        return False
+    environment = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0],
+        "MASTER_ADDR": os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
+        # The same port on all nodes, different for jobs that share one.
+        "MASTER_PORT": str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000),
+    }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    return True
+
+
+def check_world_size(wanted: int, layout: str) -> None:
+    """Raise LaunchError unless as many processes were started as the recipe's layout needs."""
+    started = int(os.environ["WORLD_SIZE"])
+    if started != wanted:
+        raise LaunchError(f"{layout} needs {wanted} processes, {started} were started: start {wanted}, or set parallel.data")
+
+
+def run_alone() -> None:
+    """Describe a world of one process, this one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(dict(zip(ENVIRONMENT, ("0", "1", "0", "127.0.0.1", str(port)), strict=True)))
+
+
+def start(arguments: list[str], processes: int) -> int:
+    """Run `powernap ARGUMENTS` in several local processes under torchrun; return the exit code of the first to fail.
+
+    torchrun ends the others as soon as one fails.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Without this every process starts a thread per core and they fight over them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # The process that failed has said why; torchrun's tables would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "powernap.launch.cli", *arguments)
+    except ChildFailedError as error:
+        return abs(error.get_first_failure()[1].exitcode) or 1
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0

@@ -1,0 +1,103 @@
+"""What a model is made of and how it sleeps: the `model` and `sleep` sections of a recipe.
+
+Nothing here imports torch: `powernap --help` and every check of a recipe read these classes.
+"""
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ATTENTION = "A"
+GATED_DELTA_NET = "G"
+
+
+class Section(BaseModel):
+    """A section of a recipe: unknown keys are errors, values keep their type (no "4" for 4)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """A stack of attention (A) and gated-delta-net (G) blocks, each followed by a SwiGLU MLP."""
+
+    pattern: str = Field("AGAG", min_length=1, description="one letter a block: A attention, G gated delta net")
+    window: int = Field(ge=1, description="L, tokens per window; the KV cache is dropped after each")
+    vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
+    pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    ffn_hidden_size: int = Field(ge=1, description="width inside the SwiGLU MLP")
+    num_attention_heads: int = Field(ge=1, description="heads of an attention block")
+    gdn_heads: int = Field(ge=1, description="heads of a gated-delta-net block")
+    gdn_key_dim: int = Field(ge=1, description="d_k, rows of a head's fast weights")
+    gdn_value_dim: int = Field(ge=1, description="d_v, columns of a head's fast weights")
+    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before q, k and v")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary position embedding")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
+    embedding_std: float = Field(1.0, gt=0, description="standard deviation of the embeddings at the start")
+    tie_embeddings: bool = Field(False, description="use the embedding matrix as the output head")
+
+    @field_validator("pattern")
+    @classmethod
+    def _only_known_blocks(cls, pattern: str) -> str:
+        if set(pattern) - {ATTENTION, GATED_DELTA_NET}:
+            raise ValueError("use only the letters A (attention) and G (gated delta net)")
+        return pattern
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads = {self.hidden_size // self.num_attention_heads} must be even "
+                "(rotary embeddings turn pairs)"
+            )
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+
+class SleepConfig(Section):
+    """How a window is written into the fast weights before it is evicted (arXiv 2605.26099)."""
+
+    passes: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        1, description="N, passes over a consolidation window; a list: N is drawn from it at every step"
+    )
+    pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
+    reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")
+    backprop_passes: int | None = Field(
+        None, ge=1, description="back-propagate through the last k passes of a window only; null: through all"
+    )
+    loop_range: tuple[int, int] | None = Field(
+        None, description="[i, j]: only blocks i .. j-1 repeat, those before run in the first pass, those after in the last"
+    )
+
+    @field_validator("loop_range", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+    @property
+    def pass_choices(self) -> list[int]:
+        return self.passes if isinstance(self.passes, list) else [self.passes]
+
+    def check_against(self, model: ModelConfig) -> None:
+        """Raise ValueError if this way of sleeping does not fit `model`."""
+        if self.loop_range is None:
+            return
+        first, last = self.loop_range
+        if not 0 <= first < last <= model.num_layers:
+            raise ValueError(
+                f"loop_range={[first, last]} must satisfy 0 <= i < j <= {model.num_layers} (blocks in {model.pattern})"
+            )
+        if GATED_DELTA_NET not in model.pattern[first:last]:
+            raise ValueError(
+                f"loop_range={[first, last]} repeats only {model.pattern[first:last]}: it must hold a G block, "
+                "or the extra passes write nothing"
+            )

@@ -1,0 +1,137 @@
+"""The gated delta rule in three forms behind one function.
+
+With S_t in R^{d_k x d_v} (the transpose of the paper's matrix, as kernels store it), per head:
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
+
+alpha_t = exp(g_t) decays, beta_t in [0, 1] sets the write strength (arXiv 2412.06464, eq. 10). All forms take an initial
+state, give the final one, and carry gradients through both.
+
+Layout of every form, the field's own: q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], state [B, H, K, V].
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+# Longest chunk of the chunked form. Inside a chunk work grows with the square of its length, between chunks the loop
+# costs Python time; benchmarks/delta_rule.py measured the balance.
+MAX_CHUNK = 32
+
+
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    need_output: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Run the gated delta rule over T tokens: FLA's Triton kernel on CUDA, the chunked torch form elsewhere.
+
+    Args:
+        q, k: [B, T, H, K]; k L2-normalised by the caller, q used as it is (no 1/sqrt(K)).
+        v: [B, T, H, V].
+        g: [B, T, H] log of the decay alpha, <= 0.
+        beta: [B, T, H] write strength.
+        state: [B, H, K, V], float32 (float64 when the inputs are).
+        need_output: False when only the final state matters; the output is then None.
+
+    Returns:
+        (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
+    """
+    if q.is_cuda and q.dtype != torch.float64:  # FLA has no float64; the parity tests use the torch form there
+        return _fla(q, k, v, g, beta, state)
+    return chunked_delta_rule(q, k, v, g, beta, state, need_output)
+
+
+def sequential_delta_rule(q, k, v, g, beta, state, need_output: bool = True):
+    """The recurrence written down token by token: the reference of the other forms. Arguments as `gated_delta_rule`."""
+    dtype = v.dtype
+    q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
+    outputs = []
+    for t in range(q.shape[1]):
+        state = g[:, t, :, None, None].exp() * state
+        recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        written = beta[:, t, :, None] * (v[:, t] - recalled)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
+        if need_output:
+            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, dim=1).to(dtype) if need_output else None, state
+
+
+def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
+    """The same numbers chunk by chunk with matrix products (arXiv 2406.06484 sec. 3, with decay 2412.06464 sec. 3.2).
+
+    Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j and D_ij = exp(gamma_i - gamma_j) for j <= i. The values the
+    tokens really write, u, solve a unit lower-triangular system
+
+        (I + tril(beta k k^T * D, -1)) u = beta (v - exp(gamma) k S)
+
+    and then  o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + (exp(gamma_C - gamma) k)^T u.
+    The triangular solve is done for all chunks at once; only the part that needs S goes from chunk to chunk.
+    Arguments as `gated_delta_rule`. No write in place, so autograd needs no copy.
+    """
+    batch, length, heads, key_dim = q.shape
+    value_dim, dtype = v.shape[-1], v.dtype
+    num_chunks = -(-length // max_chunk)
+    chunk = -(-length // num_chunks)  # even chunks: 75 tokens become 3 x 25, not 32 + 32 + 11 and padding
+    padding = num_chunks * chunk - length
+
+    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [B, H, chunks, C, ...]
+        x = x.to(state.dtype)
+        if padding:  # g = beta = 0: a padded token neither decays nor writes
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+        return x.unflatten(1, (num_chunks, chunk)).movedim(3, 1)
+
+    k, v, g, beta = (to_chunks(x) for x in (k, v, g, beta))
+    gamma = g.cumsum(-1)
+    causal = _causal_mask(chunk, q.device)
+    # -inf before exp, not zero after it: above the diagonal the difference is positive and overflows under strong decay
+    decay = (gamma.unsqueeze(-1) - gamma.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+    to_end = decay[..., -1, :].unsqueeze(-1)  # exp(gamma_C - gamma_i)
+    from_start = gamma.exp().unsqueeze(-1)
+    whole = from_start[..., -1:, :]
+
+    k_t = k.transpose(-1, -2)
+    weighted = beta.unsqueeze(-1)
+    system = (weighted * k @ k_t) * decay  # unitriangular=True: the diagonal and what is above it are never read
+    right_side = torch.cat([weighted * v, (weighted * from_start) * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
+    u_of_v, u_of_state = solved.split([value_dim, key_dim], dim=-1)
+    k_to_end = (k * to_end).transpose(-1, -2)
+    if need_output:
+        q = to_chunks(q)
+        scores = (q @ k_t) * decay
+        q_from_start = q * from_start
+
+    # unbind, not indexing: the backward of n slices would fill n gradients of the full size
+    per_chunk = [u_of_v, u_of_state, whole, k_to_end] + ([q_from_start, scores] if need_output else [])
+    outputs = []
+    for u_v, u_s, decay_all, k_end, *query in zip(*(x.unbind(2) for x in per_chunk), strict=True):
+        u = u_v - u_s @ state
+        if need_output:
+            q_start, score = query
+            outputs.append(q_start @ state + score @ u)
+        state = decay_all * state + k_end @ u
+    if not need_output:
+        return None, state
+    output = outputs[0] if num_chunks == 1 else torch.cat(outputs, dim=2)
+    return output[:, :, :length].transpose(1, 2).to(dtype), state
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _fla(q, k, v, g, beta, state):
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # imported late: it takes seconds
+    except ImportError as error:
+        raise RuntimeError("training on CUDA needs FLA's kernels: pip install 'powernap[cuda]'") from error
+    return chunk_gated_delta_rule(
+        q, k, v, g.float(), beta, scale=1.0, initial_state=state, output_final_state=True
+    )

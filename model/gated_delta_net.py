@@ -1,0 +1,116 @@
+"""The gated-delta-net mixer (arXiv 2412.06464), tensor-parallel over heads, with its state going in and out."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from powernap.model.delta_rule import gated_delta_rule
+from powernap.model.norm import RMSNorm
+
+# Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about ten
+# to about seven hundred tokens.
+DECAY_RANGE = (1.0, 4.0)
+STEP_RANGE = (0.001, 0.02)
+
+
+class GatedDeltaNet(MegatronModule):
+    """q, k, v, gate z, write strength beta and decay alpha from one head-major projection.
+
+    Per head the projection's rows are [q | k | v | z | beta | alpha], so a tensor-parallel shard is a plain slice of
+    rows: the same weights at the start for every degree of tensor parallelism, no reordering in checkpoints.
+    """
+
+    def __init__(self, config, layer_number, pg_collection):
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
+        heads = config.linear_num_value_heads
+        self.local_heads = heads // self.tp_group.size()
+        self.gate_means = None  # a list while someone watches: see model/health.py
+        self.in_proj = ColumnParallelLinear(
+            config.hidden_size,
+            heads * (2 * self.key_dim + 2 * self.value_dim + 2),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=self.tp_group,
+        )
+        self.out_proj = RowParallelLinear(
+            heads * self.value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.tp_group,
+        )
+        taps = config.linear_conv_kernel_dim
+        device = self.in_proj.weight.device
+        own = slice(self.tp_group.rank() * self.local_heads, (self.tp_group.rank() + 1) * self.local_heads)
+        # Drawn for all heads and sliced, as Megatron's layers do on the CPU: every shard draws the same numbers.
+        conv = torch.randn(heads, 2 * self.key_dim + self.value_dim, taps) / (2 * math.sqrt(taps))
+        conv[..., -1] += 0.5
+        decay, step = (torch.empty(heads).uniform_(math.log(a), math.log(b)) for a, b in (DECAY_RANGE, STEP_RANGE))
+        step = step.exp()
+        self.conv_weight = torch.nn.Parameter(conv[own].to(device))
+        self.A_log = torch.nn.Parameter(decay[own].to(device))
+        self.dt_bias = torch.nn.Parameter((step + torch.log(-torch.expm1(-step)))[own].to(device))  # softplus^-1
+        for parameter in (self.conv_weight, self.A_log, self.dt_bias):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        self.norm = RMSNorm(config, self.value_dim, eps=config.layernorm_epsilon)
+        self.norm.weight.sequence_parallel = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, state: torch.Tensor, window: "Window", need_output: bool = True  # noqa: F821
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state)."""
+        projected, _ = self.in_proj(hidden_states)
+        length, batch, _ = projected.shape
+        projected = projected.view(length, batch, self.local_heads, -1)
+        qkv, z, beta, alpha = projected.split([2 * self.key_dim + self.value_dim, self.value_dim, 1, 1], dim=-1)
+        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
+            qkv = qkv * window.valid[..., None, None]
+        q, k, v = F.silu(causal_conv(qkv, self.conv_weight)).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        beta = beta.squeeze(-1).to(state.dtype).sigmoid()
+        step = F.softplus(alpha.squeeze(-1).to(state.dtype) + self.dt_bias.to(state.dtype))
+        g = -self.A_log.to(state.dtype).exp() * step
+        if window.valid is not None:
+            valid = window.valid.unsqueeze(-1)
+            beta, g = beta * valid, g * valid
+        if self.gate_means is not None:
+            self.gate_means.append((g.detach().exp().mean(), beta.detach().mean()))
+        output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
+        if not need_output:
+            return None, state
+        # Each shard sees its own heads, so its gradient of this shared weight is a part of the sum.
+        weight = copy_to_tensor_model_parallel_region(self.norm.weight, self.tp_group)
+        output = F.rms_norm(output.transpose(0, 1), (self.value_dim,), weight, self.norm.eps) * F.silu(z)
+        output, _ = self.out_proj(output.reshape(length, batch, -1))
+        return output, state
+
+
+def causal_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Depthwise causal convolution along the tokens, from zero padding: x [L, B, H, C], weight [H, C, taps] -> as x.
+
+    A sum of shifted products: with time as the first dimension every shift is a contiguous slice, and on CPUs the
+    backward pass is several times faster than conv1d's.
+    """
+    taps = weight.shape[-1]
+    weight = weight.to(x.dtype).unbind(-1)
+    output = x * weight[-1]
+    for shift in range(1, min(taps, x.shape[0])):
+        output = output + F.pad(x[:-shift] * weight[-1 - shift], (0, 0, 0, 0, 0, 0, shift, 0))
+    return output

@@ -1,0 +1,47 @@
+"""The health of the fast weights: how large they grow and how much they keep and take in, per block and pass."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from powernap.model.fast_weights import FastWeights
+from powernap.model.segments import Segment
+from powernap.model.stage import HybridStage
+
+
+class FastWeightHealth:
+    """Collects, over the consolidation windows of one batch, the norm of each block's fast weights after every pass and
+    the means of alpha (what a token leaves of the old state) and beta (how strongly it writes)."""
+
+    def __init__(self, stage: HybridStage):
+        self._mixers = stage.gdn_mixers
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    @contextmanager
+    def watch(self, segment: Segment) -> Iterator[None]:
+        """Gates are seen inside this block only: a recomputation in the backward pass does not count them twice."""
+        for mixer in self._mixers.values():
+            mixer.gate_means = []
+        try:
+            yield
+            for block, mixer in self._mixers.items():
+                for alpha, beta in mixer.gate_means if not segment.predicts else []:
+                    self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/alpha"].append(alpha)
+                    self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/beta"].append(beta)
+        finally:
+            for mixer in self._mixers.values():
+                mixer.gate_means = None
+
+    def record(self, segment: Segment, fast_weights: FastWeights) -> None:
+        """Note the Frobenius norm of a head's state, averaged over batch and heads, as the segment left it."""
+        if segment.predicts:
+            return
+        for block, state in zip(self._mixers, fast_weights, strict=True):
+            norm = state.detach().norm(dim=(-2, -1)).mean()
+            self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/norm"].append(norm)
+
+    def summary(self) -> dict[str, float]:
+        """Metric name -> mean over the windows seen. Blocks count from 0, passes from 1."""
+        return {name: torch.stack(values).mean().item() for name, values in self._values.items()}

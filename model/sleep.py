@@ -1,0 +1,76 @@
+"""Sleep: read a batch window by window, write each into the fast weights, answer from them.
+
+The loop below is the algorithm of arXiv 2605.26099 with hard eviction as one process runs it. Every parallel schedule
+runs the same segments and is tested against it.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from powernap.model.fast_weights import FastWeights
+from powernap.model.health import FastWeightHealth
+from powernap.model.segments import Segment
+from powernap.model.stage import HybridStage
+
+
+@dataclass
+class SleepOutput:
+    loss: torch.Tensor  # sum over the loss tokens
+    predictions: torch.Tensor | None  # [B, T], the likeliest token at each place in a prediction window, -1 elsewhere
+    fast_weights: FastWeights  # what is left after the last window
+
+
+def sleep_and_predict(
+    stage: HybridStage,
+    segments: list[Segment],
+    tokens: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    recompute: bool = True,
+    predict: bool = False,
+    health: FastWeightHealth | None = None,
+    between_windows: Callable[[FastWeights], FastWeights] | None = None,
+) -> SleepOutput:
+    """Run the segments of one micro-batch in order.
+
+    Args:
+        tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
+        recompute: keep only each segment's inputs and compute the rest again in the backward pass.
+        predict: also return the predictions.
+        health: watches norms and gates of the fast weights.
+        between_windows: what crosses a window's end in place of the fast weights (the tests cut it to zero).
+    """
+    inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
+    fast_weights = stage.zero_fast_weights(len(tokens))
+    hidden_states = None
+    loss = fast_weights[0].new_zeros(()) if fast_weights else torch.zeros((), device=tokens.device)
+    predictions = torch.full_like(tokens, -1) if predict else None
+    for index, segment in enumerate(segments):
+        if between_windows and index and segment.pass_number == 1:
+            fast_weights = between_windows(fast_weights)
+        where = slice(*segment.tokens)
+
+        def run(hidden_states, *fast_weights, segment=segment, where=where):
+            hidden_states, fast_weights = stage(segment, inputs[:, where], hidden_states, fast_weights)
+            loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where]) if segment.predicts else None
+            return hidden_states, loss, *fast_weights
+
+        keep = segment.with_grad and torch.is_grad_enabled()
+        with nullcontext() if segment.with_grad else torch.no_grad(), health.watch(segment) if health else nullcontext():
+            if recompute and keep:  # no dropout anywhere: no random state to restore
+                results = checkpoint(run, hidden_states, *fast_weights, use_reentrant=False, preserve_rng_state=False)
+            else:
+                results = run(hidden_states, *fast_weights)
+        hidden_states, segment_loss, *fast_weights = results
+        fast_weights = tuple(fast_weights)
+        if health:
+            health.record(segment, fast_weights)
+        if segment.predicts:
+            loss = loss + segment_loss
+            if predict:
+                predictions[:, 1:][:, where] = stage.predictions(hidden_states)
+    return SleepOutput(loss, predictions, fast_weights)

@@ -1,0 +1,87 @@
+"""From processes to process groups: torch.distributed and Megatron-core's parallel state, on CUDA or CPU."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from powernap.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes logs, metrics and tracking."""
+        return self.rank == 0
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over data-parallel ranks, in place."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0, **process_group) -> Topology:
+    """Join the processes that torchrun or srun described in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Args:
+        tensor, pipeline: ranks per tensor-parallel group, pipeline stages; data parallelism takes what is left.
+        timeout_seconds: a collective that waits longer raises instead of hanging.
+        process_group: passed to torch.distributed.init_process_group in place of the environment (tests).
+    """
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    cpu.prepare()
+    # NCCL wants a GPU for each rank; several ranks on one GPU, as tests use, talk through gloo.
+    backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **process_group)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, distributed_timeout_minutes=max(1, round(timeout_seconds / 60))
+        )
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
+        groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "cp", "dp"]),
+    )
+
+
+@contextmanager
+def joined(**arguments) -> Iterator[Topology]:
+    """`initialize`, and leave the process groups at the end.
+
+    Not after an error: a rank that failed must not wait for the others, it exits and takes them down.
+    """
+    yield initialize(**arguments)
+    shutdown()
+
+
+def shutdown() -> None:
+    """Leave the process groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

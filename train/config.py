@@ -1,0 +1,316 @@
+"""A recipe: what one run trains, on what, how. YAML plus `key=value` overrides, checked before any process starts.
+
+Nothing here imports torch.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from powernap.model.config import ModelConfig, Section, SleepConfig
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field(pattern=r"^[\w][\w.\-]*$", description="the run's folder below run.root: letters, digits, . _ -")
+    root: str = Field("runs", min_length=1, description="folder that holds all runs")
+    experiment: str = Field("powernap", min_length=1, description="MLflow experiment")
+    seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
+
+
+class DataConfig(Section):
+    """Token shards: WebDataset tars with tokens, loss mask and answers (see `powernap data build`)."""
+
+    train: str | list[str] = Field(description="shards to train on: path, glob, brace list or URL, or a list of them")
+    test: str | list[str] | None = Field(None, description="held-out shards for the accuracy by depth; null: none")
+    sequence_length: int = Field(ge=2, description="T, tokens in every sample")
+    workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
+    shuffle_buffer: int = Field(2000, ge=1, description="samples a reader mixes; 1: shards are read in order")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    global_batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; null: the rank's share")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
+    recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
+    log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints; there is one at the end as well")
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for matrices inside the blocks with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = Field("adamw", description="adamw, or muon for matrices (arXiv 2605.26099)")
+    lr: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of both moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    muon_lr: float = Field(2e-3, gt=0, description="Muon's peak learning rate")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    hold: float = Field(0.6, ge=0, le=1, description="fraction of all steps at the peak before the linear decay")
+    final_lr: float = Field(0.02, ge=0, le=1, description="where the decay ends, as a fraction of the peak")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _moments_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both must lie in [0, 1)")
+        return betas
+
+
+class ParallelConfig(Section):
+    """How many processes share the work, and how."""
+
+    data: int = Field(1, ge=1, description="data-parallel ranks")
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks (1 for now)")
+    pipeline: int = Field(1, ge=1, description="pipeline stages (1 for now)")
+    timeout_seconds: float = Field(600, gt=0, description="how long a rank waits for another before it gives up")
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: int = Field(1, ge=0, le=3, description="1: optimizer state split over data-parallel ranks")
+
+
+class EvaluationConfig(Section):
+    """Accuracy by depth on the test shards during training."""
+
+    every: int | None = Field(None, ge=1, description="steps between evaluations; null: at the end only")
+    passes: list[int] | None = Field(None, min_length=1, description="values of N to read at; null: the trained ones")
+    samples: int = Field(512, ge=1, description="test samples per evaluation")
+
+    @field_validator("passes")
+    @classmethod
+    def _at_least_one(cls, passes: list[int] | None) -> list[int] | None:
+        if passes and min(passes) < 1:
+            raise ValueError("every N must be at least 1")
+        return passes
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelConfig
+    sleep: SleepConfig = SleepConfig()
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        self.sleep.check_against(self.model)
+        train, parallel = self.train, self.parallel
+        for field in ("tensor", "pipeline"):
+            if getattr(parallel, field) > 1:
+                raise ValueError(f"parallel.{field}={getattr(parallel, field)} is not built yet: use 1 and parallel.data")
+        if self.zero.stage != 1:
+            raise ValueError(f"zero.stage={self.zero.stage} is not built yet: use 1")
+        if train.global_batch_size % parallel.data:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} must be a multiple of parallel.data={parallel.data}"
+            )
+        share = train.global_batch_size // parallel.data
+        if train.micro_batch_size and share % train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size} must divide the {share} sequences of a rank "
+                f"(train.global_batch_size / parallel.data)"
+            )
+        if self.optimizer.warmup_steps > train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={train.steps}"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Sequences one data-parallel rank reads for one optimizer step."""
+        return self.train.global_batch_size // self.parallel.data
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.micro_batch_size or self.sequences_per_rank
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run: one line, naming field, value and what to write instead."""
+
+
+def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
+
+    `name_or_path` is a YAML file or the name of one in train/recipes/.
+    """
+    return check(Recipe, parse_overrides(overrides, into=_read_yaml(find_recipe(name_or_path))))
+
+
+def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Set every `dotted.key=value` in nested sections; values are YAML."""
+    values = {} if into is None else into
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"'{override}' is no override: write key=value, such as train.steps=100")
+        _set(values, key, _parse_value(key, text))
+    return values
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe: every field, in order."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = {Path(entry.name).stem: entry for entry in resources.files("powernap.train.recipes").iterdir()}
+    if name_or_path.removesuffix(".yaml") in shipped and path.parent == Path("."):
+        return Path(str(shipped[name_or_path.removesuffix(".yaml")]))
+    names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".yaml"))
+    raise RecipeError(
+        f"no recipe '{name_or_path}': give a YAML file or one of {', '.join(names)}" + _did_you_mean(name_or_path, names)
+    )
+
+
+def check(model: type[Section], values: dict[str, Any]) -> Any:
+    """Validate `values`, turning pydantic's report into one line a finding, the first five."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        by_field: dict[str, list[dict[str, Any]]] = {}
+        for finding in error.errors():
+            by_field.setdefault(".".join(_place(model, finding)), []).append(finding)
+        raise RecipeError("; ".join(_explain(model, findings) for findings in list(by_field.values())[:5])) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections such as model: and train:")
+    return values
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise RecipeError(f"{key}={text}: the value is not YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text: it wants 1.0e-3
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, field = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{key}: '{section}' is a value, not a section")
+    values[field] = value
+
+
+def _place(model: type[Section], finding: dict[str, Any]) -> list[str]:
+    """The dotted field a finding is about, without pydantic's notes on which member of a union it tried."""
+    location = [str(part) for part in finding["loc"]]
+    fields: list[str] = []
+    for part in location:
+        section = _section(model, fields)
+        if section is None or part not in section.model_fields:
+            break
+        fields.append(part)
+    return fields if finding["type"] not in ("extra_forbidden", "missing") else location
+
+
+def _explain(model: type[Section], findings: list[dict[str, Any]]) -> str:
+    """Pydantic's findings about one field as `field=value: what is allowed`."""
+    fields, kind, value = _place(model, findings[0]), findings[0]["type"], findings[0]["input"]
+    field, description = ".".join(fields), _description(model, fields)
+    if kind == "extra_forbidden":
+        names = [".".join([*fields[:-1], name]) for name in _section(model, fields[:-1]).model_fields]
+        everywhere = names if fields[:-1] else [*names, *field_names(model)]
+        return f"unknown key {field}" + (_did_you_mean(field, everywhere) or f": allowed are {', '.join(names)}")
+    if kind == "missing":
+        return f"{field} is missing" + (f" ({description})" if description else "")
+    message = findings[0]["msg"].removeprefix("Value error, ")
+    if len(findings) > 1:  # one for each member of a union: none of them alone is the rule
+        message = "not allowed"
+    elif not message[:2].isupper():
+        message = message[0].lower() + message[1:]
+    if isinstance(value, dict) or not fields:  # a rule between fields names them itself
+        return f"{field}: {message}" if field else message
+    return f"{field}={_show(value)}: {message}" + (f" ({description})" if description else "")
+
+
+def _section(model: type[Section], location: list[str]) -> type[Section] | None:
+    """The section class at a dotted place, or None if a value stands there."""
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        annotation = field.annotation if field else None
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if model is None:
+            return None
+    return model
+
+
+def _description(model: type[Section], location: list[str]) -> str | None:
+    section = _section(model, location[:-1]) if location else None
+    field = section.model_fields.get(location[-1]) if section else None
+    return field.description if field else None
+
+
+def field_names(model: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted field of a recipe."""
+    names = []
+    for name, field in model.model_fields.items():
+        section = _section(model, [name])
+        names += field_names(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return names
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:  # the right field in the wrong section
+        close = [name for name in names if name.split(".")[-1] == word.split(".")[-1]][:1]
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,56 @@
+"""The optimizer of a recipe and its learning rate."""
+
+import torch
+
+from powernap.train.config import OptimizerConfig
+
+
+def build_optimizer(stage: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters, or Muon over the blocks' matrices with AdamW over the rest.
+
+    Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone.
+    """
+    matrices, others = [], []
+    for name, parameter in stage.named_parameters():
+        is_matrix = parameter.ndim == 2 and not name.startswith("embedding.")
+        (matrices if is_matrix else others).append((name, parameter))
+    adamw = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw":
+        groups = [
+            {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in others], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([{**adamw, **group} for group in groups])
+    # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    inside = [(n, p) for n, p in matrices if n.startswith("decoder.")]
+    head = [(n, p) for n, p in matrices if not n.startswith("decoder.")]
+    for _, parameter in inside:
+        parameter.use_muon = True
+    muon = {"use_muon": True, "lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "standard"}
+    groups = [{"params": [p for _, p in inside], "weight_decay": config.weight_decay, **muon}]
+    for parameters, decay in ((head, config.weight_decay), (others, 0.0)):
+        if parameters:
+            aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
+            groups.append({"params": [p for _, p in parameters], "use_muon": False, "weight_decay": decay, **aux})
+    optimizer = MuonWithAuxAdam(groups)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of `step` (from 1) as a fraction of the peak: linear warm-up, constant, linear decay."""
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = (step - 1) / steps
+    if progress < config.hold:
+        return warmup
+    decay = (1.0 - progress) / (1.0 - config.hold)
+    return warmup * max(config.final_lr, decay)
+
+
+def set_lr(param_groups: list[dict], factor: float) -> None:
+    """Set every group's learning rate to `factor` of its peak."""
+    for group in param_groups:
+        group["lr"] = group["peak_lr"] * factor

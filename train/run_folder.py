@@ -1,0 +1,76 @@
+"""The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from powernap.train.config import Recipe, RecipeError, check, save_recipe
+
+# Fields that may differ when a run goes on: none changes the numbers of the steps to come.
+FREE_ON_RESUME = {
+    "run.root",
+    "run.experiment",
+    "train.log_every",
+    "train.checkpoint_every",
+    "evaluation.every",
+    "evaluation.passes",
+    "evaluation.samples",
+    "parallel.timeout_seconds",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folders and write the resolved recipe."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, self.config)
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was started with."""
+        if not self.config.is_file():
+            raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
+        return check(Recipe, yaml.safe_load(self.config.read_text()))
+
+    def check_start(self, recipe: Recipe, resume: bool) -> None:
+        """Raise RecipeError where starting would overwrite a run or resuming would go on with another."""
+        exists = self.config.is_file()
+        if not resume:
+            if exists:
+                raise RecipeError(f"{self.path} exists: go on with --resume, or choose another run.name")
+            return
+        if not exists:
+            raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
+        before, now = flatten(self.recipe().model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+        changed = [key for key in now if now[key] != before.get(key) and key not in FREE_ON_RESUME]
+        if changed:
+            key = changed[0]
+            raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested sections as dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,136 @@
+"""A training run, read from top to bottom: set up, take batches, step, log, checkpoint, evaluate."""
+
+import random
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+from powernap.model.health import FastWeightHealth
+from powernap.model.segments import plan_segments
+from powernap.model.stage import HybridStage
+from powernap.parallel import checkpoint, topology
+from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.topology import Topology
+from powernap.parallel.zero import ZeroOptimizer
+from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch, training_batches
+from powernap.train.evaluate import Accuracy, evaluate
+from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from powernap.train.run_folder import RunFolder
+from powernap.train.run_log import RunLog
+
+
+def train(recipe: Recipe, resume: bool = False) -> None:
+    """Run `recipe` in this process and its peers; with `resume`, from the newest checkpoint of the run's folder."""
+    with topology.joined(timeout_seconds=recipe.parallel.timeout_seconds) as here:
+        folder = RunFolder(recipe.run_folder)
+        if here.is_main:
+            folder.create(recipe)
+        here.barrier()
+
+        torch.manual_seed(recipe.run.seed)  # the same weights on every rank
+        stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+        zero = ZeroOptimizer(
+            stage,
+            build_optimizer(stage, recipe.optimizer),
+            here,
+            precision=recipe.train.precision,
+            clip=recipe.optimizer.clip,
+            micro_batch_size=recipe.micro_batch_size,
+        )
+        done = 0
+        if resume and (newest := checkpoint.newest(folder.checkpoints)):
+            done = checkpoint.load(newest, zero, here)
+
+        with RunLog(recipe, folder, here, resume_step=done) as log:
+            log.start(sum(p.numel() for p in stage.parameters()))
+            batches = read_batches(recipe, here, skip=done)
+            for step in range(done + 1, recipe.train.steps + 1):
+                metrics = train_step(recipe, stage, zero, next(batches), step, here)
+                log.step(step, metrics)
+                last = step == recipe.train.steps
+                if recipe.data.test and (last or step % (recipe.evaluation.every or step + 1) == 0):
+                    log.accuracy(step, accuracy(stage, recipe, here))
+                if last or step % recipe.train.checkpoint_every == 0:
+                    checkpoint.save(folder.checkpoints, step, stage, zero, here)
+
+
+def train_step(
+    recipe: Recipe, stage: HybridStage, zero: ZeroOptimizer, batch: Batch, step: int, here: Topology
+) -> dict[str, float]:
+    """One optimizer step on this rank's share of the global batch; returns the step's metrics over all ranks."""
+    start = time.perf_counter()
+    passes = draw_passes(recipe, step)
+    micro_batches = [
+        MicroBatch(
+            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
+            tokens.to(here.device, non_blocking=True),
+            loss_mask.to(here.device, non_blocking=True),
+        )
+        for tokens, loss_mask in zip(
+            batch.tokens.split(recipe.micro_batch_size), batch.loss_mask.split(recipe.micro_batch_size), strict=True
+        )
+    ]
+    # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
+    loss_tokens = float(here.sum_over_data(batch.loss_mask[:, 1:].sum().float().to(here.device)))
+    watched = step == 1 or step % recipe.train.log_every == 0
+    health = FastWeightHealth(stage) if watched else None
+    loss = forward_backward(
+        stage, micro_batches, loss_scale=here.data_size / loss_tokens, recompute=recipe.train.recompute, health=health
+    )
+    factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
+    set_lr(zero.param_groups, factor)
+    grad_norm = zero.step()
+    loss = float(here.sum_over_data(loss)) / loss_tokens
+    seconds = time.perf_counter() - start
+    tokens = recipe.train.global_batch_size * (recipe.data.sequence_length - 1)
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": recipe.optimizer.lr * factor,
+        "tokens": tokens,
+        "seconds": seconds,
+        "passes": passes,
+    }
+    if health:
+        metrics["tokens_per_second"] = tokens / seconds
+        metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
+        metrics.update(health.summary())
+    return metrics
+
+
+def draw_passes(recipe: Recipe, step: int) -> int:
+    """N of this step: the same on every rank and after a resume, since it depends on nothing but seed and step."""
+    choices = recipe.sleep.pass_choices
+    return choices[0] if len(choices) == 1 else random.Random(f"{recipe.run.seed}/{step}").choice(choices)
+
+
+def read_batches(recipe: Recipe, here: Topology, skip: int) -> Iterator[Batch]:
+    """This rank's share of each global batch, from the one after `skip` steps on."""
+    return training_batches(
+        recipe.data.train,
+        batch_size=recipe.sequences_per_rank,
+        sequence_length=recipe.data.sequence_length,
+        vocab_size=recipe.model.vocab_size,
+        rank=here.data_rank,
+        world_size=here.data_size,
+        workers=recipe.data.workers,
+        seed=recipe.run.seed,
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        skip_batches=skip,
+    )
+
+
+def accuracy(stage: HybridStage, recipe: Recipe, here: Topology) -> Accuracy:
+    """Accuracy by depth at the N of the recipe's evaluation section, or at the trained ones."""
+    passes = recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
+    return evaluate(stage, recipe, passes, recipe.evaluation.samples, here)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
