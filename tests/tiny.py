@@ -1,0 +1,64 @@
+"""Tiny models and batches for tests."""
+
+import torch
+
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.segments import plan_segments
+from powernap.model.sleep import SleepOutput, sleep_and_predict
+from powernap.model.stage import HybridStage
+
+WINDOW = 6
+
+
+def model_config(**changes) -> ModelConfig:
+    sizes = dict(
+        pattern="AGAG",
+        window=WINDOW,
+        vocab_size=17,
+        pad_token_id=0,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        gdn_heads=2,
+        gdn_key_dim=4,
+        gdn_value_dim=6,
+        conv_kernel=3,
+    )
+    return ModelConfig(**{**sizes, **changes})
+
+
+def build_stage(here, model=None, sleep=None, dtype=torch.float64, seed=0) -> HybridStage:
+    torch.manual_seed(seed)
+    stage = HybridStage(model or model_config(), sleep or SleepConfig(), here.groups)
+    with torch.no_grad():  # norms and gates away from their tidy start, so that a mistake in them shows
+        for name, parameter in stage.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return stage.to(dtype)
+
+
+def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens without pads and a loss mask over the targets of the windows in `predicting`: [B, windows * WINDOW + 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, vocab_size, (sequences, windows * WINDOW + 1), generator=generator)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for window in predicting:
+        loss_mask[:, window * WINDOW + 2 : (window + 1) * WINDOW + 1] = True
+    return tokens, loss_mask
+
+
+def run(stage, tokens, loss_mask, passes=1, sleep=None, **options) -> SleepOutput:
+    segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes)
+    return sleep_and_predict(stage, segments, tokens, loss_mask, **options)
+
+
+def gradients(stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients by name; zero for a parameter that had no part."""
+    named = dict(stage.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

@@ -1,0 +1,178 @@
+import json
+import logging
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from powernap.train.tracking import NullTracker, Tracker, flatten, ui_command
+
+CONFIG = {"run": {"name": "demo"}, "sleep": {"passes": [1, 4], "loop_range": None}, "train": {"steps": 100}}
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "all runs" / "demo"  # a space, as paths may have
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train:\n  steps: 100\n")
+    return folder
+
+
+def open_client(run_folder):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{run_folder.parent / 'mlflow.db'}")
+
+
+def test_a_run_arrives_and_a_resumed_one_goes_on_in_it(run_folder, monkeypatch):
+    long = "x" * 7000
+    tracker = Tracker(run_folder, "sleep", CONFIG | {"long": long})
+    for step in (1, 2, 3):
+        tracker.log_metrics(step, {"step": step, "loss": 0.1 * step, "note": "no number"})
+    (run_folder / "plot.png").write_bytes(b"a picture")
+    tracker.log_artifact(run_folder / "plot.png", folder="plots")
+    assert tracker.close("KILLED") == 0
+
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    client = open_client(run_folder)
+    run = client.get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert run.info.run_name == "demo"
+    assert client.get_experiment(run.info.experiment_id).name == "sleep"
+    assert run.data.params["train.steps"] == "100"
+    assert run.data.params["sleep.passes"] == "[1, 4]"
+    assert run.data.params["sleep.loop_range"] == "null"
+    assert run.data.params["long"].endswith("x ... [cut]")
+    assert set(run.data.metrics) == {"loss"}
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 0.1), (2, 0.2), (3, 0.1 * 3)]
+    artifacts = run_folder.parent / "mlartifacts" / run_id / "artifacts"
+    assert (artifacts / "config.yaml").read_text() == "train:\n  steps: 100\n"
+    assert (artifacts / "plots" / "plot.png").read_bytes() == b"a picture"
+
+    monkeypatch.chdir(run_folder.parent)  # a relative folder names the same store
+    longer = CONFIG | {"long": long, "train": {"steps": 200}, "new": 1}
+    tracker = Tracker(run_folder.relative_to(run_folder.parent), "sleep", longer, resume_step=3)
+    tracker.log_metrics(4, {"loss": 0.5})
+    assert tracker.close() == 0
+    run = client.get_run(run_id)
+    assert (run_folder / "mlflow_run_id").read_text().strip() == run_id
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "100"  # MLflow's parameters never change
+    assert run.data.tags["parameters_changed"] == "train.steps: 100 -> 200"
+    assert run.data.params["new"] == "1"
+    assert run.data.tags["resumed_at_steps"] == "3"
+    assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2, 3, 4]
+
+
+def test_the_pages_start_on_loopback_and_show_the_run(run_folder):
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    tracker.log_metrics(1, {"loss": 0.25})
+    assert tracker.close() == 0
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open(run_folder / "server.log", "w") as log:
+        server = subprocess.Popen(ui_command(run_folder.parent, port), stdout=log, stderr=log, cwd=run_folder)
+    try:
+        run = json.loads(get(server, f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run_id}"))["run"]
+        assert run["data"]["metrics"][0]["value"] == 0.25
+        config = get(server, f"http://127.0.0.1:{port}/get-artifact?path=config.yaml&run_uuid={run_id}")
+        assert config == (run_folder / "config.yaml").read_bytes()
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def get(server, url):
+    """The answer to GET, once the server is up."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return answer.read()
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def test_a_run_that_mlflow_does_not_know_gets_a_new_one(run_folder, caplog):
+    (run_folder / "mlflow_run_id").write_text("0123456789abcdef0123456789abcdef\n")
+    assert Tracker(run_folder, "sleep", CONFIG, resume_step=7).close() == 0
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    assert open_client(run_folder).get_run(run_id).info.status == "FINISHED"
+    assert run_id != "0123456789abcdef0123456789abcdef"
+    assert "tracking goes on in a new one" in caplog.text
+
+
+def dead_server(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+
+
+def silent_server(monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers
+    monkeypatch.setattr(silent_server, "listener", listener, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("server", [dead_server, silent_server])
+def test_a_server_that_does_not_answer_neither_slows_nor_stops(run_folder, monkeypatch, caplog, server):
+    server(monkeypatch)
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    slowest = 0.0
+    for step in range(1, 201):
+        start = time.perf_counter()
+        tracker.log_metrics(step, {"loss": 1.0})
+        slowest = max(slowest, time.perf_counter() - start)
+        time.sleep(0.001)
+    assert slowest < 0.01
+    start = time.perf_counter()
+    assert tracker.close(timeout=1.0) == 203  # the parameters, config.yaml, 200 steps and the status
+    assert time.perf_counter() - start < 1.5
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    failures = [line for line in warnings if "tracking to MLflow failed" in line]
+    assert len(failures) == (1 if server is dead_server else 0)  # the silent one has not failed yet
+    assert "did not get 203 of 203 records" in warnings[-1]
+    assert len(warnings) == len(failures) + 1  # nothing from the HTTP library
+    assert "secret" not in caplog.text
+    assert "\n" not in "".join(warnings)
+
+
+def test_a_full_queue_drops_and_counts(run_folder, monkeypatch):
+    dead_server(monkeypatch)
+    monkeypatch.setattr("powernap.train.tracking.QUEUE_SIZE", 5)
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    for step in range(1, 21):
+        tracker.log_metrics(step, {"loss": 1.0})
+    assert tracker._queue.qsize() == 5
+    assert tracker.close(timeout=1.0) == 23
+
+
+def test_an_artifact_that_is_missing_costs_only_itself(run_folder, caplog):
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    tracker.log_artifact(run_folder / "never_written.png")
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert tracker.close() == 1
+    run = open_client(run_folder).get_run((run_folder / "mlflow_run_id").read_text().strip())
+    assert run.data.metrics == {"loss": 0.5}
+    assert "never_written.png" in caplog.text
+
+
+def test_other_ranks_track_nothing():
+    tracker = NullTracker()
+    tracker.log_metrics(1, {"loss": 1.0})
+    assert tracker.close("FAILED") == 0
+
+
+def test_flatten_gives_dotted_keys():
+    flat = flatten(CONFIG | {"empty": {}})
+    assert flat == {
+        "run.name": "demo", "sleep.passes": [1, 4], "sleep.loop_range": None, "train.steps": 100, "empty": {},
+    }  # fmt: skip
