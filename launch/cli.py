@@ -1,7 +1,10 @@
 """The `powernap` command. Every import that costs time waits until its subcommand runs: help answers at once."""
 
 import argparse
+import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
@@ -11,16 +14,25 @@ OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.pa
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; return its exit code. A user's mistake is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Megatron-core warns of kernels that it does not find, and both libraries of what they themselves call.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     options = _parser().parse_args(arguments)
+    rank = os.environ.get("RANK", "0")
+    who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return options.run(options, arguments) or 0
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if not _is_users_mistake(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if _lost_a_rank(text):
+            text = "another rank is gone, and said why if it could"
+        elif not _is_users_mistake(error):
             raise
-        print(f"powernap: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"powernap: error: {who}{text}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("powernap: interrupted", file=sys.stderr)
+        if rank == "0":
+            print("powernap: interrupted", file=sys.stderr, flush=True)
         return 130
 
 
@@ -91,15 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="of data, weights and order (default: %(default)s)")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    demo.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
     demo.set_defaults(run=_demo)
     return parser
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    from powernap.launch import local
     from powernap.train.config import load_recipe
     from powernap.train.run_folder import RunFolder
-
-    from powernap.launch import local
 
     recipe = load_recipe(options.recipe, options.overrides)
     RunFolder(recipe.run_folder).check_start(recipe, options.resume)
@@ -171,7 +183,7 @@ def _ui(options: argparse.Namespace, _: list[str]) -> int:
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.launch.demo import demo
 
-    return demo(options.folder, options.seed)
+    return demo(options.folder, options.seed, options.overrides)
 
 
 def _run_folder(name: str) -> Path:
@@ -192,6 +204,11 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"'{text}': write whole numbers from 1, such as 1,2,4,8")
     return numbers
+
+
+def _lost_a_rank(text: str) -> bool:
+    """Whether a collective failed since a peer died: its own message is what counts, not a traceback of each survivor."""
+    return re.search(r"gloo.*(Connection closed by peer|Connection reset by peer)", text) is not None
 
 
 def _is_users_mistake(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import uuid
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,7 +38,9 @@ def check_world_size(wanted: int, layout: str) -> None:
     """Raise LaunchError unless as many processes were started as the recipe's layout needs."""
     started = int(os.environ["WORLD_SIZE"])
     if started != wanted:
-        raise LaunchError(f"{layout} needs {wanted} processes, {started} were started: start {wanted}, or set parallel.data")
+        raise LaunchError(
+            f"{layout} needs {wanted} processes, {started} were started: start {wanted}, or set parallel.data"
+        )
 
 
 def run_alone() -> None:
@@ -65,6 +68,7 @@ def start(arguments: list[str], processes: int) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,

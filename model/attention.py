@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 
+from powernap.model.window import Window
+
 
 class WindowAttention(MegatronModule):
     """Multi-head attention that sees its own window only: keys and values are computed anew in every pass.
@@ -39,7 +41,7 @@ class WindowAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, hidden_states: torch.Tensor, window: "Window") -> torch.Tensor:  # noqa: F821
+    def forward(self, hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
         """hidden_states [L, B, D] -> [L, B, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
         length, batch, _ = qkv.shape

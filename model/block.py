@@ -1,11 +1,9 @@
 """The block stack on Megatron-core: layers whose fast weights go in and come out."""
 
-from dataclasses import dataclass
-
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -15,15 +13,7 @@ from powernap.model.config import GATED_DELTA_NET
 from powernap.model.fast_weights import FastWeights
 from powernap.model.gated_delta_net import GatedDeltaNet
 from powernap.model.norm import RMSNorm
-
-
-@dataclass(frozen=True)
-class Window:
-    """What all blocks share while they read one window."""
-
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [L, 1, 1, 1, head_dim]
-    valid: torch.Tensor | None = None  # [L, B], 0 at pads; None: no pads
-    attention_mask: torch.Tensor | None = None  # [B, 1, L, L], True where seen; None: plain causal
+from powernap.model.window import Window
 
 
 class HybridLayer(TransformerLayer):

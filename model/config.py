@@ -75,7 +75,8 @@ class SleepConfig(Section):
         None, ge=1, description="back-propagate through the last k passes of a window only; null: through all"
     )
     loop_range: tuple[int, int] | None = Field(
-        None, description="[i, j]: only blocks i .. j-1 repeat, those before run in the first pass, those after in the last"
+        None,
+        description="[i, j]: only blocks i .. j-1 repeat, those before run in the first pass, those after in the last",
     )
 
     @field_validator("loop_range", mode="before")

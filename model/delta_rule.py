@@ -29,7 +29,8 @@ def gated_delta_rule(
     state: torch.Tensor,
     need_output: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Run the gated delta rule over T tokens: FLA's Triton kernel on CUDA, the chunked torch form elsewhere.
+    """Run the gated delta rule over T tokens: FLA's Triton kernel on CUDA where it is precise enough, else the chunked
+    torch form.
 
     Args:
         q, k: [B, T, H, K]; k L2-normalised by the caller, q used as it is (no 1/sqrt(K)).
@@ -42,7 +43,7 @@ def gated_delta_rule(
     Returns:
         (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
     """
-    if q.is_cuda and q.dtype != torch.float64:  # FLA has no float64; the parity tests use the torch form there
+    if q.is_cuda and _fla_is_precise_enough_for(q.dtype):
         return _fla(q, k, v, g, beta, state)
     return chunked_delta_rule(q, k, v, g, beta, state, need_output)
 
@@ -80,24 +81,25 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     chunk = -(-length // num_chunks)  # even chunks: 75 tokens become 3 x 25, not 32 + 32 + 11 and padding
     padding = num_chunks * chunk - length
 
-    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [B, H, chunks, C, ...]
+    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [chunks, B * H, C, ...]
         x = x.to(state.dtype)
         if padding:  # g = beta = 0: a padded token neither decays nor writes
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
-        return x.unflatten(1, (num_chunks, chunk)).movedim(3, 1)
+        return x.unflatten(1, (num_chunks, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2)
 
     k, v, g, beta = (to_chunks(x) for x in (k, v, g, beta))
     gamma = g.cumsum(-1)
     causal = _causal_mask(chunk, q.device)
     # -inf before exp, not zero after it: above the diagonal the difference is positive and overflows under strong decay
     decay = (gamma.unsqueeze(-1) - gamma.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
-    to_end = decay[..., -1, :].unsqueeze(-1)  # exp(gamma_C - gamma_i)
+    total = gamma[..., -1:]
+    to_end = (total - gamma).exp().unsqueeze(-1)
     from_start = gamma.exp().unsqueeze(-1)
-    whole = from_start[..., -1:, :]
+    whole = total.exp().unsqueeze(-1)
 
     k_t = k.transpose(-1, -2)
     weighted = beta.unsqueeze(-1)
-    system = (weighted * k @ k_t) * decay  # unitriangular=True: the diagonal and what is above it are never read
+    system = (k @ k_t) * (decay * weighted)  # unitriangular=True: the diagonal and what is above it are never read
     right_side = torch.cat([weighted * v, (weighted * from_start) * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     u_of_v, u_of_state = solved.split([value_dim, key_dim], dim=-1)
@@ -110,16 +112,19 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     # unbind, not indexing: the backward of n slices would fill n gradients of the full size
     per_chunk = [u_of_v, u_of_state, whole, k_to_end] + ([q_from_start, scores] if need_output else [])
     outputs = []
-    for u_v, u_s, decay_all, k_end, *query in zip(*(x.unbind(2) for x in per_chunk), strict=True):
-        u = u_v - u_s @ state
+    flat_state = state.flatten(0, 1)  # [B * H, K, V]: baddbmm, a product and a sum in one, wants one batch dimension
+    for u_v, u_s, decay_all, k_end, *query in zip(*(x.unbind(0) for x in per_chunk), strict=True):
+        u = torch.baddbmm(u_v, u_s, flat_state, alpha=-1)
         if need_output:
             q_start, score = query
-            outputs.append(q_start @ state + score @ u)
-        state = decay_all * state + k_end @ u
+            outputs.append(torch.baddbmm(score @ u, q_start, flat_state))
+        flat_state = torch.baddbmm(decay_all * flat_state, k_end, u)
+    state = flat_state.view_as(state)
     if not need_output:
         return None, state
-    output = outputs[0] if num_chunks == 1 else torch.cat(outputs, dim=2)
-    return output[:, :, :length].transpose(1, 2).to(dtype), state
+    # Tokens first in memory, as the caller has it: its transpose to [T, B, H, V] is then contiguous.
+    output = torch.stack(outputs).unflatten(1, (batch, heads)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    return output[:length].transpose(0, 1).to(dtype), state
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,11 +132,20 @@ def _causal_mask(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
+def _fla_is_precise_enough_for(dtype: torch.dtype) -> bool:
+    """FLA takes float32 but multiplies in TF32 (10-bit mantissas), so it is used there only if torch's own matrix
+    products may do the same; it has no float64."""
+    if dtype == torch.float32:
+        return torch.get_float32_matmul_precision() != "highest"
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def _fla(q, k, v, g, beta, state):
+    """FLA 0.6.0: q, k, v of one dtype; g, beta and the state in float32; d_k at most 256, in 16 bits d_k and d_v even.
+    The final state is float32, and gradients pass through both states."""
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # imported late: it takes seconds
     except ImportError as error:
         raise RuntimeError("training on CUDA needs FLA's kernels: pip install 'powernap[cuda]'") from error
-    return chunk_gated_delta_rule(
-        q, k, v, g.float(), beta, scale=1.0, initial_state=state, output_final_state=True
-    )
+    g, beta, state = g.float(), beta.float(), state.float()
+    return chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0, initial_state=state, output_final_state=True)

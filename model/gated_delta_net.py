@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from powernap.model.delta_rule import gated_delta_rule
 from powernap.model.norm import RMSNorm
+from powernap.model.window import Window
 
 # Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about ten
 # to about seven hundred tokens.
@@ -73,7 +74,11 @@ class GatedDeltaNet(MegatronModule):
         self.norm.weight.sequence_parallel = False
 
     def forward(
-        self, hidden_states: torch.Tensor, state: torch.Tensor, window: "Window", need_output: bool = True  # noqa: F821
+        self,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor,
+        window: Window,
+        need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state)."""
         projected, _ = self.in_proj(hidden_states)
@@ -103,14 +108,40 @@ class GatedDeltaNet(MegatronModule):
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Depthwise causal convolution along the tokens, from zero padding: x [L, B, H, C], weight [H, C, taps] -> as x.
+    """Depthwise causal convolution along the tokens, from zero padding: x [L, B, H, C], weight [H, C, taps] -> as x."""
+    return _CausalConv.apply(x, weight.to(x.dtype))
 
-    A sum of shifted products: with time as the first dimension every shift is a contiguous slice, and on CPUs the
-    backward pass is several times faster than conv1d's.
+
+class _CausalConv(torch.autograd.Function):
+    """A sum of shifted products: with time as the first dimension every shift is a contiguous slice.
+
+    Several times faster on CPUs than conv1d's backward pass. Written by hand because autograd would fill a gradient of
+    the full size for every slice.
     """
-    taps = weight.shape[-1]
-    weight = weight.to(x.dtype).unbind(-1)
-    output = x * weight[-1]
-    for shift in range(1, min(taps, x.shape[0])):
-        output = output + F.pad(x[:-shift] * weight[-1 - shift], (0, 0, 0, 0, 0, 0, shift, 0))
-    return output
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        *earlier, now = weight.unbind(-1)
+        output = x * now
+        for shift, tap in _shifts(earlier, x):
+            output[shift:].addcmul_(x[:-shift], tap)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        *earlier, now = weight.unbind(-1)
+        of_x = gradient * now
+        of_taps = [(gradient * x).sum((0, 1))]  # from the newest tap back
+        for shift, tap in _shifts(earlier, x):
+            of_x[:-shift].addcmul_(gradient[shift:], tap)
+            of_taps.append((gradient[shift:] * x[:-shift]).sum((0, 1)))
+        unused = [torch.zeros_like(now)] * (weight.shape[-1] - len(of_taps))  # taps that reach before the first token
+        return of_x, torch.stack([*of_taps, *unused][::-1], dim=-1)
+
+
+def _shifts(earlier: list[torch.Tensor], x: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """(shift, tap) for the taps that look back, as far as the window reaches."""
+    return [(shift, tap) for shift, tap in enumerate(reversed(earlier), start=1) if shift < len(x)]

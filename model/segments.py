@@ -11,6 +11,10 @@ import torch
 from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
 
 
+class SegmentError(ValueError):
+    """A batch that cannot be cut into segments, in one line."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """One pass over one window."""
@@ -36,7 +40,7 @@ def plan_segments(
         passes: N of this step.
 
     Raises:
-        ValueError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
+        SegmentError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
             sleep on different windows; batch them apart.
     """
     assert passes >= 1 and tokens.shape == loss_mask.shape
@@ -46,7 +50,7 @@ def plan_segments(
         stop = min(start + model.window, length)
         predicts = loss_mask[:, start + 1 : stop + 1].any(dim=1)
         if predicts.any() and not predicts.all():
-            raise ValueError(
+            raise SegmentError(
                 f"window {window} (tokens {start}..{stop - 1}) holds loss tokens in {int(predicts.sum())} of "
                 f"{len(predicts)} sequences of a batch; all or none must"
             )

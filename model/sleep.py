@@ -60,7 +60,10 @@ def sleep_and_predict(
             return hidden_states, loss, *fast_weights
 
         keep = segment.with_grad and torch.is_grad_enabled()
-        with nullcontext() if segment.with_grad else torch.no_grad(), health.watch(segment) if health else nullcontext():
+        with (
+            nullcontext() if segment.with_grad else torch.no_grad(),
+            health.watch(segment) if health else nullcontext(),
+        ):
             if recompute and keep:  # no dropout anywhere: no random state to restore
                 results = checkpoint(run, hidden_states, *fast_weights, use_reentrant=False, preserve_rng_state=False)
             else:

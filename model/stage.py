@@ -11,11 +11,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from powernap.model.attention import causal_mask_without, rotary_tables
-from powernap.model.block import HybridBlock, Window, block_submodules
+from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import FastWeights, zero_fast_weights
 from powernap.model.norm import RMSNorm
 from powernap.model.segments import Segment
+from powernap.model.window import Window
 
 
 class HybridStage(MegatronModule):

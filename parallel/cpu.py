@@ -4,14 +4,12 @@ Everything else is the same code as on CUDA, with gloo for NCCL.
 """
 
 import os
-import warnings
 
 import torch
 
 
 def prepare() -> None:
     """Set the stage for Megatron-core and DeepSpeed; does nothing that matters where CUDA is available."""
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     if torch.cuda.is_available():
         return
     # DeepSpeed guesses its accelerator, and warns that it did.

@@ -1,6 +1,7 @@
 """From processes to process groups: torch.distributed and Megatron-core's parallel state, on CUDA or CPU."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ class Topology:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
+    def sum_counters_over_data(self, counter: Counter) -> Counter:
+        """The sum of `counter` over data-parallel ranks, which may have counted different things."""
+        counters = [None] * self.data_size
+        dist.all_gather_object(counters, counter, group=self.groups.dp)
+        return sum(counters, Counter())
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -47,7 +54,8 @@ def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.
         timeout_seconds: a collective that waits longer raises instead of hanging.
         process_group: passed to torch.distributed.init_process_group in place of the environment (tests).
     """
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # set, since DeepSpeed insists on it
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())

@@ -14,6 +14,14 @@ import torch
 
 from powernap.parallel.topology import Topology
 
+# Elements that gradients travel in at a time: DeepSpeed's default.
+REDUCE_BUCKET = 500_000_000
+
+
+def _bucket_size(stage: torch.nn.Module) -> int:
+    """No more than the model needs: DeepSpeed allocates a whole bucket in every step, 2 GB to page in for a tiny model."""
+    return min(REDUCE_BUCKET, sum(p.numel() for p in stage.parameters()))
+
 
 class ZeroOptimizer:
     """One ZeRO-1 engine around a stage.
@@ -47,7 +55,7 @@ class ZeroOptimizer:
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
             "gradient_clipping": 0.0 if self._clip_here else clip,
-            "zero_optimization": {"stage": 1, "overlap_comm": False},
+            "zero_optimization": {"stage": 1, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
@@ -77,9 +85,7 @@ class ZeroOptimizer:
         norm = flat.norm()
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
-        for gradient, averaged in zip(
-            gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True
-        ):
+        for gradient, averaged in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
             gradient.copy_(averaged)
         return float(norm)
 

@@ -31,7 +31,7 @@ def build_stage(here, model=None, sleep=None, dtype=torch.float64, seed=0) -> Hy
     torch.manual_seed(seed)
     stage = HybridStage(model or model_config(), sleep or SleepConfig(), here.groups)
     with torch.no_grad():  # norms and gates away from their tidy start, so that a mistake in them shows
-        for name, parameter in stage.named_parameters():
+        for parameter in stage.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     return stage.to(dtype)

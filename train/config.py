@@ -30,7 +30,12 @@ class DataConfig(Section):
     test: str | list[str] | None = Field(None, description="held-out shards for the accuracy by depth; null: none")
     sequence_length: int = Field(ge=2, description="T, tokens in every sample")
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
-    shuffle_buffer: int = Field(2000, ge=1, description="samples a reader mixes; 1: shards are read in order")
+    shuffle_buffer: int = Field(2000, ge=1, description="samples a reader mixes; 1: a shard keeps its order")
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="streams the shards are dealt to; set: the order survives a new layout; null: one a reader",
+    )
 
 
 class TrainConfig(Section):
@@ -126,7 +131,9 @@ class Recipe(Section):
         train, parallel = self.train, self.parallel
         for field in ("tensor", "pipeline"):
             if getattr(parallel, field) > 1:
-                raise ValueError(f"parallel.{field}={getattr(parallel, field)} is not built yet: use 1 and parallel.data")
+                raise ValueError(
+                    f"parallel.{field}={getattr(parallel, field)} is not built yet: use 1 and parallel.data"
+                )
         if self.zero.stage != 1:
             raise ValueError(f"zero.stage={self.zero.stage} is not built yet: use 1")
         if train.global_batch_size % parallel.data:
@@ -196,7 +203,8 @@ def find_recipe(name_or_path: str) -> Path:
         return Path(str(shipped[name_or_path.removesuffix(".yaml")]))
     names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".yaml"))
     raise RecipeError(
-        f"no recipe '{name_or_path}': give a YAML file or one of {', '.join(names)}" + _did_you_mean(name_or_path, names)
+        f"no recipe '{name_or_path}': give a YAML file or one of {', '.join(names)}"
+        + _did_you_mean(name_or_path, names)
     )
 
 
@@ -298,7 +306,7 @@ def _description(model: type[Section], location: list[str]) -> str | None:
 def field_names(model: type[Section], prefix: str = "") -> list[str]:
     """Every dotted field of a recipe."""
     names = []
-    for name, field in model.model_fields.items():
+    for name in model.model_fields:
         section = _section(model, [name])
         names += field_names(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return names

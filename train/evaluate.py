@@ -1,67 +1,131 @@
 """Accuracy by depth: how many hops, steps or operations a model can do in its sleep, for several N."""
 
-from collections import defaultdict
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
+from powernap.parallel import checkpoint, topology
 from powernap.parallel.topology import Topology
-from powernap.train.config import Recipe
+from powernap.train.config import Recipe, RecipeError
 from powernap.train.data.loader import Batch, evaluation_batches
+from powernap.train.report import draw_accuracy, format_accuracy
+from powernap.train.run_folder import RunFolder
+from powernap.train.tracking import Tracker
 
-Accuracy = dict[str, dict[str, float]]  # N -> depth -> share of answers with every token right
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows of held-out problems. An answer counts when every token of it is right."""
+
+    accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
+    floor: dict[str, float]  # depth -> share that the best constant guess gets
+    answers: dict[str, int]  # depth -> answers asked
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of metrics.jsonl and MLflow."""
+        return {
+            f"accuracy/N{passes}/depth_{depth}": value
+            for passes, by_depth in self.accuracy.items()
+            for depth, value in by_depth.items()
+        }
 
 
 @torch.no_grad()
-def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, topology: Topology) -> Accuracy:
+def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, here: Topology) -> Evaluation:
     """Read the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
 
     An answer is right when each of its tokens is the likeliest one given the true tokens before it, which is the case
     exactly when greedy decoding would produce it.
     """
-    right: dict[tuple[int, int], int] = defaultdict(int)
-    asked: dict[tuple[int, int], int] = defaultdict(int)
+    asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
+    right: Counter[tuple[int, int]] = Counter()  # (N, depth)
     batches = evaluation_batches(
         recipe.data.test,
         batch_size=recipe.micro_batch_size,
         sequence_length=recipe.data.sequence_length,
         vocab_size=recipe.model.vocab_size,
-        rank=topology.data_rank,
-        world_size=topology.data_size,
+        rank=here.data_rank,
+        world_size=here.data_size,
         limit=samples,
     )
     for batch in batches:
+        asked.update((depth, answer) for _, depth, answer in _answers(batch))
         for number in passes:
-            for depth, is_right in _mark(stage, recipe, batch, number, topology.device):
-                asked[number, depth] += 1
-                right[number, depth] += is_right
-    totals = _sum_over_ranks(right, asked, topology)
-    return {
-        str(number): {str(depth): r / a for (n, depth), (r, a) in sorted(totals.items()) if n == number}
-        for number in passes
-    }
+            predictions = _predict(stage, recipe, batch, number, here.device)
+            right.update((number, depth) for where, depth, answer in _answers(batch) if predictions[where] == answer)
+    asked, right = here.sum_counters_over_data(asked), here.sum_counters_over_data(right)
+    answers = Counter()
+    constant_guess: Counter[int] = Counter()  # depth -> how often the most frequent answer is the right one
+    for (depth, _), count in asked.items():
+        answers[depth] += count
+        constant_guess[depth] = max(constant_guess[depth], count)
+    depths = sorted(answers)
+    return Evaluation(
+        accuracy={str(n): {str(depth): right[n, depth] / answers[depth] for depth in depths} for n in passes},
+        floor={str(depth): constant_guess[depth] / answers[depth] for depth in depths},
+        answers={str(depth): answers[depth] for depth in depths},
+    )
 
 
-def _mark(stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, device: torch.device):
-    """(depth, whether right) of every answer in the batch."""
+def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | None = None) -> str:
+    """Evaluate a run's newest checkpoint in this process; returns the table for people.
+
+    Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run. `passes` and
+    `samples` default to the recipe's.
+    """
+    folder = RunFolder(path)
+    recipe = folder.recipe()
+    newest = checkpoint.newest(folder.checkpoints)
+    if recipe.data.test is None:
+        raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
+    if newest is None:
+        raise RecipeError(f"{folder.checkpoints}: no checkpoint yet: train the run to its first one")
+    step = checkpoint.step_of(newest)
+    with topology.joined() as here:
+        stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+        checkpoint.load_weights(newest, stage)
+        result = evaluate(
+            stage, recipe, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
+        )
+    table, picture = path / "evaluation.json", path / "evaluation.png"
+    table.write_text(json.dumps({"step": step, **asdict(result)}, indent=2) + "\n")
+    draw_accuracy(
+        result.accuracy, result.floor, title=f"{path.name}: held-out accuracy after step {step:,}", to=picture
+    )
+    tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"))
+    tracker.log_metrics(step, result.metrics())
+    for file in (table, picture):
+        tracker.log_artifact(file)
+    tracker.close()
+    title = f"{path.name}: held-out accuracy after step {step:,}, {sum(result.answers.values()):,} answers"
+    rows = {f"N={n}": by_depth for n, by_depth in result.accuracy.items()} | {"constant guess": result.floor}
+    return f"{title}\n{format_accuracy(rows)}\n{table} and {picture.name} written"
+
+
+def evaluation_passes(recipe: Recipe) -> list[int]:
+    """The N to read at: the recipe's evaluation.passes, or the trained ones."""
+    return recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
+
+
+def _predict(stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, device: torch.device) -> dict:
+    """The predicted answer at every place of an answer: (row, start, stop) -> tokens."""
     segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, passes)
     output = sleep_and_predict(
         stage, segments, batch.tokens.to(device), batch.loss_mask.to(device), recompute=False, predict=True
     )
-    wrong = (output.predictions.cpu() != batch.tokens).cumsum(dim=1)
-    for row, answers in zip(wrong, batch.answers, strict=True):
+    predictions = output.predictions.tolist()
+    return {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+
+
+def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:
+    """Every answer of a batch: its place (row, start, stop), its depth, its tokens."""
+    for row, (tokens, answers) in enumerate(zip(batch.tokens.tolist(), batch.answers, strict=True)):
         for start, stop, depth in answers.tolist():
-            yield depth, bool(row[stop - 1] == row[start - 1])
-
-
-def _sum_over_ranks(right: dict, asked: dict, topology: Topology) -> dict[tuple[int, int], tuple[int, int]]:
-    """Ranks may have met different depths, so the counts travel as objects."""
-    gathered: list[tuple[dict, dict]] = [None] * topology.data_size
-    torch.distributed.all_gather_object(gathered, (dict(right), dict(asked)), group=topology.groups.dp)
-    totals: dict[tuple[int, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for rights, askeds in gathered:
-        for key, count in askeds.items():
-            totals[key] = (totals[key][0] + rights.get(key, 0), totals[key][1] + count)
-    return totals
+            yield (row, start, stop), depth, tuple(tokens[start:stop])

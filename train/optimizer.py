@@ -20,7 +20,7 @@ def build_optimizer(stage: torch.nn.Module, config: OptimizerConfig) -> torch.op
             {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
             {"params": [p for _, p in others], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([{**adamw, **group} for group in groups])
+        return torch.optim.AdamW([{**adamw, **group} for group in groups], fused=True)
     # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 

@@ -1,7 +1,9 @@
 """The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -68,9 +70,12 @@ class RunFolder:
             raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Nested sections as dotted keys."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from powernap.train.run_folder import flatten
+
 logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -100,6 +102,8 @@ class Tracker(NullTracker):
         # Imported here (1-3 s, once) and not in the thread: data workers forked in the middle of an import can deadlock.
         with contextlib.suppress(Exception):  # the thread meets the same error and reports it
             import mlflow.tracking  # noqa: F401
+        # DeepSpeed may have imported MLflow before the environment above was set.
+        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
@@ -250,17 +254,6 @@ class Tracker(NullTracker):
                 for name, value in record.values.items()
             ],
         )
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def ui_command(root: Path, port: int = 5000) -> list[str]:

@@ -1,5 +1,6 @@
 """A training run, read from top to bottom: set up, take batches, step, log, checkpoint, evaluate."""
 
+import math
 import random
 import resource
 import time
@@ -16,10 +17,14 @@ from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, training_batches
-from powernap.train.evaluate import Accuracy, evaluate
+from powernap.train.evaluate import evaluate, evaluation_passes
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from powernap.train.run_folder import RunFolder
 from powernap.train.run_log import RunLog
+
+
+class DivergedError(ValueError):
+    """Training left the realm of numbers, in one line."""
 
 
 def train(recipe: Recipe, resume: bool = False) -> None:
@@ -44,17 +49,22 @@ def train(recipe: Recipe, resume: bool = False) -> None:
         if resume and (newest := checkpoint.newest(folder.checkpoints)):
             done = checkpoint.load(newest, zero, here)
 
-        with RunLog(recipe, folder, here, resume_step=done) as log:
+        with RunLog(recipe, folder, here, resume_step=done if resume else None) as log:
             log.start(sum(p.numel() for p in stage.parameters()))
             batches = read_batches(recipe, here, skip=done)
             for step in range(done + 1, recipe.train.steps + 1):
                 metrics = train_step(recipe, stage, zero, next(batches), step, here)
-                log.step(step, metrics)
                 last = step == recipe.train.steps
-                if recipe.data.test and (last or step % (recipe.evaluation.every or step + 1) == 0):
-                    log.accuracy(step, accuracy(stage, recipe, here))
-                if last or step % recipe.train.checkpoint_every == 0:
+                if recipe.data.test and (last or is_due(step, recipe.evaluation.every)):
+                    passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
+                    metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
+                log.step(step, metrics)
+                if last or is_due(step, recipe.train.checkpoint_every):
                     checkpoint.save(folder.checkpoints, step, stage, zero, here)
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def train_step(
@@ -84,6 +94,11 @@ def train_step(
     set_lr(zero.param_groups, factor)
     grad_norm = zero.step()
     loss = float(here.sum_over_data(loss)) / loss_tokens
+    if not math.isfinite(loss + grad_norm):
+        raise DivergedError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; go on from the last checkpoint with a "
+            "lower optimizer.lr in a new run, or look at the fast weights' norms in metrics.jsonl"
+        )
     seconds = time.perf_counter() - start
     tokens = recipe.train.global_batch_size * (recipe.data.sequence_length - 1)
     metrics = {
@@ -117,16 +132,11 @@ def read_batches(recipe: Recipe, here: Topology, skip: int) -> Iterator[Batch]:
         rank=here.data_rank,
         world_size=here.data_size,
         workers=recipe.data.workers,
+        lanes=recipe.data.lanes,
         seed=recipe.run.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
         skip_batches=skip,
     )
-
-
-def accuracy(stage: HybridStage, recipe: Recipe, here: Topology) -> Accuracy:
-    """Accuracy by depth at the N of the recipe's evaluation section, or at the trained ones."""
-    passes = recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
-    return evaluate(stage, recipe, passes, recipe.evaluation.samples, here)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -171,9 +171,7 @@ def test_pads_leave_no_trace(here, passes):
     segments = tiny.plan_segments(padded, loss_mask, model, SleepConfig(), passes)
     import dataclasses
 
-    moved = [
-        dataclasses.replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments
-    ]
+    moved = [dataclasses.replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments]
     other = tiny.sleep_and_predict(stage, moved, short, loss_mask[:, 2:])
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-13)
     for padded_state, state in zip(one.fast_weights, other.fast_weights, strict=True):
@@ -220,9 +218,10 @@ def test_loop_range_over_all_blocks_is_the_default_and_a_part_differs(here):
     assert tiny.run(stage, tokens, loss_mask, 3, SleepConfig(loop_range=(0, 4))).loss == default
     part = tiny.run(stage, tokens, loss_mask, 3, SleepConfig(loop_range=(1, 3))).loss
     assert part != default
-    assert tiny.run(stage, tokens, loss_mask, 1, SleepConfig(loop_range=(1, 3))).loss == tiny.run(
-        stage, tokens, loss_mask, 1
-    ).loss
+    assert (
+        tiny.run(stage, tokens, loss_mask, 1, SleepConfig(loop_range=(1, 3))).loss
+        == tiny.run(stage, tokens, loss_mask, 1).loss
+    )
 
 
 def test_norm_and_reinjection_change_what_later_passes_see(here):

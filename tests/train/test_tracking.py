@@ -8,7 +8,8 @@ import urllib.request
 
 import pytest
 
-from powernap.train.tracking import NullTracker, Tracker, flatten, ui_command
+from powernap.train.run_folder import flatten
+from powernap.train.tracking import NullTracker, Tracker, ui_command
 
 CONFIG = {"run": {"name": "demo"}, "sleep": {"passes": [1, 4], "loop_range": None}, "train": {"steps": 100}}
 

@@ -1,0 +1,10 @@
+"""Synthetic tasks that need several steps of reasoning over evicted context. Nothing here imports torch.
+
+A task is a section of sizes with: vocab_size; sequence_length (T); context_length, the tokens before the answer window;
+window, the L that fits; and sample(rng, held_out). Token 0 is the pad in every task.
+"""
+
+from powernap.train.tasks.depo import Depo
+from powernap.train.tasks.rule110 import Rule110
+
+TASKS = {"depo": Depo, "rule110": Rule110}

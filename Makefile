@@ -1,0 +1,38 @@
+# Every target sets itself up: a virtual environment in .venv with the versions pinned in pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint bench ui install clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1  \t/p' Makefile
+
+demo: install  ## train with and without sleep, compare, draw (minutes)
+	$(BIN)/powernap demo
+
+test: install  ## lint and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+bench: install  ## measure speed and memory on this machine, into benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+ui: install  ## browse the runs in MLflow on http://127.0.0.1:5000
+	$(BIN)/powernap ui
+
+install: .venv/installed  ## the virtual environment alone
+
+# torch alone first, at one version: pip must not pick another for a library that asks for any. Where PIP_FIND_LINKS or
+# PIP_EXTRA_INDEX_URL offer a CPU wheel of it, pip prefers that one.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "powernap needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh .ci/install-venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:  ## remove the virtual environment (runs/ and data/ stay)
+	rm -rf .venv

@@ -1,0 +1,27 @@
+"""`python -m benchmarks [NAME ...] [--quick]`: run from the repository root; writes benchmarks/results/."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: every number is for one thread unless it says otherwise
+
+import argparse
+import importlib
+
+ON_CPU = ["delta_rule", "sleep", "stack"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default) or device")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
+    parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
+    options = parser.parse_args()
+    if unknown := set(options.names) - {*ON_CPU, "device"}:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, 'device'])}")
+    for name in options.names or ON_CPU:
+        flags = [f"--{flag}" for flag in ("quick", "tiny") if getattr(options, flag)]
+        importlib.import_module(f"benchmarks.{name}").main(options, " ".join(["python -m benchmarks", name, *flags]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What every benchmark needs: paired timing, a description of the machine, one JSON file and one table from it."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from powernap.parallel import topology
+from powernap.parallel.topology import Topology
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Times = dict[str, list[float]]
+
+
+def interleave(forms: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Times:
+    """CPU seconds of every form in every round.
+
+    CPU time of this one-threaded process, not time on the clock: it is what a machine with nothing else to do would
+    show, and other people's processes do not count.
+
+    The forms take turns, so that a busy neighbour or a change of clock meets all of them: compare two forms by
+    `paired_ratio`, not by times taken apart. Every other round runs backwards, or the same form would always follow
+    the same one and find its caches.
+    """
+    times: Times = {name: [] for name in forms}
+    for number in range(warmup + rounds):
+        for name in reversed(forms) if number % 2 else forms:
+            start = time.process_time()
+            forms[name]()
+            if number >= warmup:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def paired_ratio(one: list[float], other: list[float]) -> float:
+    """The median over rounds of one / other."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def milliseconds(seconds: list[float]) -> float:
+    """Their median, in ms."""
+    return 1e3 * statistics.median(seconds)
+
+
+def join_alone() -> Topology:
+    """This process as a world of one, on one CPU thread."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if not dist.is_initialized():
+        return topology.initialize(store=dist.HashStore(), rank=0, world_size=1)
+    return topology.initialize()
+
+
+def machine() -> dict:
+    """What the numbers depend on; nothing that names the machine or its folders."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(_usable_cores()),
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if torch.cuda.is_available() else "CPU time of the process",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, command: str, numbers: dict, report: list[str]) -> None:
+    """results/NAME.json with `numbers` and results/NAME.md with `report`, both headed by machine, date and commit."""
+    header = {"benchmark": name, "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", **_commit()}
+    RESULTS.mkdir(exist_ok=True)
+    document = {**header, "machine": machine(), **numbers}
+    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    about = machine()
+    place = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; CPU time"
+    commit = header["commit"] + (" with uncommitted changes" if header["uncommitted_changes"] else "")
+    origin = [f"{place}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
+    text = "\n".join([f"# {name}", "", f"`{command}`", "", *origin, "", *report]).rstrip() + "\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print("\n".join(report), flush=True)
+
+
+def table(columns: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table whose columns line up as text; floats with three significant digits."""
+    cells = [columns, *([_show(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    head, *body = (" | ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells)
+    rule = "|".join("-" * (width + 1) + ":" for width in widths)
+    return [f"| {head} |", f"|{rule}|", *(f"| {row} |" for row in body)]
+
+
+def verdicts(targets: list[tuple[str, float, str, float]]) -> tuple[list[dict], list[str]]:
+    """Targets (what, measured, "<=" or ">=", bound) as numbers and as a table."""
+    judged = []
+    for what, value, sign, bound in targets:
+        met = value <= bound if sign == "<=" else value >= bound
+        judged.append({"what": what, "measured": value, "target": f"{sign} {bound:g}", "met": met})
+    rows = [[t["what"], t["measured"], t["target"], "yes" if t["met"] else "NO"] for t in judged]
+    return judged, ["Targets:", "", *table(["what", "measured", "target", "met"], rows), ""]
+
+
+def _show(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def _rounded(value: object) -> object:
+    """Floats with six significant digits: the rest is noise and makes every difference unreadable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {str(key): _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _commit() -> dict:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # an unpacked archive, or no git here
+
+    changes = git("status", "--porcelain", "--", "model", "parallel", "train", "benchmarks/*.py")
+    return {"commit": git("rev-parse", "HEAD") or "unknown", "uncommitted_changes": bool(changes)}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _usable_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -1,0 +1,244 @@
+"""What sleep costs: step time, memory and the latency of an answer against the number of passes N.
+
+Step time. A step with W consolidation windows runs W (N-1) whole passes more than with N = 1, so
+
+    ideal(N) = step(1) + W (N-1) pass
+
+where `pass` is timed by itself: one segment forward, recomputed, backward, as the schedule runs it.
+
+Memory. Checkpointing keeps the inputs of each segment: hidden states [L, B, D] and fast weights. Live tensor bytes are
+counted at every operation, so the peak is exact and the same on every machine. It is counted twice: a step with N = 1
+and one answer window is at its peak before there are gradients of parameters, every other step when there are, so with
+one answer window the step from N = 1 to 2 also shows one set of gradients. With two answer windows the gradients are
+there for every N, and what is left is what sleep needs.
+
+Wake latency. One prediction window answered from fast weights that N passes have written.
+"""
+
+import argparse
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
+from powernap.model import fast_weights as fw
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.segments import Segment, plan_segments
+from powernap.model.sleep import sleep_and_predict
+from powernap.model.stage import HybridStage
+from powernap.parallel.schedule import MicroBatch, forward_backward
+
+PASSES = (1, 2, 4, 8)
+CONSOLIDATION_WINDOWS = 4
+BATCH = 4
+MODEL = ModelConfig(
+    pattern="AGAG",
+    window=64,
+    vocab_size=256,
+    hidden_size=256,
+    ffn_hidden_size=768,
+    num_attention_heads=4,
+    gdn_heads=4,
+    gdn_key_dim=64,
+    gdn_value_dim=64,
+)
+
+
+def main(options: argparse.Namespace, command: str) -> None:
+    here = join_alone()
+    torch.manual_seed(0)
+    stage = HybridStage(MODEL, SleepConfig(), here.groups)
+    tokens, loss_mask = batch(BATCH)
+    time_numbers, time_report, time_targets = step_time(stage, tokens, loss_mask, rounds=3 if options.quick else 9)
+    memory_numbers, memory_report, memory_targets = memory(stage)
+    wake_numbers, wake_report, wake_targets = wake_latency(stage, rounds=30 if options.quick else 300)
+    judged, verdict = verdicts(time_targets + memory_targets + wake_targets)
+    size = (
+        f"Hybrid {MODEL.pattern}, d={MODEL.hidden_size}, float32, {BATCH} sequences, "
+        f"{CONSOLIDATION_WINDOWS} windows\nof {MODEL.window} tokens slept on, one answered."
+    )
+    numbers = {
+        "model": MODEL.model_dump(),
+        "batch": BATCH,
+        "consolidation_windows": CONSOLIDATION_WINDOWS,
+        "step_time": time_numbers,
+        "memory": memory_numbers,
+        "wake_latency": wake_numbers,
+        "targets": judged,
+    }
+    write("sleep", command, numbers, [size, "", *time_report, *memory_report, *wake_report, *verdict])
+
+
+def batch(sequences: int, answers: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens; the last `answers` windows hold the loss tokens."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (sequences, (CONSOLIDATION_WINDOWS + answers) * MODEL.window + 1)
+    tokens = torch.randint(MODEL.vocab_size, shape, generator=generator)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    loss_mask[:, -answers * MODEL.window :] = True
+    return tokens, loss_mask
+
+
+def step_time(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor, rounds: int):
+    print("sleep: step time", flush=True)
+    forms = {f"step({n})": step(stage, tokens, loss_mask, n) for n in PASSES}
+    forms["pass"] = one_pass(stage, tokens, loss_mask)
+    times = interleave(forms, rounds)
+    rows, numbers = [], {"pass_ms": milliseconds(times["pass"]), "by_passes": {}}
+    for n in PASSES:
+        extra = CONSOLIDATION_WINDOWS * (n - 1)
+        ideal = [one + extra * each for one, each in zip(times["step(1)"], times["pass"], strict=True)]
+        ratio = paired_ratio(times[f"step({n})"], ideal)
+        numbers["by_passes"][n] = {
+            "step_ms": milliseconds(times[f"step({n})"]),
+            "ideal_ms": milliseconds(ideal),
+            "step_over_ideal": ratio,
+            "step_over_one_pass": paired_ratio(times[f"step({n})"], times["step(1)"]),
+        }
+        rows.append([n, CONSOLIDATION_WINDOWS * n + 1, *numbers["by_passes"][n].values()])
+    alone = numbers["pass_ms"]
+    report = [
+        "Step time, forward and backward with recomputation.",
+        f"ideal(N) = step(1) + {CONSOLIDATION_WINDOWS} (N-1) pass; one pass by itself takes {alone:.3g} ms.",
+        "Ratios are medians of paired rounds.",
+        "",
+        *table(["N", "segments", "step ms", "ideal ms", "step/ideal", "step/step(1)"], rows),
+        "",
+    ]
+    worst = max((numbers["by_passes"][n]["step_over_ideal"] for n in PASSES[1:]), key=lambda ratio: abs(ratio - 1))
+    return numbers, report, [("step time over ideal, worst N", worst, "<=", 1.1)]
+
+
+def step(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor, passes: int):
+    """The forward and backward part of a training step."""
+    segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), passes)
+    scale = 1.0 / int(loss_mask.sum())
+
+    def run():
+        stage.zero_grad(set_to_none=True)
+        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, recompute=True)
+
+    return run
+
+
+def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
+    """One whole pass over a consolidation window, alone: forward, then recomputed and back-propagated."""
+    segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 3)
+    segment: Segment = segments[1]  # the middle pass: from hidden states to hidden states
+    window = tokens[:, slice(*segment.tokens)]
+    with torch.no_grad():
+        hidden_states, states = stage(segments[0], window, None, stage.zero_fast_weights(len(tokens)))
+    inputs = [x.requires_grad_() for x in (hidden_states, *states)]
+    gradients = [torch.randn_like(x) for x in inputs]
+
+    def run_segment(hidden_states, *states):
+        hidden_states, states = stage(segment, window, hidden_states, states)
+        return hidden_states, *states
+
+    def run():
+        for x in inputs:
+            x.grad = None
+        results = checkpoint(run_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
+        torch.autograd.backward(results, gradients)
+
+    return run
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are still alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def memory(stage: HybridStage):
+    print("sleep: memory", flush=True)
+    hidden = MODEL.window * BATCH * MODEL.hidden_size * stage.embedding.weight.element_size()
+    states = fw.nbytes(stage.zero_fast_weights(BATCH))
+    peaks = {answers: {n: peak_bytes(stage, answers, n) for n in PASSES} for answers in (1, 2)}
+    # Pass 1 starts from tokens, the others from hidden states; every pass starts from fast weights.
+    saved = {n: CONSOLIDATION_WINDOWS * (n - 1) * (hidden + states) for n in PASSES}
+    growth = {answers: {n: peak[n] - peak[1] for n in PASSES} for answers, peak in peaks.items()}
+    numbers = {
+        "hidden_bytes": hidden,
+        "fast_weight_bytes": states,
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in stage.parameters()),
+        "growth_of_saved_inputs": saved,
+        "by_answer_windows": {a: {"peak_bytes": peaks[a], "growth": growth[a]} for a in peaks},
+    }
+    mib = 2**20
+    rows = [[n, saved[n] / mib, *(x[a][n] / mib for a in (1, 2) for x in (peaks, growth))] for n in PASSES]
+    report = [
+        "Peak memory of a step in MiB, parameters left out, and its growth from N=1.",
+        f"A segment's saved inputs are hidden states ({hidden / mib:.3g}) and fast weights ({states / mib:.3g}).",
+        f"One answer window, from N=1 to 2: the gradients ({numbers['gradient_bytes'] / mib:.3g}) join the peak.",
+        "",
+        *table(["N", "saved inputs", "peak, 1 answer", "growth", "peak, 2 answers", "growth"], rows),
+        "",
+    ]
+    targets = [(f"memory growth / saved, {a} answer", growth[a][8] / saved[8], "<=", 1.0) for a in (1, 2)]
+    return numbers, report, targets
+
+
+def peak_bytes(stage: HybridStage, answers: int, passes: int) -> int:
+    run = step(stage, *batch(BATCH, answers), passes)
+    run()  # rotary tables are made outside the count
+    stage.zero_grad(set_to_none=True)
+    with LiveBytes() as live:
+        run()
+    return live.peak
+
+
+def wake_latency(stage: HybridStage, rounds: int):
+    print("sleep: wake latency", flush=True)
+    tokens, loss_mask = batch(1)
+    forms = {}
+    for n in PASSES:
+        segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), n)
+        with torch.no_grad():
+            asleep = sleep_and_predict(stage, segments[:-1], tokens, loss_mask)
+        forms[n] = answer(stage, segments[-1], tokens, asleep.fast_weights)
+    times = interleave(forms, rounds, warmup=3)
+    numbers = {n: {"ms": milliseconds(times[n]), "over_one_pass": paired_ratio(times[n], times[1])} for n in PASSES}
+    report = [
+        "Wake latency: one window answered for one sequence, after N passes of sleep.",
+        "",
+        *table(["N", "ms", "over N=1"], [[n, *numbers[n].values()] for n in PASSES]),
+        "",
+    ]
+    return numbers, report, [("wake latency N=8 over N=1", numbers[8]["over_one_pass"], "<=", 1.05)]
+
+
+def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.FastWeights):
+    window = tokens[:, slice(*segment.tokens)]
+
+    def run():
+        with torch.no_grad():
+            hidden_states, _ = stage(segment, window, None, states)
+            return stage.predictions(hidden_states)
+
+    return run

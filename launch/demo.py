@@ -1,0 +1,73 @@
+"""The demo: the same small hybrid with and without sleep, from shards to a picture, with the commands a user types."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from powernap.train.config import RecipeError
+from powernap.train.metrics import read_metrics
+from powernap.train.report import draw_demo, format_accuracy
+
+TRAINED = (4, 1)  # N of the two models: four passes of sleep, and the plain hybrid
+TASK = ["nodes=8", "max_hop=4", "queries=18", "names=ends"]
+
+
+def demo(folder: Path, seed: int, overrides: list[str]) -> int:
+    """Build the shards, train both models, evaluate both on held-out cycles, compare them; go on where it was stopped.
+
+    Writes results.json and demo.png into `folder`. `overrides` change both runs' recipe (tests shorten it).
+    """
+    results = folder / "results.json"
+    if results.is_file():
+        raise RecipeError(f"{results} exists: remove {folder} to run the demo again, or choose another --folder")
+    start = time.monotonic()
+    data = folder / "data"
+    if not data.exists():
+        run("data", "build", "depo", str(data), *TASK, "--test-samples", "2000", "--train-samples", "48000",
+            "--samples-per-shard", "6000", "--seed", str(seed))  # fmt: skip
+    for passes in TRAINED:
+        going_on = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
+        run(
+            "train", "demo", f"run.name=N{passes}", f"run.root={folder}", f"run.seed={seed}", f"sleep.passes={passes}",
+            f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides, *going_on,
+        )  # fmt: skip
+        run("eval", str(folder / f"N{passes}"), "--passes", str(passes))
+    evaluations = {n: json.loads((folder / f"N{n}" / "evaluation.json").read_text()) for n in TRAINED}
+    accuracy = {str(n): evaluations[n]["accuracy"] for n in TRAINED}
+    floor = evaluations[TRAINED[0]]["floor"]
+    summary = {
+        "accuracy": accuracy,  # trained N -> read at N -> hop
+        "constant_guess": floor,
+        "steps": evaluations[TRAINED[0]]["step"],
+        "seed": seed,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    by_model = {f"trained and read with N={n}": accuracy[str(n)][str(n)] for n in TRAINED}
+    losses = {
+        name: [record["loss"] for record in read_metrics(folder / f"N{n}" / "metrics.jsonl")]
+        for name, n in zip(by_model, TRAINED, strict=True)
+    }
+    picture = folder / "demo.png"
+    title = "Following a chain that was read, slept on and evicted"
+    draw_demo(by_model, floor, losses, title=title, to=picture)
+    results.write_text(json.dumps(summary, indent=2) + "\n")
+
+    print("\nShare of right answers on held-out cycles, by hops along the cycle")
+    print(format_accuracy(by_model | {"constant guess": floor}, depth_name="hops"))
+    print(f"\nBoth models: the same {summary['steps']} steps on the same data, {summary['seconds']:.0f} s in all.")
+    print(f"Picture:   {picture}")
+    print(f"Numbers:   {results}")
+    print("Curves:    make ui      (MLflow on http://127.0.0.1:5000)" if folder == Path("runs/demo") else
+          f"Curves:    powernap ui --root {folder}")  # fmt: skip
+    print("Next:      powernap train demo run.name=mine sleep.passes=2 ...   (powernap train --help)")
+    return 0
+
+
+def run(*arguments: str) -> None:
+    """Show and run one powernap command in a process of its own."""
+    print("$ powernap " + " ".join(arguments), flush=True)
+    exit_code = subprocess.call([sys.executable, "-m", "powernap.launch.cli", *arguments])
+    if exit_code:
+        sys.exit(exit_code)  # the command has said why

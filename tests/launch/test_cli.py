@@ -1,0 +1,192 @@
+"""The command: fast help, mistakes answered in one line before any process starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+from powernap.launch import local
+from powernap.launch.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    runs.prepare(folder, train_samples=64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval"], ["data"], ["data", "build"], ["compare"], ["ui"], ["demo"]], ids=" ".join
+)
+def test_help_takes_under_a_second_and_80_columns(tmp_path, command):
+    start = time.perf_counter()
+    result = runs.powernap(*command, "--help", cwd=tmp_path, COLUMNS="80")
+    assert time.perf_counter() - start < 1.0
+    assert result.returncode == 0 and result.stdout.startswith("usage: powernap")
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+def test_checking_a_recipe_does_not_import_torch():
+    code = (
+        "import sys; from powernap.train.config import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.patern=AG"], ["model.patern", "did you mean model.pattern?"]),
+        (["passes=4"], ["passes", "did you mean sleep.passes?"]),
+        (["trian.steps=4"], ["trian", "did you mean train"]),
+        (["train.steps=many"], ["train.steps=many", "integer"]),
+        (["train.steps=0"], ["train.steps=0", "greater than or equal to 1"]),
+        (["train.steps"], ["train.steps", "key=value"]),
+        (["sleep.passes=0"], ["sleep.passes=0", "N, passes over a consolidation window"]),
+        (["sleep.passes=[]"], ["sleep.passes=[]"]),
+        (["model.pattern=AX"], ["model.pattern=AX", "A (attention) and G (gated delta net)"]),
+        (["model.num_attention_heads=5"], ["num_attention_heads=5", "hidden_size=32"]),
+        (["sleep.loop_range=[0,3]"], ["loop_range=[0, 3]", "2"]),
+        (["sleep.loop_range=[0,1]"], ["loop_range=[0, 1]", "G block"]),
+        (["model.vocab_size=10"], ["model.vocab_size", "15"]),
+        (["data.sequence_length=20"], ["data.sequence_length=20", "24"]),
+        (["model.window=7"], ["model.window=7", "12"]),
+        (["data.train=nowhere/*.tar"], ["nowhere/*.tar"]),
+        (["data.train=[]"], ["data.train"]),
+        (["data.lanes=4"], ["data.lanes", "1"]),
+        (["parallel.data=2", "train.global_batch_size=3"], ["train.global_batch_size=3", "parallel.data=2"]),
+        (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "16"]),
+        (["parallel.tensor=2"], ["parallel.tensor=2"]),
+        (["zero.stage=3"], ["zero.stage=3"]),
+        (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas", "[0, 1)"]),
+        (["run.name=a/b"], ["run.name=a/b"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides, words):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert main(["train", "tiny.yaml", "data.lanes=1", *overrides]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+    assert sorted(folder.rglob("*")) == before  # nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "dmeo"], ["dmeo", "did you mean demo?"]),
+        (["train", "tiny.yaml", "--resume"], ["nothing to resume"]),
+        (["eval", "nobody"], ["no run 'nobody'"]),
+        (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
+        (["data", "build", "depot", "x"], ["no task 'depot'", "depo, rule110"]),
+        (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),
+    ],
+    ids=lambda value: " ".join(value[:3]),
+)
+def test_other_commands_too(folder, capfd, monkeypatch, arguments, words):
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "broken.yaml").write_text("run: [unclosed\nmodel: {")
+    assert main(["train", "broken.yaml"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("powernap: error: broken.yaml: not YAML") and error.count("\n") == 1
+
+
+def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(folder):
+    run = ("train", "tiny.yaml", "data.lanes=1", "train.steps=2", "run.name=kept")
+    assert runs.powernap(*run, cwd=folder).returncode == 0
+    metrics = (folder / "runs" / "kept" / "metrics.jsonl").read_bytes()
+    runs.assert_one_line(runs.powernap(*run, cwd=folder), "runs/kept exists", "--resume")
+    changed = runs.powernap(*run, "optimizer.lr=0.1", "--resume", cwd=folder)
+    runs.assert_one_line(changed, "optimizer.lr=0.1", "0.005")
+    assert (folder / "runs" / "kept" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_shard_that_breaks_during_the_run_ends_every_process(folder):
+    """The check at the start reads the ends of shards, not every sample: a bad sample turns up in the middle."""
+    import io
+    import tarfile
+
+    import numpy as np
+
+    bad = folder / "bad"
+    bad.mkdir()
+    for shard in range(2):
+        with tarfile.open(bad / f"train-{shard}.tar", "w") as tar:
+            for index in range(40):
+                length = 23 if (shard, index) == (1, 30) else 24
+                loss_mask = np.arange(length) >= 14
+                values = {"tokens": np.ones(length, np.int32), "loss_mask": loss_mask, "answers": [[14, 15, 1]]}
+                for name, value in values.items():
+                    buffer = io.BytesIO()
+                    np.save(buffer, np.asarray(value, dtype=bool if name == "loss_mask" else np.int32))
+                    member = tarfile.TarInfo(f"{index:04}.{name}.npy")
+                    member.size = buffer.tell()
+                    tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    start = time.monotonic()
+    result = runs.powernap(
+        "train", "tiny.yaml", "run.name=bad", "data.train=bad/train-*.tar", "data.shuffle_buffer=1", "parallel.data=2",
+        "train.steps=100", cwd=folder,
+    )  # fmt: skip
+    assert time.monotonic() - start < 60
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert any("train-1.tar" in line and "data.sequence_length" in line for line in errors), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_stopped_run_says_so_and_leaves_nothing_running(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "powernap.launch.cli",
+        "train",
+        "tiny.yaml",
+        "run.name=stopped",
+        "train.steps=9999",
+    ]
+    command += ["data.lanes=1", "data.workers=1"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = folder / "runs" / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "powernap: interrupted" in errors and "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_srun_is_recognised(monkeypatch):
+    for name in (*local.ENVIRONMENT, "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert not local.already_started()
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+             "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7", "SLURM_JOB_ID": "12345"}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert local.already_started()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "10.0.0.7", "22345"]
+    local.check_world_size(4, "parallel.data=4")
+    with pytest.raises(local.LaunchError, match=r"parallel.data=2 needs 2 processes, 4 were started"):
+        local.check_world_size(2, "parallel.data=2")

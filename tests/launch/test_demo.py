@@ -1,0 +1,44 @@
+"""The demo, cut short: its commands, its files, going on where it was stopped. What it shows takes minutes: `make demo`."""
+
+import json
+import shutil
+
+import runs
+
+SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "train.checkpoint_every=3", "evaluation.samples=64")
+
+
+def test_the_demo_from_shards_to_picture_and_again(tmp_path):
+    result = runs.powernap("demo", "--seed", "3", *SHORT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "demo"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["accuracy"]) == ["4", "1"]
+    assert list(results["accuracy"]["4"]) == ["4"] and list(results["accuracy"]["1"]) == ["1"]  # each at its own N
+    assert list(results["accuracy"]["4"]["4"]) == ["1", "2", "3", "4"]
+    assert results["steps"] == 6 and results["seed"] == 3 and results["seconds"] > 0
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    commands = [line for line in result.stdout.splitlines() if line.startswith("$ powernap ")]
+    assert [command.split()[2] for command in commands] == ["data", "train", "eval", "train", "eval"]
+    table = result.stdout[result.stdout.index("Share of right answers") :]
+    assert "make ui" in table and max(len(line) for line in table.splitlines()) <= 80
+    steps, data = ([run["step"] for run in metrics(folder, n)] for n in ("N4", "N1")), folder / "data"
+    assert all(step == [1, 2, 3, 4, 5, 6] for step in steps)
+    assert json.loads((data / "manifest.json").read_text())["fields"]["nodes"] == 8
+
+    again = runs.powernap("demo", "--seed", "3", *SHORT, cwd=tmp_path)
+    runs.assert_one_line(again, "results.json exists")
+
+    # As if it had been stopped in the middle of its second training.
+    losses = [run["loss"] for run in metrics(folder, "N1")]
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "N1" / "checkpoints" / "step_00000006")
+    resumed = runs.powernap("demo", "--seed", "3", *SHORT, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step 3 of 6" in resumed.stderr
+    assert [run["loss"] for run in metrics(folder, "N1")] == losses
+    assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
+
+
+def metrics(folder, name):
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,152 @@
+"""ZeRO-1 through DeepSpeed against a plain torch optimizer, on the same gradients. Two processes: tests/train/test_trainer."""
+
+import pytest
+import tiny
+import torch
+
+from powernap.parallel.zero import ZeroOptimizer
+from powernap.train.config import OptimizerConfig
+from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+
+CLIP = 0.5
+
+
+def zero_for(here, config, precision="fp32"):
+    stage = tiny.build_stage(here, dtype=torch.float32)
+    optimizer = build_optimizer(stage, config)
+    return stage, ZeroOptimizer(stage, optimizer, here, precision=precision, clip=CLIP, micro_batch_size=3)
+
+
+def step_plainly(stage, optimizers, tokens, loss_mask, factor):
+    tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), CLIP)
+    for optimizer in optimizers:
+        set_lr(optimizer.param_groups, factor)
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(norm)
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Momentum, Nesterov, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024), in float32."""
+
+    def __init__(self, matrices, lr, momentum, weight_decay):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average += (1 - group["momentum"]) * (p.grad - average)
+                x = p.grad + group["momentum"] * (average - p.grad)
+                rows, columns = x.shape
+                x = (x.T if rows > columns else x) / x.norm()
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = (x.T if rows > columns else x) * max(1, rows / columns) ** 0.5
+                p *= 1 - group["lr"] * group["weight_decay"]
+                p -= group["lr"] * x
+
+
+def plain_optimizers(stage, config):
+    """Written down anew: who gets weight decay, who gets Muon."""
+
+    def of(wanted):
+        return [p for name, p in stage.named_parameters() if kind(name, p) in wanted]
+
+    def kind(name, p):
+        if p.ndim != 2 or name == "embedding.weight":
+            return "other"
+        return "head" if name == "output_layer.weight" else "inside"
+
+    adamw = {"betas": config.betas, "eps": config.eps, "lr": config.lr}
+    decay = config.weight_decay
+    optimizers = []
+    decaying = of({"head"} if config.name == "muon" else {"head", "inside"})
+    groups = [{"params": decaying, "weight_decay": decay}, {"params": of({"other"}), "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, **adamw))
+    if config.name == "muon":
+        optimizers.append(PlainMuon(of({"inside"}), config.muon_lr, config.muon_momentum, decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+@pytest.mark.parametrize(("name", "bound"), [("adamw", 1e-6), ("muon", 1e-4)])
+def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
+    # In bfloat16, as it runs, Muon's orthogonalisation multiplies rounding errors by hundreds: nothing could be compared.
+    monkeypatch.setattr("deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype", lambda *_: torch.float32)
+    config = OptimizerConfig(name=name, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, warmup_steps=3)
+    stage, zero = zero_for(here, config)
+    plain = tiny.build_stage(here, dtype=torch.float32)
+    optimizers = plain_optimizers(plain, config)
+    start = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    for step in range(1, 11):
+        tokens, loss_mask = tiny.batch(seed=step)
+        factor = lr_factor(step, 10, config)
+        tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+        set_lr(zero.param_groups, factor)
+        norm = zero.step()
+        expected = step_plainly(plain, optimizers, tokens, loss_mask, factor)
+        assert norm == pytest.approx(expected, rel=1e-4)
+        assert norm > CLIP
+    moved = {n: p.detach() for n, p in plain.named_parameters()}
+    assert tiny.largest_difference({n: p.detach() for n, p in stage.named_parameters()}, moved) < bound
+    assert min((moved[n] - start[n]).abs().max() for n in moved) > 2 * bound  # every parameter moved, by more than that
+
+
+def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(here):
+    config = OptimizerConfig(lr=1e-2, warmup_steps=0)
+    once, zero_once = zero_for(here, config)
+    twice, zero_twice = zero_for(here, config)
+    for step in range(1, 4):
+        tokens, loss_mask = tiny.batch(sequences=4, seed=step)
+        tiny.run(once, tokens, loss_mask, 2).loss.backward()
+        for part in (slice(0, 2), slice(2, 4)):
+            tiny.run(twice, tokens[part], loss_mask[part], 2).loss.backward()
+        assert zero_once.step() == pytest.approx(zero_twice.step(), rel=1e-5)
+    a, b = ({n: p.detach() for n, p in stage.named_parameters()} for stage in (once, twice))
+    assert tiny.largest_difference(a, b) < 1e-5
+
+
+def test_bf16_accumulates_in_float32(here):
+    """Many small gradients on a large one: bfloat16 would lose every one of them."""
+    config = OptimizerConfig(lr=1e-2, warmup_steps=0)
+    stage, zero = zero_for(here, config, precision="bf16")
+    weight = dict(stage.named_parameters())["output_layer.weight"]
+    assert weight.dtype == torch.bfloat16
+    others = sum(p.float().sum() * 0 for p in stage.parameters())
+    (weight.float().sum() * 1.0 + others).backward()
+    for _ in range(256):
+        (weight.float().sum() * 2**-9).backward()
+    # 1 + 256 / 512 in each of its entries; bfloat16 keeps 8 bits, so 1 + 2^-9 rounds to 1 each time
+    assert zero.step() == pytest.approx(1.5 * weight.numel() ** 0.5, rel=1e-3)
+
+
+def test_the_state_comes_back(here):
+    config = OptimizerConfig(lr=1e-2, warmup_steps=0)
+    stage, zero = zero_for(here, config)
+    for step in range(1, 4):
+        tiny.run(stage, *tiny.batch(seed=step), 2).loss.backward()
+        zero.step()
+    saved = zero.state_dict()
+    other, zero_other = zero_for(here, config)
+    zero_other.load_state_dict(saved)
+    for one, two in ((stage, zero), (other, zero_other)):
+        tiny.run(one, *tiny.batch(seed=9), 2).loss.backward()
+        two.step()
+    a, b = ({n: p.detach() for n, p in s.named_parameters()} for s in (stage, other))
+    assert tiny.largest_difference(a, b) == 0
+
+
+def test_learning_rate_warms_up_holds_and_decays():
+    config = OptimizerConfig(warmup_steps=10, hold=0.6, final_lr=0.02)
+    factors = [lr_factor(step, 100, config) for step in range(1, 101)]
+    assert factors[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert factors[9:60] == [1.0] * 51
+    assert all(a > b for a, b in zip(factors[60:], factors[61:], strict=False))
+    assert factors[99] == pytest.approx(max(0.02, 0.01 / 0.4))
+    assert lr_factor(1, 100, OptimizerConfig(warmup_steps=0, hold=1.0)) == 1.0

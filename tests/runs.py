@@ -1,0 +1,53 @@
+"""Real runs for tests: small shards, a small recipe, the command in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from powernap.train.data.shards import build
+from powernap.train.tasks import TASKS
+
+RECIPE = {
+    "run": {"name": "tiny"},
+    "model": {
+        "pattern": "AG", "window": 12, "vocab_size": 15, "pad_token_id": 0, "hidden_size": 32, "ffn_hidden_size": 64,
+        "num_attention_heads": 2, "gdn_heads": 2, "gdn_key_dim": 16, "gdn_value_dim": 16, "conv_kernel": 2,
+    },
+    "sleep": {"passes": 2},
+    "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},
+    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5, "checkpoint_every": 5},
+    "optimizer": {"lr": 5.0e-3, "warmup_steps": 2, "clip": 0.5},
+    "evaluation": {"samples": 64},
+}  # fmt: skip
+
+
+def prepare(folder: Path, train_samples: int = 256, **sections: dict) -> Path:
+    """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
+    task = TASKS["depo"](nodes=6, max_hop=2, queries=4, names="ends")
+    build("depo", task, folder / "data", train_samples=train_samples, test_samples=64, samples_per_shard=64, seed=0)
+    recipe = {name: {**values, **sections.get(name, {})} for name, values in RECIPE.items()}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def powernap(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """Run one command; a run that does not end in `timeout` seconds fails the test."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "powernap.launch.cli", *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """The command failed and said why in one line that holds all of `words`."""
+    assert result.returncode != 0, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("powernap: error: ") or lines[0].startswith("powernap: rank "), lines[0]
+    for word in words:
+        assert word in lines[0], lines[0]

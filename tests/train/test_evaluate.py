@@ -1,0 +1,121 @@
+"""Accuracy by depth: counted again by hand; the table, the JSON and the picture a run gets."""
+
+import json
+
+import pytest
+import runs
+import torch
+
+from powernap.model.stage import HybridStage
+from powernap.train.config import load_recipe
+from powernap.train.data.loader import evaluation_batches
+from powernap.train.evaluate import evaluate
+from powernap.train.report import draw_accuracy, format_accuracy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    runs.prepare(folder)
+    return folder
+
+
+def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypatch):
+    monkeypatch.chdir(folder)
+    recipe = load_recipe("tiny.yaml", ["train.micro_batch_size=8"])
+    stage = HybridStage(recipe.model, recipe.sleep, here.groups)
+    truth = {}
+
+    def predictions(stage, segments, tokens, loss_mask, **_):
+        """The truth, except for the first answer of every other sequence and for every answer where N is 3."""
+        from powernap.model.sleep import SleepOutput
+
+        guess = tokens.clone()
+        passes = max(segment.pass_number for segment in segments)
+        guess[::2, 14] = 0
+        return SleepOutput(torch.zeros(()), torch.zeros_like(guess) if passes == 3 else guess, ())
+
+    monkeypatch.setattr("powernap.train.evaluate.sleep_and_predict", predictions)
+    batches = list(evaluation_batches("data/test-*.tar", batch_size=8, sequence_length=24, vocab_size=15, rank=0,
+                                      world_size=1, limit=40))  # fmt: skip
+    for batch in batches:
+        for row, answers in enumerate(batch.answers):
+            for start, _, depth in answers.tolist():
+                right, asked, kinds = truth.setdefault(depth, [0, 0, []])
+                truth[depth] = [right + (start != 14 or row % 2), asked + 1, [*kinds, int(batch.tokens[row, start])]]
+    result = evaluate(stage, recipe, [2, 3], 40, here)
+    assert result.accuracy["2"] == {str(d): pytest.approx(r / n) for d, (r, n, _) in sorted(truth.items())}
+    assert set(result.accuracy["3"].values()) == {0.0}
+    assert result.answers == {str(d): n for d, (_, n, _) in sorted(truth.items())}
+    assert sum(result.answers.values()) == 40 * 4
+    most = {str(d): max(kinds.count(k) for k in kinds) / len(kinds) for d, (_, _, kinds) in sorted(truth.items())}
+    assert result.floor == pytest.approx(most)
+
+
+def test_two_processes_count_what_one_counts(folder):
+    for processes in (1, 2):
+        result = runs.powernap(
+            "train", "tiny.yaml", f"run.name=count{processes}", "train.steps=3", f"parallel.data={processes}",
+            "evaluation.samples=51", cwd=folder,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    one, two = (
+        json.loads((folder / "runs" / f"count{n}" / "metrics.jsonl").read_text().splitlines()[-1]) for n in (1, 2)
+    )
+    keys = [key for key in one if key.startswith("accuracy/")]
+    assert keys == ["accuracy/N2/depth_1", "accuracy/N2/depth_2"]
+    assert [two[key] for key in keys] == pytest.approx([one[key] for key in keys], abs=0.02)
+
+
+def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder):
+    from mlflow import MlflowClient
+
+    train = runs.powernap("train", "tiny.yaml", "run.name=seen", "train.steps=4", cwd=folder)
+    assert train.returncode == 0, train.stderr
+    result = runs.powernap("eval", "seen", "--passes", "1,2,8", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["depth", "N=1", "N=2", "N=8"]
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    run = folder / "runs" / "seen"
+    saved = json.loads((run / "evaluation.json").read_text())
+    assert saved["step"] == 4 and list(saved["accuracy"]) == ["1", "2", "8"]
+    assert set(saved["floor"]) == {"1", "2"} and sum(saved["answers"].values()) == 64 * 4
+    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert saved["accuracy"]["2"]["1"] == trained["accuracy/N2/depth_1"]  # the checkpoint holds the trained weights
+    assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    logged = client.get_run((run / "mlflow_run_id").read_text().strip())
+    assert logged.data.metrics["accuracy/N8/depth_2"] == saved["accuracy"]["8"]["2"]
+    names = {artifact.path for artifact in client.list_artifacts(logged.info.run_id)}
+    assert {"config.yaml", "evaluation.json", "evaluation.png"} <= names
+
+
+def test_a_run_without_checkpoint_or_test_shards_is_answered_in_one_line(folder):
+    run = folder / "runs" / "none"
+    run.mkdir(parents=True)
+    for test, word in (("data/test-*.tar", "no checkpoint yet"), ("null", "data.test is null")):
+        text = (folder / "tiny.yaml").read_text().replace("data/test-*.tar", test)
+        (run / "config.yaml").write_text(text)
+        runs.assert_one_line(runs.powernap("eval", "none", cwd=folder), word)
+
+
+def test_a_wide_table_breaks_into_lines_of_80_columns():
+    depths = {str(step): 0.5 for step in range(1, 33)}
+    table = format_accuracy({"N=1": depths, "constant guess": depths})
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert table.count("N=1") == 3 and table.count("0.50") == 64
+
+
+@pytest.mark.parametrize("depths", [["32"], ["1", "2", "3", "4"]])
+def test_pictures_show_every_line(tmp_path, monkeypatch, depths):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[0].lines))
+    accuracy = {n: dict.fromkeys(depths, 0.1 * int(n)) for n in ("1", "2", "4")}
+    draw_accuracy(accuracy, dict.fromkeys(depths, 0.125), title="", to=tmp_path / "a.png")
+    heights = [list(line.get_ydata()) for line in drawn]
+    if len(depths) == 1:
+        assert heights[0] == pytest.approx([0.1, 0.2, 0.4])
+    else:
+        assert heights == [pytest.approx([h] * 4) for h in (0.1, 0.2, 0.4, 0.125)]

@@ -1,0 +1,161 @@
+"""Whole runs through the command: data parallelism, resuming, learning, what a run leaves in its folder."""
+
+import json
+import shutil
+
+import pytest
+import runs
+import torch
+import yaml
+
+from powernap.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    runs.prepare(folder)
+    return folder
+
+
+def train(folder, name, *overrides):
+    result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *overrides, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "runs" / name
+
+
+def weights(run, step=10):
+    return torch.load(run / "checkpoints" / f"step_{step:08d}" / "model.pt", weights_only=True)
+
+
+def column(run, name):
+    return [record[name] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_training(one, other, bound):
+    for name in ("loss", "grad_norm", "lr"):
+        assert column(one, name) == pytest.approx(column(other, name), rel=bound), name
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].float() - b[name].float()).abs().max() < bound, name
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    return train(folder, "one")
+
+
+def test_two_processes_equal_one(folder, one_process):
+    two = train(folder, "two", "parallel.data=2")
+    assert_same_training(two, one_process, 1e-5)
+    assert max(column(two, "grad_norm")) > 0.5  # clipping was active
+    assert column(two, "tokens") == [16 * 23] * 10  # of the global batch
+
+
+def test_micro_batches_and_recomputation_change_nothing(folder, one_process):
+    other = train(folder, "micro", "train.micro_batch_size=4", "train.recompute=false")
+    assert_same_training(other, one_process, 1e-5)
+
+
+def test_two_readers_change_nothing(folder, one_process):
+    other = train(folder, "workers", "data.workers=2")
+    assert column(other, "loss") == column(one_process, "loss")
+
+
+def test_muon_on_two_processes_equals_one(folder):
+    # Muon's orthogonalisation runs in bfloat16, where the last bits of an averaged gradient may tip a rounding.
+    one, two = (train(folder, f"muon{n}", "optimizer.name=muon", f"parallel.data={n}") for n in (1, 2))
+    assert_same_training(two, one, 2e-3)
+
+
+def test_a_broken_all_reduce_would_be_seen(folder, one_process):
+    """The control: two ranks that each step on their own half drift apart by far more than the bound."""
+    half = train(folder, "half", "train.global_batch_size=8")
+    a, b = weights(half), weights(one_process)
+    assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, one_process, processes):
+    whole = one_process if processes == 1 else train(folder, "whole", "parallel.data=2")
+    name = f"resumed{processes}"
+    broken = train(folder, name, f"parallel.data={processes}", "sleep.passes=2")
+    shutil.rmtree(broken / "checkpoints" / "step_00000010")  # as if it had been stopped between 5 and 10
+    result = runs.powernap(
+        "train", "tiny.yaml", f"run.name={name}", f"parallel.data={processes}", "--resume", cwd=folder
+    )
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 5 of 10" in result.stderr
+    assert column(broken, "step") == list(range(1, 11))
+    for key in ("loss", "grad_norm"):
+        assert column(broken, key) == column(whole, key)
+    a, b = weights(broken), weights(whole)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_bf16_trains_close_to_fp32(folder, one_process):
+    low = train(folder, "bf16", "train.precision=bf16")
+    assert weights(low)["output_layer.weight"].dtype == torch.bfloat16
+    assert column(low, "loss") == pytest.approx(column(one_process, "loss"), rel=0.03)
+    assert column(low, "loss") != column(one_process, "loss")
+
+
+def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(folder):
+    run = train(folder, "drawn", "sleep.passes=[1,2,4]", "parallel.data=2")
+    assert len(set(column(run, "passes"))) > 1
+    health = [record for record in read_metrics(run / "metrics.jsonl") if "fast_weights/block_1/pass_1/norm" in record]
+    assert [record["step"] for record in health] == [1, 5, 10]
+
+
+def test_what_a_run_leaves_behind(one_process):
+    assert {path.name for path in one_process.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
+    }  # fmt: skip
+    config = yaml.safe_load((one_process / "config.yaml").read_text())
+    assert config["run"]["name"] == "one" and config["zero"] == {"stage": 1}
+    first, *_, last = (json.loads(line) for line in (one_process / "metrics.jsonl").read_text().splitlines())
+    assert list(first)[:6] == ["step", "loss", "grad_norm", "lr", "tokens", "seconds"]
+    assert {f"fast_weights/block_1/pass_{n}/{what}" for n in (1, 2) for what in ("norm", "alpha", "beta")} <= set(first)
+    assert {"accuracy/N2/depth_1", "accuracy/N2/depth_2", "tokens_per_second", "peak_memory_bytes"} <= set(last)
+    log = (one_process / "logs" / "train.log").read_text()
+    assert "step 10/10  loss" in log and "tokens/s" in log and "\r" not in log
+    assert {path.name for path in (one_process / "checkpoints").iterdir()} == {"step_00000005", "step_00000010"}
+
+
+def test_mlflow_has_the_run(one_process):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{one_process.parent / 'mlflow.db'}")
+    run = client.get_run((one_process / "mlflow_run_id").read_text().strip())
+    assert run.info.status == "FINISHED"
+    assert run.data.params["sleep.passes"] == "2" and run.data.params["zero.stage"] == "1"
+    recorded = {
+        "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "peak_memory_bytes", "accuracy/N2/depth_2",
+        "fast_weights/block_1/pass_2/norm", "fast_weights/block_1/pass_2/alpha", "fast_weights/block_1/pass_2/beta",
+    }  # fmt: skip
+    assert recorded <= set(run.data.metrics)
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")][-1] == column(one_process, "loss")[-1]
+    assert "config.yaml" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+
+
+def test_torchrun_may_start_the_processes(folder, one_process):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=torchrun", "parallel.data=2"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_same_training(folder / "runs" / "torchrun", one_process, 1e-5)
+
+
+def test_thirty_seconds_of_training_beat_chance(tmp_path):
+    sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50, "checkpoint_every": 300}}
+    runs.prepare(tmp_path, train_samples=8000, **sections)
+    run = train(tmp_path, "learns", "parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30")
+    losses = column(run, "loss")
+    assert sum(losses[-20:]) / 20 < 0.5 * losses[0]
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["accuracy/N2/depth_1"] > 0.9  # a constant guess gets about 1/6
+    assert last["accuracy/N2/depth_2"] > 0.5

@@ -1,0 +1,108 @@
+"""Check a recipe's shards before any process starts: what is wrong is said at once, in one line, by one process."""
+
+import itertools
+import json
+from pathlib import Path
+from tarfile import BLOCKSIZE, HeaderError, TarInfo
+
+import numpy as np
+
+from powernap.train.config import Recipe
+from powernap.train.data.sample import DataError, decode
+from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
+from powernap.train.data.shards import MANIFEST
+from powernap.train.tasks.sample import Sample
+
+SAMPLES = 64  # read from the first shard of each list
+
+
+def check_data(recipe: Recipe) -> None:
+    """Check that every shard is there and whole, and that samples fit the model and its windows.
+
+    Local shards are looked at by their ends; the first shard of each list is opened, wherever it is.
+
+    Raises:
+        DataError: naming shard or field and what to write.
+    """
+    lists = {"data.train": recipe.data.train, "data.test": recipe.data.test}
+    shards = {field: expand_shards(spec, field) for field, spec in lists.items() if spec is not None}
+    count_lanes(len(shards["data.train"]), recipe.data.lanes, recipe.parallel.data, recipe.data.workers)
+    for shard in itertools.chain.from_iterable(shards.values()):
+        if path := local_path(shard):
+            _check_file(path)
+    for names in shards.values():
+        samples = _first_samples(names[0], recipe)
+        _check_manifest(names[0], samples, recipe)
+        _check_windows(names[0], samples, recipe)
+
+
+def _check_file(path: Path) -> None:
+    """That a file begins like a tar and ends like one."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(BLOCKSIZE)
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 2 * BLOCKSIZE))
+            tail = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not size:
+        raise DataError(f"{path}: is empty: build or copy it again")
+    try:
+        TarInfo.frombuf(head, encoding="utf-8", errors="surrogateescape")
+    except HeaderError as error:
+        raise DataError(f"{path}: not a tar file ({error}): build or copy it again") from None
+    if size % BLOCKSIZE or tail.strip(b"\0"):
+        raise DataError(f"{path}: cut off after {size} bytes: build or copy it again")
+
+
+def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
+    from powernap.train.data.read_shard import read_shard  # imports torch, which takes seconds
+
+    files = itertools.islice(read_shard(shard), SAMPLES)
+    return [decode(members, recipe.data.sequence_length, recipe.model.vocab_size) for members in files]
+
+
+def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
+    """That the model cuts and pads as the builder of the shards meant, if it left a manifest beside them."""
+    path = local_path(shard)
+    if path is None or not (path.parent / MANIFEST).is_file():
+        return
+    try:
+        manifest = json.loads((path.parent / MANIFEST).read_text())
+        window, context, pad = (manifest.get(key) for key in ("window", "context_length", "pad_token_id"))
+    except (OSError, ValueError, AttributeError):
+        raise DataError(f"{path.parent / MANIFEST}: not a manifest: delete it, or build the shards again") from None
+    if window and context and recipe.model.window != window and context % recipe.model.window:
+        raise DataError(
+            f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
+            f"({path.parent / MANIFEST}), or context shares its window and is not slept on: write model.window={window}"
+        )
+    if pad is not None and recipe.model.pad_token_id != pad and any((sample.tokens == pad).any() for sample in samples):
+        value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
+        raise DataError(
+            f"model.pad_token_id={value}, but {shard} pads with token {pad}: write model.pad_token_id={pad}"
+        )
+
+
+def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
+    """That samples agree about which windows hold loss tokens (see segments.py), and that one is slept on."""
+    window = recipe.model.window
+    targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
+    predicts = np.stack(
+        [targets[:, start : start + window].any(axis=1) for start in range(0, targets.shape[1], window)], axis=1
+    )
+    disagreeing = (predicts != predicts[0]).any(axis=0)
+    if disagreeing.any():
+        number = int(disagreeing.argmax())
+        first, last = number * window, min((number + 1) * window, targets.shape[1]) - 1
+        raise DataError(
+            f"model.window={window}: window {number} (tokens {first}..{last}) holds loss tokens in some samples "
+            f"of {shard} and none in others: choose a window that all answers share"
+        )
+    sleeps_first = not predicts[0][: int(predicts[0].nonzero()[0][-1])].all()
+    if max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
+        raise DataError(
+            f"model.window={window} leaves nothing to sleep on: every window of {shard} up to the last answer holds "
+            f"loss tokens: write a smaller model.window, or sleep.passes=1"
+        )

@@ -1,0 +1,90 @@
+"""A sample as it lies in a shard: three .npy members, checked against the recipe when it is read. No torch here."""
+
+import io
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from powernap.train.tasks.sample import Sample
+
+MEMBERS = ("tokens.npy", "loss_mask.npy", "answers.npy")
+
+
+class DataError(ValueError):
+    """Shards that cannot be read or do not fit the recipe: one line naming shard, field and what to write."""
+
+
+def encode(key: str, sample: Sample) -> dict[str, object]:
+    """What WebDataset's TarWriter takes."""
+    arrays = zip(MEMBERS, (sample.tokens, sample.loss_mask, sample.answers), strict=True)
+    return {"__key__": key, **dict(arrays)}
+
+
+def decode(members: dict[str, object], sequence_length: int, vocab_size: int) -> Sample:
+    """Read and check one sample.
+
+    Args:
+        members: __key__, __url__ and the bytes of each member, as WebDataset groups them.
+
+    Raises:
+        DataError: if a member is missing or damaged, or does not fit data.sequence_length or model.vocab_size.
+    """
+    where = f"{members['__url__']}: sample {members['__key__']}"
+    tokens, loss_mask, answers = (_array(members, name, where) for name in MEMBERS)
+
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise DataError(f"{where}: tokens.npy must hold integers [T], not {tokens.dtype} {list(tokens.shape)}")
+    if len(tokens) != sequence_length:
+        raise DataError(
+            f"{where} has {len(tokens)} tokens, data.sequence_length={sequence_length}: "
+            f"write data.sequence_length={len(tokens)}"
+        )
+    if tokens.min() < 0:
+        raise DataError(f"{where}: token {tokens.min()} is negative: build the shard again")
+    if tokens.max() >= vocab_size:
+        raise DataError(
+            f"{where} has token {tokens.max()}, model.vocab_size={vocab_size}: "
+            f"write model.vocab_size={tokens.max() + 1} or more"
+        )
+    if loss_mask.dtype != bool or loss_mask.shape != tokens.shape:
+        raise DataError(
+            f"{where}: loss_mask.npy must hold booleans [{len(tokens)}], not {loss_mask.dtype} {list(loss_mask.shape)}"
+        )
+    if not loss_mask[1:].any():  # the first token is never predicted
+        raise DataError(f"{where}: loss_mask.npy marks no token after the first: there is nothing to learn from")
+    _check_answers(answers, loss_mask, where)
+    return Sample(tokens, loss_mask, answers)
+
+
+def _array(members: dict[str, object], name: str, where: str) -> np.ndarray:
+    if name not in members:
+        raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}")
+    try:
+        data = members[name]
+        start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, behind a version 1.0 header
+        shape, order, dtype = _read_header(data[:start])
+        return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
+    except ValueError as error:
+        raise DataError(f"{where}: {name} is not a NumPy array ({' '.join(str(error).split())})") from None
+
+
+@lru_cache(maxsize=256)
+def _read_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype]:
+    """A .npy file's shape, order and type. Each header is parsed once: it takes longer than all checks."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not version 1.0 of the format")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, "F" if is_fortran else "C", dtype
+
+
+def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, where: str) -> None:
+    if answers.ndim != 2 or answers.shape[1] != 3 or answers.dtype.kind not in "iu":
+        raise DataError(
+            f"{where}: answers.npy must hold integer rows (start, stop, depth), "
+            f"not {answers.dtype} {list(answers.shape)}"
+        )
+    for start, stop, _ in answers.tolist():
+        if not (1 <= start < stop <= len(loss_mask) and loss_mask[start:stop].all()):
+            raise DataError(f"{where}: answers.npy names tokens {start}..{stop - 1}, which are not all loss tokens")

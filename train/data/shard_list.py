@@ -1,0 +1,92 @@
+"""Which shards a recipe names, and how many readers they can feed. Nothing here imports torch."""
+
+import glob
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from braceexpand import braceexpand
+
+from powernap.train.data.sample import DataError
+
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+
+
+def expand_shards(spec: str | list[str], field: str = "data.train") -> list[str]:
+    """The shards that paths, globs, brace lists and URLs (http:, pipe:, whatever WebDataset opens) stand for.
+
+    Args:
+        spec: one entry or a list; braces are expanded first, then globs, each glob's matches in alphabetical order.
+        field: the recipe's field, for the messages.
+
+    Raises:
+        DataError: if a local file is missing, a glob matches nothing, or a shard is named twice.
+    """
+    entries = [spec] if isinstance(spec, str) else spec
+    shards = [shard for entry in entries for url in _expand_braces(entry, field) for shard in _expand_glob(url, field)]
+    if not shards:
+        raise DataError(f"{field} is empty: write the shards' paths, such as data/train-*.tar")
+    seen: set[str] = set()
+    for shard in shards:
+        if shard in seen:
+            raise DataError(f"{field} names {shard} twice: name every shard once")
+        seen.add(shard)
+        if shard.endswith(COMPRESSED) and not shard.startswith("pipe:"):
+            raise DataError(f"{field}: {shard} is compressed: write a plain .tar, or such as pipe:gzip -dc {shard}")
+    return shards
+
+
+def local_path(shard: str) -> Path | None:
+    """The file behind a shard's name, or None if it is a URL or a pipe."""
+    url = urlparse(shard)
+    if url.scheme == "file":
+        return Path(unquote(url.path))
+    return None if url.scheme else Path(shard)
+
+
+def count_lanes(shards: int, lanes: int | None, world_size: int, workers: int) -> int:
+    """How many lanes the training shards are dealt to (see loader.py): data.lanes, or one per reader.
+
+    Raises:
+        DataError: if the lanes cannot be dealt to the readers, or some lane would get no shard.
+    """
+    readers = world_size * max(1, workers)
+    layout = f"parallel.data={world_size} x data.workers={workers}"
+    if lanes is not None and lanes % readers:
+        raise DataError(
+            f"data.lanes={lanes} must be a multiple of the {readers} readers ({layout}): "
+            f"write data.lanes={-(-lanes // readers) * readers} or null"
+        )
+    count = readers if lanes is None else lanes
+    if shards >= count:
+        return count
+    more = f"build at least {count} shards (a smaller --samples-per-shard)"
+    if shards >= readers:
+        raise DataError(
+            f"data.train has {shards} shards, fewer than data.lanes={lanes}: "
+            f"write data.lanes={shards // readers * readers}, or {more}"
+        )
+    fits = f"data.workers={shards // world_size}" if shards >= world_size else f"parallel.data={shards} data.workers=1"
+    if lanes is not None:
+        fits += " data.lanes=null"
+    raise DataError(f"data.train has {shards} shards, fewer than readers ({layout}): write {fits}, or {more}")
+
+
+def _expand_braces(entry: str, field: str) -> list[str]:
+    try:
+        return list(braceexpand(entry)) if entry else []
+    except ValueError as error:
+        raise DataError(f"{field}={entry}: braces do not match ({error})") from None
+
+
+def _expand_glob(url: str, field: str) -> list[str]:
+    path = local_path(url)
+    if path is None or path.is_file():
+        return [url]
+    if path.is_dir():
+        raise DataError(f"{field}={url} is a folder: write the shards in it, such as {path / '*.tar'}")
+    if glob.has_magic(str(path)):
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise DataError(f"{field}={url}: no file matches: build the shards, or write where they are")
+        return matches
+    raise DataError(f"{field}={url}: no such file: build the shards, or write where they are")

@@ -1,0 +1,106 @@
+"""Tables and pictures of accuracy by depth."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+Accuracy = Mapping[str, Mapping[str, float]]  # row -> depth -> share of right answers
+
+# One hue from light to dark: more passes, darker. Grey for what no model did.
+SHADES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
+GREY = "#777777"
+
+
+def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
+    """A table with a column a depth, at most 80 characters wide: `rows` by name, shares with two decimals."""
+    depths = list(dict.fromkeys(depth for values in rows.values() for depth in values))
+    width = max(len(name) for name in [depth_name, *rows])
+    per_line = max(1, (80 - width) // 6)
+    lines = []
+    for start in range(0, len(depths), per_line):
+        part = depths[start : start + per_line]
+        lines.append(f"{depth_name:{width}}" + "".join(f"{depth:>6}" for depth in part))
+        for name, values in rows.items():
+            cells = (f"{values[depth]:6.2f}" if depth in values else f"{'-':>6}" for depth in part)
+            lines.append(f"{name:{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str, to: Path) -> None:
+    """Accuracy over depth, a line for each N, and the constant guess below them.
+
+    With a single depth the N are what is compared, so they become the axis.
+    """
+    figure, axes = new_figure()
+    depths = list(floor)
+    if len(depths) == 1:
+        (depth,) = depths
+        axes.plot(list(accuracy), [values[depth] for values in accuracy.values()], "o-", color=SHADES[3])
+        axes.axhline(floor[depth], color=GREY, linestyle=":")
+        axes.annotate("constant guess", (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
+        axes.set_xlabel(f"N, passes of sleep (depth {depth})")
+    else:
+        shades = SHADES[-len(accuracy) :] if len(accuracy) > 1 else SHADES[3:4]
+        for index, (passes, values) in enumerate(accuracy.items()):
+            color = shades[index % len(shades)]
+            axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
+        axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label="constant guess")
+        axes.set_xlabel("depth (hops or steps)")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    share_axis(axes)
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.savefig(to, dpi=150)
+
+
+def draw_demo(
+    accuracy: Accuracy, floor: Mapping[str, float], losses: Mapping[str, list[float]], *, title: str, to: Path
+) -> None:
+    """The demo's picture: held-out accuracy by hop (left) and the training loss (right), a colour for each model.
+
+    accuracy: model name -> hop -> share. losses: model name -> loss at every step, in the same order.
+    """
+    figure, (left, right) = new_figure(columns=2)
+    colors = dict(zip(accuracy, (SHADES[4], "#d95f0e"), strict=True))
+    hops = list(floor)
+    for name, values in accuracy.items():
+        left.plot(hops, [values[hop] for hop in hops], "o-", color=colors[name], linewidth=2, clip_on=False)
+        for hop in hops[1:]:
+            left.annotate(
+                f"{values[hop]:.0%}", (hop, values[hop]), xytext=(0, -14), textcoords="offset points",
+                ha="center", color=colors[name], fontsize=9,
+            )  # fmt: skip
+        right.plot(range(1, len(losses[name]) + 1), smooth(losses[name]), color=colors[name], label=name)
+    left.plot(hops, [floor[hop] for hop in hops], ":", color=GREY)
+    left.annotate("constant guess", (hops[0], floor[hops[0]]), xytext=(0, 4), textcoords="offset points", color=GREY)
+    left.set_xlabel("hops along the cycle")
+    left.set_title("answers right on held-out cycles", loc="left", fontsize=11)
+    share_axis(left)
+    right.set_xlabel("optimizer step")
+    right.set_title("training loss (nats per answer)", loc="left", fontsize=11)
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.savefig(to, dpi=150)
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+    """The mean of the last `window` values at each place."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def new_figure(columns: int = 1):
+    """A figure without a display, with the spines that only decorate left out."""
+    from matplotlib.figure import Figure  # late: a second of import
+
+    figure = Figure(figsize=(5 * columns + 1.5, 4), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for one in [axes] if columns == 1 else axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def share_axis(axes) -> None:
+    """0 to 100 % on the vertical axis."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))

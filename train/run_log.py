@@ -1,0 +1,160 @@
+"""What a run says while it trains: a bar on a terminal, lines in logs/train.log, metrics.jsonl, MLflow."""
+
+import logging
+import sys
+import time
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from powernap.parallel.topology import Topology
+from powernap.train.config import Recipe
+from powernap.train.metrics import MetricsLog
+from powernap.train.run_folder import RunFolder
+from powernap.train.tracking import NullTracker, Tracker
+
+logger = logging.getLogger("powernap")  # the parent of every module's logger here
+step_logger = logging.getLogger("powernap.step")  # its lines are too many for a terminal, which has the bar
+
+
+class RunLog:
+    """Everything rank 0 writes while a run goes on; on the other ranks every method does nothing.
+
+    resume_step: the step a resumed run goes on from, None for a new run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, here: Topology, resume_step: int | None) -> None:
+        self._recipe, self._folder, self._here = recipe, folder, here
+        self._first = resume_step or 0
+        self._resume_step = resume_step
+        self._enabled = here.is_main
+        self._tracker: NullTracker = NullTracker()
+
+    def __enter__(self) -> Self:
+        if not self._enabled:
+            return self
+        self._metrics = MetricsLog(self._folder.metrics, self._resume_step)
+        self._handlers = [_file_handler(self._folder), _console_handler()]
+        for handler in self._handlers:
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        config = self._recipe.model_dump(mode="json")
+        self._tracker = Tracker(self._folder.path, self._recipe.run.experiment, config, self._resume_step)
+        self._bar = tqdm(
+            total=self._recipe.train.steps,
+            initial=self._first,
+            desc=self._recipe.run.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._start = time.monotonic()
+        return self
+
+    def start(self, num_parameters: int) -> None:
+        """Say what is about to run."""
+        if not self._enabled:
+            return
+        recipe, here = self._recipe, self._here
+        passes = recipe.sleep.passes
+        logger.info(
+            "%s: %s parameters, pattern %s, windows of %d tokens, N=%s, %d process%s on %s, %s, folder %s",
+            recipe.run.name,
+            f"{num_parameters:,}",
+            recipe.model.pattern,
+            recipe.model.window,
+            passes if isinstance(passes, int) else f"one of {passes}",
+            here.world_size,
+            "" if here.world_size == 1 else "es",
+            here.device.type,
+            recipe.train.precision,
+            self._folder.path,
+        )
+        if self._first:
+            logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record a step; its line and MLflow's copy only every train.log_every steps, and where there is an accuracy."""
+        if not self._enabled:
+            return
+        record = self._metrics.write(step, **metrics)
+        self._bar.update()
+        accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
+        if self._is_due(step) or accuracy:
+            self._tracker.log_metrics(step, record)
+            self._say(step, record)
+        if accuracy:
+            logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
+
+    def event(self, text: str, *arguments: Any) -> None:
+        """A line on the terminal and in the log file."""
+        if self._enabled:
+            logger.info(text, *arguments)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not self._enabled:
+            return
+        self._bar.close()
+        if kind is not None:
+            stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: somebody's decision
+            step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
+            self._tracker.close("KILLED" if stopped else "FAILED", timeout=5.0)
+        else:
+            logger.info("done in %s", _duration(time.monotonic() - self._start))
+            self._tracker.close()
+        self._metrics.close()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
+
+    def _say(self, step: int, record: dict[str, Any]) -> None:
+        speed = record["tokens"] / record["seconds"]
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s")
+        steps = self._recipe.train.steps
+        left = (time.monotonic() - self._start) / (step - self._first) * (steps - step)
+        step_logger.info(
+            "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s left",
+            len(str(steps)), step, steps, record["loss"], record["grad_norm"], record["lr"],
+            f"{speed:,.0f}", _duration(left),
+        )  # fmt: skip
+
+
+class _BarHandler(logging.StreamHandler):
+    """Writes above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _console_handler() -> logging.Handler:
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if sys.stderr.isatty():
+        handler = _BarHandler()
+        handler.addFilter(lambda record: record.name != step_logger.name)
+    # A failure's traceback is the interpreter's to print; here it is for the file.
+    handler.addFilter(lambda record: not record.exc_info)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    return handler
+
+
+def _file_handler(folder: RunFolder) -> logging.Handler:
+    handler = logging.FileHandler(folder.logs / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def _short(accuracy: dict[str, float]) -> str:
+    """accuracy/N4/depth_1 ... as `N=4: 1.00 0.98`, in the order of depth."""
+    by_passes: dict[str, list[str]] = {}
+    for name, value in accuracy.items():
+        by_passes.setdefault(name.split("/")[1], []).append(f"{value:.2f}")
+    return "; ".join(f"N={passes[1:]}: {' '.join(values)}" for passes, values in by_passes.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,140 @@
+"""Depo: follow k edges of a directed cycle that was read in random order (from "Physics of Language Models 4.1").
+
+names=words is the format of arXiv 2605.26099. A node's name is a word of one or two tokens, the last of them marked.
+
+    [pad ...] source destination  source destination ...  | [hop k] word [ans] word  [hop k] word ... [pad ...]
+    4 * nodes tokens, four windows of L = nodes           | 6 * queries tokens
+
+names=ends is a small variant for demonstrations: a node is one token as the source of an edge and another one as its
+destination, so that a single attention layer can tell the ends of an edge apart.
+
+    [pad ...] source destination  source destination ...  | [hop k] source source  [hop k] source source ...
+    one window of L >= 2 * nodes tokens, a multiple of 3  | 3 * queries tokens: no question straddles two windows
+
+The loss is on the answers only.
+"""
+
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from powernap.model.config import Section
+from powernap.train.tasks.sample import PAD, Sample, draw_problem
+
+Word = tuple[int, ...]  # the tokens of a name
+
+
+class Depo(Section):
+    """Sizes of Depo; the defaults are the paper's."""
+
+    nodes: int = Field(75, ge=3, description="most nodes of a cycle")
+    min_nodes: int | None = Field(None, ge=3, description="fewest nodes of a cycle; null: always `nodes`")
+    max_hop: int = Field(16, ge=1, description="k is drawn from 1 .. max_hop")
+    queries: int = Field(10, ge=1, description="questions per cycle")
+    names: Literal["words", "ends"] = Field("words", description="words: 1-2 tokens a node; ends: one token an end")
+    alphabet: int = Field(50, ge=1, description="plain tokens that words are made of, and as many marked ones")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.fewest_nodes > self.nodes:
+            raise ValueError(f"min_nodes={self.min_nodes} must not exceed nodes={self.nodes}")
+        if self.max_hop >= self.fewest_nodes:
+            field = "nodes" if self.min_nodes is None else "min_nodes"
+            raise ValueError(
+                f"max_hop={self.max_hop} must be below {field}={self.fewest_nodes}, or it goes round the whole cycle"
+            )
+        if self.names == "words":
+            words = self.alphabet + self.alphabet**2
+            if self.nodes > words:
+                raise ValueError(f"nodes={self.nodes} must not exceed the {words} words of alphabet={self.alphabet}")
+            if 6 * self.queries > self.nodes:
+                raise ValueError(
+                    f"queries={self.queries} take {6 * self.queries} tokens and must fit a window, nodes={self.nodes}: "
+                    + (f"use queries={self.nodes // 6}" if self.nodes >= 6 else "use nodes=6 or more")
+                )
+        return self
+
+    @property
+    def fewest_nodes(self) -> int:
+        return self.min_nodes or self.nodes
+
+    @property
+    def vocab_size(self) -> int:
+        return self._first_hop + self.max_hop + (1 if self.names == "words" else 0)
+
+    @property
+    def window(self) -> int:
+        return self.nodes if self.names == "words" else -(-2 * self.nodes // 3) * 3
+
+    @property
+    def context_length(self) -> int:
+        return 4 * self.nodes if self.names == "words" else self.window
+
+    @property
+    def sequence_length(self) -> int:
+        return self.context_length + self.queries * (6 if self.names == "words" else 3)
+
+    def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
+        """A cycle that belongs to the test (`held_out`) or to the training, with random questions."""
+        cycle = draw_problem(lambda: self._draw_cycle(rng), _canonical, held_out, f"depo with nodes={self.nodes}")
+        n = len(cycle)
+        tokens = np.full(self.sequence_length, PAD, dtype=np.int32)
+        loss_mask = np.zeros(self.sequence_length, dtype=bool)
+        answers = []
+
+        edges = [(cycle[i], cycle[(i + 1) % n]) for i in rng.permutation(n)]
+        context = [token for source, destination in edges for token in (*source, *self._as_destination(destination))]
+        tokens[self.context_length - len(context) : self.context_length] = context
+
+        position = self.context_length
+        hops = rng.integers(1, self.max_hop + 1, size=self.queries)
+        starts = rng.integers(n, size=self.queries)
+        for hop, start in zip(hops.tolist(), starts.tolist(), strict=True):
+            answer = cycle[(start + hop) % n]
+            question = (self._first_hop + hop - 1, *cycle[start], *self._answer_mark)
+            first, stop = position + len(question), position + len(question) + len(answer)
+            tokens[position:stop] = (*question, *answer)
+            loss_mask[first:stop] = True
+            answers.append((first, stop, hop))
+            position = stop
+        return Sample(tokens, loss_mask, np.array(answers, dtype=np.int32))
+
+    # Token ids: pad, then
+    #   words: 1 .. alphabet plain, as many marked, the hops, [ans]
+    #   ends: 1 .. nodes sources, as many destinations, the hops
+
+    @property
+    def _first_hop(self) -> int:
+        return 1 + 2 * (self.alphabet if self.names == "words" else self.nodes)
+
+    @property
+    def _answer_mark(self) -> Word:
+        return (self._first_hop + self.max_hop,) if self.names == "words" else ()
+
+    def _as_destination(self, name: Word) -> Word:
+        return name if self.names == "words" else (name[0] + self.nodes,)
+
+    def _draw_cycle(self, rng: np.random.Generator) -> list[Word]:
+        """Names in the order of the cycle, as sources."""
+        n = int(rng.integers(self.fewest_nodes, self.nodes + 1))
+        if self.names == "words":
+            return self._draw_words(n, rng)
+        return [(int(node),) for node in 1 + rng.permutation(self.nodes)[:n]]
+
+    def _draw_words(self, n: int, rng: np.random.Generator) -> list[Word]:
+        """n distinct words in random order; one token and two are equally likely before repeats are thrown away."""
+        words: dict[Word, None] = {}  # a set that keeps its order
+        while len(words) < n:
+            count = n - len(words)
+            lengths = rng.integers(1, 3, size=count).tolist()
+            plain, marked = rng.integers(1, self.alphabet + 1, size=(2, count)).tolist()
+            for length, first, last in zip(lengths, plain, marked, strict=True):
+                words[(last + self.alphabet,) if length == 1 else (first, last + self.alphabet)] = None
+        return list(words)
+
+
+def _canonical(cycle: list[Word]) -> list[int]:
+    """The tokens of a cycle that starts with its smallest name: the same from wherever the cycle was written down."""
+    smallest = cycle.index(min(cycle))
+    return [token for name in cycle[smallest:] + cycle[:smallest] for token in name]

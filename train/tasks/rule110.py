@@ -1,0 +1,89 @@
+"""Rule 110: random rows of bits, then the first bit of each row after t steps of the cellular automaton on a ring.
+
+    row row row row            | [steps t] bit bit bit bit
+    rows windows of L = width  | the answer window begins with a query token, so that no row's window holds a label
+
+The loss is on the answer bits.
+"""
+
+from typing import Annotated, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from powernap.model.config import Section
+from powernap.train.tasks.sample import Sample, draw_problem
+
+FIRST_BIT = 1  # token of bit 0; bit 1 is the next
+FIRST_QUERY = 3
+
+Steps = Annotated[int, Field(ge=1)]
+
+
+class Rule110(Section):
+    """Sizes of Rule 110; the defaults are those of arXiv 2605.26099."""
+
+    rows: int = Field(4, ge=1, description="independent rows, one per window")
+    width: int = Field(24, ge=3, description="bits of a row, a ring")
+    steps: Steps | Annotated[list[Steps], Field(min_length=1)] = Field(
+        32, description="t, from 1; a list: t is drawn from it for every sample"
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.rows > self.width:
+            raise ValueError(f"rows={self.rows} must not exceed width={self.width}: their answers share one window")
+        if len(set(self.step_choices)) < len(self.step_choices):
+            raise ValueError(f"steps={self.step_choices} must name each t once")
+        return self
+
+    @property
+    def step_choices(self) -> list[int]:
+        return self.steps if isinstance(self.steps, list) else [self.steps]
+
+    @property
+    def vocab_size(self) -> int:
+        return FIRST_QUERY + len(self.step_choices)
+
+    @property
+    def window(self) -> int:
+        return self.width
+
+    @property
+    def context_length(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def sequence_length(self) -> int:
+        return self.context_length + 1 + self.rows
+
+    def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
+        """Rows that belong to the test (`held_out`) or to the training."""
+        cells = draw_problem(
+            lambda: rng.integers(2, size=(self.rows, self.width), dtype=np.int32),
+            np.ravel,
+            held_out,
+            f"rule110 with rows={self.rows} width={self.width}",
+        )
+        choice = int(rng.integers(len(self.step_choices)))
+        steps = self.step_choices[choice]
+        answer = after(cells, steps)[:, 0]
+
+        tokens = np.concatenate([FIRST_BIT + cells.ravel(), [FIRST_QUERY + choice], FIRST_BIT + answer])
+        loss_mask = np.zeros(self.sequence_length, dtype=bool)
+        start, stop = self.context_length + 1, self.sequence_length
+        loss_mask[start:stop] = True
+        return Sample(tokens.astype(np.int32), loss_mask, np.array([(start, stop, steps)], dtype=np.int32))
+
+
+def after(cells: np.ndarray, steps: int) -> np.ndarray:
+    """Rows of bits on a ring, [rows, width], after `steps` steps of Rule 110.
+
+    A cell becomes 1 where it or its right neighbour is 1, but not where both and the left neighbour are.
+    """
+    columns = np.arange(cells.shape[1])
+    left, right = columns - 1, (columns + 1) % len(columns)
+    for _ in range(steps):
+        both = cells & cells[:, right]
+        cells = (cells | cells[:, right]) & ~(cells[:, left] & both)
+    return cells
