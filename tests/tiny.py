@@ -34,7 +34,7 @@ def build_stage(here, model=None, sleep=None, dtype=torch.float64, seed=0) -> Hy
         for parameter in stage.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
-    return stage.to(dtype)
+    return stage.to(here.device, dtype)
 
 
 def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,8 @@ def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tup
 
 def run(stage, tokens, loss_mask, passes=1, sleep=None, **options) -> SleepOutput:
     segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes)
-    return sleep_and_predict(stage, segments, tokens, loss_mask, **options)
+    device = stage.embedding.weight.device
+    return sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), **options)
 
 
 def gradients(stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:

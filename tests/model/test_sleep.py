@@ -1,5 +1,7 @@
 """The checks that must always hold (method: arXiv 2605.26099), in float64."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -73,8 +75,9 @@ def plain_gated_delta_net(mixer, x, model):
 @pytest.mark.parametrize("recompute", [True, False])
 def test_one_pass_equals_the_plain_hybrid(here, recompute):
     stage = tiny.build_stage(here)
-    tokens, loss_mask = tiny.batch()
-    logits = plain_forward(stage, tokens)
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch())
+    with here.device:
+        logits = plain_forward(stage, tokens)
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     plain = (losses * loss_mask[:, 1:].flatten()).sum()
     output = tiny.run(stage, tokens, loss_mask, passes=1, recompute=recompute, predict=True)
@@ -88,7 +91,7 @@ def test_one_pass_equals_the_plain_hybrid(here, recompute):
 def test_passes_are_the_recurrence_of_the_paper(here):
     """N passes of the whole block stack written out by hand: hidden states fed back, fast weights carried."""
     stage = tiny.build_stage(here)
-    tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch(windows=2, predicting=(1,)))
     first, second = tokens[:, : tiny.WINDOW], tokens[:, tiny.WINDOW : -1]
     window = stage._window(tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)[0], first)
     every = range(4)
@@ -146,7 +149,7 @@ def test_gradients_against_finite_differences(here):
     found = tiny.gradients(stage, tiny.run(stage, tokens, loss_mask, 3).loss)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in stage.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(here.device)
         sides = []
         for step in (1e-5, -2e-5):
             with torch.no_grad():
@@ -161,7 +164,7 @@ def test_gradients_against_finite_differences(here):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_pads_leave_no_trace(here, passes):
     stage = tiny.build_stage(here)
-    tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch(windows=2, predicting=(1,)))
     short = tokens[:, 2:]  # the first window holds four tokens
     padded = tokens.clone()
     padded[:, :2] = 0
@@ -169,9 +172,7 @@ def test_pads_leave_no_trace(here, passes):
     one = tiny.run(stage, padded, loss_mask, passes)
     # The same four tokens as a window of their own, then the prediction window.
     segments = tiny.plan_segments(padded, loss_mask, model, SleepConfig(), passes)
-    import dataclasses
-
-    moved = [dataclasses.replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments]
+    moved = [replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments]
     other = tiny.sleep_and_predict(stage, moved, short, loss_mask[:, 2:])
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-13)
     for padded_state, state in zip(one.fast_weights, other.fast_weights, strict=True):
