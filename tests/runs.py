@@ -34,7 +34,7 @@ def prepare(folder: Path, train_samples: int = 256, **sections: dict) -> Path:
     return path
 
 
-def powernap(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run one command; a run that does not end in `timeout` seconds fails the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment}
     return subprocess.run(

@@ -58,18 +58,15 @@ class RunLog:
         recipe, here = self._recipe, self._here
         passes = recipe.sleep.passes
         logger.info(
-            "%s: %s parameters, pattern %s, windows of %d tokens, N=%s, %d process%s on %s, %s, folder %s",
+            "%s: %s parameters, pattern %s, windows of %d tokens, N=%s",
             recipe.run.name,
             f"{num_parameters:,}",
             recipe.model.pattern,
             recipe.model.window,
             passes if isinstance(passes, int) else f"one of {passes}",
-            here.world_size,
-            "" if here.world_size == 1 else "es",
-            here.device.type,
-            recipe.train.precision,
-            self._folder.path,
         )
+        processes = f"{here.world_size} process{'es' if here.world_size > 1 else ''}"
+        logger.info("%s on %s, %s, into %s", processes, here.device.type, recipe.train.precision, self._folder.path)
         if self._first:
             logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
 

@@ -70,10 +70,10 @@ def test_the_tasks_own_sizes_pass(tmp_path, task):
         ({"workers": 5}, "data.train has 4 shards, fewer than readers (parallel.data=1 x data.workers=5): write"),
         ({"workers": 2, "lanes": 3}, "data.lanes=3 must be a multiple of the 2 readers"),
         ({"parallel": {"data": 6}}, "write parallel.data=4 data.workers=1"),
-        ({"sequence_length": 40}, "has 31 tokens, data.sequence_length=40: write data.sequence_length=31"),
+        ({"sequence_length": 40}, "has 33 tokens, data.sequence_length=40: write data.sequence_length=33"),
         ({"model": {"vocab_size": 20}}, "model.vocab_size=20: write model.vocab_size=21 or more"),
-        ({"model": {"window": 12}}, "model.window=12 must divide the 16 tokens before the first question"),
-        ({"model": {"window": 32}}, "model.window=32 must divide the 16 tokens before the first question"),
+        ({"model": {"window": 12}}, "model.window=12 must divide the 18 tokens before the first question"),
+        ({"model": {"window": 32}}, "model.window=32 must divide the 18 tokens before the first question"),
     ],
 )
 def test_a_recipe_that_does_not_fit_names_field_and_value(data, changes, message):
@@ -129,10 +129,10 @@ def test_a_manifest_is_optional_but_must_be_one(data):
 def test_samples_that_disagree_about_a_window(tmp_path):
     with open(tmp_path / "train-0.tar", "wb") as file, TarWriter(file) as tar:
         for number, first in enumerate((20, 20, 12)):
-            sample = Sample(np.ones(31, np.int32), np.arange(31) >= first, np.zeros((0, 3), np.int32))
+            sample = Sample(np.ones(33, np.int32), np.arange(33) >= first, np.zeros((0, 3), np.int32))
             tar.write(encode(f"sample-{number}", sample))
     text = error_of(recipe(tmp_path, test=None))
-    assert "model.window=16: window 0 (tokens 0..15) holds loss tokens in some samples of" in text
+    assert "model.window=18: window 0 (tokens 0..17) holds loss tokens in some samples of" in text
 
 
 def test_lists_are_checked_without_importing_torch():
