@@ -8,16 +8,19 @@ import argparse
 import importlib
 
 ON_CPU = ["delta_rule", "sleep", "stack"]
+ON_DEMAND = ["demo", "device"]  # a quarter of an hour; a CUDA device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default) or device")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default), {' or '.join(ON_DEMAND)}"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
     options = parser.parse_args()
-    if unknown := set(options.names) - {*ON_CPU, "device"}:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, 'device'])}")
+    if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")
     for name in options.names or ON_CPU:
         flags = [f"--{flag}" for flag in ("quick", "tiny") if getattr(options, flag)]
         importlib.import_module(f"benchmarks.{name}").main(options, " ".join(["python -m benchmarks", name, *flags]))

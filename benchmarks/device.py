@@ -28,11 +28,8 @@ import torch
 from benchmarks.common import join_alone, table, write
 from powernap.model.config import ATTENTION, ModelConfig
 from powernap.model.segments import Segment, plan_segments
-from powernap.model.stage import HybridStage
-from powernap.parallel.zero import ZeroOptimizer
 from powernap.train import trainer
 from powernap.train.config import Recipe
-from powernap.train.optimizer import build_optimizer
 
 PASSES = (1, 4)
 WINDOW = 1024
@@ -81,16 +78,7 @@ def measure(size: str, steps: int) -> dict:
     """Timed steps of one size at every N, in a fresh process."""
     here = join_alone()
     recipe = build_recipe(size)
-    torch.manual_seed(0)
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
-    zero = ZeroOptimizer(
-        stage,
-        build_optimizer(stage, recipe.optimizer),
-        here,
-        precision=recipe.train.precision,
-        clip=recipe.optimizer.clip,
-        micro_batch_size=recipe.micro_batch_size,
-    )
+    stage, zero = trainer.build(recipe, here)
     batch = synthetic_batch(recipe)
     peak_flops = device_peak_flops()
     result = {

@@ -31,7 +31,6 @@ from powernap.model.delta_rule import gated_delta_rule
 from powernap.model.gated_delta_net import causal_conv
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import ZeroOptimizer
 from powernap.train import trainer
 from powernap.train.config import Recipe, load_recipe
 from powernap.train.optimizer import build_optimizer
@@ -184,17 +183,7 @@ def synthetic_batch(recipe: Recipe) -> SimpleNamespace:
 
 
 def powernap_step(recipe: Recipe, here: Topology, batch: SimpleNamespace, clock: FormClock):
-    torch.manual_seed(0)
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups)
-    optimizer = build_optimizer(stage, recipe.optimizer)
-    zero = ZeroOptimizer(
-        stage,
-        optimizer,
-        here,
-        precision=recipe.train.precision,
-        clip=recipe.optimizer.clip,
-        micro_batch_size=recipe.micro_batch_size,
-    )
+    stage, zero = trainer.build(recipe, here)
     zero_step = zero.step
 
     def run() -> float:

@@ -35,16 +35,7 @@ def train(recipe: Recipe, resume: bool = False) -> None:
             folder.create(recipe)
         here.barrier()
 
-        torch.manual_seed(recipe.run.seed)  # the same weights on every rank
-        stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
-        zero = ZeroOptimizer(
-            stage,
-            build_optimizer(stage, recipe.optimizer),
-            here,
-            precision=recipe.train.precision,
-            clip=recipe.optimizer.clip,
-            micro_batch_size=recipe.micro_batch_size,
-        )
+        stage, zero = build(recipe, here)
         done = 0
         if resume and (newest := checkpoint.newest(folder.checkpoints)):
             done = checkpoint.load(newest, zero, here)
@@ -61,6 +52,21 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 log.step(step, metrics)
                 if last or is_due(step, recipe.train.checkpoint_every):
                     checkpoint.save(folder.checkpoints, step, stage, zero, here)
+
+
+def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
+    """The model with its first weights, the same on every rank, and the optimizer around it."""
+    torch.manual_seed(recipe.run.seed)
+    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+    zero = ZeroOptimizer(
+        stage,
+        build_optimizer(stage, recipe.optimizer),
+        here,
+        precision=recipe.train.precision,
+        clip=recipe.optimizer.clip,
+        micro_batch_size=recipe.micro_batch_size,
+    )
+    return stage, zero
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -8,6 +8,11 @@ import runs
 import torch
 import yaml
 
+from powernap.model.sleep import sleep_and_predict
+from powernap.model.stage import HybridStage
+from powernap.parallel import checkpoint
+from powernap.train.config import load_recipe
+from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
 
 
@@ -150,7 +155,9 @@ def test_torchrun_may_start_the_processes(folder, one_process):
     assert_same_training(folder / "runs" / "torchrun", one_process, 1e-5)
 
 
-def test_thirty_seconds_of_training_beat_chance(tmp_path):
+def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_fast_weights(
+    tmp_path, here, monkeypatch
+):
     sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50, "checkpoint_every": 300}}
     runs.prepare(tmp_path, train_samples=8000, **sections)
     run = train(tmp_path, "learns", "parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30")
@@ -159,3 +166,18 @@ def test_thirty_seconds_of_training_beat_chance(tmp_path):
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["accuracy/N2/depth_1"] > 0.9  # a constant guess gets about 1/6
     assert last["accuracy/N2/depth_2"] > 0.3
+
+    # The same model with its fast weights emptied at the window's end is back at chance.
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("tiny.yaml")
+    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+    checkpoint.load_weights(run / "checkpoints" / "step_00000300", stage)
+
+    def without_memory(*arguments, **options):
+        empty = lambda fast_weights: tuple(torch.zeros_like(state) for state in fast_weights)  # noqa: E731
+        return sleep_and_predict(*arguments, **options, between_windows=empty)
+
+    kept = evaluate(stage, recipe, [2], 64, here)
+    monkeypatch.setattr("powernap.train.evaluate.sleep_and_predict", without_memory)
+    emptied = evaluate(stage, recipe, [2], 64, here)
+    assert kept.accuracy["2"]["1"] > 0.9 and emptied.accuracy["2"]["1"] < 0.35
