@@ -1,9 +1,9 @@
-# Every target sets itself up: a virtual environment in .venv with the versions pinned in pyproject.toml.
+# Every target sets itself up: a virtual environment in .venv with the versions pinned in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench ui install clean
+.PHONY: help demo test bench ui install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1  \t/p' Makefile
@@ -12,7 +12,7 @@ demo: install  ## train with and without sleep, compare, draw (minutes)
 	$(BIN)/powernap demo
 
 test: install  ## lint and the whole test suite
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/python -m pytest
 
 bench: install  ## measure speed and memory on this machine, into benchmarks/results/
@@ -29,9 +29,10 @@ install: .venv/installed  ## the virtual environment alone
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "powernap needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh .ci/install-venv
+	@echo "Installing into .venv: about 2 GB, some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean:  ## remove the virtual environment (runs/ and data/ stay)

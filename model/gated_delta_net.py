@@ -16,10 +16,10 @@ from powernap.model.delta_rule import gated_delta_rule
 from powernap.model.norm import RMSNorm
 from powernap.model.window import Window
 
-# Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about ten
-# to about seven hundred tokens.
+# Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about a
+# hundred to about seven thousand tokens. What the first pass wrote must outlive the N passes that follow.
 DECAY_RANGE = (1.0, 4.0)
-STEP_RANGE = (0.001, 0.02)
+STEP_RANGE = (0.0001, 0.002)
 
 
 class GatedDeltaNet(MegatronModule):
@@ -96,7 +96,7 @@ class GatedDeltaNet(MegatronModule):
             valid = window.valid.unsqueeze(-1)
             beta, g = beta * valid, g * valid
         if self.gate_means is not None:
-            self.gate_means.append((g.detach().exp().mean(), beta.detach().mean()))
+            self.gate_means.append(tuple(_mean_of_tokens(x, window.valid) for x in (g.detach().exp(), beta.detach())))
         output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
         if not need_output:
             return None, state
@@ -105,6 +105,11 @@ class GatedDeltaNet(MegatronModule):
         output = F.rms_norm(output.transpose(0, 1), (self.value_dim,), weight, self.norm.eps) * F.silu(z)
         output, _ = self.out_proj(output.reshape(length, batch, -1))
         return output, state
+
+
+def _mean_of_tokens(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The mean of x [L, B, H] over everything but pads."""
+    return x.mean() if valid is None else (x * valid.unsqueeze(-1)).sum() / (valid.sum() * x.shape[-1])
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -261,6 +261,19 @@ def test_health_names_every_block_and_pass(here):
     assert all(0 < value < 1 for name, value in summary.items() if "norm" not in name)
 
 
+def test_pads_do_not_count_in_the_means_of_the_gates(here):
+    stage = tiny.build_stage(here)
+    tokens, loss_mask = tiny.batch(sequences=1, windows=2, predicting=(1,))
+    tokens[:, :4] = 0
+    padded, plain = FastWeightHealth(stage), FastWeightHealth(stage)
+    tiny.run(stage, tokens, loss_mask, health=padded)
+    segments = tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)
+    two_tokens = [replace(s, tokens=(max(0, s.tokens[0] - 4), s.tokens[1] - 4), padded=False) for s in segments]
+    short, short_mask = (x[:, 4:].to(here.device) for x in (tokens, loss_mask))
+    tiny.sleep_and_predict(stage, two_tokens, short, short_mask, health=plain)
+    assert padded.summary() == pytest.approx(plain.summary(), rel=1e-12)
+
+
 def test_tied_embeddings_share_one_matrix(here):
     stage = tiny.build_stage(here, model=tiny.model_config(tie_embeddings=True))
     tokens, loss_mask = tiny.batch()
