@@ -47,9 +47,9 @@ def main(options: argparse.Namespace, command: str) -> None:
     )
     steps = next(iter(results.values()))["steps"]
     report = [
-        f"Held-out accuracy by hop after {steps} steps on two processes, each model read with the N it was trained with.",
+        f"Held-out accuracy by hop after {steps} steps on two processes, each model read at its own N; seconds on the clock.",
         "",
-        *table(["seed", "trained", "1", "2", "3", "4", "seconds of both"], rows),
+        *table(["seed", "trained", "1", "2", "3", "4", "both, s"], rows),
         "",
         *verdict,
     ]

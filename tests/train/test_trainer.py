@@ -99,11 +99,13 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, one_process, pr
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_bf16_trains_close_to_fp32(folder, one_process):
-    low = train(folder, "bf16", "train.precision=bf16")
-    assert weights(low)["output_layer.weight"].dtype == torch.bfloat16
-    assert column(low, "loss") == pytest.approx(column(one_process, "loss"), rel=0.03)
-    assert column(low, "loss") != column(one_process, "loss")
+def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(folder, one_process):
+    one, two = (train(folder, f"bf16{n}", "train.precision=bf16", f"parallel.data={n}") for n in (1, 2))
+    assert weights(one)["output_layer.weight"].dtype == torch.bfloat16
+    for low in (one, two):
+        assert column(low, "loss") == pytest.approx(column(one_process, "loss"), rel=0.03)
+        assert column(low, "loss") != column(one_process, "loss")
+        assert column(low, "grad_norm") == pytest.approx(column(one_process, "grad_norm"), rel=0.1)
 
 
 def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(folder):
