@@ -12,6 +12,8 @@ from webdataset.tariterators import group_by_keys
 from powernap.train.data.sample import DataError
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
+# What curl and a shell mean by their exit codes. WebDataset reads http: through curl.
+EXIT_CODES = {22: ": the server refused, such as 404 not found", 127: ": not installed; http: needs curl"}
 # How a command ends that was well until we stopped reading: SIGPIPE, as a signal or a shell's exit code; curl says 23.
 STOPPED_EARLY = {-signal.SIGPIPE, 128 + signal.SIGPIPE, 23}
 
@@ -84,8 +86,7 @@ def _explain(error: Exception, source: BinaryIO | Pipe | None) -> str:
             source.close()
         code = source.proc.returncode
         if code and code not in STOPPED_EARLY:
-            refused = ": the server refused, such as 404 not found" if code == 22 else ""
-            return f"its command ended with exit code {code}{refused}"
+            return f"its command ended with exit code {code}{EXIT_CODES.get(code, '')}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error.args[0]) if error.args else type(error).__name__  # WebDataset appends objects to args
