@@ -10,10 +10,11 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys
 
 from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import local_path
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
-# What curl and a shell mean by their exit codes. WebDataset reads http: through curl.
-EXIT_CODES = {22: ": the server refused, such as 404 not found", 127: ": not installed; http: needs curl"}
+# What curl and a shell mean by their exit codes.
+EXIT_CODES = {22: ": the server refused, such as 404 not found", 127: ": not installed"}
 # How a command ends that was well until we stopped reading: SIGPIPE, as a signal or a shell's exit code; curl says 23.
 STOPPED_EARLY = {-signal.SIGPIPE, 128 + signal.SIGPIPE, 23}
 
@@ -35,7 +36,7 @@ def read_shard(shard: str) -> Iterator[dict[str, object]]:
     except DataError:
         raise
     except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{shard}: cannot be read ({_explain(error, source)})") from None
+        raise DataError(f"{shard}: cannot be read ({_explain(error, shard, source)})") from None
     finally:
         if source is not None:
             with suppress(OSError):
@@ -80,7 +81,9 @@ def _files(shard: str, stream: _Watched) -> Iterator[dict[str, object]]:
         raise DataError(f"{shard}: cut off after {stream.total} bytes: build or copy it again")
 
 
-def _explain(error: Exception, source: BinaryIO | Pipe | None) -> str:
+def _explain(error: Exception, shard: str, source: BinaryIO | Pipe | None) -> str:
+    if isinstance(error, FileNotFoundError) and local_path(shard) is None:
+        return f"the command {error.filename} is not installed"  # WebDataset reads http: through curl
     if isinstance(source, Pipe):
         with suppress(OSError):
             source.close()

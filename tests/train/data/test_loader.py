@@ -333,6 +333,14 @@ def test_shards_from_a_command(folder):
     assert numbers(read(f"pipe:cat {folder}/train-{{0..3}}.tar"), 5) == numbers(read(f"{folder}/train-{{0..3}}.tar"), 5)
 
 
+def test_http_without_curl_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        DataError, match=r"http://127.0.0.1:9/a.tar: cannot be read \(the command curl is not installed"
+    ):
+        numbers(read("http://127.0.0.1:9/a.tar"), 1)
+
+
 @needs_curl
 def test_shards_over_http(folder, server):
     local = numbers(read(f"{folder}/train-{{0..3}}.tar", workers=2), 12)
