@@ -5,9 +5,8 @@ from pathlib import Path
 
 Accuracy = Mapping[str, Mapping[str, float]]  # row -> depth -> share of right answers
 
-# One hue from light to dark: more passes, darker. Grey for what no model did.
-SHADES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
-GREY = "#777777"
+BLUE, ORANGE = "#08519c", "#d95f0e"
+GREY = "#777777"  # for what no model did
 
 
 def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
@@ -34,14 +33,12 @@ def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str,
     depths = list(floor)
     if len(depths) == 1:
         (depth,) = depths
-        axes.plot(list(accuracy), [values[depth] for values in accuracy.values()], "o-", color=SHADES[3])
+        axes.plot(list(accuracy), [values[depth] for values in accuracy.values()], "o-", color=BLUE, clip_on=False)
         axes.axhline(floor[depth], color=GREY, linestyle=":")
         axes.annotate("constant guess", (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
         axes.set_xlabel(f"N, passes of sleep (depth {depth})")
     else:
-        shades = SHADES[-len(accuracy) :] if len(accuracy) > 1 else SHADES[3:4]
-        for index, (passes, values) in enumerate(accuracy.items()):
-            color = shades[index % len(shades)]
+        for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
             axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label="constant guess")
         axes.set_xlabel("depth (hops or steps)")
@@ -59,7 +56,7 @@ def draw_demo(
     accuracy: model name -> hop -> share. losses: model name -> loss at every step, in the same order.
     """
     figure, (left, right) = new_figure(columns=2)
-    colors = dict(zip(accuracy, (SHADES[4], "#d95f0e"), strict=True))
+    colors = dict(zip(accuracy, (BLUE, ORANGE), strict=True))
     hops = list(floor)
     for name, values in accuracy.items():
         left.plot(hops, [values[hop] for hop in hops], "o-", color=colors[name], linewidth=2, clip_on=False)
@@ -85,6 +82,13 @@ def draw_demo(
 def smooth(values: list[float], window: int = 20) -> list[float]:
     """The mean of the last `window` values at each place."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def _from_light_to_dark(count: int) -> list:
+    """Colours that can be told apart, also in grey: more passes, darker."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.85 * (1 - index / max(1, count - 1))) for index in range(count)]
 
 
 def new_figure(columns: int = 1):
