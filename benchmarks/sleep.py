@@ -7,10 +7,10 @@ Step time. A step with W consolidation windows runs W (N-1) whole passes more th
 where `pass` is timed by itself: one segment forward, recomputed, backward, as the schedule runs it.
 
 Memory. Checkpointing keeps the inputs of each segment: hidden states [L, B, D] and fast weights. Live tensor bytes are
-counted at every operation, so the peak is exact and the same on every machine. It is counted twice, since a step with
-N = 1 and one answer window is a special case: it has no segment whose output and writes both carry gradient (the passes
-only write, and nobody reads what the last window writes). Every other step has one, which needs more room. With two
-answer windows there is one for every N, and what is left is what sleep needs.
+counted at every operation, so the peak is exact and the same on every machine. It is counted twice: a step with N = 1
+and one answer window is at its peak before there are gradients of parameters, every other step when there are, so with
+one answer window the step from N = 1 to 2 also shows one set of gradients. With two answer windows the gradients are
+there for every N, and what is left is what sleep needs.
 
 Wake latency. One prediction window answered from fast weights that N passes have written.
 """
@@ -195,7 +195,7 @@ def memory(stage: HybridStage):
     report = [
         "Peak memory of a step in MiB, parameters left out, and its growth from N=1.",
         f"A segment's saved inputs are hidden states ({hidden / mib:.3g}) and fast weights ({states / mib:.3g}).",
-        "One answer window, from N=1 to 2: the first segment with gradient through output and writes.",
+        f"One answer window, from N=1 to 2: the gradients ({numbers['gradient_bytes'] / mib:.3g}) join the peak.",
         "",
         *table(["N", "saved inputs", "peak, 1 answer", "growth", "peak, 2 answers", "growth"], rows),
         "",
