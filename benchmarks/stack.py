@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
+from benchmarks.sleep import MODEL
 from powernap.model.attention import rotary_tables, rotate
 from powernap.model.block import Window
 from powernap.model.config import ModelConfig
@@ -51,21 +52,10 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 def recipe_256() -> Recipe:
     """The hybrid of benchmarks/sleep.py."""
-    model = dict(
-        pattern="AGAG",
-        window=64,
-        vocab_size=256,
-        hidden_size=256,
-        ffn_hidden_size=768,
-        num_attention_heads=4,
-        gdn_heads=4,
-        gdn_key_dim=64,
-        gdn_value_dim=64,
-    )
     return Recipe(
         run={"name": "benchmark"},
-        model=model,
-        data={"train": "-", "sequence_length": 3 * 64 + 1},
+        model=MODEL,
+        data={"train": "-", "sequence_length": 3 * MODEL.window + 1},
         train={"steps": 1000, "global_batch_size": 8},
     )
 
