@@ -3,7 +3,7 @@
 Nothing here imports torch: `powernap --help` and every check of a recipe read these classes.
 """
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -68,6 +68,10 @@ class SleepConfig(Section):
 
     passes: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         1, description="N, passes over a consolidation window; a list: N is drawn from it at every step"
+    )
+    eviction: Literal["hard", "sliding"] = Field(
+        "hard",
+        description="what a window leaves beside fast weights: hard nothing, sliding its newest L-1 keys, values",
     )
     pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
     reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")

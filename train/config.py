@@ -43,7 +43,7 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; null: the rank's share")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; null: all")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
@@ -82,8 +82,12 @@ class ParallelConfig(Section):
     """How many processes share the work, and how."""
 
     data: int = Field(1, ge=1, description="data-parallel ranks")
-    tensor: int = Field(1, ge=1, description="tensor-parallel ranks (1 for now)")
-    pipeline: int = Field(1, ge=1, description="pipeline stages (1 for now)")
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks: heads, MLP and vocabulary are split over them")
+    sequence: bool = Field(False, description="split norms and residuals along the tokens over the tensor ranks too")
+    pipeline: int = Field(1, ge=1, description="pipeline stages")
+    pipeline_layout: str | None = Field(
+        None, min_length=1, description="blocks of each stage, such as AG|GAG|AG; null: balanced by cost"
+    )
     timeout_seconds: float = Field(600, gt=0, description="how long a rank waits for another before it gives up")
 
     @property
@@ -94,7 +98,10 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
-    stage: int = Field(1, ge=0, le=3, description="1: optimizer state split over data-parallel ranks")
+    stage: int = Field(
+        1, ge=0, le=3, description="split over data ranks: 1 optimizer state, 2 and gradients, 3 and parameters"
+    )
+    offload: bool = Field(False, description="keep the optimizer state in host memory and step there")
 
 
 class EvaluationConfig(Section):
@@ -136,6 +143,10 @@ class Recipe(Section):
                 )
         if self.zero.stage != 1:
             raise ValueError(f"zero.stage={self.zero.stage} is not built yet: use 1")
+        if self.zero.offload:
+            raise ValueError("zero.offload=true is not built yet: use false")
+        if self.sleep.eviction == "sliding":
+            raise ValueError("sleep.eviction=sliding is not built yet: use hard")
         if train.global_batch_size % parallel.data:
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of parallel.data={parallel.data}"
