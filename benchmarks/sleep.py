@@ -128,14 +128,13 @@ def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
     """One whole pass over a consolidation window, alone: forward, then recomputed and back-propagated."""
     segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 3)
     segment: Segment = segments[1]  # the middle pass: from hidden states to hidden states
-    window = tokens[:, slice(*segment.tokens)]
     with torch.no_grad():
-        hidden_states, states = stage(segments[0], window, None, stage.zero_fast_weights(len(tokens)))
+        hidden_states, states = stage(segments[0], tokens, None, stage.zero_fast_weights(len(tokens)))
     inputs = [x.requires_grad_() for x in (hidden_states, *states)]
     gradients = [torch.randn_like(x) for x in inputs]
 
     def run_segment(hidden_states, *states):
-        hidden_states, states = stage(segment, window, hidden_states, states)
+        hidden_states, states = stage(segment, tokens, hidden_states, states)
         return hidden_states, *states
 
     def run():
@@ -234,11 +233,9 @@ def wake_latency(stage: HybridStage, rounds: int):
 
 
 def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.FastWeights):
-    window = tokens[:, slice(*segment.tokens)]
-
     def run():
         with torch.no_grad():
-            hidden_states, _ = stage(segment, window, None, states)
+            hidden_states, _ = stage(segment, tokens, None, states)
             return stage.predictions(hidden_states)
 
     return run

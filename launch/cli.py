@@ -52,6 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, bubble and FLOPs of a recipe's layout, or better layouts",
+        description="What a recipe's layout costs, before any process starts: parameters, bytes of every rank, live "
+        "segments, FLOPs and the pipeline's bubble. With --suggest: other layouts, best first.",
+        epilog="examples: powernap plan demo --memory 80GB; powernap plan demo --suggest --devices 64 --memory 80GB",
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    plan.add_argument("--memory", type=_size, metavar="SIZE", help="memory of a device, such as 80GB or 79GiB")
+    plan.add_argument("--suggest", action="store_true", help="propose layouts for --devices")
+    plan.add_argument("--devices", type=_devices, metavar="N", help="(default: as many as the recipe's layout has)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
+
     evaluate = commands.add_parser(
         "eval",
         help="accuracy by depth and N of a run",
@@ -118,7 +133,9 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     joining = local.already_started()
     processes = recipe.parallel.world_size
     if joining:
-        local.check_world_size(processes, f"parallel.data={recipe.parallel.data}")
+        parallel = recipe.parallel
+        grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
+        local.check_world_size(processes, grid)
     else:
         from powernap.train.check_data import check_data
 
@@ -131,6 +148,54 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
     train(recipe, resume=options.resume)
     return 0
+
+
+def _plan(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.parallel.plan import plan, suggest, suggestions_json, suggestions_text
+    from powernap.train.config import RecipeError, load_recipe
+
+    if options.devices and not options.suggest:
+        raise RecipeError("--devices goes with --suggest: without it the recipe says how many")
+    recipe = load_recipe(options.recipe, options.overrides)
+    predicts = _predicting_windows(recipe)
+    if options.suggest:
+        devices = options.devices or recipe.parallel.world_size
+        found = suggest(recipe, devices, predicts, options.memory)
+        print(suggestions_json(found) if options.json else suggestions_text(found, devices))
+        return 0
+    result = plan(recipe, predicts, options.memory)
+    print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
+    return 0
+
+
+def _predicting_windows(recipe) -> list[bool] | None:
+    """Which windows of the first training sample hold loss tokens, or None if no shard is here yet.
+
+    With Python's own tarfile: the training reader imports torch, which takes seconds.
+    """
+    import tarfile
+
+    from powernap.train.data.sample import DataError, decode
+    from powernap.train.data.shard_list import expand_shards, local_path
+
+    try:
+        shard = expand_shards(recipe.data.train)[0]
+        if local_path(shard) is None:
+            return None
+        with tarfile.open(local_path(shard)) as tar:
+            members, key = {}, None
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                name, kind = re.fullmatch(
+                    r"((?:.*/)?[^/.]*)\.?(.*)", member.name
+                ).groups()  # as WebDataset names samples
+                if key not in (None, name):
+                    break
+                key, members[kind] = name, tar.extractfile(member).read()
+    except (DataError, OSError, tarfile.TarError):
+        return None
+    sample = decode({"__key__": key, "__url__": shard, **members}, recipe.data.sequence_length, recipe.model.vocab_size)
+    targets, window = sample.loss_mask[1:], recipe.model.window  # a token's target is the one after it
+    return [bool(targets[start : start + window].any()) for start in range(0, len(targets), window)]
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> int:
@@ -204,6 +269,20 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"'{text}': write whole numbers from 1, such as 1,2,4,8")
     return numbers
+
+
+def _size(text: str) -> int:
+    units = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MGT]I?B)", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}': write a size such as 80GB or 79GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def _devices(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': write a whole number from 1, such as 64")
+    return int(text)
 
 
 def _lost_a_rank(text: str) -> bool:

@@ -39,7 +39,7 @@ def check_world_size(wanted: int, layout: str) -> None:
     started = int(os.environ["WORLD_SIZE"])
     if started != wanted:
         raise LaunchError(
-            f"{layout} needs {wanted} processes, {started} were started: start {wanted}, or set parallel.data"
+            f"{layout} needs {wanted} processes, {started} were started: start {wanted}, or change the layout"
         )
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention over one window, tensor-parallel over heads."""
+"""Causal self-attention over one window, or over a sliding one, tensor-parallel over heads."""
 
 import torch
 import torch.nn.functional as F
@@ -43,24 +43,67 @@ class WindowAttention(MegatronModule):
 
     def forward(self, hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
         """hidden_states [L, B, D] -> [L, B, D]."""
+        return self._attend(*self._project(hidden_states, window), window)
+
+    def _project(self, hidden_states: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, both rotated, and values: [L, B, D] -> three [B, heads/TP, L, head_dim]."""
         qkv, _ = self.qkv_proj(hidden_states)
         length, batch, _ = qkv.shape
         qkv = qkv.view(length, batch, self.local_heads, 3 * self.head_dim)
         queries_keys, value = qkv.split([2 * self.head_dim, self.head_dim], dim=-1)
         queries_keys = rotate(queries_keys.unflatten(-1, (2, self.head_dim)), *window.rotary)
         query, key = queries_keys.unbind(-2)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, H, L, head_dim]
+        return tuple(x.permute(1, 2, 0, 3) for x in (query, key, value))
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: Window) -> torch.Tensor:
+        """query [B, heads/TP, L, head_dim], keys and values [B, heads/TP, n+L, head_dim] -> [L, B, D]."""
         mask = window.attention_mask
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        output, _ = self.out_proj(context.permute(2, 0, 1, 3).reshape(length, batch, -1))
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
+        output, _ = self.out_proj(context.permute(2, 0, 1, 3).flatten(2))
         return output
 
 
-def rotary_tables(length: int, head_dim: int, base: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [L, 1, 1, 1, head_dim] of the rotary position embedding (arXiv 2104.09864), positions from 0."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+class SlidingAttention(WindowAttention):
+    """Attention that also sees the cached keys and values of earlier windows, as far back as L-1 tokens.
+
+    Args:
+        block: its index in the whole model, to know which of a window's passes is its last.
+        reach: L, tokens a query sees with its own; L-1 of them stay in the cache.
+    """
+
+    def __init__(self, config, layer_number, pg_collection, block: int, reach: int):
+        super().__init__(config, layer_number, pg_collection)
+        self.block = block
+        self.reach = reach
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache: torch.Tensor,
+        window: Window,
+        need_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """hidden_states [L, B, D], cache [2, B, heads/TP, n, head_dim] -> (output [L, B, D] or None, cache).
+
+        The cache changes in the block's last pass over the window only: all passes see the same earlier tokens.
+        """
+        query, key, value = self._project(hidden_states, window)
+        seen = torch.cat([cache, torch.stack([key, value])], dim=3)
+        output = self._attend(query, *seen, window) if need_output else None
+        if self.block in window.final_blocks:
+            kept = min(self.reach - 1, seen.shape[3])
+            cache = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep alive what is evicted
+        return output, cache
+
+
+def rotary_tables(
+    length: int, head_dim: int, base: float, like: torch.Tensor, start: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [L, 1, 1, 1, head_dim] of the rotary position embedding (arXiv 2104.09864), from `start` on."""
+    # Position 2^20 times a float32 frequency is an angle off by 0.06.
+    dtype = torch.float64 if start or like.dtype == torch.float64 else torch.float32
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=dtype, device=like.device), frequencies)
+    angles = torch.outer(torch.arange(start, start + length, dtype=dtype, device=like.device), frequencies)
     angles = torch.cat([angles, angles], dim=-1)[:, None, None, None, :]
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -71,12 +114,22 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def causal_mask_without(valid: torch.Tensor) -> torch.Tensor:
-    """Causal mask [B, 1, L, L] that hides padded keys; valid [B, L] is False at pads.
+def sliding_mask(length: int, cached: int, reach: int, device: torch.device) -> torch.Tensor:
+    """What each query of a window sees of the cached keys and its own window: itself and up to reach-1 before.
+
+    Returns:
+        [L, n+L], True where seen.
+    """
+    queries, keys = (torch.arange(start, cached + length, device=device) for start in (cached, 0))
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < reach)
+
+
+def hide_pads(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], valid [B, n+L] is False at pads.
 
     A pad may see itself: a row that sees nothing would be a softmax over nothing, NaN.
     """
-    length = valid.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=valid.device)
-    return (causal & (valid[:, None, :] | itself)).unsqueeze(1)
+    length, keys = mask.shape
+    itself = torch.ones_like(mask).triu(keys - length).tril(keys - length)
+    return (mask & (valid[:, None, :] | itself)).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The block stack on Megatron-core: layers whose fast weights go in and come out."""
+"""The block stack on Megatron-core: layers whose fast weights and caches go in and come out."""
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -8,30 +8,45 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from powernap.model.attention import WindowAttention
-from powernap.model.config import GATED_DELTA_NET
-from powernap.model.fast_weights import FastWeights
+from powernap.model.attention import SlidingAttention, WindowAttention
+from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.fast_weights import Memory, empty_cache, zero_state
 from powernap.model.gated_delta_net import GatedDeltaNet
+from powernap.model.init import drawn_as
 from powernap.model.norm import RMSNorm
 from powernap.model.window import Window
 
 
 class HybridLayer(TransformerLayer):
-    """Megatron-core's layer (construction, numbering, checkpoint names) around a mixer that may own fast weights."""
+    """Megatron-core's layer (construction, numbering, checkpoint names) around a mixer that may carry a state."""
+
+    def __init__(self, *args, block: int, **kwargs):
+        """`block` counts from 0 over the whole model; Megatron's layer_number counts over this stage."""
+        with drawn_as(f"block {block}"):
+            super().__init__(*args, **kwargs)
 
     @property
     def has_state(self) -> bool:
-        return isinstance(self.self_attention, GatedDeltaNet)
+        """Whether something crosses from segment to segment: fast weights, or keys and values."""
+        return isinstance(self.self_attention, (GatedDeltaNet, SlidingAttention))
+
+    def first_state(self, batch: int, like: torch.Tensor) -> torch.Tensor:
+        """The state at the start of `batch` sequences."""
+        mixer = self.self_attention
+        if isinstance(mixer, GatedDeltaNet):
+            return zero_state(batch, mixer.local_heads, mixer.key_dim, mixer.value_dim, like)
+        return empty_cache(batch, mixer.local_heads, mixer.head_dim, like)
 
     def forward(self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window):
         """norm -> mixer -> residual, norm -> MLP -> residual.
 
         Args:
             hidden_states: [L, B, D].
-            state: [B, heads/TP, d_k, d_v] for a gated-delta-net layer, else None.
+            state: [B, heads/TP, d_k, d_v] for a gated-delta-net layer, [2, B, heads/TP, n, head_dim] for sliding
+                attention, else None.
 
         Returns:
-            (hidden_states, state), both new.
+            (hidden_states, state) after the window.
         """
         normed = self.input_layernorm(hidden_states)
         if self.has_state:
@@ -54,22 +69,22 @@ class HybridBlock(TransformerBlock):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        fast_weights: FastWeights,
+        memory: Memory,
         window: Window,
         layers: range,
         write_only: bool = False,
-    ) -> tuple[torch.Tensor | None, FastWeights]:
+    ) -> tuple[torch.Tensor | None, Memory]:
         """Run `layers` (indices into this stage) once.
 
         Args:
             hidden_states: [L, B, D].
-            fast_weights: one state for each gated-delta-net layer of this stage, in order.
-            write_only: the hidden states are not needed: stop inside the last gated-delta-net layer of `layers`.
+            memory: one state for each layer of this stage that has one, in order.
+            write_only: the hidden states are not needed: stop inside the last layer with a state of `layers`.
 
         Returns:
-            (hidden_states or None if write_only, fast_weights of the whole stage)
+            (hidden_states or None if write_only, memory of the whole stage)
         """
-        states = dict(zip(self.layers_with_state, fast_weights, strict=True))
+        states = dict(zip(self.layers_with_state, memory, strict=True))
         last_write = max((i for i in layers if i in states), default=None) if write_only else None
         for index in layers:
             if index == last_write:
@@ -86,18 +101,29 @@ class HybridBlock(TransformerBlock):
         return [i for i, layer in enumerate(self.layers) if layer.has_state]
 
 
-def block_submodules(pattern: str) -> TransformerBlockSubmodules:
-    """Megatron-core's description of the layers in `pattern`."""
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(kind) for kind in pattern], layer_norm=RMSNorm)
+def block_submodules(model: ModelConfig, sleep: SleepConfig, blocks: range) -> TransformerBlockSubmodules:
+    """Megatron-core's description of the layers `blocks` of `model`."""
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(block, _mixer_spec(model, sleep, block)) for block in blocks], layer_norm=RMSNorm
+    )
 
 
-def _layer_spec(kind: str) -> ModuleSpec:
+def _mixer_spec(model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
+    if model.pattern[block] == GATED_DELTA_NET:
+        return ModuleSpec(module=GatedDeltaNet)
+    if sleep.eviction == "sliding":
+        return ModuleSpec(module=SlidingAttention, params={"block": block, "reach": model.window})
+    return ModuleSpec(module=WindowAttention)
+
+
+def _layer_spec(block: int, mixer: ModuleSpec) -> ModuleSpec:
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=HybridLayer,
+        params={"block": block},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=GatedDeltaNet if kind == GATED_DELTA_NET else WindowAttention),
+            self_attention=mixer,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),

@@ -21,7 +21,7 @@ class ModelConfig(Section):
     """A stack of attention (A) and gated-delta-net (G) blocks, each followed by a SwiGLU MLP."""
 
     pattern: str = Field("AGAG", min_length=1, description="one letter a block: A attention, G gated delta net")
-    window: int = Field(ge=1, description="L, tokens per window; the KV cache is dropped after each")
+    window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each")
     vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
     pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
     hidden_size: int = Field(ge=1, description="width of the residual stream")
@@ -88,6 +88,10 @@ class SleepConfig(Section):
     def _pair(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
 
+    def last_write(self, model: ModelConfig) -> int:
+        """The last block that leaves anything at a window's end: nothing after it matters in the last pass; -1: none."""
+        return model.num_layers - 1 if self.eviction == "sliding" else model.pattern.rfind(GATED_DELTA_NET)
+
     @property
     def pass_choices(self) -> list[int]:
         return self.passes if isinstance(self.passes, list) else [self.passes]
@@ -101,7 +105,7 @@ class SleepConfig(Section):
             raise ValueError(
                 f"loop_range={[first, last]} must satisfy 0 <= i < j <= {model.num_layers} (blocks in {model.pattern})"
             )
-        if GATED_DELTA_NET not in model.pattern[first:last]:
+        if self.eviction == "hard" and GATED_DELTA_NET not in model.pattern[first:last]:
             raise ValueError(
                 f"loop_range={[first, last]} repeats only {model.pattern[first:last]}: it must hold a G block, "
                 "or the extra passes write nothing"

@@ -1,32 +1,38 @@
-"""Fast weights: the matrix states of a stack's gated-delta-net blocks, one [B, heads/TP, d_k, d_v] tensor a block.
+"""What a stage carries from segment to segment: fast weights, and under sliding eviction cached keys and values.
 
-They are data, not parameters: sharded by heads over tensor parallelism, by blocks over pipeline stages and by sequence
+Fast weights are the matrix states of the gated-delta-net blocks, one [B, heads/TP, d_k, d_v] tensor a block. Under sliding
+eviction an attention block has its newest keys and values beside them, one [2, B, heads/TP, n, head_dim] tensor a block.
+
+Both are data, not parameters: sharded by heads over tensor parallelism, by blocks over pipeline stages and by sequence
 over data parallelism, never communicated inside a step. A plain tuple, in block order, passes through autograd and
 checkpointing untouched.
 """
 
 import torch
 
-FastWeights = tuple[torch.Tensor, ...]
+FastWeights = tuple[torch.Tensor, ...]  # one a gated-delta-net block
+Memory = tuple[torch.Tensor, ...]  # one a block that carries anything: fast weights and, if there are any, caches
 
 
-def zero_fast_weights(
-    num_blocks: int, batch: int, heads: int, key_dim: int, value_dim: int, like: torch.Tensor
-) -> FastWeights:
-    """The state at the start of a sequence, on the device of `like`; float32, or float64 where `like` is.
+def zero_state(batch: int, heads: int, key_dim: int, value_dim: int, like: torch.Tensor) -> torch.Tensor:
+    """A block's fast weights at the start of a sequence, on the device of `like`; float32, or float64 where `like` is.
 
     Lower precision is no option: a state is a sum over thousands of small writes.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    shape = (batch, heads, key_dim, value_dim)
-    return tuple(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(num_blocks))
+    return torch.zeros((batch, heads, key_dim, value_dim), dtype=dtype, device=like.device)
 
 
-def detach(fast_weights: FastWeights) -> FastWeights:
+def empty_cache(batch: int, heads: int, head_dim: int, like: torch.Tensor) -> torch.Tensor:
+    """A block's keys and values at the start of a sequence: of no token, with device and precision of `like`."""
+    return like.new_zeros((2, batch, heads, 0, head_dim))
+
+
+def detach(memory: Memory) -> Memory:
     """The same numbers with no gradient to what wrote them."""
-    return tuple(state.detach() for state in fast_weights)
+    return tuple(state.detach() for state in memory)
 
 
-def nbytes(fast_weights: FastWeights) -> int:
-    """Bytes one process holds for them."""
-    return sum(state.numel() * state.element_size() for state in fast_weights)
+def nbytes(memory: Memory) -> int:
+    """Bytes one process holds for it."""
+    return sum(state.numel() * state.element_size() for state in memory)

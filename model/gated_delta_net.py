@@ -70,8 +70,7 @@ class GatedDeltaNet(MegatronModule):
         self.dt_bias = torch.nn.Parameter((step + torch.log(-torch.expm1(-step)))[own].to(device))  # softplus^-1
         for parameter in (self.conv_weight, self.A_log, self.dt_bias):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        self.norm = RMSNorm(config, self.value_dim, eps=config.layernorm_epsilon)
-        self.norm.weight.sequence_parallel = False
+        self.norm = HeadNorm(config, self.value_dim, self.tp_group)
 
     def forward(
         self,
@@ -100,11 +99,23 @@ class GatedDeltaNet(MegatronModule):
         output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
         if not need_output:
             return None, state
-        # Each shard sees its own heads, so its gradient of this shared weight is a part of the sum.
-        weight = copy_to_tensor_model_parallel_region(self.norm.weight, self.tp_group)
-        output = F.rms_norm(output.transpose(0, 1), (self.value_dim,), weight, self.norm.eps) * F.silu(z)
+        output = self.norm(output.transpose(0, 1)) * F.silu(z)
         output, _ = self.out_proj(output.reshape(length, batch, -1))
         return output, state
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm within every head, one weight for all heads of all shards."""
+
+    def __init__(self, config, value_dim, tp_group):
+        super().__init__(config, value_dim, eps=config.layernorm_epsilon)
+        self.tp_group = tp_group
+        self.weight.sequence_parallel = False  # heads are split, not tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Each shard sees its own heads, so its gradient of this shared weight is a part of the sum.
+        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def _mean_of_tokens(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

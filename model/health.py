@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from powernap.model.fast_weights import FastWeights
+from powernap.model.fast_weights import Memory
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
 
@@ -17,6 +17,7 @@ class FastWeightHealth:
 
     def __init__(self, stage: HybridStage):
         self._mixers = stage.gdn_mixers
+        self._blocks_with_state = [stage.blocks[index] for index in stage.decoder.layers_with_state]
         self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @contextmanager
@@ -34,12 +35,13 @@ class FastWeightHealth:
             for mixer in self._mixers.values():
                 mixer.gate_means = None
 
-    def record(self, segment: Segment, fast_weights: FastWeights) -> None:
+    def record(self, segment: Segment, memory: Memory) -> None:
         """Note the Frobenius norm of a head's state, averaged over batch and heads, as the segment left it."""
         if segment.predicts:
             return
-        for block, state in zip(self._mixers, fast_weights, strict=True):
-            norm = state.detach().norm(dim=(-2, -1)).mean()
+        states = dict(zip(self._blocks_with_state, memory, strict=True))
+        for block in self._mixers:
+            norm = states[block].detach().norm(dim=(-2, -1)).mean()
             self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/norm"].append(norm)
 
     def summary(self) -> dict[str, float]:

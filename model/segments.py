@@ -1,14 +1,16 @@
 """Segments: what a batch has to run, in which order. The same list drives one process and a pipeline.
 
 A segment is (window, pass). Consolidation windows, which hold no loss token, are slept on: N passes, each writing the
-fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1, hard eviction).
+fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1). Under sliding
+eviction a window also leaves keys and values: of each attention block those of its last pass.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
 
 
 class SegmentError(ValueError):
@@ -23,9 +25,10 @@ class Segment:
     pass_number: int  # from 1
     tokens: tuple[int, int]  # [start, stop) in the inputs
     blocks: tuple[int, int]  # [start, stop) of the blocks this pass runs
+    final_blocks: tuple[int, int]  # [start, stop) of those that no later pass over this window runs
     predicts: bool = False  # the window holds loss tokens: the output head runs
     write_only: bool = False  # nobody reads the hidden states: skip what follows the last write
-    padded: bool = False  # some sequence of the batch has pads in this window
+    padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation
 
 
@@ -54,12 +57,19 @@ def plan_segments(
                 f"window {window} (tokens {start}..{stop - 1}) holds loss tokens in {int(predicts.sum())} of "
                 f"{len(predicts)} sequences of a batch; all or none must"
             )
-        padded = model.pad_token_id is not None and bool((tokens[:, start:stop] == model.pad_token_id).any())
+        cached = cached_tokens(start, model, sleep)
+        padded = model.pad_token_id is not None and bool((tokens[:, start - cached : stop] == model.pad_token_id).any())
         if predicts.any():
-            segments.append(Segment(window, 1, (start, stop), (0, model.num_layers), predicts=True, padded=padded))
+            every = (0, model.num_layers)
+            segments.append(Segment(window, 1, (start, stop), every, every, predicts=True, padded=padded))
         else:
             segments += _sleep_on(window, (start, stop), padded, model, sleep, passes)
     return segments
+
+
+def cached_tokens(start: int, model: ModelConfig, sleep: SleepConfig) -> int:
+    """n, tokens whose keys and values a window that begins at `start` finds in the cache."""
+    return min(model.window - 1, start) if sleep.eviction == "sliding" else 0
 
 
 def _sleep_on(
@@ -67,20 +77,34 @@ def _sleep_on(
 ) -> list[Segment]:
     """N passes over a consolidation window. Blocks before the loop run in the first pass, those after in the last."""
     loop_start, loop_stop = sleep.loop_range or (0, model.num_layers)
-    last_write = model.pattern.rfind(GATED_DELTA_NET)
+    last_write = sleep.last_write(model)
     segments = []
     for number in range(1, passes + 1):
         last = number == passes
+        # The last pass ends with the last write: the window's hidden states are dropped after it.
+        first, stop = 0 if number == 1 else loop_start, last_write + 1 if last else loop_stop
         segments.append(
             Segment(
                 window,
                 number,
                 tokens,
-                # The last pass ends with the last write: the window's hidden states are dropped after it.
-                blocks=(0 if number == 1 else loop_start, last_write + 1 if last else loop_stop),
+                blocks=(first, stop),
+                final_blocks=(first, stop if last else loop_start),
                 write_only=last,
                 padded=padded,
                 with_grad=sleep.backprop_passes is None or number > passes - sleep.backprop_passes,
             )
         )
     return segments
+
+
+def pad_end(
+    tokens: torch.Tensor, loss_mask: torch.Tensor, multiple: int, pad_token_id: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengthen [B, T] so that the last window's inputs are a multiple too, as sequence parallelism splits them.
+
+    What is added comes after everything else in a causal model and bears no loss.
+    """
+    missing = -(tokens.shape[1] - 1) % multiple
+    pad = 0 if pad_token_id is None else pad_token_id
+    return F.pad(tokens, (0, missing), value=pad), F.pad(loss_mask, (0, missing), value=False)

@@ -55,7 +55,7 @@ def sleep_and_predict(
         where = slice(*segment.tokens)
 
         def run(hidden_states, *fast_weights, segment=segment, where=where):
-            hidden_states, fast_weights = stage(segment, inputs[:, where], hidden_states, fast_weights)
+            hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
             loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where]) if segment.predicts else None
             return hidden_states, loss, *fast_weights
 

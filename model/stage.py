@@ -10,81 +10,129 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from powernap.model.attention import causal_mask_without, rotary_tables
+from powernap.model.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.block import HybridBlock, block_submodules
-from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.fast_weights import FastWeights, zero_fast_weights
+from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.fast_weights import Memory
+from powernap.model.init import drawn_as
 from powernap.model.norm import RMSNorm
-from powernap.model.segments import Segment
+from powernap.model.segments import Segment, cached_tokens
 from powernap.model.window import Window
 
 
 class HybridStage(MegatronModule):
-    """All blocks, while there is one pipeline stage; knows how to run one segment, not in which order they come."""
+    """The blocks of one pipeline stage, or all; knows how to run one segment, not in which order they come.
+
+    Args:
+        blocks: the blocks of this stage, counted over the whole model; None: all. The stage with the first one holds
+            the embedding, the stage with the last one final norm and output head.
+        sequence_parallel: hidden states [L/TP, B, D] in place of [L, B, D] outside the mixers and MLPs (arXiv
+            2205.05198).
+    """
 
     def __init__(
-        self, model: ModelConfig, sleep: SleepConfig, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32
+        self,
+        model: ModelConfig,
+        sleep: SleepConfig,
+        groups: ProcessGroupCollection,
+        dtype: torch.dtype = torch.float32,
+        blocks: range | None = None,
+        sequence_parallel: bool = False,
     ):
-        config = transformer_config(model, groups.tp.size(), dtype)
+        config = transformer_config(model, groups.tp.size(), dtype, sequence_parallel)
         super().__init__(config)
         self.model = model
+        self.sleep = sleep
         self.tp_group = groups.tp
+        self.blocks = range(model.num_layers) if blocks is None else blocks
+        self.is_first = self.blocks.start == 0
+        self.is_last = self.blocks.stop == model.num_layers
         self.reinject_embeddings = sleep.reinject_embeddings
-        self.embedding = VocabParallelEmbedding(
-            model.vocab_size,
-            model.hidden_size,
-            init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, model.embedding_std),
-            config=config,
-            reduce_scatter_embeddings=config.sequence_parallel,
-            tp_group=groups.tp,
+        self.embedding = self.pass_norm = self.output_layer = None
+        if self.is_first or (self.is_last and model.tie_embeddings):
+            with drawn_as("embedding"):
+                self.embedding = VocabParallelEmbedding(
+                    model.vocab_size,
+                    model.hidden_size,
+                    init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, model.embedding_std),
+                    config=config,
+                    reduce_scatter_embeddings=sequence_parallel,
+                    tp_group=groups.tp,
+                )
+        if self.is_first and sleep.pass_norm:
+            self.pass_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
+        self.decoder = HybridBlock(
+            config, block_submodules(model, sleep, self.blocks), post_process=self.is_last, pg_collection=groups
         )
-        self.pass_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps) if sleep.pass_norm else None
-        self.decoder = HybridBlock(config, block_submodules(model.pattern), pg_collection=groups)
-        self.output_layer = ColumnParallelLinear(
-            model.hidden_size,
-            model.vocab_size,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            skip_weight_param_allocation=model.tie_embeddings,
-            tp_group=groups.tp,
-        )
-        self._rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self.is_last:
+            with drawn_as("output_layer"):
+                self.output_layer = ColumnParallelLinear(
+                    model.hidden_size,
+                    model.vocab_size,
+                    config=config,
+                    init_method=config.init_method,
+                    bias=False,
+                    gather_output=False,
+                    skip_weight_param_allocation=model.tie_embeddings,
+                    tp_group=groups.tp,
+                )
+        self._rotary: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by first position and length
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor on the device and in the precision of the weights, which DeepSpeed may have changed."""
+        return self.decoder.layers[0].input_layernorm.weight.data
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks that share the tokens of a window between blocks."""
+        return self.tp_group.size() if self.config.sequence_parallel else 1
+
+    @property
+    def holds_tied_copy(self) -> bool:
+        """Whether the embedding here is the output head's copy of the first stage's."""
+        return self.embedding is not None and not self.is_first
+
+    def global_name(self, name: str) -> str:
+        """A parameter's name in the whole model, from its name in this stage."""
+        prefix = "decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        index, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{int(index) + self.blocks.start}.{rest}"
 
     @property
     def gdn_mixers(self) -> dict[int, torch.nn.Module]:
         """The gated-delta-net mixers of this stage by block index (from 0, over the whole model)."""
-        return {layer.layer_number - 1: layer.self_attention for layer in self.decoder.layers if layer.has_state}
+        blocks = zip(self.blocks, self.decoder.layers, strict=True)
+        return {block: layer.self_attention for block, layer in blocks if self.model.pattern[block] == GATED_DELTA_NET}
 
-    def zero_fast_weights(self, batch: int) -> FastWeights:
-        """Fast weights at the start of `batch` sequences."""
-        model = self.model
-        return zero_fast_weights(
-            len(self.decoder.layers_with_state),
-            batch,
-            model.gdn_heads // self.tp_group.size(),
-            model.gdn_key_dim,
-            model.gdn_value_dim,
-            like=self.embedding.weight,
-        )
+    def zero_fast_weights(self, batch: int) -> Memory:
+        """What the first segment of `batch` sequences starts from: fast weights of zero, caches of no token."""
+        return tuple(layer.first_state(batch, self.like) for layer in self.decoder.layers if layer.has_state)
 
     def forward(
-        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, fast_weights: FastWeights
-    ) -> tuple[torch.Tensor | None, FastWeights]:
+        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, fast_weights: Memory
+    ) -> tuple[torch.Tensor | None, Memory]:
         """Run one segment.
 
         Args:
-            tokens: [B, L] of the segment's window.
-            hidden_states: [L, B, D] of the pass before; None in a window's first pass.
+            tokens: [B, T], the whole sequences' inputs.
+            hidden_states: [L, B, D] of the stage before, or on the first stage of the pass before; None in a window's
+                first pass on the first stage.
             fast_weights: state left by the segment before.
 
         Returns:
             (hidden_states [L, B, D], None where the segment only writes; fast_weights)
         """
-        hidden_states = self._pass_input(segment, tokens, hidden_states)
-        layers = range(*segment.blocks)
-        return self.decoder(hidden_states, fast_weights, self._window(segment, tokens), layers, segment.write_only)
+        window = tokens[:, slice(*segment.tokens)]
+        if self.is_first:
+            hidden_states = self._pass_input(segment, window, hidden_states)
+        layers = range(max(segment.blocks[0], self.blocks.start), min(segment.blocks[1], self.blocks.stop))
+        layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
+        write_only = segment.write_only and segment.blocks[1] - 1 in self.blocks  # the last write is here
+        return self.decoder(hidden_states, fast_weights, self._window(segment, tokens), layers, write_only)
 
     def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropy over the tokens in `loss_mask`; hidden_states [L, B, D], the others [B, L]."""
@@ -108,7 +156,10 @@ class HybridStage(MegatronModule):
         return logits
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.embedding(tokens).transpose(0, 1).contiguous()  # Megatron's layout, [L, B, D]
+        embedded = self.embedding(tokens)
+        if self.config.sequence_parallel:  # [L/TP, B, D] already
+            return embedded
+        return embedded.transpose(0, 1).contiguous()  # Megatron's layout, [L, B, D]
 
     def _pass_input(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None) -> torch.Tensor:
         """Pass 1 sees the embeddings, pass n the final hidden states of pass n-1 (normed, re-injected if asked)."""
@@ -121,19 +172,35 @@ class HybridStage(MegatronModule):
         return hidden_states
 
     def _window(self, segment: Segment, tokens: torch.Tensor) -> Window:
-        length = tokens.shape[1]
-        rotary = self._rotary.get(length)
-        if rotary is None or rotary[0].device != tokens.device or rotary[0].dtype != self.embedding.weight.dtype:
-            head_dim = self.model.hidden_size // self.model.num_attention_heads
-            rotary = rotary_tables(length, head_dim, self.model.rope_base, like=self.embedding.weight)
-            self._rotary[length] = rotary
+        """tokens [B, T], the whole sequences' inputs."""
+        start, stop = segment.tokens
+        cached = cached_tokens(start, self.model, self.sleep)
+        rotary = self._rotary_tables(start if self.sleep.eviction == "sliding" else 0, stop - start)
+        final_blocks = range(*segment.final_blocks)
         if not segment.padded:
-            return Window(rotary)
-        valid = tokens != self.model.pad_token_id
-        return Window(rotary, valid.t().to(rotary[0].dtype), causal_mask_without(valid))
+            return Window(rotary, None, self._mask(stop - start, cached) if cached else None, final_blocks)
+        valid = tokens[:, start - cached : stop] != self.model.pad_token_id
+        mask = hide_pads(self._mask(stop - start, cached), valid)
+        return Window(rotary, valid[:, cached:].t().to(rotary[0].dtype), mask, final_blocks)
+
+    def _rotary_tables(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = self._rotary.get((start, length))
+        if tables is None or tables[0].device != self.like.device or tables[0].dtype != self.like.dtype:
+            head_dim = self.model.hidden_size // self.model.num_attention_heads
+            tables = rotary_tables(length, head_dim, self.model.rope_base, self.like, start)
+            self._rotary[start, length] = tables
+        return tables
+
+    def _mask(self, length: int, cached: int) -> torch.Tensor:
+        mask = self._masks.get((length, cached))
+        if mask is None or mask.device != self.like.device:
+            mask = self._masks[length, cached] = sliding_mask(length, cached, self.model.window, self.like.device)
+        return mask
 
 
-def transformer_config(model: ModelConfig, tensor_parallel_size: int, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, tensor_parallel_size: int, dtype: torch.dtype, sequence_parallel: bool = False
+) -> TransformerConfig:
     """The same sizes in Megatron-core's terms."""
 
     def fan_in(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
@@ -163,6 +230,7 @@ def transformer_config(model: ModelConfig, tensor_parallel_size: int, dtype: tor
         init_method=fan_in,
         output_layer_init_method=residual_branch,
         tensor_model_parallel_size=tensor_parallel_size,
+        sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         # Weights are drawn whole on the CPU and sliced: the same model for every degree of tensor parallelism.
         use_cpu_initialization=True,

@@ -7,8 +7,9 @@ import torch
 
 @dataclass(frozen=True)
 class Window:
-    """Positions and pads of a window."""
+    """Positions and pads of a window of L tokens, after n that attention has in its cache (none under hard eviction)."""
 
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [L, 1, 1, 1, head_dim]
     valid: torch.Tensor | None = None  # [L, B], 0 at pads; None: no pads
-    attention_mask: torch.Tensor | None = None  # [B, 1, L, L], True where seen; None: plain causal
+    attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
+    final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window

@@ -1,6 +1,6 @@
-"""Checkpoints, first version: weights once, every rank's share of the optimizer, loadable on the same number of ranks.
+"""Checkpoints, first version: weights once, every rank's share of the optimizer, loadable in the same layout.
 
-A folder step_00000500/ holds model.pt (parameters by name), optimizer-rank*.pt (ZeRO partitions) and state.json. It is
+A folder step_00000500/ holds model.pt (whole parameters by name), optimizer-rank*.pt (ZeRO partitions) and state.json. It is
 written under a temporary name and renamed when every rank is done: a folder without `.tmp` is whole.
 """
 
@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 
@@ -21,7 +23,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one line."""
 
 
-def save(folder: Path, step: int, stage: torch.nn.Module, zero: ZeroOptimizer, topology: Topology) -> Path:
+def save(folder: Path, step: int, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> Path:
     """Write the state after `step` into `folder`; all ranks call it, each writes its share."""
     final = folder / f"step_{step:08d}"
     unfinished = final.with_suffix(".tmp")
@@ -30,9 +32,10 @@ def save(folder: Path, step: int, stage: torch.nn.Module, zero: ZeroOptimizer, t
         unfinished.mkdir(parents=True)
     topology.barrier()
     torch.save(zero.state_dict(), unfinished / f"optimizer-rank{topology.rank}.pt")
+    parameters = whole_parameters(stage, zero, topology)
     if topology.is_main:
-        torch.save({name: p.detach() for name, p in stage.named_parameters()}, unfinished / "model.pt")
-        state = {"step": step, "world_size": topology.world_size}
+        torch.save(parameters, unfinished / "model.pt")
+        state = {"step": step, "layout": layout_of(zero, topology)}
         (unfinished / "state.json").write_text(json.dumps(state))
     topology.barrier()
     if topology.is_main:
@@ -40,6 +43,41 @@ def save(folder: Path, step: int, stage: torch.nn.Module, zero: ZeroOptimizer, t
         unfinished.rename(final)
     topology.barrier()
     return final
+
+
+def layout_of(zero: ZeroOptimizer, topology: Topology) -> dict[str, int]:
+    """What must not change between saving and loading, under the recipe's names."""
+    sizes = {"data": topology.data_size, "tensor": topology.tensor_size, "pipeline": topology.stages}
+    return {**{f"parallel.{name}": size for name, size in sizes.items()}, "zero.stage": zero.level}
+
+
+def whole_parameters(stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> dict[str, torch.Tensor] | None:
+    """Every parameter of the model by name, on the main rank; None elsewhere. All ranks call it."""
+    own = {}
+    with zero.gathered_parameters():
+        for name, parameter in stage.named_parameters():
+            where = None
+            if getattr(parameter, "tensor_model_parallel", False) and topology.tensor_size > 1:
+                where = (parameter.partition_dim, parameter.partition_stride)
+            own[stage.global_name(name)] = (where, parameter.detach().cpu().clone())
+    if topology.data_rank != 0:
+        return None
+    found = [None] * topology.groups.mp.size() if topology.is_main else None
+    dist.gather_object(own, found, group=topology.groups.mp, group_dst=0)
+    if not topology.is_main:
+        return None
+    names = dict.fromkeys(name for part in found for name in part)
+    return {name: _join([part[name] for part in found if name in part], topology.tensor_size) for name in names}
+
+
+def _join(parts: list[tuple[tuple[int, int] | None, torch.Tensor]], shards: int) -> torch.Tensor:
+    """The whole of what the tensor ranks hold of a parameter, in the order Megatron-core splits it."""
+    where, first = parts[0]
+    if where is None:
+        return first
+    dim, stride = where
+    pieces = [shard.chunk(stride, dim) for _, shard in parts[:shards]]
+    return torch.cat([piece[i] for i in range(stride) for piece in pieces], dim)
 
 
 def newest(folder: Path) -> Path | None:
@@ -56,17 +94,15 @@ def step_of(checkpoint: Path) -> int:
 def load(checkpoint: Path, zero: ZeroOptimizer, topology: Topology) -> int:
     """Restore this rank's share of the optimizer and, from it, the weights; return the step."""
     state = json.loads((checkpoint / "state.json").read_text())
-    if state["world_size"] != topology.world_size:
-        raise CheckpointError(
-            f"{checkpoint}: written by {state['world_size']} processes, this run has {topology.world_size}: "
-            f"use parallel.data={state['world_size']}"
-        )
+    if state["layout"] != layout_of(zero, topology):
+        written = " ".join(f"{key}={value}" for key, value in state["layout"].items())
+        raise CheckpointError(f"{checkpoint}: written in another layout: go on with {written}")
     path = checkpoint / f"optimizer-rank{topology.rank}.pt"
     zero.load_state_dict(torch.load(path, map_location=topology.device, weights_only=True))
     return state["step"]
 
 
-def load_weights(checkpoint: Path, stage: torch.nn.Module) -> None:
+def load_weights(checkpoint: Path, stage: HybridStage) -> None:
     """Copy the saved parameters into `stage`, for evaluation."""
     saved = torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True)
     own = dict(stage.named_parameters())

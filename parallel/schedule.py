@@ -1,17 +1,34 @@
 """Forward and backward over the micro-batches of one optimizer step.
 
-Today a loop over segments on one stage. Pipeline parallelism replaces this function and nothing around it: the segments
-are already what its virtual chunks will be.
+A segment hands two things on: hidden states to the next stage (from the last stage to the first: the next pass), and
+fast weights to the next segment on the same stage. In a pipeline every segment is a virtual chunk of Megatron-core's
+interleaved 1F1B (arXiv 2104.04473), all chunks sharing the weights of their stage; on one stage the same segments run in
+a loop. The result is that of model/sleep.py, which every layout is tested against.
 """
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_with_interleaving as interleaved_1f1b,
+)
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving as one_f_one_b,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch.utils.checkpoint import checkpoint
 
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
+from powernap.parallel import cpu
+from powernap.parallel.topology import Topology
 
 
 @dataclass
@@ -25,25 +42,286 @@ def forward_backward(
     stage: HybridStage,
     micro_batches: list[MicroBatch],
     loss_scale: float,
+    here: Topology,
     *,
     recompute: bool,
     health: FastWeightHealth | None = None,
 ) -> torch.Tensor:
-    """Add every micro-batch's gradient of `loss_scale` x (sum of token losses); return the unscaled sum.
+    """Add every micro-batch's gradient of `loss_scale` x (sum of token losses); return the unscaled sum, on all stages.
 
-    `health` watches the first micro-batch.
+    Gradients of weights that several ranks hold are this rank's part: see `sum_shared_gradients`. `health` watches the
+    first micro-batch.
     """
-    total = torch.zeros((), device=micro_batches[0].tokens.device)
-    for micro_batch in micro_batches:
-        loss = sleep_and_predict(
-            stage,
-            micro_batch.segments,
-            micro_batch.tokens,
-            micro_batch.loss_mask,
-            recompute=recompute,
-            health=health,
-        ).loss
-        health = None
-        (loss * loss_scale).backward()
-        total += loss.detach()
-    return total
+    step = StageStep(stage, micro_batches, loss_scale, recompute, health)
+    if here.stages == 1:
+        for number in range(len(micro_batches)):
+            _loop(step, number)
+    else:
+        _pipeline(step, here)
+    return here.sum_over_stages(step.loss)
+
+
+def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda parameter: parameter.grad) -> None:
+    """Add up the gradients of weights that several ranks of a model hold and each saw a part of.
+
+    These are norm weights under sequence parallelism (each tensor rank saw its tokens) and a tied embedding on the
+    first and last stage. Without this nothing fails, the copies just drift apart.
+    """
+    if stage.config.sequence_parallel and here.tensor_size > 1:
+        for parameter in stage.parameters():
+            if getattr(parameter, "sequence_parallel", False):
+                dist.all_reduce(gradient_of(parameter), group=here.groups.tp)
+    if stage.model.tie_embeddings and here.stages > 1 and stage.embedding is not None:
+        dist.all_reduce(gradient_of(stage.embedding.weight), group=here.groups.embd)
+
+
+def predict(
+    stage: HybridStage, segments: list[Segment], tokens: torch.Tensor, loss_mask: torch.Tensor, here: Topology
+) -> torch.Tensor:
+    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere, on every stage; one stage works at a time."""
+    if here.stages == 1:
+        return sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False, predict=True).predictions
+    inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
+    ring = Ring(stage, here, longest(segments), len(tokens))
+    fast_weights = stage.zero_fast_weights(len(tokens))
+    with torch.no_grad():
+        for index, segment in enumerate(segments):
+            again = segment.pass_number > 1
+            hidden_states = ring.receive(segment) if again or not stage.is_first else None
+            hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
+            if segment.predicts and stage.is_last:
+                predictions[:, 1:][:, slice(*segment.tokens)] = stage.predictions(hidden_states)
+            goes_on = index + 1 < len(segments) and segments[index + 1].pass_number > 1
+            if not stage.is_last or goes_on:
+                ring.send(hidden_states)
+        dist.broadcast(predictions, group=here.groups.pp, group_src=here.stages - 1)
+    return predictions
+
+
+class StageStep:
+    """The segments of one optimizer step on this stage: runs one at a time, keeps what it hands to the next."""
+
+    def __init__(self, stage, micro_batches, loss_scale, recompute, health):
+        self.stage = stage
+        self.micro_batches = micro_batches
+        self.loss_scale = loss_scale
+        self.recompute = recompute
+        self.health = health
+        dtype = torch.promote_types(stage.like.dtype, torch.float32)
+        self.loss = torch.zeros((), dtype=dtype, device=stage.like.device)
+        self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> fast weights for its next segment
+
+    def forward(
+        self, number: int, index: int, received: torch.Tensor | None, link_length: int | None = None
+    ) -> torch.Tensor:
+        """Run segment `index` of micro-batch `number`.
+
+        Args:
+            received: hidden states [>= L, b, D] of the stage or pass before; there but meaningless where a pipeline's
+                first stage starts a new window.
+            link_length: length that a pipeline's links have for every segment, None if this stage is alone.
+
+        Returns:
+            hidden states for the next stage or pass, [link_length or L, b, D]; a scalar where nobody takes them. It is
+            the root of the segment's backward pass: that also takes up the gradient of the fast weights that the next
+            segment has left, so segments must go backward in reverse order; and starts the loss.
+        """
+        batch = self.micro_batches[number]
+        segment, last = batch.segments[index], index + 1 == len(batch.segments)
+        continues = segment.pass_number > 1 or not self.stage.is_first
+        hidden_states = received[: self._length(segment)] if continues else None
+        fast_weights = self._carried.pop(number, None) or self.stage.zero_fast_weights(len(batch.tokens))
+        hidden_states, loss, *fast_weights = self._run(number, segment, hidden_states, fast_weights)
+
+        if loss is not None:
+            self.loss += loss.detach()
+        carried = [state.detach().requires_grad_() for state in fast_weights]
+        if not last:
+            self._carried[number] = carried
+        taken = not (last and self.stage.is_last)
+        if link_length is None:
+            taken = not last and batch.segments[index + 1].pass_number > 1
+        link = Link(self._link_shape(link_length, batch, segment) if taken else (), self.loss_scale, carried)
+        anchor = torch.zeros((), device=self.loss.device, requires_grad=True)
+        hidden_states = hidden_states if taken else None
+        return _Handover.apply(link, anchor, self.stage.like, hidden_states, received, loss, *fast_weights)
+
+    def _run(self, number, segment, hidden_states, fast_weights):
+        stage, batch = self.stage, self.micro_batches[number]
+        where = slice(*segment.tokens)
+        inputs, targets, loss_mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+
+        def run(hidden_states, *fast_weights):
+            with cpu.as_it_is():
+                hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
+                loss = None
+                if segment.predicts and stage.is_last:
+                    loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where])
+                return hidden_states, loss, *fast_weights
+
+        health = self.health if number == 0 else None
+        with (
+            nullcontext() if segment.with_grad else torch.no_grad(),
+            health.watch(segment) if health else nullcontext(),
+        ):
+            if self.recompute and segment.with_grad:  # no dropout anywhere: no random state to restore
+                results = checkpoint(run, hidden_states, *fast_weights, use_reentrant=False, preserve_rng_state=False)
+            else:
+                results = run(hidden_states, *fast_weights)
+        if health:
+            health.record(segment, results[2:])
+        return results
+
+    def _length(self, segment: Segment) -> int:
+        """Tokens of the segment that this rank holds between blocks."""
+        return (segment.tokens[1] - segment.tokens[0]) // self.stage.sequence_shards
+
+    def _link_shape(self, link_length, batch, segment) -> tuple[int, int, int]:
+        return link_length or self._length(segment), len(batch.tokens), self.stage.model.hidden_size
+
+
+@dataclass
+class Link:
+    """What a segment hands on."""
+
+    shape: tuple[int, ...]  # of what is sent, () if nobody takes it
+    loss_scale: float
+    carried: list[torch.Tensor]  # the next segment's fast weights, leaves: their .grad is where its backward leaves it
+
+
+class _Handover(torch.autograd.Function):
+    """Output: what is sent. Backward: gradients for everything that left the segment, wherever it went.
+
+    Hidden states get the gradient that came back for what was sent; the loss its scale; fast weights the gradient that
+    the next segment's backward left. What was received gets zeros beside the gradient of what was made of it, since that
+    can be nothing and its sender waits for a gradient all the same.
+    """
+
+    @staticmethod
+    def forward(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights):
+        ctx.link = link
+        ctx.loss_gradient = None if loss is None else torch.full_like(loss, link.loss_scale)
+        ctx.length = None if hidden_states is None else len(hidden_states)
+        ctx.received = None if received is None else received.shape
+        if hidden_states is None:
+            return like.new_zeros(link.shape)
+        missing = link.shape[0] - ctx.length
+        return F.pad(hidden_states, (0, 0, 0, 0, 0, missing)) if missing else hidden_states.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        link = ctx.link
+        hidden_states = None if ctx.length is None else gradient[: ctx.length]
+        received = None if ctx.received is None else gradient.new_zeros(ctx.received)
+        # Zeros where nothing came back: the stage before still waits for the gradient of what it sent.
+        fast_weights = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
+        link.carried.clear()
+        return None, None, None, hidden_states, received, ctx.loss_gradient, *fast_weights
+
+
+def _loop(step: StageStep, number: int) -> None:
+    """All segments of a micro-batch on one stage: forward in order, backward in reverse.
+
+    Each segment is a graph of its own: its weight gradients are added to .grad before the next one's begin, so that one
+    set of them is alive and not one more that autograd gathers over all segments.
+    """
+    done, output = [], None
+    for index, segment in enumerate(step.micro_batches[number].segments):
+        received = output.detach().requires_grad_() if segment.pass_number > 1 else None
+        output = step.forward(number, index, received)
+        done.append((received, output))
+    gradient = None
+    while done:
+        received, output = done.pop()
+        torch.autograd.backward(output, torch.zeros_like(output) if gradient is None else gradient)
+        gradient = None if received is None else received.grad
+
+
+class SegmentChunk(MegatronModule):
+    """One segment as a model chunk of Megatron-core's schedule: no weights of its own."""
+
+    def __init__(self, config, step: StageStep, index: int, link_length: int):
+        super().__init__(config)
+        self.step = step
+        self.index = index
+        self.link_length = link_length
+        self.received = None
+        self.model_type = ModelType.encoder_or_decoder
+
+    def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
+        self.received = tensors[0]
+
+    def forward(self, number: int) -> torch.Tensor:
+        return self.step.forward(number, self.index, self.received, self.link_length)
+
+
+def _pipeline(step: StageStep, here: Topology) -> None:
+    stage, micro_batches = step.stage, step.micro_batches
+    segments = micro_batches[0].segments
+    order = [(segment.window, segment.pass_number) for segment in segments]
+    for batch in micro_batches:
+        assert [(segment.window, segment.pass_number) for segment in batch.segments] == order
+    length = longest(segments)
+    config = _schedule_config(stage, here, len(segments))
+    chunks = [SegmentChunk(config, step, i, length // stage.sequence_shards) for i in range(len(segments))]
+
+    def forward_step(numbers, chunk):
+        return chunk(next(numbers)), lambda output: (output, {})
+
+    arguments = dict(
+        forward_step_func=forward_step,
+        num_microbatches=len(micro_batches),
+        seq_length=length,
+        micro_batch_size=len(micro_batches[0].tokens),
+    )
+    numbers = [iter(range(len(micro_batches))) for _ in chunks]
+    with cpu.in_place_of_cuda():
+        if len(chunks) == 1:  # nothing to interleave
+            one_f_one_b(model=chunks[0], data_iterator=numbers[0], **arguments)
+        else:
+            interleaved_1f1b(model=chunks, data_iterator=numbers, **arguments)
+
+
+def longest(segments: list[Segment]) -> int:
+    """Tokens of the longest window: a pipeline's links have one shape for all segments."""
+    return max(segment.tokens[1] - segment.tokens[0] for segment in segments)
+
+
+def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
+    """The stage's config as the schedule reads it.
+
+    Changed after construction: the stage itself must not number its layers as a virtual pipeline would.
+    """
+    config = copy.copy(stage.config)
+    config.pipeline_model_parallel_size = here.stages
+    config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
+    config.microbatch_group_size_per_vp_stage = here.stages
+    config.pipeline_dtype = stage.like.dtype
+    # The schedule drops an output once its sending has begun. NCCL holds on to the memory until it is sent; gloo sends
+    # whatever is there by then: wrong numbers, now and then.
+    config.deallocate_pipeline_outputs = dist.get_backend(here.groups.pp) == "nccl"
+    # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
+    # gradients are wrong and nothing says so.
+    config.batch_p2p_comm = False
+    config.overlap_p2p_comm = chunks > 1  # Megatron-core wants it so for a single chunk
+    config.batch_p2p_sync = False
+    return config
+
+
+class Ring:
+    """Hidden states from each stage to the next and from the last to the first, one message at a time."""
+
+    def __init__(self, stage: HybridStage, here: Topology, length: int, batch: int):
+        self.group, self.stage = here.groups.pp, stage
+        self.next, self.previous = ((here.stage + step) % here.stages for step in (1, -1))
+        self.buffer = stage.like.new_zeros(length // stage.sequence_shards, batch, stage.model.hidden_size)
+
+    def receive(self, segment: Segment) -> torch.Tensor:
+        dist.recv(self.buffer, group=self.group, group_src=self.previous)
+        return self.buffer[: (segment.tokens[1] - segment.tokens[0]) // self.stage.sequence_shards].clone()
+
+    def send(self, hidden_states: torch.Tensor | None) -> None:
+        message = torch.zeros_like(self.buffer)
+        if hidden_states is not None:
+            message[: len(hidden_states)] = hidden_states
+        dist.send(message, group=self.group, group_dst=self.next)

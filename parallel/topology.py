@@ -23,6 +23,10 @@ class Topology:
     world_size: int
     data_rank: int
     data_size: int
+    tensor_rank: int
+    tensor_size: int
+    stage: int  # of the pipeline, from 0
+    stages: int
     device: torch.device
     groups: ProcessGroupCollection
 
@@ -31,9 +35,19 @@ class Topology:
         """The one process that writes logs, metrics and tracking."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """This rank's place in the grid, for messages."""
+        return f"rank {self.rank} (data {self.data_rank}, stage {self.stage}, tensor {self.tensor_rank})"
+
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over data-parallel ranks, in place."""
         dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def sum_over_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over the stages of this pipeline, in place."""
+        if self.stages > 1:
+            dist.all_reduce(values, group=self.groups.pp)
         return values
 
     def sum_counters_over_data(self, counter: Counter) -> Counter:
@@ -41,6 +55,14 @@ class Topology:
         counters = [None] * self.data_size
         dist.all_gather_object(counters, counter, group=self.groups.dp)
         return sum(counters, Counter())
+
+    def merge_over_model(self, values: dict[str, float]) -> dict[str, float]:
+        """The values of all stages and tensor ranks of this model; where several have one of a name, their mean."""
+        found = [None] * self.groups.mp.size()
+        dist.all_gather_object(found, values, group=self.groups.mp)
+        names = dict.fromkeys(name for part in found for name in part)
+        same = {name: [part[name] for part in found if name in part] for name in names}
+        return {name: sum(values) / len(values) for name, values in same.items()}
 
     def barrier(self) -> None:
         dist.barrier()
@@ -73,18 +95,28 @@ def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.
         world_size=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=pipeline,
         device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
-        groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "cp", "dp"]),
+        groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "mp", "cp", "dp", "embd"]),
     )
 
 
+def alone() -> ProcessGroupCollection:
+    """Groups in which this rank is a model of its own; all ranks of the world call it together."""
+    own = dist.new_subgroups(group_size=1)[0]
+    return ProcessGroupCollection(tp=own, pp=own, mp=own, cp=own, dp=own, embd=own)
+
+
 @contextmanager
-def joined(**arguments) -> Iterator[Topology]:
+def joined(tensor: int = 1, pipeline: int = 1, **arguments) -> Iterator[Topology]:
     """`initialize`, and leave the process groups at the end.
 
     Not after an error: a rank that failed must not wait for the others, it exits and takes them down.
     """
-    yield initialize(**arguments)
+    yield initialize(tensor, pipeline, **arguments)
     shutdown()
 
 

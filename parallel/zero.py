@@ -1,17 +1,21 @@
-"""DeepSpeed ZeRO as the optimizer: splits optimizer states over data-parallel ranks, averages gradients, clips, steps.
+"""DeepSpeed ZeRO as the optimizer: splits its states over data-parallel ranks, averages gradients, clips, steps.
 
 The model runs outside DeepSpeed's engine (engine.module), because a schedule calls backward once per segment and
-micro-batch. `managed_gradient_accumulation: false` makes that legal: DeepSpeed's hooks only accumulate, all
-communication happens in step().
+micro-batch, and every weight has a part in each. What makes that legal: at stage 1 `managed_gradient_accumulation:
+false`, DeepSpeed's hooks only accumulate and all communication happens in step(); at stages 2 and 3
+`coalesce_grad_reduction` around all backward passes of a step.
 """
 
 import contextlib
 import io
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
+from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
 
 # Elements that gradients travel in at a time: DeepSpeed's default.
@@ -23,14 +27,60 @@ def _bucket_size(stage: torch.nn.Module) -> int:
     return min(REDUCE_BUCKET, sum(p.numel() for p in stage.parameters()))
 
 
+class ModelParallelUnit:
+    """The process grid in the words DeepSpeed asks for.
+
+    To DeepSpeed, model parallelism is everything that is not data parallelism: tensor and pipeline ranks together. No
+    name with "sequence_parallel" may appear here: it takes that for its own Ulysses and then leaves the tensor ranks
+    out of the gradient norm.
+    """
+
+    def __init__(self, here: Topology):
+        self._groups = here.groups
+        self._here = here
+
+    def get_model_parallel_group(self):
+        return self._groups.mp
+
+    def get_model_parallel_world_size(self):
+        return self._groups.mp.size()
+
+    def get_model_parallel_rank(self):
+        return self._groups.mp.rank()
+
+    def get_data_parallel_group(self):
+        return self._groups.dp
+
+    def get_data_parallel_world_size(self):
+        return self._groups.dp.size()
+
+    def get_data_parallel_rank(self):
+        return self._groups.dp.rank()
+
+    def get_tensor_model_parallel_rank(self):
+        return self._groups.tp.rank()
+
+    def get_tensor_model_parallel_world_size(self):
+        return self._groups.tp.size()
+
+    def get_tensor_model_parallel_group(self):
+        return self._groups.tp
+
+    def get_pipeline_model_parallel_world_size(self):
+        return self._groups.pp.size()
+
+
 class ZeroOptimizer:
-    """One ZeRO-1 engine around a stage.
+    """One ZeRO engine around a stage.
 
     Args:
         stage: the module; its parameters become views into DeepSpeed's flat buffers, bf16 if asked.
-        optimizer: over the stage's parameters, stepping one flat float32 partition per parameter group.
+        optimizer: over the stage's parameters, stepping one flat float32 partition per parameter group. Every rank must
+            have the same number of groups, none of them empty: the gradient norm is summed group by group.
         precision: "bf16" keeps float32 master weights and accumulates gradients in float32.
         clip: largest global gradient norm, 0 for no clipping.
+        level: ZeRO's stage: 1 splits optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too.
+        offload: keep the optimizer's states in host memory and step there.
     """
 
     def __init__(
@@ -42,21 +92,34 @@ class ZeroOptimizer:
         precision: Literal["fp32", "bf16"],
         clip: float,
         micro_batch_size: int,
+        level: int = 1,
+        offload: bool = False,
     ):
         self.topology = topology
+        self.stage = stage
         self.clip = clip
+        self.level = level
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        if stage.holds_tied_copy:
+            stage.embedding.weight.ds_pipe_replicated = True  # the first stage counts it in the gradient norm
         # DeepSpeed's float32 ZeRO-1 turns a matrix's gradient into Muon's update before it takes the norm: the norm and
         # the clipping would be of updates. So there we average and clip ourselves first. Its bf16 optimizer has the
         # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
+        zero = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+        if level == 3:
+            # A prefetcher learns one order of layers; ours changes with N.
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+        if offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}
         config = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
+            "managed_gradient_accumulation": level > 1,
             "gradient_clipping": 0.0 if self._clip_here else clip,
-            "zero_optimization": {"stage": 1, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
         if precision == "bf16":
@@ -66,11 +129,22 @@ class ZeroOptimizer:
 
         deepspeed.logger.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-            self.engine, self.zero, _, _ = deepspeed.initialize(model=stage, optimizer=optimizer, config=config)
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=stage, optimizer=optimizer, config=config, mpu=ModelParallelUnit(topology)
+            )
+        if level == 3 and stage.model.tie_embeddings:
+            deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
 
     @property
     def param_groups(self) -> list[dict]:
         return self.zero.param_groups
+
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Around all backward passes of a step; at its end every rank's gradients are whole, but for averaging."""
+        with self.engine.coalesce_grad_reduction() if self.level > 1 else contextlib.nullcontext():
+            yield
+            sum_shared_gradients(self.stage, self.topology, self._accumulated)
 
     def step(self) -> float:
         """Average gradients over data-parallel ranks, clip, update, clear. Returns the norm before clipping."""
@@ -78,15 +152,38 @@ class ZeroOptimizer:
         self.engine.step()
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
 
+    def gathered_parameters(self) -> contextlib.AbstractContextManager:
+        """Inside, every parameter of this stage is whole."""
+        if self.level < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.stage.parameters()))
+
+    def _accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Where DeepSpeed adds up this parameter's gradient."""
+        for name in ("_hp_grad", "grad_accum", "grad"):
+            gradient = getattr(parameter, name, None)
+            if gradient is not None:
+                return gradient
+        # No part in this step: the other ranks that hold it had none either, but they may not know.
+        parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
     def _average_and_clip(self) -> float:
-        gradients = [p.grad for group in self._groups for p in group if p.grad is not None]
+        parameters = [p for group in self._groups for p in group if p.grad is not None]
+        gradients = [p.grad for p in parameters]
         flat = torch._utils._flatten_dense_tensors(gradients)
         self.topology.sum_over_data(flat).div_(self.topology.data_size)
-        norm = flat.norm()
+        averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
+        own = [g for p, g in zip(parameters, averaged, strict=True) if not getattr(p, "ds_pipe_replicated", False)]
+        squares = torch.stack([g.pow(2).sum() for g in own]).sum()  # tensor-parallel Muon does not exist
+        dist.all_reduce(squares, group=self.topology.groups.pp)
+        norm = squares.sqrt()
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
-        for gradient, averaged in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-            gradient.copy_(averaged)
+        for gradient, new in zip(gradients, averaged, strict=True):
+            gradient.copy_(new)
         return float(norm)
 
     def state_dict(self) -> dict:
@@ -101,9 +198,15 @@ class ZeroOptimizer:
             self.zero.optimizer.state[partition] = {
                 key: value.clone() if torch.is_tensor(value) else value for key, value in saved["state"][group].items()
             }
-        self.zero.update_lp_params()
+        if self.level < 3:
+            self.zero.update_lp_params()
+            return
+        for group in range(len(self._partitions())):  # DeepSpeed does this after every step
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def _partitions(self) -> list[torch.nn.Parameter]:
+        if self.level == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.zero.optimizer.param_groups]
 
     def _base_state(self) -> list[dict]:

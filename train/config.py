@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from powernap.model.config import ModelConfig, Section, SleepConfig
+from powernap.parallel.layout import sequence_costs, split_layers
 
 
 class RunSection(Section):
@@ -43,7 +44,9 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; null: all")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="sequences per forward pass; null: all of a rank, in a pipeline one part a stage"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
@@ -136,17 +139,6 @@ class Recipe(Section):
     def _sections_fit(self) -> Self:
         self.sleep.check_against(self.model)
         train, parallel = self.train, self.parallel
-        for field in ("tensor", "pipeline"):
-            if getattr(parallel, field) > 1:
-                raise ValueError(
-                    f"parallel.{field}={getattr(parallel, field)} is not built yet: use 1 and parallel.data"
-                )
-        if self.zero.stage != 1:
-            raise ValueError(f"zero.stage={self.zero.stage} is not built yet: use 1")
-        if self.zero.offload:
-            raise ValueError("zero.offload=true is not built yet: use false")
-        if self.sleep.eviction == "sliding":
-            raise ValueError("sleep.eviction=sliding is not built yet: use hard")
         if train.global_batch_size % parallel.data:
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of parallel.data={parallel.data}"
@@ -157,15 +149,96 @@ class Recipe(Section):
                 f"train.micro_batch_size={train.micro_batch_size} must divide the {share} sequences of a rank "
                 f"(train.global_batch_size / parallel.data)"
             )
+        self._tensor_parallel_fits()
+        self._pipeline_fits()
+        self._zero_fits()
         if self.optimizer.warmup_steps > train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={train.steps}"
             )
         return self
 
+    def _tensor_parallel_fits(self) -> None:
+        tensor, model = self.parallel.tensor, self.model
+        for field in ("num_attention_heads", "gdn_heads", "ffn_hidden_size", "vocab_size"):
+            size = getattr(model, field)
+            if size % tensor:
+                raise ValueError(
+                    f"model.{field}={size} must be a multiple of parallel.tensor={tensor}: "
+                    f"{-(-size // tensor) * tensor} would be"
+                )
+        if tensor > 1 and self.optimizer.name == "muon":
+            raise ValueError(
+                f"optimizer.name=muon with parallel.tensor={tensor}: Muon needs whole matrices, a tensor rank has a "
+                "slice; use parallel.tensor=1 or optimizer.name=adamw"
+            )
+        if not self.parallel.sequence:
+            return
+        if model.window % tensor:
+            raise ValueError(
+                f"parallel.sequence=true splits windows over tensor ranks: model.window={model.window} must be a multiple "
+                f"of parallel.tensor={tensor}; {-(-model.window // tensor) * tensor} would be, or parallel.sequence=false"
+            )
+
+    def _pipeline_fits(self) -> None:
+        parallel, stages = self.parallel, self.parallel.pipeline
+        if stages > self.model.num_layers:
+            raise ValueError(
+                f"parallel.pipeline={stages} exceeds the {self.model.num_layers} blocks of model.pattern="
+                f"{self.model.pattern}: use at most {self.model.num_layers}"
+            )
+        assert self.stage_blocks  # raises LayoutError
+        if stages == 1:
+            return
+        share = self.sequences_per_rank
+        if self.train.micro_batch_size is None and share % stages:
+            raise ValueError(
+                f"the {share} sequences of a rank (train.global_batch_size / parallel.data) do not make "
+                f"parallel.pipeline={stages} micro-batches: train.global_batch_size="
+                f"{-(-share // stages) * stages * parallel.data} would"
+            )
+        micro_batches = share // self.micro_batch_size
+        if micro_batches < stages or micro_batches % stages:
+            raise ValueError(
+                f"train.micro_batch_size={self.micro_batch_size} makes {micro_batches} micro-batches of the {share} "
+                f"sequences of a rank: a pipeline of {stages} stages needs a multiple of {stages}"
+                + self._fitting_micro_batch(share, stages)
+            )
+
+    def _fitting_micro_batch(self, share: int, stages: int) -> str:
+        fitting = [size for size in range(1, share + 1) if share % (size * stages) == 0]
+        if not fitting:
+            return f"; train.global_batch_size={-(-share // stages) * stages * self.parallel.data} allows it"
+        return f"; {max(fitting)} would do" if len(fitting) == 1 else f"; {', '.join(map(str, fitting))} would do"
+
+    def _zero_fits(self) -> None:
+        stage, parallel = self.zero.stage, self.parallel
+        if stage == 0:
+            raise ValueError("zero.stage=0 has no gradient norm to clip or log: use 1, which costs nothing more")
+        if stage == 3 and parallel.pipeline > 1:
+            raise ValueError(
+                f"zero.stage=3 with parallel.pipeline={parallel.pipeline}: DeepSpeed gathers parameters where the "
+                "stages of a pipeline would wait for each other; use zero.stage=1, or parallel.pipeline=1"
+            )
+        if stage > 1 and self.optimizer.name == "muon":
+            raise ValueError(f"zero.stage={stage} with optimizer.name=muon is not tested: use zero.stage=1 or adamw")
+
     @property
     def run_folder(self) -> Path:
         return Path(self.run.root) / self.run.name
+
+    @property
+    def stage_blocks(self) -> list[range]:
+        """The blocks of each pipeline stage."""
+        parallel, passes = self.parallel, max(self.sleep.pass_choices)
+        windows = -(-(self.data.sequence_length - 1) // self.model.window)
+        costs = sequence_costs(self.model, passes, sleep=self.sleep, consolidated=max(1, windows - 1))
+        return split_layers(self.model.pattern, parallel.pipeline, parallel.pipeline_layout, costs)
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor ranks that share the tokens of a window between blocks."""
+        return self.parallel.tensor if self.parallel.sequence else 1
 
     @property
     def sequences_per_rank(self) -> int:
@@ -174,7 +247,7 @@ class Recipe(Section):
 
     @property
     def micro_batch_size(self) -> int:
-        return self.train.micro_batch_size or self.sequences_per_rank
+        return self.train.micro_batch_size or max(1, self.sequences_per_rank // self.parallel.pipeline)
 
 
 class RecipeError(ValueError):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from powernap.model.segments import plan_segments
-from powernap.model.sleep import sleep_and_predict
+from powernap.model.segments import pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint, topology
+from powernap.parallel.schedule import predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe, RecipeError
 from powernap.train.data.loader import Batch, evaluation_batches
@@ -58,7 +58,7 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     for batch in batches:
         asked.update((depth, answer) for _, depth, answer in _answers(batch))
         for number in passes:
-            predictions = _predict(stage, recipe, batch, number, here.device)
+            predictions = _predict(stage, recipe, batch, number, here)
             right.update((number, depth) for where, depth, answer in _answers(batch) if predictions[where] == answer)
     asked, right = here.sum_counters_over_data(asked), here.sum_counters_over_data(right)
     answers = Counter()
@@ -114,13 +114,11 @@ def evaluation_passes(recipe: Recipe) -> list[int]:
     return recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
 
 
-def _predict(stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, device: torch.device) -> dict:
+def _predict(stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology) -> dict:
     """The predicted answer at every place of an answer: (row, start, stop) -> tokens."""
-    segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, passes)
-    output = sleep_and_predict(
-        stage, segments, batch.tokens.to(device), batch.loss_mask.to(device), recompute=False, predict=True
-    )
-    predictions = output.predictions.tolist()
+    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
+    segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
+    predictions = predict(stage, segments, tokens.to(here.device), loss_mask.to(here.device), here).tolist()
     return {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
 
 

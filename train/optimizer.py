@@ -8,7 +8,8 @@ from powernap.train.config import OptimizerConfig
 def build_optimizer(stage: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters, or Muon over the blocks' matrices with AdamW over the rest.
 
-    Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone.
+    Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone, beside Muon the output
+    head too.
     """
     matrices, others = [], []
     for name, parameter in stage.named_parameters():
@@ -24,16 +25,17 @@ def build_optimizer(stage: torch.nn.Module, config: OptimizerConfig) -> torch.op
     # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    inside = [(n, p) for n, p in matrices if n.startswith("decoder.")]
-    head = [(n, p) for n, p in matrices if not n.startswith("decoder.")]
-    for _, parameter in inside:
+    inside = [p for name, p in matrices if name.startswith("decoder.")]
+    rest = [p for name, p in matrices + others if not (p.ndim == 2 and name.startswith("decoder."))]
+    for parameter in inside:
         parameter.use_muon = True
     muon = {"use_muon": True, "lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "standard"}
-    groups = [{"params": [p for _, p in inside], "weight_decay": config.weight_decay, **muon}]
-    for parameters, decay in ((head, config.weight_decay), (others, 0.0)):
-        if parameters:
-            aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
-            groups.append({"params": [p for _, p in parameters], "use_muon": False, "weight_decay": decay, **aux})
+    aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
+    # Two groups on every pipeline stage, whatever it holds: ZeRO adds up the norm group by group.
+    groups = [
+        {"params": inside, "weight_decay": config.weight_decay, **muon},
+        {"params": rest, "use_muon": False, "weight_decay": 0.0, **aux},
+    ]
     optimizer = MuonWithAuxAdam(groups)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]

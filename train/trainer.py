@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from powernap.model.health import FastWeightHealth
-from powernap.model.segments import plan_segments
+from powernap.model.segments import pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint, topology
 from powernap.parallel.schedule import MicroBatch, forward_backward
@@ -29,7 +29,8 @@ class DivergedError(ValueError):
 
 def train(recipe: Recipe, resume: bool = False) -> None:
     """Run `recipe` in this process and its peers; with `resume`, from the newest checkpoint of the run's folder."""
-    with topology.joined(timeout_seconds=recipe.parallel.timeout_seconds) as here:
+    parallel = recipe.parallel
+    with topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here:
         folder = RunFolder(recipe.run_folder)
         if here.is_main:
             folder.create(recipe)
@@ -41,7 +42,7 @@ def train(recipe: Recipe, resume: bool = False) -> None:
             done = checkpoint.load(newest, zero, here)
 
         with RunLog(recipe, folder, here, resume_step=done if resume else None) as log:
-            log.start(sum(p.numel() for p in stage.parameters()))
+            log.start(count_parameters(stage, here))
             batches = read_batches(recipe, here, skip=done)
             for step in range(done + 1, recipe.train.steps + 1):
                 metrics = train_step(recipe, stage, zero, next(batches), step, here)
@@ -57,7 +58,10 @@ def train(recipe: Recipe, resume: bool = False) -> None:
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
     """The model with its first weights, the same on every rank, and the optimizer around it."""
     torch.manual_seed(recipe.run.seed)
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+    blocks = recipe.stage_blocks[here.stage]
+    stage = HybridStage(
+        recipe.model, recipe.sleep, here.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
+    ).to(here.device)
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer),
@@ -65,8 +69,19 @@ def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
         precision=recipe.train.precision,
         clip=recipe.optimizer.clip,
         micro_batch_size=recipe.micro_batch_size,
+        level=recipe.zero.stage,
+        offload=recipe.zero.offload,
     )
     return stage, zero
+
+
+def count_parameters(stage: HybridStage, here: Topology) -> int:
+    """Parameters of the whole model."""
+    sizes = {
+        stage.global_name(name): p.numel() * (here.tensor_size if getattr(p, "tensor_model_parallel", False) else 1)
+        for name, p in stage.named_parameters()
+    }
+    return sum(here.merge_over_model(sizes).values())
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -79,6 +94,7 @@ def train_step(
     """One optimizer step on this rank's share of the global batch; returns the step's metrics over all ranks."""
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
+    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     micro_batches = [
         MicroBatch(
             plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
@@ -86,16 +102,16 @@ def train_step(
             loss_mask.to(here.device, non_blocking=True),
         )
         for tokens, loss_mask in zip(
-            batch.tokens.split(recipe.micro_batch_size), batch.loss_mask.split(recipe.micro_batch_size), strict=True
+            tokens.split(recipe.micro_batch_size), loss_mask.split(recipe.micro_batch_size), strict=True
         )
     ]
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
     loss_tokens = float(here.sum_over_data(batch.loss_mask[:, 1:].sum().float().to(here.device)))
     watched = step == 1 or step % recipe.train.log_every == 0
     health = FastWeightHealth(stage) if watched else None
-    loss = forward_backward(
-        stage, micro_batches, loss_scale=here.data_size / loss_tokens, recompute=recipe.train.recompute, health=health
-    )
+    scale = here.data_size / loss_tokens
+    with zero.accumulation():
+        loss = forward_backward(stage, micro_batches, scale, here, recompute=recipe.train.recompute, health=health)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)
     grad_norm = zero.step()
@@ -118,7 +134,7 @@ def train_step(
     if health:
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
-        metrics.update(health.summary())
+        metrics.update(here.merge_over_model(health.summary()))
     return metrics
 
 

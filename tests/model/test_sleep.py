@@ -2,74 +2,14 @@
 
 from dataclasses import replace
 
+import plain
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 
 from powernap.model.config import SleepConfig
-from powernap.model.delta_rule import sequential_delta_rule
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth
-
-
-def plain_forward(stage, tokens):
-    """The ordinary hybrid without sleep, written down a second time: plain torch, no Megatron module's forward, windowed
-    attention, one state over the whole sequence, token-by-token delta rule. Returns logits [B, T-1, vocabulary]."""
-    model, inputs = stage.model, tokens[:, :-1]
-    x = F.embedding(inputs, stage.embedding.weight)
-    batch, length, _ = x.shape
-    for layer in stage.decoder.layers:
-        mixer, eps = layer.self_attention, model.norm_eps
-        y = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, eps)
-        if layer.has_state:
-            y = plain_gated_delta_net(mixer, y, model)
-        else:
-            y = torch.cat([plain_attention(mixer, part, model) for part in y.split(model.window, dim=1)], dim=1)
-        x = x + y
-        y = F.rms_norm(x, x.shape[-1:], layer.pre_mlp_layernorm.weight, eps)
-        gate, up = F.linear(y, layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight)
-    x = F.rms_norm(x, x.shape[-1:], stage.decoder.final_layernorm.weight, model.norm_eps)
-    return F.linear(x, stage.output_layer.weight)
-
-
-def plain_attention(mixer, x, model):
-    batch, length, _ = x.shape
-    head_dim = model.hidden_size // model.num_attention_heads
-    q, k, v = F.linear(x, mixer.qkv_proj.weight).view(batch, length, -1, 3, head_dim).transpose(1, 2).unbind(3)
-    position, pair = (torch.arange(n, dtype=torch.float64) for n in (length, head_dim // 2))
-    angle = position[:, None] * model.rope_base ** (-2 * pair / head_dim)
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
-
-    def rotated(t):
-        pairs = torch.complex(*t.chunk(2, dim=-1)) * turn
-        return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-    scores = rotated(q) @ rotated(k).transpose(-1, -2) / head_dim**0.5
-    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), mixer.out_proj.weight)
-
-
-def plain_gated_delta_net(mixer, x, model):
-    batch, length, _ = x.shape
-    k_dim, v_dim = model.gdn_key_dim, model.gdn_value_dim
-    y = F.linear(x, mixer.in_proj.weight).view(batch, length, model.gdn_heads, -1)
-    qkv, z, beta, alpha = y.split([2 * k_dim + v_dim, v_dim, 1, 1], dim=-1)
-    pieces = []  # the convolution starts from zero padding in each window
-    for part in qkv.split(model.window, dim=1):
-        channels = part.flatten(2).transpose(1, 2)
-        taps = mixer.conv_weight.flatten(0, 1).unsqueeze(1)
-        padded = F.pad(channels, (model.conv_kernel - 1, 0))
-        pieces.append(F.conv1d(padded, taps, groups=taps.shape[0]).transpose(1, 2).unflatten(2, part.shape[2:]))
-    q, k, v = F.silu(torch.cat(pieces, dim=1)).split([k_dim, k_dim, v_dim], dim=-1)
-    g = -mixer.A_log.exp() * F.softplus(alpha.squeeze(-1) + mixer.dt_bias)
-    state = x.new_zeros(batch, model.gdn_heads, k_dim, v_dim)
-    output, _ = sequential_delta_rule(
-        F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta.squeeze(-1).sigmoid(), state
-    )
-    output = F.rms_norm(output, (v_dim,), mixer.norm.weight, model.norm_eps) * F.silu(z)
-    return F.linear(output.flatten(2), mixer.out_proj.weight)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -77,12 +17,11 @@ def test_one_pass_equals_the_plain_hybrid(here, recompute):
     stage = tiny.build_stage(here)
     tokens, loss_mask = (x.to(here.device) for x in tiny.batch())
     with here.device:
-        logits = plain_forward(stage, tokens)
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    plain = (losses * loss_mask[:, 1:].flatten()).sum()
+        logits = plain.hybrid(stage, tokens)
+    expected = plain.loss(logits, tokens, loss_mask)
     output = tiny.run(stage, tokens, loss_mask, passes=1, recompute=recompute, predict=True)
-    assert output.loss.item() == pytest.approx(plain.item(), rel=1e-13)
-    assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, plain)) < 1e-12
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, expected)) < 1e-12
     last = slice(2 * tiny.WINDOW, None)
     assert torch.equal(output.predictions[:, 1:][:, last], logits.argmax(-1)[:, last])
     assert (output.predictions[:, : 2 * tiny.WINDOW + 1] == -1).all()
@@ -265,13 +204,13 @@ def test_pads_do_not_count_in_the_means_of_the_gates(here):
     stage = tiny.build_stage(here)
     tokens, loss_mask = tiny.batch(sequences=1, windows=2, predicting=(1,))
     tokens[:, :4] = 0
-    padded, plain = FastWeightHealth(stage), FastWeightHealth(stage)
+    padded, unpadded = FastWeightHealth(stage), FastWeightHealth(stage)
     tiny.run(stage, tokens, loss_mask, health=padded)
     segments = tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)
     two_tokens = [replace(s, tokens=(max(0, s.tokens[0] - 4), s.tokens[1] - 4), padded=False) for s in segments]
     short, short_mask = (x[:, 4:].to(here.device) for x in (tokens, loss_mask))
-    tiny.sleep_and_predict(stage, two_tokens, short, short_mask, health=plain)
-    assert padded.summary() == pytest.approx(plain.summary(), rel=1e-12)
+    tiny.sleep_and_predict(stage, two_tokens, short, short_mask, health=unpadded)
+    assert padded.summary() == pytest.approx(unpadded.summary(), rel=1e-12)
 
 
 def test_tied_embeddings_share_one_matrix(here):

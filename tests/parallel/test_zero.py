@@ -64,8 +64,11 @@ def plain_optimizers(stage, config):
     adamw = {"betas": config.betas, "eps": config.eps, "lr": config.lr}
     decay = config.weight_decay
     optimizers = []
-    decaying = of({"head"} if config.name == "muon" else {"head", "inside"})
-    groups = [{"params": decaying, "weight_decay": decay}, {"params": of({"other"}), "weight_decay": 0.0}]
+    decaying = of(set() if config.name == "muon" else {"head", "inside"})
+    groups = [
+        {"params": decaying, "weight_decay": decay},
+        {"params": of({"other", "head"} if config.name == "muon" else {"other"}), "weight_decay": 0.0},
+    ]
     optimizers.append(torch.optim.AdamW(groups, **adamw))
     if config.name == "muon":
         optimizers.append(PlainMuon(of({"inside"}), config.muon_lr, config.muon_momentum, decay))

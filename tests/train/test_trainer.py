@@ -115,6 +115,18 @@ def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(folder):
     assert [record["step"] for record in health] == [1, 5, 10]
 
 
+def test_sliding_windows_train_and_evaluate(folder, one_process):
+    """The weights are those of hard eviction: a model may be trained with one and go on with the other."""
+    run = train(folder, "sliding", "sleep.eviction=sliding", "train.micro_batch_size=8")
+    records = read_metrics(run / "metrics.jsonl")
+    assert {"accuracy/N2/depth_1", "accuracy/N2/depth_2"} <= set(records[-1])
+    assert {name.split("/")[1] for name in records[0] if name.startswith("fast_weights")} == {"block_1"}
+    assert {name: x.shape for name, x in weights(run).items()} == {
+        name: x.shape for name, x in weights(one_process).items()
+    }
+    assert column(run, "loss") != pytest.approx(column(one_process, "loss"), rel=1e-3)
+
+
 def test_what_a_run_leaves_behind(one_process):
     assert {path.name for path in one_process.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",

@@ -1,0 +1,102 @@
+"""`powernap plan`: fast, without torch, 80 columns, and reads which windows predict from the data."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+from powernap.launch.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    runs.prepare(folder, train_samples=64)
+    return folder
+
+
+def test_help_takes_under_a_second_and_80_columns(tmp_path):
+    start = time.perf_counter()
+    result = runs.powernap("plan", "--help", cwd=tmp_path, COLUMNS="80")
+    assert time.perf_counter() - start < 1.0
+    assert result.returncode == 0 and result.stdout.startswith("usage: powernap plan")
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+def test_plan_is_fast_and_imports_no_torch(folder):
+    code = (
+        "import sys; from powernap.launch.cli import main; main(['plan', 'tiny.yaml']); print('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True)
+    assert time.perf_counter() - start < 2.0
+    assert output.splitlines()[-1] == "False"
+    assert max(map(len, output.splitlines())) <= 80 and "\033" not in output
+
+
+def test_windows_come_from_the_first_sample(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["plan", "tiny.yaml", "sleep.passes=3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["windows_slept"], found["windows_read"], found["segments"]) == (1, 1, 4)
+    assert found["windows_assumed"] is False
+
+    # windows of four: the context is three of them, the questions with their answers are the rest
+    assert main(["plan", "tiny.yaml", "model.window=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["windows_read"] > 1
+
+
+def test_without_data_the_last_window_predicts(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    for train in ("nowhere/*.tar", "pipe:false", "tiny.yaml"):
+        assert main(["plan", "tiny.yaml", "model.window=6", f"data.train={train}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["windows_assumed"] is True
+        assert (found["windows_slept"], found["windows_read"]) == (3, 1)
+
+
+def test_memory_decides(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["plan", "tiny.yaml", "--memory", "80GiB"]) == 0
+    assert "fits       yes" in capsys.readouterr().out
+    assert main(["plan", "tiny.yaml", "--memory", "0.1MB"]) == 0
+    assert "fits       NO" in capsys.readouterr().out
+
+
+def test_suggestions(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["plan", "tiny.yaml", "--suggest", "--devices", "4", "--memory", "80GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found and all(s["data"] * s["tensor"] * s["pipeline"] == 4 and s["fits"] for s in found)
+    assert main(["plan", "tiny.yaml", "--suggest", "--devices", "4"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in text for word in found[0]["overrides"].split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.sequence_length=20"], ["data.sequence_length=20", "24"]),
+        (["--devices", "4"], ["--devices", "--suggest"]),
+        (["--suggest", "--devices", "7"], ["7 devices"]),
+        (["parallel.pipelin=2"], ["did you mean parallel.pipeline?"]),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, arguments, words):
+    monkeypatch.chdir(folder)
+    assert main(["plan", "tiny.yaml", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("arguments", [["--memory", "80"], ["--memory", "0GB"], ["--suggest", "--devices", "many"]])
+def test_sizes_that_are_none_are_refused(capfd, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "demo", *arguments])
+    assert caught.value.code == 2 and "write a " in capfd.readouterr().err

@@ -1,0 +1,162 @@
+"""What test_layouts.py runs in its processes: one optimizer step's gradients in a layout, against one process.
+
+Every rank compares every gradient it holds, its slices of tensor-parallel ones, with those of model/sleep.py's loop on
+rank 0 alone, in float64.
+"""
+
+from dataclasses import dataclass, field
+
+import tiny
+import torch
+import torch.distributed as dist
+
+from powernap.model.config import SleepConfig
+from powernap.model.segments import plan_segments
+from powernap.model.sleep import sleep_and_predict
+from powernap.model.stage import HybridStage
+from powernap.parallel import schedule, topology
+from powernap.parallel.layout import split_layers
+
+
+@dataclass(frozen=True)
+class Case:
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    layout: str | None = None
+    recompute: bool = True
+    windows: int = 3
+    predicting: tuple[int, ...] = (2,)
+    last_window: int = tiny.WINDOW  # tokens of the last window
+    pads: bool = False
+    passes: int = 2
+    micro_batches: int = 4
+    model: dict = field(default_factory=dict)
+    sleep: dict = field(default_factory=dict)
+    broken: str | None = None  # break this on purpose: the comparison must see it
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+def compare_all(rank: int, store: dist.Store, cases: list[Case]) -> list[dict | None]:
+    """Run every case on the first ranks it needs; the others wait for the next one."""
+    return [
+        compare(case, store=dist.PrefixStore(f"case {number}", store), rank=rank) if rank < case.world_size else None
+        for number, case in enumerate(cases)
+    ]
+
+
+def compare(case: Case, **process_group) -> dict:
+    """Run one case; the relative error of the loss and of this rank's worst gradient."""
+    here = topology.initialize(
+        case.tensor, case.pipeline, timeout_seconds=60, world_size=case.world_size, **process_group
+    )
+    model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
+    batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
+    scale = 0.37 / case.data
+    loss, expected, predictions = one_process(case, model, sleep, batches, scale)
+
+    blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
+    stage = build(model, sleep, here.groups, blocks, case.sequence)
+    own = batches[here.data_rank :: case.data]
+    with Broken(case.broken):
+        own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
+        schedule.sum_shared_gradients(stage, here)
+    own_loss = here.sum_over_data(own_loss)
+    worst = {"error": 0.0, "name": None}
+    for name, parameter in stage.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        here.sum_over_data(gradient)
+        reference = expected[stage.global_name(name)]
+        difference = (gradient - own_slice(reference, parameter, here)).abs().max() / (reference.abs().max() + 1e-12)
+        if not difference <= worst["error"]:
+            worst = {"error": difference.item(), "name": stage.global_name(name)}
+    read = schedule.predict(stage, own[0].segments, own[0].tokens, own[0].loss_mask, here)
+    result = {
+        "loss": abs(own_loss.item() / loss - 1),
+        "gradient": worst,
+        "predictions": torch.equal(read, predictions[here.data_rank]),
+        "parameters": len(list(stage.parameters())),
+    }
+    topology.shutdown()
+    return result
+
+
+def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
+    tokens, loss_mask = tiny.batch(2, case.windows, case.predicting, seed)
+    stop = tokens.shape[1] - tiny.WINDOW + case.last_window
+    tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
+    if case.pads:
+        tokens[seed % 2, : 2 + seed % 3] = model.pad_token_id
+    return schedule.MicroBatch(plan_segments(tokens, loss_mask, model, sleep, case.passes), tokens, loss_mask)
+
+
+def one_process(case: Case, model, sleep, batches, scale: float):
+    """Loss, gradients by name and predictions of the loop on rank 0 alone, on all ranks."""
+    found = [None]
+    if dist.get_rank() == 0:
+        alone = topology.alone()
+    else:
+        topology.alone()
+    if dist.get_rank() == 0:
+        stage = build(model, sleep, alone)
+        losses, predictions = [], []
+        for batch in batches:
+            output = sleep_and_predict(stage, batch.segments, batch.tokens, batch.loss_mask, predict=True)
+            (output.loss * scale).backward()
+            losses.append(output.loss.item())
+            predictions.append(output.predictions)
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
+        found = [(sum(losses), gradients, predictions)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def build(model, sleep, groups, blocks=None, sequence_parallel=False) -> HybridStage:
+    torch.manual_seed(0)
+    stage = HybridStage(model, sleep, groups, blocks=blocks, sequence_parallel=sequence_parallel).double()
+    for name, parameter in stage.named_parameters():  # norms away from one, the same on every rank
+        if "norm" in name:
+            with torch.no_grad():
+                parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + float(len(stage.global_name(name))))
+    return stage
+
+
+def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor:
+    """This tensor rank's part of a weight or gradient."""
+    if not getattr(parameter, "tensor_model_parallel", False) or here.tensor_size == 1:
+        return full
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    parts = full.chunk(here.tensor_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
+    return torch.cat(parts[here.tensor_rank :: here.tensor_size], dim)
+
+
+class Broken:
+    """Break one part of the engine for a while."""
+
+    def __init__(self, what: str | None):
+        self.what = what
+
+    def __enter__(self):
+        self.saved = schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config
+        handover, _, config = self.saved
+        if self.what == "fast weights' gradient":
+            schedule._Handover.backward = staticmethod(
+                lambda ctx, g: handover(ctx, g)[:6] + (None,) * len(ctx.needs_input_grad[6:])
+            )
+        elif self.what == "shared gradients":
+            schedule.sum_shared_gradients = lambda *_: None
+        elif self.what == "links":
+
+            def batched(*arguments):
+                changed = config(*arguments)
+                changed.batch_p2p_comm, changed.overlap_p2p_comm = True, False
+                return changed
+
+            schedule._schedule_config = batched
+
+    def __exit__(self, *_):
+        schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config = self.saved

@@ -1,0 +1,120 @@
+"""Every parallel layout against one process: loss, predictions and every gradient on every rank.
+
+Float64. With tensor parallelism Megatron-core's cross-entropy computes in float32, which sets the bound there.
+"""
+
+import itertools
+
+import layouts
+import processes
+import pytest
+from layouts import Case
+
+TIED = {"tie_embeddings": True}
+LAYOUTS = {
+    "TP2": dict(tensor=2),
+    "TP2+SP": dict(tensor=2, sequence=True),
+    "PP2": dict(pipeline=2),
+    "PP3 uneven": dict(pipeline=3, layout="AG|G|AAG", model={"pattern": "AGGAAG"}, micro_batches=6),
+    "PP4": dict(pipeline=4),
+    "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
+    "DP2xPP2": dict(data=2, pipeline=2),
+    "DP2xTP2": dict(data=2, tensor=2),
+}
+ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
+EVICTIONS = {"hard": {}, "sliding": {"eviction": "sliding"}}
+
+# Each layout once with each choice of the other axes, and what only some layouts can get wrong.
+CASES = {
+    "one process": Case(),
+    **{
+        f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}": Case(
+            **layout, **windows, recompute=recompute, sleep=EVICTIONS[eviction]
+        )
+        for number, (name, layout) in enumerate(LAYOUTS.items())
+        for recompute, windows, eviction in [
+            (True, ONE, "hard") if number % 2 else (True, SEVERAL, "sliding"),
+            (False, SEVERAL, "hard") if number % 2 else (False, ONE, "hard"),
+        ]
+    },
+    "PP2, tied embeddings": Case(pipeline=2, model=TIED),
+    "TP2xPP2+SP, tied embeddings, pads": Case(tensor=2, pipeline=2, sequence=True, model=TIED, pads=True),
+    "PP2, short last window, pads": Case(pipeline=2, last_window=4, pads=True),
+    "TP2+SP, short last window, sliding, pads": Case(
+        tensor=2, sequence=True, last_window=4, pads=True, sleep=EVICTIONS["sliding"]
+    ),
+    "PP2, no sleep": Case(pipeline=2, passes=1),
+    "PP2, one window: Megatron-core's plain 1F1B": Case(pipeline=2, windows=1, predicting=(0,)),
+    "PP2, pass norm, embeddings again, part of the blocks": Case(
+        pipeline=2, passes=3, sleep=dict(pass_norm=True, reinject_embeddings=True, loop_range=[1, 3])
+    ),
+    "PP4, part of the blocks": Case(
+        pipeline=4, layout="A|G|G|A", model={"pattern": "AGGA"}, passes=3, sleep=dict(loop_range=[1, 3])
+    ),
+    "PP2, truncated back-propagation": Case(pipeline=2, passes=3, sleep=dict(backprop_passes=1)),
+    "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
+    "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
+}
+WIDE = {
+    f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
+    Case(**layout, **windows, recompute=recompute, sleep=EVICTIONS[eviction], passes=passes)
+    for (name, layout), recompute, windows, eviction, passes in itertools.product(
+        LAYOUTS.items(), (True, False), (ONE, SEVERAL), EVICTIONS, (1, 2, 4)
+    )
+}  # fmt: skip
+BROKEN = {
+    "fast weights' gradient lost": Case(broken="fast weights' gradient"),
+    "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
+    "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),
+    "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
+    "messages batched, PP2": Case(pipeline=2, broken="links"),
+}
+
+
+def run_all(cases: dict[str, Case]) -> dict[str, list[dict]]:
+    """The results of each case's ranks; all cases share one set of processes."""
+    per_rank = processes.run(layouts.compare_all, max(case.world_size for case in cases.values()), list(cases.values()))
+    by_case = zip(*per_rank, strict=True)
+    return {name: [result for result in results if result] for name, results in zip(cases, by_case, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_all(CASES | BROKEN)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(results, name):
+    check(CASES[name], results[name])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_comparison_sees_what_is_broken(results, name):
+    assert max(result["gradient"]["error"] for result in results[name]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def wide_results():
+    return run_all(WIDE)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", WIDE)
+def test_equals_one_process_in_the_whole_grid(wide_results, name):
+    check(WIDE[name], wide_results[name])
+
+
+@pytest.mark.wide
+def test_equals_one_process_on_eight():
+    name, case = "TP2xPP2xDP2+SP", Case(tensor=2, pipeline=2, data=2, sequence=True, **SEVERAL)
+    check(case, run_all({name: case})[name])
+
+
+def check(case: Case, results: list[dict]) -> None:
+    assert len(results) == case.world_size
+    bound = 1e-6 if case.tensor > 1 else 1e-10
+    for result in results:
+        assert result["loss"] < bound
+        assert result["gradient"]["error"] < bound, result["gradient"]["name"]
+        assert result["predictions"]
+        assert result["parameters"] > 0
