@@ -23,11 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options, arguments) or 0
     except (ValueError, OSError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if _lost_a_rank(text):
-            text = "another rank is gone, and said why if it could"
-        elif not _is_users_mistake(error):
+        if not _is_users_mistake(error):
             raise
+        text = " ".join(str(error).split())
+        who = "" if text.startswith(f"rank {rank} ") else who
         print(f"powernap: error: {who}{text}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -283,11 +282,6 @@ def _devices(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}': write a whole number from 1, such as 64")
     return int(text)
-
-
-def _lost_a_rank(text: str) -> bool:
-    """Whether a collective failed since a peer died: its own message is what counts, not a traceback of each survivor."""
-    return re.search(r"gloo.*(Connection closed by peer|Connection reset by peer)", text) is not None
 
 
 def _is_users_mistake(error: Exception) -> bool:

@@ -7,6 +7,7 @@ a loop. The result is that of model/sleep.py, which every layout is tested again
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu
+from powernap.parallel.timeline import BACKWARD, FORWARD, Step, needs, schedule
 from powernap.parallel.topology import Topology
 
 
@@ -52,7 +54,7 @@ def forward_backward(
     Gradients of weights that several ranks hold are this rank's part: see `sum_shared_gradients`. `health` watches the
     first micro-batch.
     """
-    step = StageStep(stage, micro_batches, loss_scale, recompute, health)
+    step = StageStep(stage, micro_batches, loss_scale, recompute, health, here)
     if here.stages == 1:
         for number in range(len(micro_batches)):
             _loop(step, number)
@@ -101,8 +103,9 @@ def predict(
 class StageStep:
     """The segments of one optimizer step on this stage: runs one at a time, keeps what it hands to the next."""
 
-    def __init__(self, stage, micro_batches, loss_scale, recompute, health):
+    def __init__(self, stage, micro_batches, loss_scale, recompute, health, here):
         self.stage = stage
+        self.here = here
         self.micro_batches = micro_batches
         self.loss_scale = loss_scale
         self.recompute = recompute
@@ -110,6 +113,7 @@ class StageStep:
         dtype = torch.promote_types(stage.like.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=stage.like.device)
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> fast weights for its next segment
+        self._steps_done = 0
 
     def forward(
         self, number: int, index: int, received: torch.Tensor | None, link_length: int | None = None
@@ -126,6 +130,7 @@ class StageStep:
             the root of the segment's backward pass: that also takes up the gradient of the fast weights that the next
             segment has left, so segments must go backward in reverse order; and starts the loss.
         """
+        self._note(FORWARD, number, index)
         batch = self.micro_batches[number]
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
         continues = segment.pass_number > 1 or not self.stage.is_first
@@ -141,7 +146,8 @@ class StageStep:
         taken = not (last and self.stage.is_last)
         if link_length is None:
             taken = not last and batch.segments[index + 1].pass_number > 1
-        link = Link(self._link_shape(link_length, batch, segment) if taken else (), self.loss_scale, carried)
+        shape = self._link_shape(link_length, batch, segment) if taken else ()
+        link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         anchor = torch.zeros((), device=self.loss.device, requires_grad=True)
         hidden_states = hidden_states if taken else None
         return _Handover.apply(link, anchor, self.stage.like, hidden_states, received, loss, *fast_weights)
@@ -172,6 +178,29 @@ class StageStep:
             health.record(segment, results[2:])
         return results
 
+    def _note(self, *step) -> None:
+        self._steps_done += 1
+        self.here.progress.note(self._say, self._steps_done, Step(*step))
+
+    def _say(self, done: int, step: Step) -> str:
+        """What this stage does, and if it has done that, what it waits for."""
+        if self.here.stages == 1:
+            return self._name(step)
+        segments, here = len(self.micro_batches[0].segments), self.here
+        order = schedule(here.stages, len(self.micro_batches), segments)
+        if done == len(order[here.stage]):
+            return f"{self._name(step)}, the last of this stage"
+        following = order[here.stage][done]
+        sources = {stage for stage, _ in needs(here.stage, following, here.stages, segments)} - {here.stage}
+        what = "hidden states" if following.kind == FORWARD else "their gradient"
+        source = "".join(f", which needs {what} from {here.describe_rank(here.rank_of_stage(s))}" for s in sources)
+        return f"{self._name(step)} begun; next is {self._name(following)}{source}"
+
+    def _name(self, step: Step) -> str:
+        segment = self.micro_batches[step.micro_batch].segments[step.chunk]
+        kind = "forward" if step.kind == FORWARD else "backward"
+        return f"{kind} of window {segment.window} pass {segment.pass_number}, micro-batch {step.micro_batch}"
+
     def _length(self, segment: Segment) -> int:
         """Tokens of the segment that this rank holds between blocks."""
         return (segment.tokens[1] - segment.tokens[0]) // self.stage.sequence_shards
@@ -187,6 +216,7 @@ class Link:
     shape: tuple[int, ...]  # of what is sent, () if nobody takes it
     loss_scale: float
     carried: list[torch.Tensor]  # the next segment's fast weights, leaves: their .grad is where its backward leaves it
+    begin_backward: Callable[[], None]
 
 
 class _Handover(torch.autograd.Function):
@@ -211,6 +241,7 @@ class _Handover(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         link = ctx.link
+        link.begin_backward()
         hidden_states = None if ctx.length is None else gradient[: ctx.length]
         received = None if ctx.received is None else gradient.new_zeros(ctx.received)
         # Zeros where nothing came back: the stage before still waits for the gradient of what it sent.

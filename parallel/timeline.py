@@ -98,7 +98,12 @@ def check_micro_batches(stages: int, micro_batches: int, group: int | None = Non
 
 
 def warmup(stages: int, stage: int, chunks: int, group: int) -> int:
-    """Forward steps of a stage before its first backward one is next in turn, if there are as many."""
+    """Forward steps of a stage before its first backward one is next in turn, if there are as many.
+
+    A single chunk runs in Megatron-core's plain 1F1B.
+    """
+    if chunks == 1:
+        return stages - 1 - stage
     return (chunks - 1) * group + 2 * (stages - 1 - stage)
 
 

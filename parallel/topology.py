@@ -1,10 +1,11 @@
 """From processes to process groups: torch.distributed and Megatron-core's parallel state, on CUDA or CPU."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.parallel import cpu
+from powernap.parallel.watchdog import Progress, Watchdog
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Topology:
     stages: int
     device: torch.device
     groups: ProcessGroupCollection
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def is_main(self) -> bool:
@@ -37,7 +40,16 @@ class Topology:
 
     def describe(self) -> str:
         """This rank's place in the grid, for messages."""
-        return f"rank {self.rank} (data {self.data_rank}, stage {self.stage}, tensor {self.tensor_rank})"
+        return self.describe_rank(self.rank)
+
+    def describe_rank(self, rank: int) -> str:
+        """Any rank's place: Megatron-core counts tensor ranks first, then data, then stages."""
+        tensor, data = rank % self.tensor_size, rank // self.tensor_size % self.data_size
+        return f"rank {rank} (data {data}, stage {rank // (self.tensor_size * self.data_size)}, tensor {tensor})"
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The rank in this rank's pipeline that runs `stage`."""
+        return dist.get_global_rank(self.groups.pp, stage)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over data-parallel ranks, in place."""
@@ -110,13 +122,35 @@ def alone() -> ProcessGroupCollection:
     return ProcessGroupCollection(tp=own, pp=own, mp=own, cp=own, dp=own, embd=own)
 
 
+class RankLostError(RuntimeError):
+    """Another rank went away while this one waited for it, in one line."""
+
+
 @contextmanager
-def joined(tensor: int = 1, pipeline: int = 1, **arguments) -> Iterator[Topology]:
-    """`initialize`, and leave the process groups at the end.
+def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
+    """`initialize`, watched by a watchdog if there are other ranks, and leave the process groups at the end.
 
     Not after an error: a rank that failed must not wait for the others, it exits and takes them down.
+
+    Raises:
+        RankLostError: if another rank closed its connections.
     """
-    yield initialize(tensor, pipeline, **arguments)
+    # The watchdog speaks first, since it knows what it waited for.
+    here = initialize(tensor, pipeline, timeout_seconds + 60.0)
+    watchdog = None
+    if here.world_size > 1:
+        watchdog = Watchdog(here.progress, here.describe_rank, here.rank, here.world_size, timeout_seconds)
+        watchdog.start()
+    try:
+        yield here
+    except RuntimeError as error:
+        if re.search(r"gloo.*(Connection closed by peer|Connection reset by peer)", " ".join(str(error).split())):
+            raise RankLostError(
+                f"{here.describe()}: another rank is gone, and said why if it could; {here.progress.describe()}"
+            ) from None
+        raise
+    if watchdog:
+        watchdog.stop()
     shutdown()
 
 

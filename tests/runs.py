@@ -28,7 +28,7 @@ def prepare(folder: Path, train_samples: int = 256, **sections: dict) -> Path:
     """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
     task = TASKS["depo"](nodes=6, max_hop=2, queries=4, names="ends")
     build("depo", task, folder / "data", train_samples=train_samples, test_samples=64, samples_per_shard=64, seed=0)
-    recipe = {name: {**values, **sections.get(name, {})} for name, values in RECIPE.items()}
+    recipe = {name: {**RECIPE.get(name, {}), **sections.get(name, {})} for name in RECIPE | sections}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -18,6 +18,7 @@ from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, training_batches
 from powernap.train.evaluate import evaluate, evaluation_passes
+from powernap.train.interruption import interruptible
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from powernap.train.run_folder import RunFolder
 from powernap.train.run_log import RunLog
@@ -41,17 +42,24 @@ def train(recipe: Recipe, resume: bool = False) -> None:
         if resume and (newest := checkpoint.newest(folder.checkpoints)):
             done = checkpoint.load(newest, zero, here)
 
-        with RunLog(recipe, folder, here, resume_step=done if resume else None) as log:
+        resume_step = done if resume else None
+        with interruptible() as check_interruption, RunLog(recipe, folder, here, resume_step) as log:
             log.start(count_parameters(stage, here))
             batches = read_batches(recipe, here, skip=done)
             for step in range(done + 1, recipe.train.steps + 1):
-                metrics = train_step(recipe, stage, zero, next(batches), step, here)
+                check_interruption()
+                here.progress.step = step
+                here.progress.note("reading the batch")
+                batch = next(batches)
+                metrics = train_step(recipe, stage, zero, batch, step, here)
                 last = step == recipe.train.steps
                 if recipe.data.test and (last or is_due(step, recipe.evaluation.every)):
                     passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
+                    here.progress.note("evaluating")
                     metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
                 log.step(step, metrics)
                 if last or is_due(step, recipe.train.checkpoint_every):
+                    here.progress.note("saving a checkpoint")
                     checkpoint.save(folder.checkpoints, step, stage, zero, here)
 
 
@@ -81,7 +89,7 @@ def count_parameters(stage: HybridStage, here: Topology) -> int:
         stage.global_name(name): p.numel() * (here.tensor_size if getattr(p, "tensor_model_parallel", False) else 1)
         for name, p in stage.named_parameters()
     }
-    return sum(here.merge_over_model(sizes).values())
+    return round(sum(here.merge_over_model(sizes).values()))
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -105,6 +113,7 @@ def train_step(
             tokens.split(recipe.micro_batch_size), loss_mask.split(recipe.micro_batch_size), strict=True
         )
     ]
+    here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
     loss_tokens = float(here.sum_over_data(batch.loss_mask[:, 1:].sum().float().to(here.device)))
     watched = step == 1 or step % recipe.train.log_every == 0
@@ -114,6 +123,7 @@ def train_step(
         loss = forward_backward(stage, micro_batches, scale, here, recompute=recipe.train.recompute, health=health)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)
+    here.progress.note("averaging gradients over data ranks and stepping the optimizer")
     grad_norm = zero.step()
     loss = float(here.sum_over_data(loss)) / loss_tokens
     if not math.isfinite(loss + grad_norm):

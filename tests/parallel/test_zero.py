@@ -94,7 +94,7 @@ def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
         set_lr(zero.param_groups, factor)
         norm = zero.step()
         expected = step_plainly(plain, optimizers, tokens, loss_mask, factor)
-        assert norm == pytest.approx(expected, rel=1e-4)
+        assert norm == pytest.approx(expected, rel=10 * bound)
         assert norm > CLIP
     moved = {n: p.detach() for n, p in plain.named_parameters()}
     assert tiny.largest_difference({n: p.detach() for n, p in stage.named_parameters()}, moved) < bound

@@ -132,7 +132,7 @@ def test_what_a_run_leaves_behind(one_process):
         "config.yaml", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
     }  # fmt: skip
     config = yaml.safe_load((one_process / "config.yaml").read_text())
-    assert config["run"]["name"] == "one" and config["zero"] == {"stage": 1}
+    assert config["run"]["name"] == "one" and config["zero"] == {"stage": 1, "offload": False}
     first, *_, last = (json.loads(line) for line in (one_process / "metrics.jsonl").read_text().splitlines())
     assert list(first)[:6] == ["step", "loss", "grad_norm", "lr", "tokens", "seconds"]
     assert {f"fast_weights/block_1/pass_{n}/{what}" for n in (1, 2) for what in ("norm", "alpha", "beta")} <= set(first)

@@ -1,0 +1,43 @@
+"""Ctrl-C at the places where Python loses it."""
+
+import os
+import signal
+import weakref
+
+import pytest
+
+from powernap.train.interruption import interruptible
+
+
+class Kept:
+    pass
+
+
+def lose_an_interrupt():
+    """A signal that arrives in the callback of a weak reference: Python prints the exception and goes on."""
+    kept = Kept()
+    watched = weakref.ref(kept, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del kept
+    assert watched() is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_lost_in_a_callback_still_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), interruptible() as check:
+        lose_an_interrupt()
+        for _ in range(3):
+            check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_that_follows_from_it_does_not_hide_it():
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        lose_an_interrupt()
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+
+def test_other_errors_stay_what_they_are():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="mine"), interruptible():
+        raise RuntimeError("mine")
+    assert signal.getsignal(signal.SIGINT) is before
