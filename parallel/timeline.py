@@ -177,7 +177,10 @@ def bubble(stages: int, micro_batches: int, chunks: int) -> float:
 
 
 def peak_live(stages: int, stage: int, micro_batches: int, chunks: int, group: int | None = None) -> int:
-    """The most segments `stage` holds at once, by formula: min(M C, (C - 1) G + 2 (P - 1 - stage) + 1)."""
+    """The most segments `stage` holds at once, by formula: min(M C, (C - 1) G + 2 (P - 1 - stage) + 1).
+
+    With one segment a sequence, in the plain 1F1B: min(M, P - stage).
+    """
     if stages == 1:
         return chunks
     group = stages if group is None else group

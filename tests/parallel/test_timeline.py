@@ -41,7 +41,8 @@ def test_order_is_megatrons(stages, micro_batches, chunks, group):
     table = get_schedule_table(micro_batches, chunks, group or stages)
     for stage, steps in enumerate(order):
         pipeline = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
-        communicator = SimpleNamespace(pp_group=pipeline, virtual_pipeline_model_parallel_size=chunks)
+        virtual = chunks if chunks > 1 else None  # a single chunk: the plain 1F1B
+        communicator = SimpleNamespace(pp_group=pipeline, virtual_pipeline_model_parallel_size=virtual)
         *_, warmup, _ = get_pp_rank_microbatches(micro_batches, chunks, group or stages, p2p_communicator=communicator)
         # their chunks count from 1, those of backward steps are negative
         theirs = convert_schedule_table_to_order(warmup, chunks, table)
