@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test bench ui install clean
+.PHONY: help demo test test-all bench ui install clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1  \t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
 
 demo: install  ## train with and without sleep, compare, draw (minutes)
 	$(BIN)/powernap demo
@@ -14,6 +14,9 @@ demo: install  ## train with and without sleep, compare, draw (minutes)
 test: install  ## lint and the whole test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/python -m pytest
+
+test-all: install  ## and the whole grid of parallel layouts
+	$(BIN)/python -m pytest -m "wide or not wide"
 
 bench: install  ## measure speed and memory on this machine, into benchmarks/results/
 	$(BIN)/python -m benchmarks

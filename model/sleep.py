@@ -1,7 +1,7 @@
 """Sleep: read a batch window by window, write each into the fast weights, answer from them.
 
-The loop below is the algorithm of arXiv 2605.26099 with hard eviction as one process runs it. Every parallel schedule
-runs the same segments and is tested against it.
+The loop below is the algorithm of arXiv 2605.26099 as one process runs it, with hard eviction or sliding windows. Every
+parallel schedule runs the same segments and is tested against it.
 """
 
 from collections.abc import Callable

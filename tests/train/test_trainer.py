@@ -81,15 +81,22 @@ def test_a_broken_all_reduce_would_be_seen(folder, one_process):
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, one_process, processes):
-    whole = one_process if processes == 1 else train(folder, "whole", "parallel.data=2")
-    name = f"resumed{processes}"
-    broken = train(folder, name, f"parallel.data={processes}", "sleep.passes=2")
-    shutil.rmtree(broken / "checkpoints" / "step_00000010")  # as if it had been stopped between 5 and 10
-    result = runs.powernap(
-        "train", "tiny.yaml", f"run.name={name}", f"parallel.data={processes}", "--resume", cwd=folder
+NAME = str.maketrans(" =", "__")
+
+
+@pytest.mark.parametrize(
+    "layout", ["parallel.data=1", "parallel.data=2", "parallel.pipeline=2", "parallel.data=2 zero.stage=3"]
+)
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, one_process, layout):
+    whole = (
+        one_process
+        if layout == "parallel.data=1"
+        else train(folder, f"whole {layout}".translate(NAME), *layout.split())
     )
+    name = f"resumed {layout}".translate(NAME)
+    broken = train(folder, name, *layout.split(), "sleep.passes=2")
+    shutil.rmtree(broken / "checkpoints" / "step_00000010")  # as if it had been stopped between 5 and 10
+    result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *layout.split(), "--resume", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "resumed after step 5 of 10" in result.stderr
     assert column(broken, "step") == list(range(1, 11))
