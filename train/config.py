@@ -215,6 +215,11 @@ class Recipe(Section):
         stage, parallel = self.zero.stage, self.parallel
         if stage == 0:
             raise ValueError("zero.stage=0 has no gradient norm to clip or log: use 1, which costs nothing more")
+        if stage == 2 and parallel.pipeline > 1:
+            raise ValueError(
+                f"zero.stage=2 with parallel.pipeline={parallel.pipeline} saves no memory: every segment adds to the "
+                "gradient of every weight, so whole gradients are alive; use zero.stage=1, or parallel.pipeline=1"
+            )
         if stage == 3 and parallel.pipeline > 1:
             raise ValueError(
                 f"zero.stage=3 with parallel.pipeline={parallel.pipeline}: DeepSpeed gathers parameters where the "

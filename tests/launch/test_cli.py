@@ -72,6 +72,7 @@ def test_checking_a_recipe_does_not_import_torch():
         (["parallel.pipeline=2", "parallel.pipeline_layout=A|GG"], ["parallel.pipeline_layout=A|GG", "write A|G"]),
         (["parallel.pipeline=2", "train.micro_batch_size=16"], ["train.micro_batch_size=16", "1, 2, 4, 8 would do"]),
         (["parallel.pipeline=2", "train.global_batch_size=15"], ["parallel.pipeline=2", "train.global_batch_size=16"]),
+        (["parallel.pipeline=2", "zero.stage=2"], ["zero.stage=2", "use zero.stage=1"]),
         (["parallel.pipeline=2", "zero.stage=3"], ["zero.stage=3", "use zero.stage=1"]),
         (["zero.stage=0"], ["zero.stage=0", "use 1"]),
         (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas", "[0, 1)"]),
