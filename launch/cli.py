@@ -150,7 +150,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.parallel.plan import plan, suggest, suggestions_json, suggestions_text
+    from powernap.parallel.plan import plan
+    from powernap.parallel.suggest import suggest, suggestions_json, suggestions_text
     from powernap.train.config import RecipeError, load_recipe
 
     if options.devices and not options.suggest:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
@@ -152,6 +153,7 @@ def embedding_flops(model: ModelConfig) -> int:
     return model.hidden_size
 
 
+@lru_cache(maxsize=256)
 def _balance(costs: Costs, stages: int) -> list[range]:
     """Exact dynamic programming, once for the slowest stage and once for the most even split not slower than it."""
     total = [0, *accumulate(costs.blocks)]

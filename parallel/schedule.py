@@ -283,7 +283,8 @@ class SegmentChunk(MegatronModule):
         self.received = tensors[0]
 
     def forward(self, number: int) -> torch.Tensor:
-        return self.step.forward(number, self.index, self.received, self.link_length)
+        received, self.received = self.received, None  # or it would live until this chunk runs again
+        return self.step.forward(number, self.index, received, self.link_length)
 
 
 def _pipeline(step: StageStep, here: Topology) -> None:

@@ -149,7 +149,11 @@ class ZeroOptimizer:
         deepspeed.logger.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=stage, optimizer=optimizer, config=config, mpu=ModelParallelUnit(topology)
+                model=stage,
+                optimizer=optimizer,
+                config=config,
+                # Its bf16 Muon refuses any, also one that says that there is no model parallelism.
+                mpu=ModelParallelUnit(topology) if topology.tensor_size * topology.stages > 1 else None,
             )
         if precision == "bf16":
             for parameter in stage.parameters():

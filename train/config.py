@@ -225,6 +225,11 @@ class Recipe(Section):
                 f"zero.stage=3 with parallel.pipeline={parallel.pipeline}: DeepSpeed gathers parameters where the "
                 "stages of a pipeline would wait for each other; use zero.stage=1, or parallel.pipeline=1"
             )
+        if self.optimizer.name == "muon" and self.train.precision == "bf16" and parallel.pipeline > 1:
+            raise ValueError(
+                f"optimizer.name=muon with train.precision=bf16 and parallel.pipeline={parallel.pipeline}: DeepSpeed's "
+                "bf16 Muon knows no model parallelism; use train.precision=fp32, optimizer.name=adamw or parallel.pipeline=1"
+            )
         if stage > 1 and self.optimizer.name == "muon":
             raise ValueError(f"zero.stage={stage} with optimizer.name=muon is not tested: use zero.stage=1 or adamw")
 

@@ -74,6 +74,7 @@ def test_checking_a_recipe_does_not_import_torch():
         (["parallel.pipeline=2", "train.global_batch_size=15"], ["parallel.pipeline=2", "train.global_batch_size=16"]),
         (["parallel.pipeline=2", "zero.stage=2"], ["zero.stage=2", "use zero.stage=1"]),
         (["parallel.pipeline=2", "zero.stage=3"], ["zero.stage=3", "use zero.stage=1"]),
+        (["parallel.pipeline=2", "train.precision=bf16", "optimizer.name=muon"], ["optimizer.name=muon", "fp32"]),
         (["zero.stage=0"], ["zero.stage=0", "use 1"]),
         (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas", "[0, 1)"]),
         (["run.name=a/b"], ["run.name=a/b"]),

@@ -66,6 +66,37 @@ def test_memory_decides(folder, capsys, monkeypatch):
     assert "fits       NO" in capsys.readouterr().out
 
 
+TENSOR = ["parallel.tensor=2", "model.vocab_size=16"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        (TENSOR, 2),
+        ([*TENSOR, "parallel.sequence=true"], 2),
+        (["parallel.pipeline=2"], 2),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=A|G", "parallel.data=2", *TENSOR], 8),
+        (["parallel.data=4", "zero.stage=2"], 4),
+        (["parallel.data=4", "zero.stage=3", "train.precision=bf16"], 4),
+        (["sleep.eviction=sliding", "parallel.pipeline=2", "sleep.passes=[1,2,4]", "train.recompute=false"], 2),
+        (["zero.offload=true"], 1),
+    ],
+)
+def test_every_layout_is_planned(folder, capsys, monkeypatch, layout, ranks):
+    monkeypatch.chdir(folder)
+    assert main(["plan", "tiny.yaml", *layout, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == ranks
+    for stage in found["stages"]:
+        memory = stage["memory"]
+        states = memory["weights"] + memory["gradients"] + memory["optimizer"]
+        passing = memory["buffers"] + memory["segments"] + memory["activations"]
+        assert memory["total"] == states + max(passing, memory["step"]) > 0
+    assert main(["plan", "tiny.yaml", *layout]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and f"ranks      {ranks} = " in text
+
+
 def test_suggestions(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["plan", "tiny.yaml", "--suggest", "--devices", "4", "--memory", "80GB", "--json"]) == 0
@@ -83,6 +114,13 @@ def test_suggestions(folder, capsys, monkeypatch):
         (["data.sequence_length=20"], ["data.sequence_length=20", "24"]),
         (["--devices", "4"], ["--devices", "--suggest"]),
         (["--suggest", "--devices", "7"], ["7 devices"]),
+        (["parallel.tensor=2"], ["model.vocab_size=15", "16 would be"]),
+        (["parallel.tensor=2", "model.vocab_size=16", "optimizer.name=muon"], ["optimizer.name=muon"]),
+        (["parallel.pipeline=3"], ["parallel.pipeline=3", "use at most 2"]),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=AG|"], ["write A|G"]),
+        (["parallel.pipeline=2", "train.micro_batch_size=16"], ["1, 2, 4, 8 would do"]),
+        (["parallel.pipeline=2", "zero.stage=3"], ["use zero.stage=1"]),
+        (["parallel.data=3"], ["train.global_batch_size=16", "parallel.data=3"]),
         (["parallel.pipelin=2"], ["did you mean parallel.pipeline?"]),
     ],
 )

@@ -1,0 +1,84 @@
+"""The plan against real ranks: every live tensor of a training step in each layout is counted.
+
+On CPUs with gloo, where a stage keeps what it sends; what CUDA's kernels keep is not measured here.
+"""
+
+import plan_measured
+import processes
+import pytest
+
+from powernap.parallel.memory import stage_memory
+from powernap.parallel.work import cut
+from powernap.train.config import Recipe
+
+MODEL = dict(
+    pattern="AGAG", window=32, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_attention_heads=2, gdn_heads=2,
+    gdn_key_dim=16, gdn_value_dim=24, conv_kernel=3,
+)  # fmt: skip
+LAYOUTS = {
+    "one process": {},
+    "TP2+SP": dict(tensor=2, sequence=True),
+    "PP2": dict(pipeline=2),
+    "DP2, ZeRO 1": dict(data=2),
+    "DP2, ZeRO 2": dict(data=2, zero=2),
+    "DP2, ZeRO 3": dict(data=2, zero=3),
+    "DP2xPP2": dict(data=2, pipeline=2),
+    "TP2xPP2": dict(tensor=2, pipeline=2),
+}
+SLIDING = {"passes": 3, "eviction": "sliding", "loop_range": [1, 3]}
+MANY_WEIGHTS = {"ffn_hidden_size": 1024, "window": 16}  # the optimizer's step is the peak, not the backward pass
+
+
+def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> dict:
+    """`sequences` on each data rank, in two micro-batches."""
+    return {
+        "run": {"name": "measured"},
+        "model": {**MODEL, **(model or {})},
+        "sleep": sleep or {"passes": 2},
+        "data": {"train": "nowhere", "sequence_length": 97},
+        "train": {
+            "steps": 10,
+            "global_batch_size": sequences * parallel.get("data", 1),
+            "micro_batch_size": sequences // 2,
+            "precision": precision,
+            "recompute": recompute,
+        },
+        "optimizer": {"warmup_steps": 0},
+        "parallel": parallel,
+        "zero": {"stage": zero},
+    }
+
+
+# Recomputation in one precision and none in the other, in turn; both in both for one process.
+CASES = {
+    f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
+    for number, (name, layout) in enumerate(LAYOUTS.items())
+    for precision, recompute in [("fp32", number % 2 == 0), ("bf16", number % 2 == 1)]
+} | {
+    "one process, fp32, keep": recipe("fp32", False),
+    "one process, bf16, recompute": recipe("bf16", True),
+    "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
+    "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
+    "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
+    "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
+}
+# Four ranks first: in cases of two, ranks 2 and 3 wait for the end.
+CASES = dict(sorted(CASES.items(), key=lambda case: -Recipe.model_validate(case[1]).parallel.world_size))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    per_rank = processes.run(plan_measured.measure_all, 4, list(CASES.values()))
+    by_case = zip(*per_rank, strict=True)
+    return {name: [rank for rank in ranks if rank] for name, ranks in zip(CASES, by_case, strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_what_ranks_hold(measured, name):
+    planned = Recipe.model_validate(CASES[name])
+    assert len(measured[name]) == planned.parallel.world_size
+    for rank in measured[name]:
+        memory = stage_memory(planned, cut(planned), rank["stage"], "cpu")
+        for part in ("weights", "gradients", "optimizer", "segments"):
+            assert rank[part] == getattr(memory, part), part
+        assert memory.total == pytest.approx(rank["total"], rel=0.1)
