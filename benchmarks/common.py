@@ -1,12 +1,14 @@
 """What every benchmark needs: paired timing, a description of the machine, one JSON file and one table from it."""
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,27 +63,48 @@ def join_alone() -> Topology:
     return topology.initialize()
 
 
-def machine() -> dict:
+def in_processes(function: Callable, world_size: int, *arguments) -> list:
+    """Call `function(rank, store, *arguments)` in `world_size` fresh processes of one thread; what each returned.
+
+    `store` is a key-value store they share, to meet in.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # No process takes two ranks: none is done before all have met.
+        calls = [pool.submit(_call, function, rank, store.port, arguments) for rank in range(world_size)]
+        return [call.result() for call in calls]
+
+
+def _call(function, rank, port, arguments):
+    torch.set_num_threads(1)
+    return function(rank, dist.TCPStore("127.0.0.1", port, is_master=False), *arguments)
+
+
+def machine(clock: str = "CPU time") -> dict:
     """What the numbers depend on; nothing that names the machine or its folders."""
     return {
         "cpu": _cpu_model(),
         "cores": len(_usable_cores()),
         "threads": torch.get_num_threads(),
-        "clock": "wall" if torch.cuda.is_available() else "CPU time of the process",
+        "clock": "wall" if torch.cuda.is_available() else clock,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def write(name: str, command: str, numbers: dict, report: list[str]) -> None:
-    """results/NAME.json with `numbers` and results/NAME.md with `report`, both headed by machine, date and commit."""
+def write(name: str, command: str, numbers: dict, report: list[str], clock: str = "CPU time") -> None:
+    """results/NAME.json with `numbers` and results/NAME.md with `report`, both headed by machine, date and commit.
+
+    Args:
+        clock: what times on the CPU are.
+    """
     header = {"benchmark": name, "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", **_commit()}
     RESULTS.mkdir(exist_ok=True)
-    document = {**header, "machine": machine(), **numbers}
+    about = machine(clock)
+    document = {**header, "machine": about, **numbers}
     (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
-    about = machine()
-    place = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; CPU time"
+    place = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; {clock}"
     commit = header["commit"] + (" with uncommitted changes" if header["uncommitted_changes"] else "")
     origin = [f"{place}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
     text = "\n".join([f"# {name}", "", f"`{command}`", "", *origin, "", *report]).rstrip() + "\n"

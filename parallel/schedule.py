@@ -112,6 +112,9 @@ class StageStep:
         self.health = health
         dtype = torch.promote_types(stage.like.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=stage.like.device)
+        self._anchor = torch.zeros(
+            (), device=stage.like.device, requires_grad=True
+        )  # every segment has a backward pass
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> fast weights for its next segment
         self._steps_done = 0
 
@@ -148,9 +151,8 @@ class StageStep:
             taken = not last and batch.segments[index + 1].pass_number > 1
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
-        anchor = torch.zeros((), device=self.loss.device, requires_grad=True)
         hidden_states = hidden_states if taken else None
-        return _Handover.apply(link, anchor, self.stage.like, hidden_states, received, loss, *fast_weights)
+        return _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *fast_weights)
 
     def _run(self, number, segment, hidden_states, fast_weights):
         stage, batch = self.stage, self.micro_batches[number]

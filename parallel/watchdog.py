@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong with the run itself
-LINGER = 1.0  # seconds: the first to leave takes the others down, who shall speak first
+LINGER = 2.0  # seconds: the first to leave takes the others down, who shall speak first
 ASK_AT_MOST = 512  # ranks; more would flood the store
 
 # A main thread that stands in one of these waits for other ranks.

@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_named_by_every_other(tmp_path, pipeline_run):
     took = time.monotonic() - start
     errors = (tmp_path / "errors").read_text()
     assert not any(is_alive(ranks[rank]) for rank in (0, 1, 2)), errors
-    assert took < TIMEOUT + 2, errors
+    assert took < TIMEOUT + 5, errors  # the machine may be busy with other things
     lines = [line for line in errors.splitlines() if line.startswith("powernap: error: ")]
     assert len(lines) == 3, errors
     for rank, place in enumerate(("stage 0, tensor 0", "stage 0, tensor 1", "stage 1, tensor 0")):

@@ -1,0 +1,255 @@
+"""What the parallel layouts cost: the pipeline's bubble, two processes against one, memory of a stage over N.
+
+Bubble. The time of a step in which P stages wait, as a fraction, where every segment takes the same time on all of them.
+Sleep in one circular pipeline, where pass n+1 follows pass n without emptying it, waits (P-1) / (M C + P-1) with C segments
+and M micro-batches. A pipeline that is flushed after each of them waits (P-1) / (M + P-1), however often. Both by the
+formula, by parallel/timeline.py `simulate`, and on the clock with stages that sleep (benchmarks/fixed_cost.py). A flush
+here runs its micro-batches forward and backward; all segments forward first and then all backward is as long.
+
+Two processes. A step's forward and backward pass of a real hybrid in a layout of two one-threaded processes, and the same
+global batch in the same micro-batches in one process with one thread and with two: on as many cores. Data parallelism
+includes the sum of the gradients, in one message.
+
+Memory. The peak of live tensor bytes on each of two stages, parameters left out, with N. By parallel/timeline.py a stage
+holds peak_live segments at once, each with its inputs: hidden states and fast weights. Over gloo each also keeps its
+output, the hidden states it sent: parallel/schedule.py `_schedule_config` says why, and that NCCL does not need it.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import fixed_cost, sleep
+from benchmarks.common import Times, in_processes, milliseconds, paired_ratio, table, verdicts, write
+from powernap.model import fast_weights as fw
+from powernap.model.config import SleepConfig
+from powernap.model.segments import plan_segments
+from powernap.model.stage import HybridStage
+from powernap.parallel import timeline, topology
+from powernap.parallel.layout import split_layers
+from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.topology import Topology
+
+STAGES, MICRO_BATCHES = 4, 8  # of the bubble
+FORWARD_SECONDS = 0.01  # of a segment; recomputed and backward three times as long
+SLEEPS = {  # name: N of each window
+    "1 window, N=1": (1,),
+    "1 window, N=2": (2,),
+    "1 window, N=4": (4,),
+    "1 window, N=8": (8,),
+    "4 windows, N=4, answer": (4, 4, 4, 4, 1),
+}
+LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "DP2": (1, 1)}  # name: tensor, pipeline
+PASSES = 2  # of the layouts
+GLOBAL_BATCH, MICRO_BATCH_SIZE = 8, 2  # of layouts and memory
+
+
+def main(options: argparse.Namespace, command: str) -> None:
+    bubble_numbers, bubble_report, bubble_targets = bubbles(options.quick)
+    layout_numbers, layout_report = layouts(rounds=2 if options.quick else 9)
+    memory_numbers, memory_report, memory_targets = memory((1, 2) if options.quick else sleep.PASSES)
+    judged, verdict = verdicts(bubble_targets + memory_targets)
+    numbers = {"bubble": bubble_numbers, "layouts": layout_numbers, "memory": memory_numbers, "targets": judged}
+    write("pipeline", command, numbers, [*bubble_report, *layout_report, *memory_report, *verdict], clock="wall time")
+
+
+def bubbles(quick: bool):
+    print("pipeline: bubble", flush=True)
+    sleeps = {name: SLEEPS[name] for name in ("1 window, N=1", "1 window, N=4")} if quick else SLEEPS
+    cases = {}
+    for name, passes in sleeps.items():
+        even = dict(micro_batches=MICRO_BATCHES, stages=STAGES, forward=FORWARD_SECONDS)
+        cases[name, "circular"] = fixed_cost.even(passes, **even)
+        cases[name, "flushes"] = fixed_cost.even((1,), **even, flushes=sum(passes))
+    by_rank = in_processes(fixed_cost.time_steps, STAGES, list(cases.values()), 2 if quick else 5)
+    slowest = [[max(step) for step in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
+    seconds = {key: statistics.median(steps) for key, steps in zip(cases, slowest, strict=True)}
+
+    rows, numbers = [], {}
+    for name, passes in sleeps.items():
+        numbers[name] = {}
+        for form in ("circular", "flushes"):
+            case, measured = cases[name, form], seconds[name, form]
+            planned, segments = case.flushes * case.plan().total, sum(case.passes)
+            busy = (1 - case.plan().bubble) * planned
+            numbers[name][form] = {
+                "bubble_formula": timeline.bubble(STAGES, MICRO_BATCHES, segments),
+                "bubble_simulated": case.plan().bubble,
+                "bubble_measured": 1 - busy / measured,
+                "step_ms": 1e3 * measured,
+                "step_over_plan": measured / planned,
+                "overhead_ms_per_segment": 1e3 * (measured - planned) / (case.flushes * MICRO_BATCHES * segments),
+            }
+            rows.append([name, form, sum(passes), *numbers[name][form].values()])
+        numbers[name]["circular_over_flushes"] = seconds[name, "circular"] / seconds[name, "flushes"]
+    columns = [
+        "sleep",
+        "pipeline",
+        "segments",
+        "formula",
+        "simulated",
+        "measured",
+        "step ms",
+        "step/plan",
+        "ms/segment",
+    ]
+    ratios = [[name, numbers[name]["circular_over_flushes"], planned_ratio(sum(sleeps[name]))] for name in sleeps]
+    report = [
+        "## Bubble",
+        "",
+        f"{STAGES} stages, {MICRO_BATCHES} micro-batches, every segment {1e3 * FORWARD_SECONDS:g} ms forward and "
+        f"{3e3 * FORWARD_SECONDS:g} ms recomputed and backward.",
+        "ms/segment: what a forward and a backward pass take over the plan.",
+        "",
+        *table(columns, rows),
+        "",
+        "Step time in one circular pipeline over that with a flush for each segment:",
+        "",
+        *table(["sleep", "measured", "formula"], ratios),
+        "",
+    ]
+    forms = [numbers[name][form] for name in sleeps for form in ("circular", "flushes")]
+    targets = [
+        ("step over plan, worst", max(form["step_over_plan"] for form in forms), "<=", 1.05),
+        ("circular over flushes, N=4", numbers["1 window, N=4"]["circular_over_flushes"], "<=", 0.85),
+    ]
+    return numbers, report, targets
+
+
+def planned_ratio(segments: int) -> float:
+    return (MICRO_BATCHES * segments + STAGES - 1) / (segments * (MICRO_BATCHES + STAGES - 1))
+
+
+def layouts(rounds: int):
+    rows, numbers = [], {}
+    for name, (tensor, pipeline) in LAYOUTS.items():
+        print(f"pipeline: {name}", flush=True)
+        times = in_processes(time_layout, 2, tensor, pipeline, rounds)[0]
+        numbers[name] = {
+            "ms": {form: milliseconds(times[form]) for form in times},
+            "over_one_thread": paired_ratio(times["layout"], times["1 thread"]),
+            "over_two_threads": paired_ratio(times["layout"], times["2 threads"]),
+        }
+        n = numbers[name]
+        rows.append([name, *n["ms"].values(), n["over_one_thread"], n["over_two_threads"]])
+    model = sleep.MODEL
+    report = [
+        "## Two processes against one",
+        "",
+        f"Hybrid {model.pattern}, d={model.hidden_size}, float32, {GLOBAL_BATCH} sequences in micro-batches of "
+        f"{MICRO_BATCH_SIZE}, {sleep.CONSOLIDATION_WINDOWS} windows of {model.window} tokens",
+        f"slept on with N={PASSES}, one answered. Milliseconds a step, ratios of paired rounds; 0.5 of one thread is ideal.",
+        "",
+        *table(["layout", "ms", "1 process", "its 2 threads", "over 1 thread", "over 2 threads"], rows),
+        "",
+    ]
+    return numbers, report
+
+
+def time_layout(rank: int, store: dist.Store, tensor: int, pipeline: int, rounds: int) -> Times:
+    """Seconds of a step in the layout and, while the other rank waits, in this process alone; in turns."""
+    here = topology.initialize(tensor, pipeline, store=store, rank=rank, world_size=2)
+    groups = topology.alone()
+    alone = dataclasses.replace(
+        here, tensor_rank=0, tensor_size=1, stage=0, stages=1, data_rank=0, data_size=1, groups=groups
+    )
+    own_step, step_alone = (layout_step(where, PASSES) for where in (here, alone))
+
+    def by_first(threads: int):
+        torch.set_num_threads(threads)
+        if rank == 0:
+            step_alone()
+        torch.set_num_threads(1)
+
+    forms = {"layout": own_step, "1 thread": lambda: by_first(1), "2 threads": lambda: by_first(2)}
+    times: Times = {name: [] for name in forms}
+    for number in range(1 + rounds):
+        for name in reversed(forms) if number % 2 else forms:
+            here.barrier()
+            start = time.perf_counter()
+            forms[name]()
+            here.barrier()
+            if number > 0:
+                times[name].append(time.perf_counter() - start)
+    topology.shutdown()
+    return times
+
+
+def layout_step(here: Topology, passes: int) -> Callable[[], None]:
+    """The forward and backward part of a training step on this rank, gradients summed over data parallelism."""
+    stage, batches = build(here, passes)
+
+    def run():
+        stage.zero_grad(set_to_none=True)
+        forward_backward(stage, batches, 1e-3, here, recompute=True)
+        if here.data_size > 1:
+            here.sum_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
+
+    return run
+
+
+def build(here: Topology, passes: int) -> tuple[HybridStage, list[MicroBatch]]:
+    torch.manual_seed(0)
+    model = sleep.MODEL
+    stage = HybridStage(model, SleepConfig(), here.groups, blocks=split_layers(model.pattern, here.stages)[here.stage])
+    tokens, loss_mask = (
+        part.split(MICRO_BATCH_SIZE)[here.data_rank :: here.data_size] for part in sleep.batch(GLOBAL_BATCH)
+    )
+    return stage, [
+        MicroBatch(plan_segments(*pair, model, SleepConfig(), passes), *pair)
+        for pair in zip(tokens, loss_mask, strict=True)
+    ]
+
+
+def memory(passes: tuple[int, ...]):
+    print("pipeline: memory", flush=True)
+    stages = in_processes(stage_memory, 2, passes)
+    mib = 2**20
+    numbers, rows, ratios = {}, [], []
+    for number, stage in enumerate(stages):
+        before = None
+        for n in passes:
+            live = timeline.peak_live(2, number, GLOBAL_BATCH // MICRO_BATCH_SIZE, sleep.CONSOLIDATION_WINDOWS * n + 1)
+            inputs, outputs = live * (stage["hidden_bytes"] + stage["fast_weight_bytes"]), live * stage["hidden_bytes"]
+            now = {"inputs": inputs, "inputs_and_outputs": inputs + outputs, "peak": stage["peak_bytes"][n]}
+            row = [number, n, live, inputs / mib, now["peak"] / mib, None, None, None]
+            if before:
+                grown = {key: now[key] - before[key] for key in now}
+                ratios.append(grown["peak"] / grown["inputs_and_outputs"])
+                row[5:] = grown["peak"] / mib, grown["peak"] / grown["inputs"], ratios[-1]
+            rows.append(row)
+            stage[n] = {"live_segments": live, **now}
+            before = now
+        numbers[number] = stage
+    report = [
+        "## Memory of a stage",
+        "",
+        "The same model and batch in two stages; peak of live tensors in MiB, its growth from the row above, and that over",
+        "the growth of the saved inputs, and of inputs and sent outputs, which live as long over gloo.",
+        "",
+        *table(["stage", "N", "live segments", "saved inputs", "peak", "growth", "over inputs", "and outputs"], rows),
+        "",
+    ]
+    last = max(ratios[len(passes) - 2 :: len(passes) - 1])
+    return (
+        numbers,
+        report,
+        [(f"memory growth N={passes[-2]} to {passes[-1]} over inputs and outputs", last, "<=", 1.001)],
+    )
+
+
+def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
+    here = topology.initialize(pipeline=2, store=store, rank=rank, world_size=2)
+    peaks = {}
+    for n in passes:
+        stage, batches = build(here, n)
+        peaks[n] = sleep.peak_bytes(stage, lambda: forward_backward(stage, batches, 1e-3, here, recompute=True))  # noqa: B023
+    states = fw.nbytes(stage.zero_fast_weights(MICRO_BATCH_SIZE))
+    hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
+    topology.shutdown()
+    return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}
