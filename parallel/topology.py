@@ -144,6 +144,8 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
     try:
         yield here
     except RuntimeError as error:
+        if watchdog and watchdog.noticed:
+            watchdog.join()  # it ends this process
         if re.search(r"gloo.*(Connection closed by peer|Connection reset by peer)", " ".join(str(error).split())):
             raise RankLostError(
                 f"{here.describe()}: another rank is gone, and said why if it could; {here.progress.describe()}"

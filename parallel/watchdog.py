@@ -60,6 +60,7 @@ class Watchdog(threading.Thread):
         self._store = _connect()
         self._main_thread = threading.main_thread().ident
         self._over = threading.Event()
+        self.noticed = False  # it is about to say why and to leave: an error in the main thread now is a consequence
 
     def stop(self) -> None:
         self._over.set()
@@ -69,11 +70,13 @@ class Watchdog(threading.Thread):
         while not self._over.wait(min(1.0, self._patience / 4)):
             since = self._progress.changed
             if time.monotonic() - since > self._limit:
+                self.noticed = True
                 reports = self._exchange()
                 if self._progress.changed == since and not self._over.is_set():
                     print(f"powernap: error: {self._explain(reports)}", file=sys.stderr, flush=True)
                     time.sleep(LINGER)
                     os._exit(EXIT_CODE)
+                self.noticed = False
 
     def _exchange(self) -> dict[int, dict]:
         """What the ranks that noticed wrote: rank -> {doing, waiting}."""
