@@ -1,19 +1,20 @@
 """What every benchmark needs: paired timing, a description of the machine, one JSON file and one table from it."""
 
 import json
-import multiprocessing
 import os
+import pickle
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 from powernap.parallel import topology
 from powernap.parallel.topology import Topology
@@ -66,18 +67,18 @@ def join_alone() -> Topology:
 def in_processes(function: Callable, world_size: int, *arguments) -> list:
     """Call `function(rank, store, *arguments)` in `world_size` fresh processes of one thread; what each returned.
 
-    `store` is a key-value store they share, to meet in.
+    `store` is a key-value store they share, to meet in. The first process to fail takes the others down.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # No process takes two ranks: none is done before all have met.
-        calls = [pool.submit(_call, function, rank, store.port, arguments) for rank in range(world_size)]
-        return [call.result() for call in calls]
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_call, (function, store.port, Path(folder), arguments), world_size, start_method="spawn")
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
-def _call(function, rank, port, arguments):
+def _call(rank, function, port, folder, arguments):
     torch.set_num_threads(1)
-    return function(rank, dist.TCPStore("127.0.0.1", port, is_master=False), *arguments)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
+    (folder / str(rank)).write_bytes(pickle.dumps(function(rank, store, *arguments)))
 
 
 def machine(clock: str = "CPU time") -> dict:

@@ -106,7 +106,7 @@ class FixedCostStage:
             for segment, seconds in zip(segments(case.passes), case.forward[stage], strict=True)
         }
 
-    def zero_fast_weights(self, batch: int) -> tuple[torch.Tensor, ...]:
+    def empty_memory(self, batch: int) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(batch, HIDDEN_SIZE),)
 
     def __call__(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, fast_weights):

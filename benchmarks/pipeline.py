@@ -249,7 +249,7 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
     for n in passes:
         stage, batches = build(here, n)
         peaks[n] = sleep.peak_bytes(stage, lambda: forward_backward(stage, batches, 1e-3, here, recompute=True))  # noqa: B023
-    states = fw.nbytes(stage.zero_fast_weights(MICRO_BATCH_SIZE))
+    states = fw.nbytes(stage.empty_memory(MICRO_BATCH_SIZE))
     hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
     topology.shutdown()
     return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}

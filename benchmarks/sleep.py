@@ -143,7 +143,7 @@ def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
     segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 3)
     segment: Segment = segments[1]  # the middle pass: from hidden states to hidden states
     with torch.no_grad():
-        hidden_states, states = stage(segments[0], tokens, None, stage.zero_fast_weights(len(tokens)))
+        hidden_states, states = stage(segments[0], tokens, None, stage.empty_memory(len(tokens)))
     inputs = [x.requires_grad_() for x in (hidden_states, *states)]
     gradients = [torch.randn_like(x) for x in inputs]
 
@@ -195,7 +195,7 @@ class LiveBytes(TorchDispatchMode):
 def memory(stage: HybridStage, here: Topology):
     print("sleep: memory", flush=True)
     hidden = MODEL.window * BATCH * MODEL.hidden_size * stage.embedding.weight.element_size()
-    states = fw.nbytes(stage.zero_fast_weights(BATCH))
+    states = fw.nbytes(stage.empty_memory(BATCH))
     forms = {"1 micro-batch, 1 answer": (1, 1), "2 micro-batches, 1 answer": (2, 1), "1 micro-batch, 2 answers": (1, 2)}
     peaks = {
         name: {n: peak_bytes(stage, step(stage, here, *batch(BATCH, answers), n, micro_batches)) for n in PASSES}
@@ -244,7 +244,7 @@ def wake_latency(stage: HybridStage, rounds: int):
         segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), n)
         with torch.no_grad():
             asleep = sleep_and_predict(stage, segments[:-1], tokens, loss_mask)
-        forms[n] = answer(stage, segments[-1], tokens, asleep.fast_weights)
+        forms[n] = answer(stage, segments[-1], tokens, asleep.memory)
     times = interleave(forms, rounds, warmup=3)
     numbers = {n: {"ms": milliseconds(times[n]), "over_one_pass": paired_ratio(times[n], times[1])} for n in PASSES}
     report = [
@@ -256,7 +256,7 @@ def wake_latency(stage: HybridStage, rounds: int):
     return numbers, report, [("wake latency N=8 over N=1", numbers[8]["over_one_pass"], "<=", 1.05)]
 
 
-def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.FastWeights):
+def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.Memory):
     def run():
         with torch.no_grad():
             hidden_states, _ = stage(segment, tokens, None, states)

@@ -244,7 +244,7 @@ class Blocks(nn.Module):
         self._stage = [stage]  # in a list: its parameters are named once
 
     def zero_states(self, batch: int) -> list[torch.Tensor]:
-        return list(self._stage[0].zero_fast_weights(batch))
+        return list(self._stage[0].empty_memory(batch))
 
     def forward(self, tokens, states, predicts: bool):
         stage = self._stage[0]

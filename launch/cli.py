@@ -153,11 +153,12 @@ def _plan(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.plan import plan
     from powernap.parallel.suggest import suggest, suggestions_json, suggestions_text
     from powernap.train.config import RecipeError, load_recipe
+    from powernap.train.data.first_sample import predicting_windows
 
     if options.devices and not options.suggest:
         raise RecipeError("--devices goes with --suggest: without it the recipe says how many")
     recipe = load_recipe(options.recipe, options.overrides)
-    predicts = _predicting_windows(recipe)
+    predicts = predicting_windows(recipe)
     if options.suggest:
         devices = options.devices or recipe.parallel.world_size
         found = suggest(recipe, devices, predicts, options.memory)
@@ -166,36 +167,6 @@ def _plan(options: argparse.Namespace, _: list[str]) -> int:
     result = plan(recipe, predicts, options.memory)
     print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
     return 0
-
-
-def _predicting_windows(recipe) -> list[bool] | None:
-    """Which windows of the first training sample hold loss tokens, or None if no shard is here yet.
-
-    With Python's own tarfile: the training reader imports torch, which takes seconds.
-    """
-    import tarfile
-
-    from powernap.train.data.sample import DataError, decode
-    from powernap.train.data.shard_list import expand_shards, local_path
-
-    try:
-        shard = expand_shards(recipe.data.train)[0]
-        if local_path(shard) is None:
-            return None
-        with tarfile.open(local_path(shard)) as tar:
-            members, key = {}, None
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                name, kind = re.fullmatch(
-                    r"((?:.*/)?[^/.]*)\.?(.*)", member.name
-                ).groups()  # as WebDataset names samples
-                if key not in (None, name):
-                    break
-                key, members[kind] = name, tar.extractfile(member).read()
-    except (DataError, OSError, tarfile.TarError):
-        return None
-    sample = decode({"__key__": key, "__url__": shard, **members}, recipe.data.sequence_length, recipe.model.vocab_size)
-    targets, window = sample.loss_mask[1:], recipe.model.window  # a token's target is the one after it
-    return [bool(targets[start : start + window].any()) for start in range(0, len(targets), window)]
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> int:

@@ -10,7 +10,6 @@ checkpointing untouched.
 
 import torch
 
-FastWeights = tuple[torch.Tensor, ...]  # one a gated-delta-net block
 Memory = tuple[torch.Tensor, ...]  # one a block that carries anything: fast weights and, if there are any, caches
 
 

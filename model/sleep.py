@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from powernap.model.fast_weights import FastWeights
+from powernap.model.fast_weights import Memory
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
@@ -21,7 +21,7 @@ from powernap.model.stage import HybridStage
 class SleepOutput:
     loss: torch.Tensor  # sum over the loss tokens
     predictions: torch.Tensor | None  # [B, T], the likeliest token at each place in a prediction window, -1 elsewhere
-    fast_weights: FastWeights  # what is left after the last window
+    memory: Memory  # what is left after the last window
 
 
 def sleep_and_predict(
@@ -33,7 +33,7 @@ def sleep_and_predict(
     recompute: bool = True,
     predict: bool = False,
     health: FastWeightHealth | None = None,
-    between_windows: Callable[[FastWeights], FastWeights] | None = None,
+    between_windows: Callable[[Memory], Memory] | None = None,
 ) -> SleepOutput:
     """Run the segments of one micro-batch in order.
 
@@ -45,19 +45,19 @@ def sleep_and_predict(
         between_windows: what crosses a window's end in place of the fast weights (the tests cut it to zero).
     """
     inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
-    fast_weights = stage.zero_fast_weights(len(tokens))
+    memory = stage.empty_memory(len(tokens))
     hidden_states = None
-    loss = fast_weights[0].new_zeros(()) if fast_weights else torch.zeros((), device=tokens.device)
+    loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
     for index, segment in enumerate(segments):
         if between_windows and index and segment.pass_number == 1:
-            fast_weights = between_windows(fast_weights)
+            memory = between_windows(memory)
         where = slice(*segment.tokens)
 
-        def run(hidden_states, *fast_weights, segment=segment, where=where):
-            hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
+        def run(hidden_states, *memory, segment=segment, where=where):
+            hidden_states, memory = stage(segment, inputs, hidden_states, memory)
             loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where]) if segment.predicts else None
-            return hidden_states, loss, *fast_weights
+            return hidden_states, loss, *memory
 
         keep = segment.with_grad and torch.is_grad_enabled()
         with (
@@ -65,15 +65,15 @@ def sleep_and_predict(
             health.watch(segment) if health else nullcontext(),
         ):
             if recompute and keep:  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *fast_weights, use_reentrant=False, preserve_rng_state=False)
+                results = checkpoint(run, hidden_states, *memory, use_reentrant=False, preserve_rng_state=False)
             else:
-                results = run(hidden_states, *fast_weights)
-        hidden_states, segment_loss, *fast_weights = results
-        fast_weights = tuple(fast_weights)
+                results = run(hidden_states, *memory)
+        hidden_states, segment_loss, *memory = results
+        memory = tuple(memory)
         if health:
-            health.record(segment, fast_weights)
+            health.record(segment, memory)
         if segment.predicts:
             loss = loss + segment_loss
             if predict:
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
-    return SleepOutput(loss, predictions, fast_weights)
+    return SleepOutput(loss, predictions, memory)

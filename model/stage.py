@@ -108,12 +108,12 @@ class HybridStage(MegatronModule):
         blocks = zip(self.blocks, self.decoder.layers, strict=True)
         return {block: layer.self_attention for block, layer in blocks if self.model.pattern[block] == GATED_DELTA_NET}
 
-    def zero_fast_weights(self, batch: int) -> Memory:
+    def empty_memory(self, batch: int) -> Memory:
         """What the first segment of `batch` sequences starts from: fast weights of zero, caches of no token."""
         return tuple(layer.first_state(batch, self.like) for layer in self.decoder.layers if layer.has_state)
 
     def forward(
-        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, fast_weights: Memory
+        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, memory: Memory
     ) -> tuple[torch.Tensor | None, Memory]:
         """Run one segment.
 
@@ -121,10 +121,10 @@ class HybridStage(MegatronModule):
             tokens: [B, T], the whole sequences' inputs.
             hidden_states: [L, B, D] of the stage before, or on the first stage of the pass before; None in a window's
                 first pass on the first stage.
-            fast_weights: state left by the segment before.
+            memory: what the segment before left of fast weights and caches.
 
         Returns:
-            (hidden_states [L, B, D], None where the segment only writes; fast_weights)
+            (hidden_states [L, B, D], None where the segment only writes; memory)
         """
         window = tokens[:, slice(*segment.tokens)]
         if self.is_first:
@@ -132,7 +132,7 @@ class HybridStage(MegatronModule):
         layers = range(max(segment.blocks[0], self.blocks.start), min(segment.blocks[1], self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
         write_only = segment.write_only and segment.blocks[1] - 1 in self.blocks  # the last write is here
-        return self.decoder(hidden_states, fast_weights, self._window(segment, tokens), layers, write_only)
+        return self.decoder(hidden_states, memory, self._window(segment, tokens), layers, write_only)
 
     def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropy over the tokens in `loss_mask`; hidden_states [L, B, D], the others [B, L]."""

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
 from powernap.model.health import FastWeightHealth
-from powernap.model.segments import Segment
+from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu
@@ -85,12 +85,12 @@ def predict(
         return sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False, predict=True).predictions
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
     ring = Ring(stage, here, longest(segments), len(tokens))
-    fast_weights = stage.zero_fast_weights(len(tokens))
+    memory = stage.empty_memory(len(tokens))
     with torch.no_grad():
         for index, segment in enumerate(segments):
             again = segment.pass_number > 1
             hidden_states = ring.receive(segment) if again or not stage.is_first else None
-            hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
+            hidden_states, memory = stage(segment, inputs, hidden_states, memory)
             if segment.predicts and stage.is_last:
                 predictions[:, 1:][:, slice(*segment.tokens)] = stage.predictions(hidden_states)
             goes_on = index + 1 < len(segments) and segments[index + 1].pass_number > 1
@@ -112,10 +112,9 @@ class StageStep:
         self.health = health
         dtype = torch.promote_types(stage.like.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=stage.like.device)
-        self._anchor = torch.zeros(
-            (), device=stage.like.device, requires_grad=True
-        )  # every segment has a backward pass
-        self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> fast weights for its next segment
+        # So that every segment has a backward pass, also one without gradient: the schedule runs one.
+        self._anchor = torch.zeros((), device=stage.like.device, requires_grad=True)
+        self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> memory for its next segment
         self._steps_done = 0
 
     def forward(
@@ -138,12 +137,12 @@ class StageStep:
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
         continues = segment.pass_number > 1 or not self.stage.is_first
         hidden_states = received[: self._length(segment)] if continues else None
-        fast_weights = self._carried.pop(number, None) or self.stage.zero_fast_weights(len(batch.tokens))
-        hidden_states, loss, *fast_weights = self._run(number, segment, hidden_states, fast_weights)
+        memory = self._carried.pop(number, None) or self.stage.empty_memory(len(batch.tokens))
+        hidden_states, loss, *memory = self._run(number, segment, hidden_states, memory)
 
         if loss is not None:
             self.loss += loss.detach()
-        carried = [state.detach().requires_grad_() for state in fast_weights]
+        carried = [state.detach().requires_grad_() for state in memory]
         if not last:
             self._carried[number] = carried
         taken = not (last and self.stage.is_last)
@@ -152,20 +151,20 @@ class StageStep:
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         hidden_states = hidden_states if taken else None
-        return _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *fast_weights)
+        return _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
 
-    def _run(self, number, segment, hidden_states, fast_weights):
+    def _run(self, number, segment, hidden_states, memory):
         stage, batch = self.stage, self.micro_batches[number]
         where = slice(*segment.tokens)
         inputs, targets, loss_mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
 
-        def run(hidden_states, *fast_weights):
+        def run(hidden_states, *memory):
             with cpu.as_it_is():
-                hidden_states, fast_weights = stage(segment, inputs, hidden_states, fast_weights)
+                hidden_states, memory = stage(segment, inputs, hidden_states, memory)
                 loss = None
                 if segment.predicts and stage.is_last:
                     loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where])
-                return hidden_states, loss, *fast_weights
+                return hidden_states, loss, *memory
 
         health = self.health if number == 0 else None
         with (
@@ -173,9 +172,9 @@ class StageStep:
             health.watch(segment) if health else nullcontext(),
         ):
             if self.recompute and segment.with_grad:  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *fast_weights, use_reentrant=False, preserve_rng_state=False)
+                results = checkpoint(run, hidden_states, *memory, use_reentrant=False, preserve_rng_state=False)
             else:
-                results = run(hidden_states, *fast_weights)
+                results = run(hidden_states, *memory)
         if health:
             health.record(segment, results[2:])
         return results
@@ -217,7 +216,7 @@ class Link:
 
     shape: tuple[int, ...]  # of what is sent, () if nobody takes it
     loss_scale: float
-    carried: list[torch.Tensor]  # the next segment's fast weights, leaves: their .grad is where its backward leaves it
+    carried: list[torch.Tensor]  # the next segment's memory, leaves: their .grad is where its backward leaves it
     begin_backward: Callable[[], None]
 
 
@@ -230,7 +229,7 @@ class _Handover(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights):
+    def forward(ctx, link, anchor, like, hidden_states, received, loss, *memory):
         ctx.link = link
         ctx.loss_gradient = None if loss is None else torch.full_like(loss, link.loss_scale)
         ctx.length = None if hidden_states is None else len(hidden_states)
@@ -247,9 +246,9 @@ class _Handover(torch.autograd.Function):
         hidden_states = None if ctx.length is None else gradient[: ctx.length]
         received = None if ctx.received is None else gradient.new_zeros(ctx.received)
         # Zeros where nothing came back: the stage before still waits for the gradient of what it sent.
-        fast_weights = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
+        memory = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
         link.carried.clear()
-        return None, None, None, hidden_states, received, ctx.loss_gradient, *fast_weights
+        return None, None, None, hidden_states, received, ctx.loss_gradient, *memory
 
 
 def _loop(step: StageStep, number: int) -> None:
@@ -293,8 +292,12 @@ def _pipeline(step: StageStep, here: Topology) -> None:
     stage, micro_batches = step.stage, step.micro_batches
     segments = micro_batches[0].segments
     order = [(segment.window, segment.pass_number) for segment in segments]
-    for batch in micro_batches:
-        assert [(segment.window, segment.pass_number) for segment in batch.segments] == order
+    for number, batch in enumerate(micro_batches):
+        if [(segment.window, segment.pass_number) for segment in batch.segments] != order:
+            raise SegmentError(
+                f"{here.describe()}: micro-batches 0 and {number} of a step hold loss tokens in different windows: a "
+                "pipeline runs the same segments in all; batch such sequences apart, or use parallel.pipeline=1"
+            )
     length = longest(segments)
     config = _schedule_config(stage, here, len(segments))
     chunks = [SegmentChunk(config, step, i, length // stage.sequence_shards) for i in range(len(segments))]

@@ -64,9 +64,13 @@ class Topology:
 
     def sum_counters_over_data(self, counter: Counter) -> Counter:
         """The sum of `counter` over data-parallel ranks, which may have counted different things."""
-        counters = [None] * self.data_size
-        dist.all_gather_object(counters, counter, group=self.groups.dp)
-        return sum(counters, Counter())
+        return sum(self.gather_over_data(counter), Counter())
+
+    def gather_over_data(self, value: object) -> list:
+        """What each data-parallel rank has for `value`."""
+        values = [None] * self.data_size
+        dist.all_gather_object(values, value, group=self.groups.dp)
+        return values
 
     def merge_over_model(self, values: dict[str, float]) -> dict[str, float]:
         """The values of all stages and tensor ranks of this model; where several have one of a name, their mean."""

@@ -4,6 +4,7 @@ Every rank compares every gradient it holds, its slices of tensor-parallel ones,
 rank 0 alone, in float64.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import tiny
@@ -41,19 +42,9 @@ class Case:
         return self.tensor * self.pipeline * self.data
 
 
-def compare_all(rank: int, store: dist.Store, cases: list[Case]) -> list[dict | None]:
-    """Run every case on the first ranks it needs; the others wait for the next one."""
-    return [
-        compare(case, store=dist.PrefixStore(f"case {number}", store), rank=rank) if rank < case.world_size else None
-        for number, case in enumerate(cases)
-    ]
-
-
 def compare(case: Case, **process_group) -> dict:
     """Run one case; the relative error of the loss and of this rank's worst gradient."""
-    here = topology.initialize(
-        case.tensor, case.pipeline, timeout_seconds=60, world_size=case.world_size, **process_group
-    )
+    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     scale = 0.37 / case.data
@@ -62,7 +53,7 @@ def compare(case: Case, **process_group) -> dict:
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
     stage = build(model, sleep, here.groups, blocks, case.sequence)
     own = batches[here.data_rank :: case.data]
-    with Broken(case.broken):
+    with broken(case.broken):
         own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
         schedule.sum_shared_gradients(stage, here)
     own_loss = here.sum_over_data(own_loss)
@@ -96,13 +87,9 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
 
 def one_process(case: Case, model, sleep, batches, scale: float):
     """Loss, gradients by name and predictions of the loop on rank 0 alone, on all ranks."""
-    found = [None]
+    found, groups = [None], topology.alone()
     if dist.get_rank() == 0:
-        alone = topology.alone()
-    else:
-        topology.alone()
-    if dist.get_rank() == 0:
-        stage = build(model, sleep, alone)
+        stage = build(model, sleep, groups)
         losses, predictions = [], []
         for batch in batches:
             output = sleep_and_predict(stage, batch.segments, batch.tokens, batch.loss_mask, predict=True)
@@ -134,29 +121,27 @@ def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor
     return torch.cat(parts[here.tensor_rank :: here.tensor_size], dim)
 
 
-class Broken:
+@contextmanager
+def broken(what: str | None):
     """Break one part of the engine for a while."""
+    backward, shared, config = (
+        schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config
+    )  # fmt: skip
 
-    def __init__(self, what: str | None):
-        self.what = what
+    def without_fast_weights(ctx, gradient):
+        return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
 
-    def __enter__(self):
-        self.saved = schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config
-        handover, _, config = self.saved
-        if self.what == "fast weights' gradient":
-            schedule._Handover.backward = staticmethod(
-                lambda ctx, g: handover(ctx, g)[:6] + (None,) * len(ctx.needs_input_grad[6:])
-            )
-        elif self.what == "shared gradients":
-            schedule.sum_shared_gradients = lambda *_: None
-        elif self.what == "links":
+    def batched(*arguments):
+        changed = config(*arguments)
+        changed.batch_p2p_comm, changed.overlap_p2p_comm = True, False
+        return changed
 
-            def batched(*arguments):
-                changed = config(*arguments)
-                changed.batch_p2p_comm, changed.overlap_p2p_comm = True, False
-                return changed
-
-            schedule._schedule_config = batched
-
-    def __exit__(self, *_):
-        schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config = self.saved
+    if what == "fast weights' gradient":
+        schedule._Handover.backward = staticmethod(without_fast_weights)
+    elif what == "shared gradients":
+        schedule.sum_shared_gradients = lambda *_: None
+    elif what == "links":
+        schedule._schedule_config = batched
+    yield
+    schedule._Handover.backward, schedule.sum_shared_gradients = backward, shared
+    schedule._schedule_config = config

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import deepspeed.comm
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils._pytree import tree_leaves
 
@@ -18,20 +17,9 @@ from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
 
 
-def measure_all(rank: int, store: dist.Store, recipes: list[dict]) -> list[dict | None]:
-    """Measure every recipe on the first ranks it needs; the others wait for the next one."""
-    gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through every module
-    found = []
-    for number, values in enumerate(recipes):
-        recipe = Recipe.model_validate(values)
-        ranks = recipe.parallel.world_size
-        process_group = dict(store=dist.PrefixStore(f"case {number}", store), rank=rank, world_size=ranks)
-        found.append(measure(recipe, **process_group) if rank < ranks else None)
-    return found
-
-
 def measure(recipe: Recipe, **process_group) -> dict[str, int]:
     """Bytes of this rank in the second step of `recipe`: the first makes the optimizer's states and rotary tables."""
+    gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through every module
     here = topology.initialize(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
     with Tensors() as live:
         stage, zero = trainer.build(recipe, here)

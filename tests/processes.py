@@ -1,34 +1,35 @@
-"""Tests of several real processes: one function on every rank, gloo between them."""
+"""Cases that need several real processes each: all share one set, with gloo between them."""
 
-import json
-import os
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing
+
+from benchmarks.common import in_processes
 
 
-def run(function: Callable, world_size: int, *arguments) -> list:
-    """Call `function(rank, store, *arguments)` in `world_size` fresh processes; what each returned.
+def run_cases(compare: Callable, cases: dict[str, object], ranks: Callable[[object], int] | None = None) -> dict:
+    """Call `compare(case, rank=, world_size=, store=)` on the first ranks that each case needs.
 
-    `store` is a key-value store they share, to meet in. `function` must be importable; what it returns goes through
-    JSON.
+    Large cases run first: at stage 3 DeepSpeed numbers the modules of all engines a process ever had and wants the same
+    numbers on every rank, so none may have sat a case out before.
+
+    Args:
+        ranks: how many a case needs; by default case.world_size.
+
+    Returns:
+        case name -> what each of its ranks returned
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _call, (function, store.port, Path(folder), arguments), nprocs=world_size, start_method="spawn"
-        )
-        return [json.loads((Path(folder) / f"returned-{rank}").read_text()) for rank in range(world_size)]
+    sizes = {name: ranks(case) if ranks else case.world_size for name, case in cases.items()}
+    order = sorted(cases, key=lambda name: -sizes[name])
+    per_rank = in_processes(_run, max(sizes.values()), compare, [(sizes[name], cases[name]) for name in order])
+    return {name: list(found)[: sizes[name]] for name, found in zip(order, zip(*per_rank, strict=True), strict=True)}
 
 
-def _call(rank, function, port, folder, arguments):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
-    returned = function(rank, store, *arguments)
-    (folder / f"returned-{rank}").write_text(json.dumps(returned))
+def _run(rank: int, store: dist.Store, compare: Callable, cases: list[tuple[int, object]]) -> list:
+    """This rank's results, None for a case that does not need it: it waits for the next one."""
+    return [
+        compare(case, rank=rank, world_size=size, store=dist.PrefixStore(f"case {number}", store))
+        if rank < size
+        else None
+        for number, (size, case) in enumerate(cases)
+    ]

@@ -1,5 +1,8 @@
 """Tiny models and batches for tests."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from powernap.model.config import ModelConfig, SleepConfig
@@ -63,3 +66,20 @@ def gradients(stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def assert_finite_differences_agree(stage, loss: Callable[[], torch.Tensor]) -> None:
+    """The gradient of `loss` along a random direction of every parameter, against two evaluations beside it."""
+    found = gradients(stage, loss())
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in stage.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+        sides = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                parameter += step * direction
+                sides.append(loss().item())
+        with torch.no_grad():
+            parameter += 1e-5 * direction
+        expected = (sides[0] - sides[1]) / 2e-5
+        assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name

@@ -27,6 +27,7 @@ STEPS = 10
 SEQUENCES, MICRO_BATCH = 4, 1  # of a global batch, of a micro-batch
 SEED = 300  # of the data
 CLIP = 0.05
+ANSWERS: dict[str, tuple] = {}  # the plain optimizer's by problem, on rank 0
 OPTIMIZER = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3)
 
 
@@ -58,29 +59,12 @@ class Case:
         return self.tensor * self.pipeline * self.data
 
 
-def compare_all(rank: int, store: dist.Store, cases: list[Case]) -> list[dict | None]:
-    """Run every case on the first ranks it needs; the others wait for the next one."""
-    answers = {}
-    return [
-        compare(case, answers, store=dist.PrefixStore(f"case {number}", store), rank=rank)
-        if rank < case.world_size
-        else None
-        for number, case in enumerate(cases)
-    ]
-
-
-def compare(case: Case, answers: dict, **process_group) -> dict:
-    """Run one case; this rank's largest differences and the smallest norm and movement of a weight.
-
-    Args:
-        answers: the plain optimizer's, by problem; rank 0 keeps them.
-    """
-    here = topology.initialize(
-        case.tensor, case.pipeline, timeout_seconds=60, world_size=case.world_size, **process_group
-    )
+def compare(case: Case, **process_group) -> dict:
+    """Run one case; this rank's largest differences and the smallest norm and movement of a weight."""
+    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**{"pattern": "AG", "vocab_size": 20, **case.problem.model})
     sleep = SleepConfig(**case.problem.sleep)
-    losses, norms, start, end = plain_answer(case.problem, model, sleep, answers)
+    losses, norms, start, end = plain_answer(case.problem, model, sleep)
 
     blocks = split_layers(model.pattern, case.pipeline)[here.stage]
     stage = layouts.build(model, sleep, here.groups, blocks, case.sequence).float()
@@ -153,14 +137,14 @@ def plan(stage: HybridStage, tokens, loss_mask, problem: Problem, step: int):
     return plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes)
 
 
-def plain_answer(problem: Problem, model, sleep, answers: dict):
+def plain_answer(problem: Problem, model, sleep):
     """(losses, norms before clipping, weights by name at the start and at the end), computed on rank 0 for all."""
     found, key = [None], repr(astuple(problem))
     groups = topology.alone()
     if dist.get_rank() == 0:
-        if key not in answers:
-            answers[key] = train_plainly(problem, layouts.build(model, sleep, groups).float())
-        found = [answers[key]]
+        if key not in ANSWERS:
+            ANSWERS[key] = train_plainly(problem, layouts.build(model, sleep, groups).float())
+        found = [ANSWERS[key]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from powernap.model.health import FastWeightHealth
-from powernap.model.segments import pad_end, plan_segments
+from powernap.model.segments import SegmentError, pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint, topology
 from powernap.parallel.schedule import MicroBatch, forward_backward
@@ -113,6 +113,8 @@ def train_step(
             tokens.split(recipe.micro_batch_size), loss_mask.split(recipe.micro_batch_size), strict=True
         )
     ]
+    if recipe.zero.stage == 3:
+        check_same_segments(micro_batches, here)
     here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
     loss_tokens = float(here.sum_over_data(batch.loss_mask[:, 1:].sum().float().to(here.device)))
@@ -146,6 +148,17 @@ def train_step(
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
         metrics.update(here.merge_over_model(health.summary()))
     return metrics
+
+
+def check_same_segments(micro_batches: list[MicroBatch], here: Topology) -> None:
+    """Raise SegmentError unless all data ranks run the same segments: at ZeRO-3 each gathers weights with all others."""
+    own = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
+    here.progress.note("comparing the segments of all data ranks")
+    if any(other != own for other in here.gather_over_data(own)):
+        raise SegmentError(
+            f"{here.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
+            "same segments on all; batch such sequences apart, or use zero.stage=1"
+        )
 
 
 def draw_passes(recipe: Recipe, step: int) -> int:

@@ -34,7 +34,7 @@ def test_passes_are_the_recurrence_of_the_paper(here):
     first, second = tokens[:, : tiny.WINDOW], tokens[:, tiny.WINDOW : -1]
     window = stage._window(tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)[0], first)
     every = range(4)
-    fast_weights = stage.zero_fast_weights(len(tokens))
+    fast_weights = stage.empty_memory(len(tokens))
     hidden = stage._embed(first)
     for _ in range(3):
         hidden, fast_weights = stage.decoder(hidden, fast_weights, window, every)
@@ -85,19 +85,7 @@ def test_gradient_reaches_the_first_window_through_the_fast_weights(here):
 def test_gradients_against_finite_differences(here):
     stage = tiny.build_stage(here)
     tokens, loss_mask = tiny.batch()
-    found = tiny.gradients(stage, tiny.run(stage, tokens, loss_mask, 3).loss)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in stage.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(here.device)
-        sides = []
-        for step in (1e-5, -2e-5):
-            with torch.no_grad():
-                parameter += step * direction
-                sides.append(tiny.run(stage, tokens, loss_mask, 3).loss.item())
-        with torch.no_grad():
-            parameter += 1e-5 * direction
-        expected = (sides[0] - sides[1]) / 2e-5
-        assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+    tiny.assert_finite_differences_agree(stage, lambda: tiny.run(stage, tokens, loss_mask, 3).loss)
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -114,7 +102,7 @@ def test_pads_leave_no_trace(here, passes):
     moved = [replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments]
     other = tiny.sleep_and_predict(stage, moved, short, loss_mask[:, 2:])
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-13)
-    for padded_state, state in zip(one.fast_weights, other.fast_weights, strict=True):
+    for padded_state, state in zip(one.memory, other.memory, strict=True):
         torch.testing.assert_close(padded_state, state, rtol=0, atol=1e-13)
     assert tiny.largest_difference(tiny.gradients(stage, one.loss), tiny.gradients(stage, other.loss)) < 1e-12
 
@@ -123,8 +111,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours_pads(here):
     stage = tiny.build_stage(here)
     tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
     tokens[1, :3] = 0
-    together = tiny.run(stage, tokens, loss_mask, 2).fast_weights
-    alone = tiny.run(stage, tokens[:1], loss_mask[:1], 2).fast_weights
+    together = tiny.run(stage, tokens, loss_mask, 2).memory
+    alone = tiny.run(stage, tokens[:1], loss_mask[:1], 2).memory
     for both, one in zip(together, alone, strict=True):
         torch.testing.assert_close(both[:1], one, rtol=0, atol=1e-13)
 

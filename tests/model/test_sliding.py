@@ -119,19 +119,7 @@ def test_gradients_against_finite_differences(here):
     stage = tiny.build_stage(here, tiny.model_config(pattern="GA"), sliding())
     tokens, loss_mask = tiny.batch()
     tokens[0, :2] = 0
-    found = tiny.gradients(stage, tiny.run(stage, tokens, loss_mask, 2, sliding()).loss)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in stage.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(here.device)
-        sides = []
-        for step in (1e-5, -2e-5):
-            with torch.no_grad():
-                parameter += step * direction
-                sides.append(tiny.run(stage, tokens, loss_mask, 2, sliding()).loss.item())
-        with torch.no_grad():
-            parameter += 1e-5 * direction
-        expected = (sides[0] - sides[1]) / 2e-5
-        assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+    tiny.assert_finite_differences_agree(stage, lambda: tiny.run(stage, tokens, loss_mask, 2, sliding()).loss)
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -183,7 +171,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours_pads(here):
     together = tiny.run(stage, tokens, loss_mask, 2, sliding(), predict=True)
     alone = tiny.run(stage, tokens[:1], loss_mask[:1], 2, sliding(), predict=True)
     assert torch.equal(together.predictions[:1], alone.predictions)
-    for both, one in zip(together.fast_weights, alone.fast_weights, strict=True):
+    for both, one in zip(together.memory, alone.memory, strict=True):
         mine = both[:, :1] if both.ndim == 5 else both[:1]
         torch.testing.assert_close(mine, one, rtol=0, atol=1e-13)
 
@@ -195,7 +183,7 @@ def test_a_window_leaves_its_newest_keys_and_values_only(here):
     """
     stage = tiny.build_stage(here, tiny.model_config(pattern="AG"), sliding())
     tokens, loss_mask = tiny.batch()
-    memory = tiny.run(stage, tokens[:, :-2], loss_mask[:, :-2], 2, sliding()).fast_weights
+    memory = tiny.run(stage, tokens[:, :-2], loss_mask[:, :-2], 2, sliding()).memory
     cache = memory[0]
     assert cache.shape == (2, 3, 2, tiny.WINDOW - 1, 8) and memory[1].shape == (3, 2, 4, 6)
     assert cache.untyped_storage().nbytes() == cache.numel() * cache.element_size()
@@ -228,7 +216,7 @@ def test_dead_compute_is_skipped(here):
 
 def test_memory_begins_empty(here):
     stage = tiny.build_stage(here, sleep=sliding(), dtype=torch.bfloat16)
-    cache, state = stage.zero_fast_weights(3)[:2]
+    cache, state = stage.empty_memory(3)[:2]
     assert cache.shape == (2, 3, 2, 0, 8) and cache.dtype == torch.bfloat16
     assert state.shape == (3, 2, 4, 6) and state.dtype == torch.float32
 
@@ -239,7 +227,7 @@ def test_bfloat16_stays_close(here):
     stages = [tiny.build_stage(here, sleep=sliding(), dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
     exact, low = (tiny.run(stage, tokens, loss_mask, 2, sliding()) for stage in stages)
     assert low.loss.item() == pytest.approx(exact.loss.item(), rel=0.03)
-    assert [x.dtype for x in low.fast_weights] == [torch.bfloat16, torch.float32] * 2
+    assert [x.dtype for x in low.memory] == [torch.bfloat16, torch.float32] * 2
     assert all(gradient.isfinite().all() for gradient in tiny.gradients(stages[1], low.loss).values())
 
 
@@ -265,7 +253,7 @@ def test_health_looks_at_fast_weights_only(here):
     health = FastWeightHealth(stage)
     output = tiny.run(stage, tokens[:, :-7], loss_mask[:, :-7], 2, sliding(), health=health)
     assert {name.split("/")[1] for name in health.summary()} == {"block_1", "block_3"}
-    norm = output.fast_weights[1].norm(dim=(-2, -1)).mean()
+    norm = output.memory[1].norm(dim=(-2, -1)).mean()
     assert health._values["fast_weights/block_1/pass_2/norm"][-1] == norm
 
 

@@ -115,7 +115,7 @@ def test_block_flops_against_what_the_block_computes(here, case):
     loss_mask = torch.full_like(tokens, case != "write only", dtype=torch.bool)
     segment = plan_segments(tokens, loss_mask, model, SleepConfig(), 1)[0]
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        stage(segment, tokens[:, :-1], None, stage.zero_fast_weights(1))
+        stage(segment, tokens[:, :-1], None, stage.empty_memory(1))
     measured = counter.get_total_flops() / model.window
     heads, d_k, d_v = model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim
     # torch does not count the triangular solve and our own convolution

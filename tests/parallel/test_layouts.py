@@ -6,9 +6,9 @@ Float64. With tensor parallelism Megatron-core's cross-entropy computes in float
 import itertools
 
 import layouts
-import processes
 import pytest
 from layouts import Case
+from processes import run_cases
 
 TIED = {"tie_embeddings": True}
 LAYOUTS = {
@@ -71,16 +71,9 @@ BROKEN = {
 }
 
 
-def run_all(cases: dict[str, Case]) -> dict[str, list[dict]]:
-    """The results of each case's ranks; all cases share one set of processes."""
-    per_rank = processes.run(layouts.compare_all, max(case.world_size for case in cases.values()), list(cases.values()))
-    by_case = zip(*per_rank, strict=True)
-    return {name: [result for result in results if result] for name, results in zip(cases, by_case, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def results():
-    return run_all(CASES | BROKEN)
+    return run_cases(layouts.compare, CASES | BROKEN)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,7 +88,7 @@ def test_the_comparison_sees_what_is_broken(results, name):
 
 @pytest.fixture(scope="module")
 def wide_results():
-    return run_all(WIDE)
+    return run_cases(layouts.compare, WIDE)
 
 
 @pytest.mark.wide
@@ -107,7 +100,7 @@ def test_equals_one_process_in_the_whole_grid(wide_results, name):
 @pytest.mark.wide
 def test_equals_one_process_on_eight():
     name, case = "TP2xPP2xDP2+SP", Case(tensor=2, pipeline=2, data=2, sequence=True, **SEVERAL)
-    check(case, run_all({name: case})[name])
+    check(case, run_cases(layouts.compare, {name: case})[name])
 
 
 def check(case: Case, results: list[dict]) -> None:

@@ -201,7 +201,7 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), x)  # with x: a freed address would be used again
         return x
 
-    fast_weights = tuple(s.requires_grad_() for s in stage.zero_fast_weights(len(tokens)))
+    fast_weights = tuple(s.requires_grad_() for s in stage.empty_memory(len(tokens)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_states, _ = stage(segment, tokens[:, :-1], None, fast_weights)
         if segment.predicts:
@@ -237,7 +237,7 @@ def test_live_segments_hold_hidden_states_and_fast_weights(here):
     model = tiny.model_config()
     stage = tiny.build_stage(here, model, dtype=torch.float32)
     planned = recipe(model, train={"micro_batch_size": 2})
-    fast_weights = sum(s.nbytes for s in stage.zero_fast_weights(2))
+    fast_weights = sum(s.nbytes for s in stage.empty_memory(2))
     hidden_states = 4 * model.window * 2 * model.hidden_size
     # three windows: the second pass gets hidden states from the first; seven segments write, the first starts from zeros
     assert plan(planned).stages[0].memory.segments == 3 * hidden_states + (7 + 1) * fast_weights

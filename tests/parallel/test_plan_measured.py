@@ -4,8 +4,8 @@ On CPUs with gloo, where a stage keeps what it sends; what CUDA's kernels keep i
 """
 
 import plan_measured
-import processes
 import pytest
+from processes import run_cases
 
 from powernap.parallel.memory import stage_memory
 from powernap.parallel.work import cut
@@ -29,9 +29,9 @@ SLIDING = {"passes": 3, "eviction": "sliding", "loop_range": [1, 3]}
 MANY_WEIGHTS = {"ffn_hidden_size": 1024, "window": 16}  # the optimizer's step is the peak, not the backward pass
 
 
-def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> dict:
+def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> Recipe:
     """`sequences` on each data rank, in two micro-batches."""
-    return {
+    values = {
         "run": {"name": "measured"},
         "model": {**MODEL, **(model or {})},
         "sleep": sleep or {"passes": 2},
@@ -47,6 +47,7 @@ def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, mo
         "parallel": parallel,
         "zero": {"stage": zero},
     }
+    return Recipe.model_validate(values)
 
 
 # Recomputation in one precision and none in the other, in turn; both in both for one process.
@@ -62,20 +63,16 @@ CASES = {
     "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
     "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
 }
-# Four ranks first: in cases of two, ranks 2 and 3 wait for the end.
-CASES = dict(sorted(CASES.items(), key=lambda case: -Recipe.model_validate(case[1]).parallel.world_size))
 
 
 @pytest.fixture(scope="module")
 def measured():
-    per_rank = processes.run(plan_measured.measure_all, 4, list(CASES.values()))
-    by_case = zip(*per_rank, strict=True)
-    return {name: [rank for rank in ranks if rank] for name, ranks in zip(CASES, by_case, strict=True)}
+    return run_cases(plan_measured.measure, CASES, lambda recipe: recipe.parallel.world_size)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_what_ranks_hold(measured, name):
-    planned = Recipe.model_validate(CASES[name])
+    planned = CASES[name]
     assert len(measured[name]) == planned.parallel.world_size
     for rank in measured[name]:
         memory = stage_memory(planned, cut(planned), rank["stage"], "cpu")

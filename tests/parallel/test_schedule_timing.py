@@ -5,10 +5,10 @@ Megatron-core's schedule, autograd and gloo: some milliseconds on two cores, whi
 none, so a step is never faster.
 """
 
-import processes
 import pytest
 
 from benchmarks import fixed_cost
+from benchmarks.common import in_processes
 from benchmarks.fixed_cost import Case, even
 
 # On the clock: for a machine with nothing else to do, so not part of `make test`.
@@ -30,7 +30,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, float]:
     """Seconds of the fastest step, as its slowest process sees it: whatever else runs here only makes a step slower."""
-    ranks = processes.run(
+    ranks = in_processes(
         fixed_cost.time_steps, max(case.stages for case in CASES.values()), list(CASES.values()), STEPS
     )
     by_case = zip(*ranks, strict=True)

@@ -5,9 +5,9 @@ Clipping is active in every step. All cases share one set of processes.
 
 import itertools
 
-import processes
 import pytest
 import zero_layouts
+from processes import run_cases
 from zero_layouts import CLIP, Case, Problem
 
 TIED = {"tie_embeddings": True}
@@ -80,22 +80,9 @@ WIDE = {
 WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4}
 
 
-def run_all(cases: dict[str, Case]) -> dict[str, list[dict]]:
-    """The results of each case's ranks.
-
-    Large cases first: at stage 3 DeepSpeed numbers the modules of all engines a process ever had and wants the same
-    numbers on every rank, so none may have sat a case out before.
-    """
-    cases = dict(sorted(cases.items(), key=lambda item: -item[1].world_size))
-    size = max(case.world_size for case in cases.values())
-    per_rank = processes.run(zero_layouts.compare_all, size, list(cases.values()))
-    by_case = zip(*per_rank, strict=True)
-    return {name: [result for result in results if result] for name, results in zip(cases, by_case, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def results():
-    return run_all(CASES | ROUNDED | BROKEN)
+    return run_cases(zero_layouts.compare, CASES | ROUNDED | BROKEN)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,7 +103,7 @@ def test_the_comparison_sees_what_is_broken(results, name):
 
 @pytest.fixture(scope="module")
 def wide_results():
-    return run_all(WIDE)
+    return run_cases(zero_layouts.compare, WIDE)
 
 
 @pytest.mark.wide
@@ -129,7 +116,7 @@ def test_ten_steps_in_the_whole_grid(wide_results, name):
 @pytest.mark.parametrize("problem", [Problem(), CHANGING_TIED], ids=["plain", "tied embeddings, N changes"])
 def test_ten_steps_on_eight(problem):
     case = Case(**SP, pipeline=2, data=2, problem=problem)
-    check(case, run_all({"TP2xPP2xDP2+SP": case})["TP2xPP2xDP2+SP"])
+    check(case, run_cases(zero_layouts.compare, {"TP2xPP2xDP2+SP": case})["TP2xPP2xDP2+SP"])
 
 
 def check(case: Case, results: list[dict]) -> None:

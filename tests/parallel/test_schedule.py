@@ -1,0 +1,38 @@
+"""What a schedule cannot run is said before anything is sent. Gradients: test_layouts.py; times: test_schedule_timing.py."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from powernap.model.config import SleepConfig
+from powernap.model.segments import SegmentError, plan_segments
+from powernap.parallel import schedule
+from powernap.parallel.schedule import MicroBatch
+from powernap.train.trainer import check_same_segments
+
+
+def micro_batch(predicting):
+    tokens, loss_mask = tiny.batch(predicting=predicting)
+    return MicroBatch(plan_segments(tokens, loss_mask, tiny.model_config(), SleepConfig(), 2), tokens, loss_mask)
+
+
+def test_a_pipeline_wants_the_same_segments_in_all_micro_batches(here):
+    stage = tiny.build_stage(here)
+    with pytest.raises(SegmentError, match="micro-batches 0 and 1 .* different windows.*parallel.pipeline=1"):
+        schedule.forward_backward(
+            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(here, stages=2), recompute=True
+        )
+
+
+def test_zero_3_wants_the_same_segments_on_all_data_ranks(here, monkeypatch):
+    own, other = [micro_batch((2,))], [micro_batch((1, 2))]
+    check_same_segments(own, here)
+    gather = type(here).gather_over_data
+    monkeypatch.setattr(type(here), "gather_over_data", lambda self, value: [*gather(self, value), segments_of(other)])
+    with pytest.raises(SegmentError, match="different windows.*zero.stage=1"):
+        check_same_segments(own, here)
+
+
+def segments_of(micro_batches):
+    return [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
