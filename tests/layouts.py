@@ -7,10 +7,10 @@ rank 0 alone, in float64.
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import tiny
 import torch
 import torch.distributed as dist
 
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict

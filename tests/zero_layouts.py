@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 
 import deepspeed.comm
-import layouts
-import tiny
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import layouts
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-import runs
 
+import runs
 from powernap.launch import local
 from powernap.launch.cli import main
 

@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-import runs
 
+import runs
 from powernap.launch.cli import main
 
 

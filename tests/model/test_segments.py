@@ -1,9 +1,9 @@
 """What a batch has to run: windows, passes, dead compute, loop ranges, truncated back-propagation."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 

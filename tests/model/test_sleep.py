@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import plain
 import pytest
-import tiny
 import torch
 
+import plain
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import plain
 import pytest
-import tiny
 import torch
 
+import plain
+import tiny
 from powernap.model.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.config import SleepConfig
 from powernap.model.health import FastWeightHealth

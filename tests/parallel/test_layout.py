@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import tiny
 from powernap.model import delta_rule
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments

@@ -5,8 +5,9 @@ Float64. With tensor parallelism Megatron-core's cross-entropy computes in float
 
 import itertools
 
-import layouts
 import pytest
+
+import layouts
 from layouts import Case
 from processes import run_cases
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from deepspeed.runtime.utils import align_dense_tensors
 
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.stage import HybridStage

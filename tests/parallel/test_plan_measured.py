@@ -3,13 +3,13 @@
 On CPUs with gloo, where a stage keeps what it sends; what CUDA's kernels keep is not measured here.
 """
 
-import plan_measured
 import pytest
-from processes import run_cases
 
+import plan_measured
 from powernap.parallel.memory import stage_memory
 from powernap.parallel.work import cut
 from powernap.train.config import Recipe
+from processes import run_cases
 
 MODEL = dict(
     pattern="AGAG", window=32, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_attention_heads=2, gdn_heads=2,

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 
+import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import SegmentError, plan_segments
 from powernap.parallel import schedule

@@ -1,9 +1,9 @@
 """ZeRO through DeepSpeed against a plain torch optimizer, on the same gradients. More processes: test_zero_layouts.py."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr

@@ -6,6 +6,7 @@ Clipping is active in every step. All cases share one set of processes.
 import itertools
 
 import pytest
+
 import zero_layouts
 from processes import run_cases
 from zero_layouts import CLIP, Case, Problem

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 from webdataset.writer import TarWriter
 
+import tiny
 from powernap.train.check_data import check_data
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError, encode

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import runs
 import torch
 
+import runs
 from powernap.model.stage import HybridStage
 from powernap.train.config import load_recipe
 from powernap.train.data.loader import evaluation_batches

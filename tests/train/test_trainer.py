@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import runs
 import torch
 import yaml
 
+import runs
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint
