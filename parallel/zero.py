@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
@@ -48,9 +49,8 @@ class ModelParallelUnit:
     out of the gradient norm.
     """
 
-    def __init__(self, here: Topology):
-        self._groups = here.groups
-        self._here = here
+    def __init__(self, groups: ProcessGroupCollection):
+        self._groups = groups
 
     def get_model_parallel_group(self):
         return self._groups.mp
@@ -153,7 +153,7 @@ class ZeroOptimizer:
                 optimizer=optimizer,
                 config=config,
                 # Its bf16 Muon refuses any, also one that says that there is no model parallelism.
-                mpu=ModelParallelUnit(topology) if topology.tensor_size * topology.stages > 1 else None,
+                mpu=ModelParallelUnit(topology.groups) if topology.tensor_size * topology.stages > 1 else None,
             )
         if precision == "bf16":
             for parameter in stage.parameters():
