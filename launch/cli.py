@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split())
         who = "" if text.startswith(f"rank {rank} ") else who
-        print(f"powernap: error: {who}{text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
         return 2
     except KeyboardInterrupt:
         if rank == "0":

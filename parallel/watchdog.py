@@ -73,7 +73,9 @@ class Watchdog(threading.Thread):
                 self.noticed = True
                 reports = self._exchange()
                 if self._progress.changed == since and not self._over.is_set():
-                    print(f"powernap: error: {self._explain(reports)}", file=sys.stderr, flush=True)
+                    # One write: print() makes two, and the lines of ranks that leave together would mix.
+                    sys.stderr.write(f"powernap: error: {self._explain(reports)}\n")
+                    sys.stderr.flush()
                     time.sleep(LINGER)
                     os._exit(EXIT_CODE)
                 self.noticed = False

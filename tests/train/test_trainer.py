@@ -23,6 +23,9 @@ def folder(tmp_path_factory):
     return folder
 
 
+NAME = str.maketrans(" =", "__")  # of a run, from its layout
+
+
 def train(folder, name, *overrides):
     result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *overrides, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -70,8 +73,12 @@ def test_two_readers_change_nothing(folder, one_process):
 
 def test_muon_on_two_processes_equals_one(folder):
     # Muon's orthogonalisation runs in bfloat16, where the last bits of an averaged gradient may tip a rounding.
-    one, two = (train(folder, f"muon{n}", "optimizer.name=muon", f"parallel.data={n}") for n in (1, 2))
-    assert_same_training(two, one, 2e-3)
+    layouts = ("parallel.data=1", "parallel.data=2", "parallel.pipeline=2")
+    one, data, pipeline = (
+        train(folder, f"muon {layout}".translate(NAME), "optimizer.name=muon", layout) for layout in layouts
+    )
+    assert_same_training(data, one, 2e-3)
+    assert_same_training(pipeline, one, 2e-3)
 
 
 def test_a_broken_all_reduce_would_be_seen(folder, one_process):
@@ -79,9 +86,6 @@ def test_a_broken_all_reduce_would_be_seen(folder, one_process):
     half = train(folder, "half", "train.global_batch_size=8")
     a, b = weights(half), weights(one_process)
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
-
-
-NAME = str.maketrans(" =", "__")
 
 
 @pytest.mark.parametrize(
