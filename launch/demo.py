@@ -28,6 +28,8 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
         run("data", "build", "depo", str(data), *TASK, "--test-samples", "2000", "--train-samples", "48000",
             "--samples-per-shard", "6000", "--seed", str(seed))  # fmt: skip
     for passes in TRAINED:
+        if (folder / f"N{passes}" / "evaluation.json").is_file():
+            continue  # stopped after it was done
         going_on = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
         run(
             "train", "demo", f"run.name=N{passes}", f"run.root={folder}", f"run.seed={seed}", f"sleep.passes={passes}",

@@ -161,7 +161,9 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
 
 
 def shutdown() -> None:
-    """Leave the process groups."""
+    """Leave the process groups, and make DeepSpeed forget them: this process may join others later."""
+    import deepspeed.comm
+
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group() if deepspeed.comm.is_initialized() else dist.destroy_process_group()

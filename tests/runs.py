@@ -1,12 +1,15 @@
-"""Real runs for tests: small shards, a small recipe, the command in a process of its own."""
+"""Real runs for tests: small shards, a small recipe, the command in processes of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
+from benchmarks.common import in_processes
+from powernap.launch import cli
 from powernap.train.data.shards import build
 from powernap.train.tasks import TASKS
 
@@ -41,6 +44,32 @@ def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: st
         [sys.executable, "-m", "powernap.launch.cli", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]]) -> dict[str, Path]:
+    """Train folder/tiny.yaml once for each of `runs`, name -> overrides; name -> the run's folder.
+
+    The same processes join for one run after the other, since libraries take longer to import than a tiny run trains.
+    """
+    runs = {name: [f"run.name={name}", *overrides] for name, overrides in runs.items()}
+    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), [_free_port() for _ in runs])
+    return {name: folder / "runs" / name for name in runs}
+
+
+def _train_in_turn(rank, store, processes, folder, runs, ports):
+    os.chdir(folder)
+    for overrides, port in zip(runs, ports, strict=True):
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
+        }  # fmt: skip
+        assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:

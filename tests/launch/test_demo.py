@@ -32,10 +32,12 @@ def test_the_demo_from_shards_to_picture_and_again(tmp_path):
     # As if it had been stopped in the middle of its second training.
     losses = [run["loss"] for run in metrics(folder, "N1")]
     (folder / "results.json").unlink()
+    (folder / "N1" / "evaluation.json").unlink()
     shutil.rmtree(folder / "N1" / "checkpoints" / "step_00000006")
     resumed = runs.powernap("demo", "--seed", "3", *SHORT, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 3 of 6" in resumed.stderr
+    assert [line.split()[2] for line in resumed.stdout.splitlines() if line.startswith("$ ")] == ["train", "eval"]
     assert [run["loss"] for run in metrics(folder, "N1")] == losses
     assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
 

@@ -50,18 +50,24 @@ def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, mo
     return Recipe.model_validate(values)
 
 
-# Recomputation in one precision and none in the other, in turn; both in both for one process.
+# Precision and recomputation in turn; all four for one process. The other half of the layouts is WIDE.
 CASES = {
     f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
     for number, (name, layout) in enumerate(LAYOUTS.items())
-    for precision, recompute in [("fp32", number % 2 == 0), ("bf16", number % 2 == 1)]
+    for precision, recompute in [("fp32", True) if number % 2 else ("bf16", False)]
 } | {
     "one process, fp32, keep": recipe("fp32", False),
-    "one process, bf16, recompute": recipe("bf16", True),
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
-    "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
     "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
     "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
+}
+WIDE = {
+    f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
+    for number, (name, layout) in enumerate(LAYOUTS.items())
+    for precision, recompute in [("bf16", False) if number % 2 else ("fp32", True)]
+} | {
+    "one process, bf16, recompute": recipe("bf16", True),
+    "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
 }
 
 
@@ -72,9 +78,23 @@ def measured():
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_what_ranks_hold(measured, name):
-    planned = CASES[name]
-    assert len(measured[name]) == planned.parallel.world_size
-    for rank in measured[name]:
+    check(CASES[name], measured[name])
+
+
+@pytest.fixture(scope="module")
+def wide_measured():
+    return run_cases(plan_measured.measure, WIDE, lambda recipe: recipe.parallel.world_size)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", WIDE)
+def test_plan_is_what_ranks_hold_in_every_layout(wide_measured, name):
+    check(WIDE[name], wide_measured[name])
+
+
+def check(planned: Recipe, ranks: list[dict[str, int]]) -> None:
+    assert len(ranks) == planned.parallel.world_size
+    for rank in ranks:
         memory = stage_memory(planned, cut(planned), rank["stage"], "cpu")
         for part in ("weights", "gradients", "optimizer", "segments"):
             assert rank[part] == getattr(memory, part), part

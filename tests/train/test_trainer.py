@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,24 @@ from powernap.train.config import load_recipe
 from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
 
+# name: processes, overrides. Ten steps each.
+RUNS = {
+    "one": (1, []),
+    "micro": (1, ["train.micro_batch_size=4", "train.recompute=false"]),
+    "half": (1, ["train.global_batch_size=8"]),
+    "sliding": (1, ["sleep.eviction=sliding", "train.micro_batch_size=8"]),
+    "muon": (1, ["optimizer.name=muon"]),
+    "bf16": (1, ["train.precision=bf16"]),
+    "readers": (1, ["data.workers=2"]),
+    "data": (2, ["parallel.data=2"]),
+    "pipeline": (2, ["parallel.pipeline=2"]),
+    "zero3": (2, ["parallel.data=2", "zero.stage=3"]),
+    "drawn": (2, ["parallel.data=2", "sleep.passes=[1,2,4]"]),
+    "muon_data": (2, ["parallel.data=2", "optimizer.name=muon"]),
+    "muon_pipeline": (2, ["parallel.pipeline=2", "optimizer.name=muon"]),
+    "bf16_data": (2, ["parallel.data=2", "train.precision=bf16"]),
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -23,13 +42,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-NAME = str.maketrans(" =", "__")  # of a run, from its layout
-
-
-def train(folder, name, *overrides):
-    result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *overrides, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "runs" / name
+@pytest.fixture(scope="module")
+def trained(folder):
+    """name -> the folder of that run of RUNS."""
+    found = {}
+    for processes in (1, 2):
+        chosen = {name: overrides for name, (needs, overrides) in RUNS.items() if needs == processes}
+        found |= runs.train_in_turn(folder, processes, chosen)
+    return found
 
 
 def weights(run, step=10):
@@ -49,96 +69,79 @@ def assert_same_training(one, other, bound):
         assert (a[name].float() - b[name].float()).abs().max() < bound, name
 
 
-@pytest.fixture(scope="module")
-def one_process(folder):
-    return train(folder, "one")
+def test_two_processes_equal_one(trained):
+    assert_same_training(trained["data"], trained["one"], 1e-5)
+    assert max(column(trained["data"], "grad_norm")) > 0.5  # clipping was active
+    assert column(trained["data"], "tokens") == [16 * 23] * 10  # of the global batch
 
 
-def test_two_processes_equal_one(folder, one_process):
-    two = train(folder, "two", "parallel.data=2")
-    assert_same_training(two, one_process, 1e-5)
-    assert max(column(two, "grad_norm")) > 0.5  # clipping was active
-    assert column(two, "tokens") == [16 * 23] * 10  # of the global batch
+def test_micro_batches_and_recomputation_change_nothing(trained):
+    assert_same_training(trained["micro"], trained["one"], 1e-5)
 
 
-def test_micro_batches_and_recomputation_change_nothing(folder, one_process):
-    other = train(folder, "micro", "train.micro_batch_size=4", "train.recompute=false")
-    assert_same_training(other, one_process, 1e-5)
+def test_two_readers_change_nothing(trained):
+    assert column(trained["readers"], "loss") == column(trained["one"], "loss")
 
 
-def test_two_readers_change_nothing(folder, one_process):
-    other = train(folder, "workers", "data.workers=2")
-    assert column(other, "loss") == column(one_process, "loss")
-
-
-def test_muon_on_two_processes_equals_one(folder):
+@pytest.mark.parametrize("layout", ["muon_data", "muon_pipeline"])
+def test_muon_on_two_processes_equals_one(trained, layout):
     # Muon's orthogonalisation runs in bfloat16, where the last bits of an averaged gradient may tip a rounding.
-    layouts = ("parallel.data=1", "parallel.data=2", "parallel.pipeline=2")
-    one, data, pipeline = (
-        train(folder, f"muon {layout}".translate(NAME), "optimizer.name=muon", layout) for layout in layouts
-    )
-    assert_same_training(data, one, 2e-3)
-    assert_same_training(pipeline, one, 2e-3)
+    assert_same_training(trained[layout], trained["muon"], 2e-3)
 
 
-def test_a_broken_all_reduce_would_be_seen(folder, one_process):
+def test_a_broken_all_reduce_would_be_seen(trained):
     """The control: two ranks that each step on their own half drift apart by far more than the bound."""
-    half = train(folder, "half", "train.global_batch_size=8")
-    a, b = weights(half), weights(one_process)
+    a, b = weights(trained["half"]), weights(trained["one"])
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "layout", ["parallel.data=1", "parallel.data=2", "parallel.pipeline=2", "parallel.data=2 zero.stage=3"]
-)
-def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, one_process, layout):
-    whole = (
-        one_process
-        if layout == "parallel.data=1"
-        else train(folder, f"whole {layout}".translate(NAME), *layout.split())
-    )
-    name = f"resumed {layout}".translate(NAME)
-    broken = train(folder, name, *layout.split(), "sleep.passes=2")
+@pytest.mark.parametrize("name", ["one", "data", "pipeline", "zero3"])
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, trained, tmp_path, name):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    shutil.copy(folder / "tiny.yaml", tmp_path)
+    broken = Path(shutil.copytree(trained[name], tmp_path / "runs" / name))
     shutil.rmtree(broken / "checkpoints" / "step_00000010")  # as if it had been stopped between 5 and 10
-    result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *layout.split(), "--resume", cwd=folder)
+    overrides = RUNS[name][1]
+    result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *overrides, "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "resumed after step 5 of 10" in result.stderr
     assert column(broken, "step") == list(range(1, 11))
+    assert column(broken, "seconds") != column(trained[name], "seconds")
     for key in ("loss", "grad_norm"):
-        assert column(broken, key) == column(whole, key)
-    a, b = weights(broken), weights(whole)
+        assert column(broken, key) == column(trained[name], key)
+    a, b = weights(broken), weights(trained[name])
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(folder, one_process):
-    one, two = (train(folder, f"bf16{n}", "train.precision=bf16", f"parallel.data={n}") for n in (1, 2))
-    assert weights(one)["output_layer.weight"].dtype == torch.bfloat16
-    for low in (one, two):
-        assert column(low, "loss") == pytest.approx(column(one_process, "loss"), rel=0.03)
-        assert column(low, "loss") != column(one_process, "loss")
-        assert column(low, "grad_norm") == pytest.approx(column(one_process, "grad_norm"), rel=0.1)
+def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained):
+    assert weights(trained["bf16"])["output_layer.weight"].dtype == torch.bfloat16
+    for low in (trained["bf16"], trained["bf16_data"]):
+        assert column(low, "loss") == pytest.approx(column(trained["one"], "loss"), rel=0.03)
+        assert column(low, "loss") != column(trained["one"], "loss")
+        assert column(low, "grad_norm") == pytest.approx(column(trained["one"], "grad_norm"), rel=0.1)
 
 
-def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(folder):
-    run = train(folder, "drawn", "sleep.passes=[1,2,4]", "parallel.data=2")
+def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(trained):
+    run = trained["drawn"]
     assert len(set(column(run, "passes"))) > 1
     health = [record for record in read_metrics(run / "metrics.jsonl") if "fast_weights/block_1/pass_1/norm" in record]
     assert [record["step"] for record in health] == [1, 5, 10]
 
 
-def test_sliding_windows_train_and_evaluate(folder, one_process):
+def test_sliding_windows_train_and_evaluate(trained):
     """The weights are those of hard eviction: a model may be trained with one and go on with the other."""
-    run = train(folder, "sliding", "sleep.eviction=sliding", "train.micro_batch_size=8")
+    run = trained["sliding"]
     records = read_metrics(run / "metrics.jsonl")
     assert {"accuracy/N2/depth_1", "accuracy/N2/depth_2"} <= set(records[-1])
     assert {name.split("/")[1] for name in records[0] if name.startswith("fast_weights")} == {"block_1"}
     assert {name: x.shape for name, x in weights(run).items()} == {
-        name: x.shape for name, x in weights(one_process).items()
+        name: x.shape for name, x in weights(trained["one"]).items()
     }
-    assert column(run, "loss") != pytest.approx(column(one_process, "loss"), rel=1e-3)
+    assert column(run, "loss") != pytest.approx(column(trained["one"], "loss"), rel=1e-3)
 
 
-def test_what_a_run_leaves_behind(one_process):
+def test_what_a_run_leaves_behind(trained):
+    one_process = trained["one"]
     assert {path.name for path in one_process.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
     }  # fmt: skip
@@ -153,7 +156,8 @@ def test_what_a_run_leaves_behind(one_process):
     assert {path.name for path in (one_process / "checkpoints").iterdir()} == {"step_00000005", "step_00000010"}
 
 
-def test_mlflow_has_the_run(one_process):
+def test_mlflow_has_the_run(trained):
+    one_process = trained["one"]
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{one_process.parent / 'mlflow.db'}")
@@ -169,7 +173,7 @@ def test_mlflow_has_the_run(one_process):
     assert "config.yaml" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
 
 
-def test_torchrun_may_start_the_processes(folder, one_process):
+def test_torchrun_may_start_the_processes(folder, trained):
     import subprocess
     import sys
 
@@ -177,7 +181,7 @@ def test_torchrun_may_start_the_processes(folder, one_process):
     command += ["-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=torchrun", "parallel.data=2"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert_same_training(folder / "runs" / "torchrun", one_process, 1e-5)
+    assert_same_training(folder / "runs" / "torchrun", trained["one"], 1e-5)
 
 
 def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_fast_weights(
@@ -185,7 +189,10 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
 ):
     sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50, "checkpoint_every": 300}}
     runs.prepare(tmp_path, train_samples=8000, **sections)
-    run = train(tmp_path, "learns", "parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30")
+    overrides = ["parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30"]
+    result = runs.powernap("train", "tiny.yaml", "run.name=learns", *overrides, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "learns"
     losses = column(run, "loss")
     assert sum(losses[-20:]) / 20 < 0.5 * losses[0]
     last = read_metrics(run / "metrics.jsonl")[-1]
