@@ -36,7 +36,7 @@ from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
 
 STAGES, MICRO_BATCHES = 4, 8  # of the bubble
-FORWARD_SECONDS = 0.01  # of a segment; recomputed and backward three times as long
+FORWARD_SECONDS = 0.03  # of a segment; recomputed and backward three times as long
 SLEEPS = {  # name: N of each window
     "1 window, N=1": (1,),
     "1 window, N=2": (2,),
@@ -66,7 +66,7 @@ def bubbles(quick: bool):
         even = dict(micro_batches=MICRO_BATCHES, stages=STAGES, forward=FORWARD_SECONDS)
         cases[name, "circular"] = fixed_cost.even(passes, **even)
         cases[name, "flushes"] = fixed_cost.even((1,), **even, flushes=sum(passes))
-    by_rank = in_processes(fixed_cost.time_steps, STAGES, list(cases.values()), 2 if quick else 5)
+    by_rank = in_processes(fixed_cost.time_steps, STAGES, list(cases.values()), 2 if quick else 3)
     slowest = [[max(step) for step in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
     seconds = {key: statistics.median(steps) for key, steps in zip(cases, slowest, strict=True)}
 

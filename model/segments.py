@@ -42,16 +42,19 @@ def plan_segments(
             targets tokens[:, 1:] where loss_mask[:, 1:] is set.
         passes: N of this step.
 
+    A sequence without any loss token goes along with the others.
+
     Raises:
         SegmentError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
             sleep on different windows; batch them apart.
     """
     assert passes >= 1 and tokens.shape == loss_mask.shape
     length = tokens.shape[1] - 1
+    counted = loss_mask[loss_mask[:, 1:].any(dim=1)]
     segments = []
     for window, start in enumerate(range(0, length, model.window)):
         stop = min(start + model.window, length)
-        predicts = loss_mask[:, start + 1 : stop + 1].any(dim=1)
+        predicts = counted[:, start + 1 : stop + 1].any(dim=1)
         if predicts.any() and not predicts.all():
             raise SegmentError(
                 f"window {window} (tokens {start}..{stop - 1}) holds loss tokens in {int(predicts.sum())} of "

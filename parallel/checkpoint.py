@@ -23,8 +23,14 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one line."""
 
 
-def save(folder: Path, step: int, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> Path:
-    """Write the state after `step` into `folder`; all ranks call it, each writes its share."""
+def save(
+    folder: Path, step: int, stage: HybridStage, zero: ZeroOptimizer, topology: Topology, data: dict | None = None
+) -> Path:
+    """Write the state after `step` into `folder`; all ranks call it, each writes its share.
+
+    Args:
+        data: where the stream of samples goes on, as JSON; the main rank's counts.
+    """
     final = folder / f"step_{step:08d}"
     unfinished = final.with_suffix(".tmp")
     if topology.is_main:
@@ -35,7 +41,7 @@ def save(folder: Path, step: int, stage: HybridStage, zero: ZeroOptimizer, topol
     parameters = whole_parameters(stage, zero, topology)
     if topology.is_main:
         torch.save(parameters, unfinished / "model.pt")
-        state = {"step": step, "layout": layout_of(zero, topology)}
+        state = {"step": step, "layout": layout_of(zero, topology), "data": data}
         (unfinished / "state.json").write_text(json.dumps(state))
     topology.barrier()
     if topology.is_main:
@@ -91,15 +97,15 @@ def step_of(checkpoint: Path) -> int:
     return int(_NAME.match(checkpoint.name).group(1))
 
 
-def load(checkpoint: Path, zero: ZeroOptimizer, topology: Topology) -> int:
-    """Restore this rank's share of the optimizer and, from it, the weights; return the step."""
+def load(checkpoint: Path, zero: ZeroOptimizer, topology: Topology) -> tuple[int, dict | None]:
+    """Restore this rank's share of the optimizer and, from it, the weights; return the step and the `data` saved."""
     state = json.loads((checkpoint / "state.json").read_text())
     if state["layout"] != layout_of(zero, topology):
         written = " ".join(f"{key}={value}" for key, value in state["layout"].items())
         raise CheckpointError(f"{checkpoint}: written in another layout: go on with {written}")
     path = checkpoint / f"optimizer-rank{topology.rank}.pt"
     zero.load_state_dict(torch.load(path, map_location=topology.device, weights_only=True))
-    return state["step"]
+    return state["step"], state["data"]
 
 
 def load_weights(checkpoint: Path, stage: HybridStage) -> None:

@@ -66,6 +66,16 @@ class Topology:
         """The sum of `counter` over data-parallel ranks, which may have counted different things."""
         return sum(self.gather_over_data(counter), Counter())
 
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads the batches of its model."""
+        return self.stage == 0 and self.tensor_rank == 0
+
+    def from_first_of_model(self, values: torch.Tensor) -> torch.Tensor:
+        """What the rank that reads has in `values`, on all stages and tensor ranks of its model."""
+        dist.broadcast(values, group=self.groups.mp, group_src=0)
+        return values
+
     def gather_over_data(self, value: object) -> list:
         """What each data-parallel rank has for `value`."""
         values = [None] * self.data_size

@@ -8,7 +8,9 @@ from tarfile import BLOCKSIZE, HeaderError, TarInfo
 import numpy as np
 
 from powernap.train.config import Recipe
+from powernap.train.data.cache import cache_of
 from powernap.train.data.sample import DataError, decode
+from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.shards import MANIFEST
 from powernap.train.tasks.sample import Sample
@@ -24,12 +26,14 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         DataError: naming shard or field and what to write.
     """
-    lists = {"data.train": recipe.data.train, "data.test": recipe.data.test}
-    shards = {field: expand_shards(spec, field) for field, spec in lists.items() if spec is not None}
-    count_lanes(len(shards["data.train"]), recipe.data.lanes, recipe.parallel.data, recipe.data.workers)
-    for shard in itertools.chain.from_iterable(shards.values()):
-        if path := local_path(shard):
-            _check_file(path)
+    shards = {field: expand_shards(spec, field) for field, spec in recipe.data.shard_lists.items()}
+    for field, names in shards.items():
+        if field != "data.test":
+            count_lanes(len(names), recipe.data.lanes, field)
+    if recipe.data.on_error == "stop":
+        for shard in itertools.chain.from_iterable(shards.values()):
+            if path := local_path(shard):
+                _check_file(path)
     for names in shards.values():
         samples = _first_samples(names[0], recipe)
         _check_manifest(names[0], samples, recipe)
@@ -56,11 +60,45 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: cut off after {size} bytes: build or copy it again")
 
 
-def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
-    from powernap.train.data.read_shard import read_shard  # imports torch, which takes seconds
+def predicting_windows(recipe: Recipe) -> list[bool] | None:
+    """Which windows of the first training sample hold loss tokens, or None if no shard is here yet.
 
-    files = itertools.islice(read_shard(shard), SAMPLES)
-    return [decode(members, recipe.data.sequence_length, recipe.model.vocab_size) for members in files]
+    Raises:
+        DataError: if the sample is there and does not fit the recipe.
+    """
+    cache = cache_of(recipe.data)
+    try:
+        name = expand_shards(next(iter(recipe.data.datasets.values()))[0])[0]
+        if local_path(name) is None:
+            return None
+        first = Shard.open(name, cache)[0]
+    except DataError:
+        return None
+    sample = decode(first, recipe.data.sequence_length, recipe.model.vocab_size)
+    return _predicts([sample], recipe.model.window)[0].tolist()
+
+
+def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
+    """Those that can be used; on_error=skip passes over the others."""
+    found = Shard.open(shard, cache_of(recipe.data))
+    samples, error = [], None
+    for members in itertools.islice(found, SAMPLES):
+        try:
+            samples.append(decode(members, recipe.data.sequence_length, recipe.model.vocab_size))
+        except DataError as bad:
+            error = bad
+            if recipe.data.on_error == "stop":
+                break
+    if error and (recipe.data.on_error == "stop" or not samples):
+        raise error
+    return samples
+
+
+def _predicts(samples: list[Sample], window: int) -> np.ndarray:
+    """Whether each window holds loss tokens: bool [samples, windows]."""
+    targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
+    starts = range(0, targets.shape[1], window)
+    return np.stack([targets[:, start : start + window].any(axis=1) for start in starts], axis=1)
 
 
 def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
@@ -88,14 +126,11 @@ def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
 def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     """That samples agree about which windows hold loss tokens (see segments.py), and that one is slept on."""
     window = recipe.model.window
-    targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
-    predicts = np.stack(
-        [targets[:, start : start + window].any(axis=1) for start in range(0, targets.shape[1], window)], axis=1
-    )
+    predicts = _predicts(samples, window)
     disagreeing = (predicts != predicts[0]).any(axis=0)
     if disagreeing.any():
         number = int(disagreeing.argmax())
-        first, last = number * window, min((number + 1) * window, targets.shape[1]) - 1
+        first, last = number * window, min((number + 1) * window, recipe.data.sequence_length - 1) - 1
         raise DataError(
             f"model.window={window}: window {number} (tokens {first}..{last}) holds loss tokens in some samples "
             f"of {shard} and none in others: choose a window that all answers share"

@@ -24,19 +24,66 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
 
 
+class DatasetConfig(Section):
+    """One dataset of a mixture."""
+
+    shards: str | list[str] = Field(description="path, glob, brace list or URL, or a list of them")
+    weight: float = Field(1.0, gt=0, description="its share of the samples, relative to the other datasets")
+
+
 class DataConfig(Section):
     """Token shards: WebDataset tars with tokens, loss mask and answers (see `powernap data build`)."""
 
-    train: str | list[str] = Field(description="shards to train on: path, glob, brace list or URL, or a list of them")
+    train: str | list[str] | dict[str, DatasetConfig] = Field(
+        description="shards to train on: path, glob, brace list or URL, or a list of them; or a mixture, such as "
+        "{web: {shards: web-*.tar, weight: 3}, depo: {shards: depo-*.tar, weight: 1}}"
+    )
     test: str | list[str] | None = Field(None, description="held-out shards for the accuracy by depth; null: none")
     sequence_length: int = Field(ge=2, description="T, tokens in every sample")
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
-    shuffle_buffer: int = Field(2000, ge=1, description="samples a reader mixes; 1: a shard keeps its order")
+    shuffle_buffer: int = Field(2000, ge=1, description="samples of a shard that are mixed; 1: a shard keeps its order")
     lanes: int | None = Field(
-        None,
-        ge=1,
-        description="streams the shards are dealt to; set: the order survives a new layout; null: one a reader",
+        None, ge=1, description="shards read side by side, by all ranks together; null: all, at most 64"
     )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a sample or shard that cannot be used: stop, or train without it"
+    )
+    skip_budget: int = Field(100, ge=0, description="with on_error=skip: samples and shards a run may do without")
+    cache: str = Field(
+        "~/.cache/powernap",
+        min_length=1,
+        description="folder for remote shards, taken for unchanged while there, and indexes",
+    )
+    cache_limit_gb: float | None = Field(None, gt=0, description="most of remote shards to keep there; null: all")
+    retries: int = Field(3, ge=0, description="how often fetching a remote shard is tried again")
+
+    @field_validator("train")
+    @classmethod
+    def _some_dataset(cls, train: object) -> object:
+        if train == {}:
+            raise ValueError("an empty mixture: name at least one dataset")
+        return train
+
+    @property
+    def datasets(self) -> dict[str, tuple[str | list[str], float]]:
+        """name -> shards, weight; the name of the only dataset is empty."""
+        if isinstance(self.train, dict):
+            return {name: (dataset.shards, dataset.weight) for name, dataset in self.train.items()}
+        return {"": (self.train, 1.0)}
+
+    @property
+    def shard_lists(self) -> dict[str, str | list[str]]:
+        """Every list of shards by the field that holds it."""
+        lists = {f"data.train.{name}" if name else "data.train": shards for name, (shards, _) in self.datasets.items()}
+        return lists | ({"data.test": self.test} if self.test is not None else {})
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache).expanduser()
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_limit_gb is None else round(self.cache_limit_gb * 1e9)
 
 
 class TrainConfig(Section):

@@ -47,9 +47,8 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
     right: Counter[tuple[int, int]] = Counter()  # (N, depth)
     batches = evaluation_batches(
-        recipe.data.test,
+        recipe.data,
         batch_size=recipe.micro_batch_size,
-        sequence_length=recipe.data.sequence_length,
         vocab_size=recipe.model.vocab_size,
         rank=here.data_rank,
         world_size=here.data_size,

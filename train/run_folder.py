@@ -9,8 +9,15 @@ import yaml
 
 from powernap.train.config import Recipe, RecipeError, check, save_recipe
 
-# Fields that may differ when a run goes on: none changes the numbers of the steps to come.
+# Fields that may differ when a run goes on: none changes the numbers of the steps to come, by more than rounding.
 FREE_ON_RESUME = {
+    "data.workers",
+    "data.on_error",
+    "data.skip_budget",
+    "data.cache",
+    "data.cache_limit_gb",
+    "data.retries",
+    "train.micro_batch_size",
     "run.root",
     "run.experiment",
     "train.log_every",

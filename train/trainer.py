@@ -16,7 +16,8 @@ from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import Recipe
-from powernap.train.data.loader import Batch, training_batches
+from powernap.train.data.loader import Batch, State, merge_states, training_batches
+from powernap.train.data.sample import DataError
 from powernap.train.evaluate import evaluate, evaluation_passes
 from powernap.train.interruption import interruptible
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
@@ -38,20 +39,26 @@ def train(recipe: Recipe, resume: bool = False) -> None:
         here.barrier()
 
         stage, zero = build(recipe, here)
-        done = 0
+        done, data_state = 0, None
         if resume and (newest := checkpoint.newest(folder.checkpoints)):
-            done = checkpoint.load(newest, zero, here)
+            done, data_state = checkpoint.load(newest, zero, here)
+        skipped = data_state["skipped"] if data_state else 0
 
         resume_step = done if resume else None
         with interruptible() as check_interruption, RunLog(recipe, folder, here, resume_step) as log:
             log.start(count_parameters(stage, here))
-            batches = read_batches(recipe, here, skip=done)
+            batches = read_batches(recipe, here, data_state)
             for step in range(done + 1, recipe.train.steps + 1):
                 check_interruption()
                 here.progress.step = step
                 here.progress.note("reading the batch")
-                batch = next(batches)
+                batch, data_state = next(batches)
                 metrics = train_step(recipe, stage, zero, batch, step, here)
+                for reason in metrics.pop("skipped", []):
+                    skipped += 1
+                    log.event("step %d, done without: %s", step, reason)
+                    if skipped > recipe.data.skip_budget:
+                        raise DataError(f"more than data.skip_budget={recipe.data.skip_budget} skipped; last: {reason}")
                 last = step == recipe.train.steps
                 if recipe.data.test and (last or is_due(step, recipe.evaluation.every)):
                     passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
@@ -60,7 +67,11 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 log.step(step, metrics)
                 if last or is_due(step, recipe.train.checkpoint_every):
                     here.progress.note("saving a checkpoint")
-                    checkpoint.save(folder.checkpoints, step, stage, zero, here)
+                    states = here.gather_over_data(data_state)
+                    data_state = {**merge_states(states), "skipped": skipped} if here.reads else None
+                    checkpoint.save(folder.checkpoints, step, stage, zero, here, data_state)
+            if skipped:
+                log.event("%d samples or shards could not be used", skipped)
 
 
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
@@ -117,7 +128,10 @@ def train_step(
         check_same_segments(micro_batches, here)
     here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
-    loss_tokens = float(here.sum_over_data(batch.loss_mask[:, 1:].sum().float().to(here.device)))
+    counts = torch.tensor([int(batch.loss_mask[:, 1:].sum()), len(batch.skipped)], device=here.device)
+    loss_tokens, skipped = here.sum_over_data(counts).tolist()
+    if not loss_tokens:
+        raise DataError(f"step {step}: no sequence of the batch holds a loss token")
     watched = step == 1 or step % recipe.train.log_every == 0
     health = FastWeightHealth(stage) if watched else None
     scale = here.data_size / loss_tokens
@@ -143,6 +157,8 @@ def train_step(
         "seconds": seconds,
         "passes": passes,
     }
+    if skipped:
+        metrics["skipped"] = [reason for part in here.gather_over_data(batch.skipped) for reason in part]
     if health:
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
@@ -167,21 +183,37 @@ def draw_passes(recipe: Recipe, step: int) -> int:
     return choices[0] if len(choices) == 1 else random.Random(f"{recipe.run.seed}/{step}").choice(choices)
 
 
-def read_batches(recipe: Recipe, here: Topology, skip: int) -> Iterator[Batch]:
-    """This rank's share of each global batch, from the one after `skip` steps on."""
-    return training_batches(
-        recipe.data.train,
+def read_batches(recipe: Recipe, here: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:
+    """This rank's share of each global batch, with the stream's state after it, from the batch after `state` on.
+
+    One rank of each model reads; the others get tokens and loss mask from it, and no state.
+    """
+    if not here.reads:
+        while True:
+            yield receive_batch(None, recipe, here), None
+    batches = training_batches(
+        recipe.data,
         batch_size=recipe.sequences_per_rank,
-        sequence_length=recipe.data.sequence_length,
         vocab_size=recipe.model.vocab_size,
         rank=here.data_rank,
         world_size=here.data_size,
-        workers=recipe.data.workers,
-        lanes=recipe.data.lanes,
         seed=recipe.run.seed,
-        shuffle_buffer=recipe.data.shuffle_buffer,
-        skip_batches=skip,
+        state=state,
     )
+    for batch, now in batches:
+        if here.groups.mp.size() > 1:
+            receive_batch(batch, recipe, here)
+        yield batch, now
+
+
+def receive_batch(batch: Batch | None, recipe: Recipe, here: Topology) -> Batch:
+    """The batch that this model's first rank gives, on all its ranks."""
+    shape = (2, recipe.sequences_per_rank, recipe.data.sequence_length)
+    both = (
+        torch.empty(shape, dtype=torch.int64) if batch is None else torch.stack([batch.tokens, batch.loss_mask.long()])
+    )
+    tokens, loss_mask = here.from_first_of_model(both.to(here.device)).cpu()
+    return Batch(tokens, loss_mask.bool(), [])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -34,8 +34,7 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
         return torch.zeros_like(guess) if passes == 3 else guess
 
     monkeypatch.setattr("powernap.train.evaluate.predict", predictions)
-    batches = list(evaluation_batches("data/test-*.tar", batch_size=8, sequence_length=24, vocab_size=15, rank=0,
-                                      world_size=1, limit=40))  # fmt: skip
+    batches = list(evaluation_batches(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=40))
     for batch in batches:
         for row, answers in enumerate(batch.answers):
             for start, _, depth in answers.tolist():

@@ -1,29 +1,31 @@
-"""Batches of checked samples from WebDataset shards, in an order that depends on the seed and nothing else.
+"""Batches of checked samples from WebDataset shards, each with the state from which a run goes on after it.
 
-The order: shards are permuted anew for every epoch and dealt to `lanes` lanes; lane l reads shards l, l + lanes, ...
-and mixes their samples in a buffer. Sample k of the whole run is the next one of lane k % lanes and goes to rank
-k % world_size, where reader process w of W serves every W-th lane of the rank. So for a given number of lanes, global
-batch s holds the same samples however many ranks and reader processes share the work, and a run goes on exactly by
-skipping.
+order.py says which samples make up a global batch: that depends on the data and the seed alone. Here they are read: sample k
+of the run by rank k % world_size, whose reader processes take whole batches in turn. Every sample is read by its place in
+a shard, so any number of ranks and readers can share the work, before and after a state was saved.
 """
 
 import itertools
-import math
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.filters import shuffle
 
-from powernap.train.data.read_shard import read_shard
+from powernap.train.config import DataConfig
+from powernap.train.data.cache import ShardCache, cache_of
+from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.sample import DataError, decode
+from powernap.train.data.shard import Shard, fingerprint
 from powernap.train.data.shard_list import count_lanes, expand_shards
 from powernap.train.tasks.sample import Sample
 
-__all__ = ["Batch", "DataError", "evaluation_batches", "expand_shards", "training_batches"]
+FETCH_AHEAD = 8  # remote shards at once, by each reader
+
+State = dict[str, Any]  # JSON; see training_batches
 
 
 @dataclass(frozen=True)
@@ -31,164 +33,250 @@ class Batch:
     """Sequences of one rank, on the CPU."""
 
     tokens: torch.Tensor  # int64 [B, T]
-    loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets
+    loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was skipped
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
+    skipped: list[str] = field(default_factory=list)  # why samples could not be used: a line each
 
 
 def training_batches(
-    shards: str | list[str],
+    data: DataConfig,
     *,
     batch_size: int,
-    sequence_length: int,
     vocab_size: int,
     rank: int,
     world_size: int,
-    workers: int,
-    lanes: int | None,
     seed: int,
-    shuffle_buffer: int,
-    skip_batches: int,
-) -> Iterator[Batch]:
-    """This rank's batches, endlessly, from the one after `skip_batches` on.
+    state: State | None = None,
+) -> Iterator[tuple[Batch, State]]:
+    """This rank's batches, endlessly, each with the state after it; from the start or from the batch after `state`.
+
+    A state holds what this rank knows: samples, of all ranks so far; fingerprints and lanes, by dataset, a lane being
+    known by where to take it up; and what settles the order. `merge_states` makes one of all ranks' states, and such a
+    one is what to go on from, on any number of ranks, with any batch size and readers.
 
     Args:
         batch_size: sequences per rank.
-        workers: reader processes of this rank; 0: read here.
-        lanes: None for one per reader. Set it to keep the order when world_size or workers change.
-        shuffle_buffer: samples that a lane mixes; 1: a shard's samples keep their order.
 
     Raises:
-        DataError: at the first batch if shards or lanes do not fit, later if a shard cannot be read or does not fit.
+        DataError: at the first batch if the shards are missing or not those of `state`, later if a shard or sample
+            cannot be used and data.on_error is not skip.
     """
-    shards = expand_shards(shards, "data.train")
-    lanes = count_lanes(len(shards), lanes, world_size, workers)
-    stream = LaneStream(
-        shards,
-        lanes=lanes,
+    cache = cache_of(data)
+    datasets = data.datasets
+    orders, marks = [], {}
+    for (name, (spec, _)), where in zip(datasets.items(), data.shard_lists, strict=False):
+        shards = expand_shards(spec, where)
+        orders.append(Order(tuple(shards), count_lanes(len(shards), data.lanes, where), seed, data.shuffle_buffer))
+        marks[name] = fingerprint(shards, cache)
+    settled = {"seed": seed, "shuffle_buffer": data.shuffle_buffer, "lanes": [order.lanes for order in orders],
+               "weights": {name: weight for name, (_, weight) in datasets.items()}}  # fmt: skip
+    cursors: list[dict[int, Cursor]] = [{} for _ in orders]
+    done = 0
+    if state:
+        _check_state(state, marks, settled)
+        done = state["samples"]
+        for known, saved in zip(cursors, state["cursors"].values(), strict=True):
+            known.update({int(lane): Cursor(*place) for lane, place in saved.items()})
+    stream = BatchStream(
+        orders,
+        Mixture(tuple(weight for _, weight in datasets.values()), seed),
+        cursors,
+        cache,
+        data,
+        vocab_size,
+        first=done,
+        batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        seed=seed,
-        shuffle_buffer=shuffle_buffer,
-        skip=skip_batches * batch_size,
-        sequence_length=sequence_length,
-        vocab_size=vocab_size,
     )
     readers = DataLoader(
         stream,
-        batch_size=None,  # single samples: torch takes them from the workers in turn
-        num_workers=workers,
+        batch_size=None,  # the readers make whole batches: torch takes them from the workers in turn
+        num_workers=data.workers,
         collate_fn=_as_it_is,
-        prefetch_factor=max(2, math.ceil(2 * batch_size / workers)) if workers else None,  # two batches ahead
         generator=torch.Generator(),  # its own: the model's random numbers must not depend on the readers
     )
-    samples = iter(readers)
+    batches = iter(readers)
     try:
         while True:
-            yield _collate([_raise_error(next(samples)) for _ in range(batch_size)])
+            item = next(batches)
+            if isinstance(item, DataError):
+                raise item
+            batch, places = item
+            done += batch_size * world_size
+            for known, found in zip(cursors, places, strict=True):
+                known.update(found)
+            yield (
+                batch,
+                {
+                    "samples": done,
+                    "fingerprints": marks,
+                    "settled": settled,
+                    "cursors": {
+                        name: {str(lane): list(place) for lane, place in known.items()}
+                        for name, known in zip(marks, cursors, strict=True)
+                    },
+                },
+            )
     finally:
-        del samples  # ends the reader processes, even while a traceback keeps this frame
+        del batches  # ends the reader processes, even while a traceback keeps this frame
+
+
+def _check_state(state: State, marks: dict[str, str], settled: dict[str, Any]) -> None:
+    for name, mark in marks.items():
+        if state["fingerprints"].get(name) != mark:
+            where = f"data.train.{name}" if name else "data.train"
+            raise DataError(
+                f"{where}: the shards are not those the run was trained on so far: put them back, or start a new run"
+            )
+    for key, value in settled.items():
+        if state["settled"][key] != value:
+            raise DataError(f"the order of samples has changed: {key} was {state['settled'][key]}, is {value}")
+
+
+def merge_states(states: list[State]) -> State:
+    """One state of those that all ranks got with the same batch."""
+    merged = {**states[0], "cursors": {name: {} for name in states[0]["cursors"]}}
+    for state in states:
+        assert state["samples"] == merged["samples"] and state["settled"] == merged["settled"]
+        for name, places in state["cursors"].items():
+            known = merged["cursors"][name]
+            known.update({lane: max(place, known.get(lane, place)) for lane, place in places.items()})
+    return merged
 
 
 def evaluation_batches(
-    shards: str | list[str],
-    *,
-    batch_size: int,
-    sequence_length: int,
-    vocab_size: int,
-    rank: int,
-    world_size: int,
-    limit: int,
+    data: DataConfig, *, batch_size: int, vocab_size: int, rank: int, world_size: int, limit: int
 ) -> Iterator[Batch]:
-    """The first `limit` samples in file order; sample k goes to rank k % world_size. The last batch may be smaller.
+    """The first `limit` samples of data.test in file order; sample k goes to rank k % world_size. Batches may be smaller.
+
+    All ranks get as many batches: one whose samples are used up gets some again, without answers to count. Under ZeRO-3
+    the ranks run each batch together.
 
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.
     """
-    files = itertools.chain.from_iterable(read_shard(shard) for shard in expand_shards(shards, "data.test"))
-    samples = (decode(files, sequence_length, vocab_size) for files in itertools.islice(files, rank, limit, world_size))
-    while batch := list(itertools.islice(samples, batch_size)):
-        yield _collate(batch)
+    cache = cache_of(data)
+    shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
+    places = list(itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit))
+    own = places[rank::world_size]
+    for start in range(0, len(places[::world_size]), batch_size):
+        here = own[start : start + batch_size]
+        samples = [decode(shard[i], data.sequence_length, vocab_size) for shard, i in here or places[:batch_size]]
+        batch = _collate(samples)
+        yield batch if here else replace(batch, answers=[answers[:0] for answers in batch.answers])
 
 
-class LaneStream(IterableDataset):
-    """The samples of one rank, or of one of its reader processes; a DataError comes as the last item.
+class BatchStream(IterableDataset):
+    """The batches of one rank, or of one of its reader processes, with the lanes' places; a DataError comes as the last.
 
     It is handed on as a value since torch would wrap an exception into pages of text.
     """
 
     def __init__(
         self,
-        shards: list[str],
+        orders: list[Order],
+        mixture: Mixture,
+        cursors: list[dict[int, Cursor]],
+        cache: ShardCache,
+        data: DataConfig,
+        vocab_size: int,
         *,
-        lanes: int,
+        first: int,
+        batch_size: int,
         rank: int,
         world_size: int,
-        seed: int,
-        shuffle_buffer: int,
-        skip: int,
-        sequence_length: int,
-        vocab_size: int,
     ):
-        """`skip` counts this rank's samples."""
+        """`first`: samples of the run, over all ranks, that are done."""
         super().__init__()
-        self.shards = shards
-        self.lanes = lanes
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle_buffer = shuffle_buffer
-        self.skip = skip
-        self.sequence_length = sequence_length
-        self.vocab_size = vocab_size
+        self.orders, self.mixture, self.cursors, self.cache = orders, mixture, cursors, cache
+        self.data, self.vocab_size = data, vocab_size
+        self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
 
-    def __iter__(self) -> Iterator[Sample | DataError]:
+    def __iter__(self) -> Iterator[tuple[Batch, list[dict[int, Cursor]]] | DataError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        own = list(range(self.rank, self.lanes, self.world_size))
-        # The rank's sample i comes from its lane i % len(own). After a skip the first one due is in the middle.
-        due = [(self.skip + position) % len(own) for position in range(len(own))]
-        try:
-            streams = [self._read_lane(own[i], skip=_count(self.skip, i, len(own))) for i in due[worker::workers]]
-            for stream in itertools.cycle(streams):
-                yield decode(next(stream), self.sequence_length, self.vocab_size)
-        except DataError as error:
-            yield error
+        self._lanes: list[dict[int, Lane]] = [{} for _ in self.orders]
+        self._reported: set[str] = set()  # damaged shards
+        self._fetching: dict[str, Future] = {}
+        global_batch = self.batch_size * self.world_size
+        with ThreadPoolExecutor(FETCH_AHEAD) as self._fetchers:
+            try:
+                for step in itertools.count(worker, workers):
+                    start = self.first + step * global_batch + self.rank
+                    numbers = range(start, start + global_batch, self.world_size)
+                    self._fetch_first_shards(numbers)
+                    yield self._batch(numbers)
+            except DataError as error:
+                yield DataError(str(error))  # a plain one, which goes through torch's queue
 
-    def _read_lane(self, lane: int, skip: int) -> Iterator[dict[str, object]]:
-        """Undecoded samples of a lane, endlessly, without the first `skip`."""
-        return itertools.islice(self._epochs(lane), skip, None)
+    def _batch(self, numbers: range) -> tuple[Batch, list[dict[int, Cursor]]]:
+        samples = []
+        self._skipped: list[str] = []
+        touched: list[dict[int, Cursor]] = [{} for _ in self.orders]
+        for number in numbers:
+            dataset, lane, place = self._locate(number)
+            if lane not in self._lanes[dataset]:
+                self._lanes[dataset][lane] = Lane(self.orders[dataset], lane, self._cursor(dataset, lane), self._open)
+            reader = self._lanes[dataset][lane]
+            shard, i = reader.find(place)
+            touched[dataset][lane] = reader.cursor
+            try:
+                sample = decode(shard[i], self.data.sequence_length, self.vocab_size)
+            except DataError as error:
+                if self.data.on_error != "skip":
+                    raise
+                self._skipped.append(str(error))
+                sample = _nothing(self.data.sequence_length)
+            samples.append(sample)
+        return _collate(samples, self._skipped), touched
 
-    def _epochs(self, lane: int) -> Iterator[dict[str, object]]:
-        for epoch in itertools.count():
-            order = list(self.shards)
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            samples = itertools.chain.from_iterable(read_shard(shard) for shard in order[lane :: self.lanes])
-            mix = shuffle(
-                self.shuffle_buffer,
-                initial=self.shuffle_buffer,
-                rng=random.Random(f"{self.seed}/{epoch}/{lane}"),
-            )
-            yield from mix(samples)
+    def _locate(self, number: int) -> tuple[int, int, int]:
+        """Sample `number` of the run: its dataset, its lane there, and its number in that lane."""
+        dataset, place = self.mixture.locate(number)
+        lanes = self.orders[dataset].lanes
+        return dataset, place % lanes, place // lanes
+
+    def _cursor(self, dataset: int, lane: int) -> Cursor:
+        return self.cursors[dataset].get(lane, Cursor())
+
+    def _open(self, name: str, coming: str | None) -> Shard:
+        """For a lane: open a shard, and begin to fetch the one after it."""
+        self._fetch_ahead(coming)
+        if (fetching := self._fetching.pop(name, None)) and self.data.on_error == "stop":
+            fetching.result()  # its error is as good as one of another try
+        shard = Shard.open(name, self.cache, keep_readable=self.data.on_error == "skip")
+        if shard.damage and name not in self._reported:
+            self._reported.add(name)
+            self._skipped.append(shard.damage)
+        return shard
+
+    def _fetch_first_shards(self, numbers: range) -> None:
+        """Begin to fetch what the lanes of a batch that have not been touched yet will open, all at once."""
+        lanes = {self._locate(number)[:2] for number in numbers}
+        for dataset, lane in lanes:
+            if lane not in self._lanes[dataset]:
+                cursor, order = self._cursor(dataset, lane), self.orders[dataset]
+                self._fetch_ahead(order.shards[order.turns(lane, cursor.epoch)[cursor.turn]])
+
+    def _fetch_ahead(self, name: str | None) -> None:
+        if name and self.cache.local(name) is None and name not in self._fetching:
+            self._fetching[name] = self._fetchers.submit(self.cache.fetch, name)
 
 
-def _count(total: int, position: int, step: int) -> int:
-    """How many of the numbers 0 .. total - 1 are `position` modulo `step`."""
-    return len(range(position, total, step))
+def _nothing(length: int) -> Sample:
+    """What stands in the place of a sample that cannot be used: without loss, it counts nowhere."""
+    return Sample(np.zeros(length, np.int32), np.zeros(length, bool), np.zeros((0, 3), np.int32))
 
 
-def _raise_error(item: Sample | DataError) -> Sample:
-    if isinstance(item, DataError):
-        raise item
+def _as_it_is(item: object) -> object:
     return item
 
 
-def _as_it_is(sample: Sample | DataError) -> Sample | DataError:
-    return sample
-
-
-def _collate(samples: list[Sample]) -> Batch:
+def _collate(samples: list[Sample], skipped: list[str] = ()) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
         answers=[sample.answers for sample in samples],
+        skipped=list(skipped),
     )

@@ -1,4 +1,4 @@
-"""Which shards a recipe names, and how many readers they can feed. Nothing here imports torch."""
+"""Which shards a recipe names, and the lanes they are dealt to. Nothing here imports torch."""
 
 import glob
 from pathlib import Path
@@ -8,6 +8,7 @@ from braceexpand import braceexpand
 
 from powernap.train.data.sample import DataError
 
+MOST_LANES = 64  # unless data.lanes says more: each is an open shard
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
@@ -43,32 +44,18 @@ def local_path(shard: str) -> Path | None:
     return None if url.scheme else Path(shard)
 
 
-def count_lanes(shards: int, lanes: int | None, world_size: int, workers: int) -> int:
-    """How many lanes the training shards are dealt to (see loader.py): data.lanes, or one per reader.
+def count_lanes(shards: int, lanes: int | None, field: str = "data.train") -> int:
+    """How many lanes the training shards are dealt to (see order.py): data.lanes, or one per shard, at most 64.
 
     Raises:
-        DataError: if the lanes cannot be dealt to the readers, or some lane would get no shard.
+        DataError: if some lane would get no shard.
     """
-    readers = world_size * max(1, workers)
-    layout = f"parallel.data={world_size} x data.workers={workers}"
-    if lanes is not None and lanes % readers:
+    if lanes is not None and shards < lanes:
         raise DataError(
-            f"data.lanes={lanes} must be a multiple of the {readers} readers ({layout}): "
-            f"write data.lanes={-(-lanes // readers) * readers} or null"
+            f"{field} has {shards} shards, fewer than data.lanes={lanes}: write data.lanes={shards} or null, "
+            f"or build at least {lanes} shards (a smaller --samples-per-shard)"
         )
-    count = readers if lanes is None else lanes
-    if shards >= count:
-        return count
-    more = f"build at least {count} shards (a smaller --samples-per-shard)"
-    if shards >= readers:
-        raise DataError(
-            f"data.train has {shards} shards, fewer than data.lanes={lanes}: "
-            f"write data.lanes={shards // readers * readers}, or {more}"
-        )
-    fits = f"data.workers={shards // world_size}" if shards >= world_size else f"parallel.data={shards} data.workers=1"
-    if lanes is not None:
-        fits += " data.lanes=null"
-    raise DataError(f"data.train has {shards} shards, fewer than readers ({layout}): write {fits}, or {more}")
+    return lanes or min(shards, MOST_LANES)
 
 
 def _expand_braces(entry: str, field: str) -> list[str]:

@@ -1,0 +1,212 @@
+"""One shard: which samples lie in it and where, so that any of them can be read at once. Nothing here imports torch.
+
+A tar has no index. Ours is made by reading its headers once, and kept in the cache: a run that goes on in the middle of a
+million samples must not read the half before.
+"""
+
+import hashlib
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from powernap.train.data.cache import ShardCache
+from powernap.train.data.sample import MEMBERS, DataError
+
+END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
+_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key and its member's suffix, as WebDataset splits names
+
+
+class Shard:
+    """A shard as a sequence of samples, undecoded: `shard[i]` reads one from the file."""
+
+    def __init__(self, name: str, path: Path | None, places: np.ndarray, damage: str | None = None):
+        """
+        Args:
+            places: int64 [samples, members, 2], offset and size of each of sample.MEMBERS; offset -1: missing.
+            damage: what is wrong with the shard: it has more samples, which cannot be read.
+        """
+        self.name, self.path, self.damage = name, path, damage
+        self._places = places
+        self._file = None if path is None else os.open(path, os.O_RDONLY)
+
+    @classmethod
+    def open(cls, name: str, cache: ShardCache, keep_readable: bool = False) -> "Shard":
+        """Fetch a shard if it is remote, and find its samples.
+
+        Args:
+            name: a path or URL.
+            keep_readable: of a shard that cannot be read, or not to its end, take what can be, and note the damage.
+
+        Raises:
+            DataError: naming the shard, if it cannot be opened, is no tar, is damaged or cut off, or holds no sample.
+        """
+        try:
+            path = cache.fetch(name)
+            try:
+                index = cache.index_file(path)
+                places = _load(index)
+                if places is None:
+                    places = index_tar(path, name)
+                    _save(index, places)
+                return cls(name, path, places)
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
+        except _Damaged as damage:
+            if not keep_readable:
+                raise
+            return cls(name, path, damage.places, str(damage))
+        except DataError as damage:
+            if not keep_readable:
+                raise
+            return cls(name, None, _places([], name), str(damage))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        """A sample as WebDataset hands it out: __key__, __url__ and the bytes of each member.
+
+        Raises:
+            DataError: if the file has become shorter.
+        """
+        places = [(suffix, *place) for suffix, place in zip(MEMBERS, self._places[number].tolist(), strict=True)]
+        places = [(suffix, offset, size) for suffix, offset, size in places if offset >= 0]
+        sample: dict[str, object] = {"__url__": self.name, "__key__": _Key(self, number)}
+        if places:
+            start = min(offset for _, offset, _ in places)
+            stop = max(offset + size for _, offset, size in places)
+            data = os.pread(self._file, stop - start, start)
+            if len(data) < stop - start:
+                raise DataError(f"{self.name}: has become shorter while it was read: build or copy it again")
+            sample |= {suffix: data[offset - start : offset - start + size] for suffix, offset, size in places}
+        return sample
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        return (self[number] for number in range(len(self)))
+
+    def key(self, number: int) -> str:
+        """A sample's name. Reads all headers again: for messages."""
+        offsets = set(self._places[number, :, 0].tolist())
+        with suppress(OSError, tarfile.TarError), tarfile.open(self.path) as tar:
+            for member in tar:
+                if member.offset_data in offsets:
+                    return _NAME.fullmatch(member.name)[1]
+        return f"number {number}"
+
+    def __del__(self):
+        if getattr(self, "_file", None) is not None:
+            os.close(self._file)
+
+
+class _Key:
+    """A sample's name, looked up when somebody writes it."""
+
+    def __init__(self, shard: Shard, number: int):
+        self.shard, self.number = shard, number
+
+    def __str__(self) -> str:
+        return self.shard.key(self.number)
+
+
+class _Damaged(DataError):
+    """A shard of which only the first samples can be read."""
+
+    def __init__(self, message: str, places: np.ndarray):
+        super().__init__(message)
+        self.places = places
+
+
+def index_tar(path: Path, name: str) -> np.ndarray:
+    """Where the samples of a tar file lie: int64 [samples, members, 2].
+
+    Python's tarfile takes a cut between two members or a damaged header for the end. So what comes after the end it found
+    is compared with what should: two blocks of zeros or more, and nothing else.
+
+    Raises:
+        DataError: naming the shard, if it is no tar, is damaged or cut off, or holds no sample.
+    """
+    members: list[tuple[str, str, int, int]] = []
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    split = _NAME.fullmatch(member.name)
+                    if member.isfile() and split:
+                        members.append((split[1], split[2].lower(), member.offset_data, member.size))
+                    tar.members = []  # tarfile would keep them all
+                end = tar.offset
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            reason = f"{name}: cannot be read (not a whole tar file: {' '.join(str(error).split())})"
+            raise _Damaged(reason, _places(members, name, whole=False)) from None
+        total = file.seek(0, io.SEEK_END)
+        file.seek(end)
+        rest = iter(lambda: file.read(1 << 20), b"")
+        if any(block.strip(b"\0") for block in rest):
+            reason = f"{name}: damaged after {end} bytes, or several tars in one: build or copy it again"
+            raise _Damaged(reason, _places(members, name, whole=False))
+        if total < end + END_OF_ARCHIVE:
+            reason = f"{name}: cut off after {total} bytes: build or copy it again"
+            raise _Damaged(reason, _places(members, name, whole=False))
+    places = _places(members, name)
+    if not len(places):
+        raise DataError(f"{name}: holds no sample: build it again, or take it out of the list")
+    return places
+
+
+def _places(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
+    """Group members into samples: neighbours with the same key. Of a tar that is not `whole`, the last may be half."""
+    samples = []
+    for key, group in itertools.groupby(members, key=lambda member: member[0]):
+        found: dict[str, tuple[int, int]] = {}
+        for _, suffix, offset, size in group:
+            if suffix in found:
+                raise DataError(f"{name}: sample {key} has two members .{suffix}: build it again")
+            found[suffix] = (offset, size)
+        samples.append([found.get(suffix, (-1, 0)) for suffix in MEMBERS])
+    if not whole:
+        samples = samples[:-1]
+    return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS), 2)
+
+
+def fingerprint(shards: list[str], cache: ShardCache) -> str:
+    """What tells one list of shards from another: names, sizes and, of local files, two pieces of each.
+
+    Folders do not count, nor what a URL carries behind a question mark: data may be moved and links signed anew.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(os.path.basename(shard.partition("?")[0]).encode() + b"\0")
+        path = cache.local(shard)
+        if path is not None:
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with open(path, "rb") as file:
+                for place in (0, size // 2):
+                    file.seek(place)
+                    digest.update(file.read(1 << 14))
+    return digest.hexdigest()[:32]
+
+
+def _load(index: Path) -> np.ndarray | None:
+    try:
+        places = np.load(index)
+    except (OSError, ValueError, EOFError):  # none yet, or half a file
+        return None
+    return places if places.ndim == 3 and places.shape[1:] == (len(MEMBERS), 2) else None
+
+
+def _save(index: Path, places: np.ndarray) -> None:
+    """Keep it if we can: a cache that cannot be written only costs time."""
+    with suppress(OSError):
+        index.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = index.with_suffix(f".{os.getpid()}.tmp")
+        with open(unfinished, "wb") as file:
+            np.save(file, places)
+        unfinished.rename(index)
