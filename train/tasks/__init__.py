@@ -5,6 +5,7 @@ window, the L that fits; and sample(rng, held_out). Token 0 is the pad in every 
 """
 
 from powernap.train.tasks.depo import Depo
+from powernap.train.tasks.gsm import Gsm
 from powernap.train.tasks.rule110 import Rule110
 
-TASKS = {"depo": Depo, "rule110": Rule110}
+TASKS = {"depo": Depo, "gsm": Gsm, "rule110": Rule110}

@@ -227,7 +227,9 @@ def solve(statements: list[Statement]) -> dict[Name, int]:
         if not ready:
             raise TaskError("gsm: quantities are told by each other")
         for statement in ready:
-            values[statement.of] = _value(statement.operation, [values[name] for name in statement.by], statement.number)
+            values[statement.of] = _value(
+                statement.operation, [values[name] for name in statement.by], statement.number
+            )
         waiting = [statement for statement in waiting if statement.of not in values]
     return values
 
