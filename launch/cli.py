@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Megatron-core warns of kernels that it does not find, and both libraries of what they themselves call.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     rank = os.environ.get("RANK", "0")
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
@@ -33,6 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == "0":
             print("powernap: interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """argparse takes key=value only before the options; here they may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    given = getattr(options, "overrides", getattr(options, "fields", None))
+    if wrong := [word for word in rest if given is None or word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        given += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
     plan.add_argument("--memory", type=_size, metavar="SIZE", help="memory of a device, such as 80GB or 79GiB")
     plan.add_argument("--suggest", action="store_true", help="propose layouts for --devices")
-    plan.add_argument("--devices", type=_devices, metavar="N", help="(default: as many as the recipe's layout has)")
+    plan.add_argument("--devices", type=_count, metavar="N", help="(default: as many as the recipe's layout has)")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
 
@@ -83,18 +95,30 @@ def _parser() -> argparse.ArgumentParser:
     build = data_commands.add_parser(
         "build",
         help="write WebDataset shards of a task",
-        description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER.",
-        epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton). "
-        "example: powernap data build depo data/depo --train-samples 50000 nodes=8 max_hop=4",
+        description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
+        "The same command goes on where it was stopped.",
+        epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), gsm (word problems of "
+        "1 to 8 operations). example: powernap data build depo data/depo --train-samples 50000 nodes=8 max_hop=4",
     )
-    build.add_argument("task", metavar="TASK", help="depo or rule110")
+    build.add_argument("task", metavar="TASK", help="depo, rule110 or gsm")
     build.add_argument("folder", metavar="FOLDER", type=Path, help="where the shards go")
     build.add_argument("fields", metavar="key=value", nargs="*", help="sizes of the task, such as nodes=75 max_hop=16")
     build.add_argument("--train-samples", type=int, default=20000, help="(default: %(default)s)")
     build.add_argument("--test-samples", type=int, default=1000, help="(default: %(default)s)")
     build.add_argument("--samples-per-shard", type=int, default=2500, help="(default: %(default)s)")
     build.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    build.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per core)")
     build.set_defaults(run=_data_build)
+    inspect = data_commands.add_parser(
+        "inspect",
+        help="show samples and statistics of shards",
+        description="Write out the first samples of SHARDS with their windows and loss tokens, and count all.",
+        epilog="examples: powernap data inspect data/depo; powernap data inspect 'data/depo/test-*.tar' --samples 5",
+    )
+    inspect.add_argument("shards", metavar="SHARDS", help="a folder, or shards as a recipe names them")
+    inspect.add_argument("--samples", type=int, default=2, help="samples to write out (default: %(default)s)")
+    inspect.add_argument("--window", type=_count, metavar="L", help="(default: what the shards were built for)")
+    inspect.set_defaults(run=_data_inspect)
 
     compare = commands.add_parser(
         "compare",
@@ -196,7 +220,16 @@ def _data_build(options: argparse.Namespace, _: list[str]) -> int:
         test_samples=options.test_samples,
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
+        workers=options.workers,
     )
+    return 0
+
+
+def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.train.data.cache import ShardCache
+    from powernap.train.data.inspect_shards import inspect_shards
+
+    print(inspect_shards(options.shards, ShardCache(), options.samples, options.window))
     return 0
 
 
@@ -250,7 +283,7 @@ def _size(text: str) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
-def _devices(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}': write a whole number from 1, such as 64")
     return int(text)

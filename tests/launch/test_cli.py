@@ -99,8 +99,10 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
         (["train", "tiny.yaml", "--resume"], ["nothing to resume"]),
         (["eval", "nobody"], ["no run 'nobody'"]),
         (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
-        (["data", "build", "depot", "x"], ["no task 'depot'", "depo, rule110"]),
+        (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, rule110"]),
         (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),
+        (["data", "build", "depo", "x", "--seed", "1", "nods=8"], ["nods", "did you mean nodes?"]),
+        (["data", "inspect", "nowhere"], ["SHARDS=nowhere: no such file"]),
     ],
     ids=lambda value: " ".join(value[:3]),
 )

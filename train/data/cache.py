@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
@@ -37,7 +37,7 @@ class ShardCache:
     A URL's shard is taken for unchanged as long as it is in the cache.
     """
 
-    folder: Path
+    folder: Path = field(default_factory=lambda: Path("~/.cache/powernap").expanduser())
     limit: int | None = None
     retries: int = 3
 

@@ -21,28 +21,29 @@ def encode(key: str, sample: Sample) -> dict[str, object]:
     return {"__key__": key, **dict(arrays)}
 
 
-def decode(members: dict[str, object], sequence_length: int, vocab_size: int) -> Sample:
+def decode(members: dict[str, object], sequence_length: int | None = None, vocab_size: int | None = None) -> Sample:
     """Read and check one sample.
 
     Args:
         members: __key__, __url__ and the bytes of each member, as WebDataset groups them.
+        sequence_length, vocab_size: None for any.
 
     Raises:
         DataError: if a member is missing or damaged, or does not fit data.sequence_length or model.vocab_size.
     """
-    where = f"{members['__url__']}: sample {members['__key__']}"
+    where = _Where(members)
     tokens, loss_mask, answers = (_array(members, name, where) for name in MEMBERS)
 
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(f"{where}: tokens.npy must hold integers [T], not {tokens.dtype} {list(tokens.shape)}")
-    if len(tokens) != sequence_length:
+    if sequence_length is not None and len(tokens) != sequence_length:
         raise DataError(
             f"{where} has {len(tokens)} tokens, data.sequence_length={sequence_length}: "
             f"write data.sequence_length={len(tokens)}"
         )
     if tokens.min() < 0:
         raise DataError(f"{where}: token {tokens.min()} is negative: build the shard again")
-    if tokens.max() >= vocab_size:
+    if vocab_size is not None and tokens.max() >= vocab_size:
         raise DataError(
             f"{where} has token {tokens.max()}, model.vocab_size={vocab_size}: "
             f"write model.vocab_size={tokens.max() + 1} or more"
@@ -57,7 +58,17 @@ def decode(members: dict[str, object], sequence_length: int, vocab_size: int) ->
     return Sample(tokens, loss_mask, answers)
 
 
-def _array(members: dict[str, object], name: str, where: str) -> np.ndarray:
+class _Where:
+    """A sample's place, written out only for a message: a key costs more than reading the sample."""
+
+    def __init__(self, members: dict[str, object]):
+        self._members = members
+
+    def __str__(self) -> str:
+        return f"{self._members['__url__']}: sample {self._members['__key__']}"
+
+
+def _array(members: dict[str, object], name: str, where: _Where) -> np.ndarray:
     if name not in members:
         raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}")
     try:
@@ -79,7 +90,7 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.
     return shape, "F" if is_fortran else "C", dtype
 
 
-def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, where: str) -> None:
+def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, where: _Where) -> None:
     if answers.ndim != 2 or answers.shape[1] != 3 or answers.dtype.kind not in "iu":
         raise DataError(
             f"{where}: answers.npy must hold integer rows (start, stop, depth), "

@@ -75,6 +75,16 @@ class Depo(Section):
     def sequence_length(self) -> int:
         return self.context_length + self.queries * (6 if self.names == "words" else 3)
 
+    def token_name(self, token: int) -> str:
+        """A token as a person reads it: names as numbers, the last token of a word and a destination with a dot."""
+        first = self.alphabet if self.names == "words" else self.nodes
+        if token == PAD:
+            return "[pad]"
+        if token < self._first_hop:
+            return str(token) if token <= first else f"{token - first}."
+        hop = token - self._first_hop + 1
+        return f"[hop {hop}]" if hop <= self.max_hop else "[ans]"
+
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
         """A cycle that belongs to the test (`held_out`) or to the training, with random questions."""
         cycle = draw_problem(lambda: self._draw_cycle(rng), _canonical, held_out, f"depo with nodes={self.nodes}")

@@ -10,9 +10,8 @@ reader could know what matters, but what it needs is spread over the context in 
 Text is split into words and digits, a token each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Self
 
 import numpy as np

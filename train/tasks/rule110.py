@@ -57,6 +57,12 @@ class Rule110(Section):
     def sequence_length(self) -> int:
         return self.context_length + 1 + self.rows
 
+    def token_name(self, token: int) -> str:
+        """A token as a person reads it."""
+        if token >= FIRST_QUERY:
+            return f"[steps {self.step_choices[token - FIRST_QUERY]}]"
+        return str(token - FIRST_BIT) if token >= FIRST_BIT else "[pad]"
+
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
         """Rows that belong to the test (`held_out`) or to the training."""
         cells = draw_problem(
