@@ -35,7 +35,7 @@ install: .venv/installed  ## the virtual environment alone
 	@echo "Installing into .venv: about 2 GB, some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt torch setuptools
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[text,test]'
 	@touch $@
 
 clean:  ## remove the virtual environment (runs/ and data/ stay)

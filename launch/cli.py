@@ -94,18 +94,22 @@ def _parser() -> argparse.ArgumentParser:
     data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = data_commands.add_parser(
         "build",
-        help="write WebDataset shards of a task",
+        help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
         "The same command goes on where it was stopped.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), gsm (word problems of "
-        "1 to 8 operations). example: powernap data build depo data/depo --train-samples 50000 nodes=8 max_hop=4",
+        "1 to 8 operations), text (any .txt, .jsonl or .parquet). examples: powernap data build depo data/depo nodes=8 "
+        "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
     )
-    build.add_argument("task", metavar="TASK", help="depo, rule110 or gsm")
+    build.add_argument("task", metavar="TASK", help="depo, rule110, gsm or text")
     build.add_argument("folder", metavar="FOLDER", type=Path, help="where the shards go")
     build.add_argument("fields", metavar="key=value", nargs="*", help="sizes of the task, such as nodes=75 max_hop=16")
     build.add_argument("--train-samples", type=int, default=20000, help="(default: %(default)s)")
     build.add_argument("--test-samples", type=int, default=1000, help="(default: %(default)s)")
     build.add_argument("--samples-per-shard", type=int, default=2500, help="(default: %(default)s)")
+    build.add_argument(
+        "--shard-size", type=_size, default=64_000_000, metavar="SIZE", help="text read for a shard (64MB)"
+    )
     build.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     build.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per core)")
     build.set_defaults(run=_data_build)
@@ -206,15 +210,22 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
 
 def _data_build(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.config import RecipeError, check, parse_overrides
-    from powernap.train.data.shards import build
+    from powernap.train.data.shards import TextSource, build, build_task
+    from powernap.train.data.text import Text
     from powernap.train.tasks import TASKS
 
+    if options.task == "text":
+        build(
+            TextSource(check(Text, parse_overrides(options.fields)), options.shard_size),
+            options.folder,
+            options.workers,
+        )
+        return 0
     if options.task not in TASKS:
-        raise RecipeError(f"no task '{options.task}': choose one of {', '.join(TASKS)}")
-    task = check(TASKS[options.task], parse_overrides(options.fields))
-    build(
+        raise RecipeError(f"no task '{options.task}': choose one of {', '.join(TASKS)}, or text")
+    build_task(
         options.task,
-        task,
+        check(TASKS[options.task], parse_overrides(options.fields)),
         options.folder,
         train_samples=options.train_samples,
         test_samples=options.test_samples,

@@ -73,6 +73,9 @@ class SleepConfig(Section):
         "hard",
         description="what a window leaves beside fast weights: hard nothing, sliding its newest L-1 keys, values",
     )
+    every_window: bool = Field(
+        False, description="sleep on windows with loss tokens too, once they were read: for text, where all bear loss"
+    )
     pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
     reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")
     backprop_passes: int | None = Field(

@@ -1,8 +1,9 @@
 """Segments: what a batch has to run, in which order. The same list drives one process and a pipeline.
 
 A segment is (window, pass). Consolidation windows, which hold no loss token, are slept on: N passes, each writing the
-fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1). Under sliding
-eviction a window also leaves keys and values: of each attention block those of its last pass.
+fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1); with
+sleep.every_window they are then slept on too, except the last: in text every token bears loss. Under sliding eviction a
+window also leaves keys and values: of each attention block those of its last pass.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Segment:
     """One pass over one window."""
 
     window: int
-    pass_number: int  # from 1
+    pass_number: int  # from 1; 0 where a window that is slept on is read before
     tokens: tuple[int, int]  # [start, stop) in the inputs
     blocks: tuple[int, int]  # [start, stop) of the blocks this pass runs
     final_blocks: tuple[int, int]  # [start, stop) of those that no later pass over this window runs
@@ -42,7 +43,8 @@ def plan_segments(
             targets tokens[:, 1:] where loss_mask[:, 1:] is set.
         passes: N of this step.
 
-    A sequence without any loss token goes along with the others.
+    A sequence whose loss tokens are all behind it, or that has none, goes along with the others: what becomes of it has
+    no effect.
 
     Raises:
         SegmentError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
@@ -50,11 +52,11 @@ def plan_segments(
     """
     assert passes >= 1 and tokens.shape == loss_mask.shape
     length = tokens.shape[1] - 1
-    counted = loss_mask[loss_mask[:, 1:].any(dim=1)]
     segments = []
     for window, start in enumerate(range(0, length, model.window)):
         stop = min(start + model.window, length)
-        predicts = counted[:, start + 1 : stop + 1].any(dim=1)
+        ahead = loss_mask[:, start + 1 :].any(dim=1)
+        predicts = loss_mask[ahead, start + 1 : stop + 1].any(dim=1)
         if predicts.any() and not predicts.all():
             raise SegmentError(
                 f"window {window} (tokens {start}..{stop - 1}) holds loss tokens in {int(predicts.sum())} of "
@@ -62,10 +64,13 @@ def plan_segments(
             )
         cached = cached_tokens(start, model, sleep)
         padded = model.pad_token_id is not None and bool((tokens[:, start - cached : stop] == model.pad_token_id).any())
-        if predicts.any():
+        reads = bool(predicts.any()) or (sleep.every_window and not ahead.any())
+        sleeps = not reads or (sleep.every_window and stop < length)
+        if reads:
             every = (0, model.num_layers)
-            segments.append(Segment(window, 1, (start, stop), every, every, predicts=True, padded=padded))
-        else:
+            number, final = (0, (0, 0)) if sleeps else (1, every)
+            segments.append(Segment(window, number, (start, stop), every, final, predicts=True, padded=padded))
+        if sleeps:
             segments += _sleep_on(window, (start, stop), padded, model, sleep, passes)
     return segments
 

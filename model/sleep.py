@@ -50,7 +50,7 @@ def sleep_and_predict(
     loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
     for index, segment in enumerate(segments):
-        if between_windows and index and segment.pass_number == 1:
+        if between_windows and index and segment.window != segments[index - 1].window:
             memory = between_windows(memory)
         where = slice(*segment.tokens)
 

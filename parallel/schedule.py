@@ -79,11 +79,16 @@ def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda 
 
 def predict(
     stage: HybridStage, segments: list[Segment], tokens: torch.Tensor, loss_mask: torch.Tensor, here: Topology
-) -> torch.Tensor:
-    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere, on every stage; one stage works at a time."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere, and the loss summed over the loss tokens.
+
+    On every stage; one stage works at a time.
+    """
     if here.stages == 1:
-        return sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False, predict=True).predictions
+        output = sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False, predict=True)
+        return output.predictions, output.loss
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
+    loss = torch.zeros((), dtype=torch.promote_types(stage.like.dtype, torch.float32), device=stage.like.device)
     ring = Ring(stage, here, longest(segments), len(tokens))
     memory = stage.empty_memory(len(tokens))
     with torch.no_grad():
@@ -92,12 +97,15 @@ def predict(
             hidden_states = ring.receive(segment) if again or not stage.is_first else None
             hidden_states, memory = stage(segment, inputs, hidden_states, memory)
             if segment.predicts and stage.is_last:
-                predictions[:, 1:][:, slice(*segment.tokens)] = stage.predictions(hidden_states)
+                where = slice(*segment.tokens)
+                predictions[:, 1:][:, where] = stage.predictions(hidden_states)
+                loss += stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
             goes_on = index + 1 < len(segments) and segments[index + 1].pass_number > 1
             if not stage.is_last or goes_on:
                 ring.send(hidden_states)
-        dist.broadcast(predictions, group=here.groups.pp, group_src=here.stages - 1)
-    return predictions
+        for result in (predictions, loss):
+            dist.broadcast(result, group=here.groups.pp, group_src=here.stages - 1)
+    return predictions, loss
 
 
 class StageStep:

@@ -66,8 +66,11 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     for window in range(count):
         start = window * model.window
         tokens = min(model.window, length - start)
+        sleeps = not predicts[window] or (sleep.every_window and window < count - 1)
         if predicts[window]:
-            segments.append(Segment(window, 1, start, tokens, every, every, awake, predicts=True))
+            number, final = (0, range(0)) if sleeps else (1, every)
+            segments.append(Segment(window, number, start, tokens, every, final, awake, predicts=True))
+        if not sleeps:
             continue
         for number, (blocks, flops) in enumerate(asleep, start=1):
             final = range(blocks.start, blocks.stop if number == passes else loop_start)

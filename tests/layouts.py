@@ -65,11 +65,12 @@ def compare(case: Case, **process_group) -> dict:
         difference = (gradient - own_slice(reference, parameter, here)).abs().max() / (reference.abs().max() + 1e-12)
         if not difference <= worst["error"]:
             worst = {"error": difference.item(), "name": stage.global_name(name)}
-    read = schedule.predict(stage, own[0].segments, own[0].tokens, own[0].loss_mask, here)
+    read, read_loss = schedule.predict(stage, own[0].segments, own[0].tokens, own[0].loss_mask, here)
     result = {
         "loss": abs(own_loss.item() / loss - 1),
         "gradient": worst,
-        "predictions": torch.equal(read, predictions[here.data_rank]),
+        "predictions": torch.equal(read, predictions[here.data_rank][0]),
+        "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
         "parameters": len(list(stage.parameters())),
     }
     topology.shutdown()
@@ -95,7 +96,7 @@ def one_process(case: Case, model, sleep, batches, scale: float):
             output = sleep_and_predict(stage, batch.segments, batch.tokens, batch.loss_mask, predict=True)
             (output.loss * scale).backward()
             losses.append(output.loss.item())
-            predictions.append(output.predictions)
+            predictions.append((output.predictions, output.loss.item()))
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
         found = [(sum(losses), gradients, predictions)]
     dist.broadcast_object_list(found, src=0)

@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.common import in_processes
 from powernap.launch import cli
-from powernap.train.data.shards import build
+from powernap.train.data.shards import build_task
 from powernap.train.tasks import TASKS
 
 RECIPE = {
@@ -27,10 +27,19 @@ RECIPE = {
 }  # fmt: skip
 
 
-def prepare(folder: Path, train_samples: int = 256, **sections: dict) -> Path:
+def prepare(folder: Path, train_samples: int = 256, seed: int = 0, **sections: dict) -> Path:
     """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
     task = TASKS["depo"](nodes=6, max_hop=2, queries=4, names="ends")
-    build("depo", task, folder / "data", train_samples=train_samples, test_samples=64, samples_per_shard=64, seed=0)
+    build_task(
+        "depo",
+        task,
+        folder / "data",
+        train_samples=train_samples,
+        test_samples=64,
+        samples_per_shard=64,
+        seed=seed,
+        workers=1,
+    )
     recipe = {name: {**RECIPE.get(name, {}), **sections.get(name, {})} for name in RECIPE | sections}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))

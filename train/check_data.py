@@ -127,7 +127,9 @@ def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     """That samples agree about which windows hold loss tokens (see segments.py), and that one is slept on."""
     window = recipe.model.window
     predicts = _predicts(samples, window)
-    disagreeing = (predicts != predicts[0]).any(axis=0)
+    ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[:, ::-1]  # whether it holds loss tokens from there on
+    disagreeing = (ahead & ~predicts).any(axis=0) & predicts.any(axis=0)
+    predicts = predicts.any(axis=0)
     if disagreeing.any():
         number = int(disagreeing.argmax())
         first, last = number * window, min((number + 1) * window, recipe.data.sequence_length - 1) - 1
@@ -135,9 +137,10 @@ def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
             f"model.window={window}: window {number} (tokens {first}..{last}) holds loss tokens in some samples "
             f"of {shard} and none in others: choose a window that all answers share"
         )
-    sleeps_first = not predicts[0][: int(predicts[0].nonzero()[0][-1])].all()
+    before_last_answer = predicts[: int(predicts.nonzero()[0][-1])]
+    sleeps_first = len(before_last_answer) > 0 if recipe.sleep.every_window else not before_last_answer.all()
     if max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
         raise DataError(
             f"model.window={window} leaves nothing to sleep on: every window of {shard} up to the last answer holds "
-            f"loss tokens: write a smaller model.window, or sleep.passes=1"
+            f"loss tokens: write a smaller model.window, sleep.every_window=true or sleep.passes=1"
         )

@@ -289,7 +289,8 @@ class Recipe(Section):
         """The blocks of each pipeline stage."""
         parallel, passes = self.parallel, max(self.sleep.pass_choices)
         windows = -(-(self.data.sequence_length - 1) // self.model.window)
-        costs = sequence_costs(self.model, passes, sleep=self.sleep, consolidated=max(1, windows - 1))
+        read = windows if self.sleep.every_window else 1
+        costs = sequence_costs(self.model, passes, sleep=self.sleep, consolidated=max(1, windows - 1), predicted=read)
         return split_layers(self.model.pattern, parallel.pipeline, parallel.pipeline_layout, costs)
 
     @property

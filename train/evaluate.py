@@ -15,22 +15,24 @@ from powernap.parallel.schedule import predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe, RecipeError
 from powernap.train.data.loader import Batch, evaluation_batches
-from powernap.train.report import draw_accuracy, format_accuracy
+from powernap.train.report import draw_accuracy, draw_loss, format_accuracy
 from powernap.train.run_folder import RunFolder
 from powernap.train.tracking import Tracker
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model knows of held-out problems. An answer counts when every token of it is right."""
+    """What a model knows of held-out data. An answer counts when every token of it is right."""
 
+    loss: dict[str, float]  # N -> mean over the loss tokens
     accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
     floor: dict[str, float]  # depth -> share that the best constant guess gets
     answers: dict[str, int]  # depth -> answers asked
 
     def metrics(self) -> dict[str, float]:
         """Under the names of metrics.jsonl and MLflow."""
-        return {
+        loss = {f"held_out_loss/N{passes}": value for passes, value in self.loss.items()}
+        return loss | {
             f"accuracy/N{passes}/depth_{depth}": value
             for passes, by_depth in self.accuracy.items()
             for depth, value in by_depth.items()
@@ -46,6 +48,7 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     """
     asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
     right: Counter[tuple[int, int]] = Counter()  # (N, depth)
+    losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
     batches = evaluation_batches(
         recipe.data,
         batch_size=recipe.micro_batch_size,
@@ -56,9 +59,12 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     )
     for batch in batches:
         asked.update((depth, answer) for _, depth, answer in _answers(batch))
-        for number in passes:
-            predictions = _predict(stage, recipe, batch, number, here)
+        losses[0] += batch.counts * batch.loss_mask[:, 1:].sum()
+        for place, number in enumerate(passes, start=1):
+            predictions, loss = _predict(stage, recipe, batch, number, here)
+            losses[place] += batch.counts * loss
             right.update((number, depth) for where, depth, answer in _answers(batch) if predictions[where] == answer)
+    loss_tokens, *losses = here.sum_over_data(losses).tolist()
     asked, right = here.sum_counters_over_data(asked), here.sum_counters_over_data(right)
     answers = Counter()
     constant_guess: Counter[int] = Counter()  # depth -> how often the most frequent answer is the right one
@@ -67,6 +73,7 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
         constant_guess[depth] = max(constant_guess[depth], count)
     depths = sorted(answers)
     return Evaluation(
+        loss={str(n): loss / loss_tokens for n, loss in zip(passes, losses, strict=True)},
         accuracy={str(n): {str(depth): right[n, depth] / answers[depth] for depth in depths} for n in passes},
         floor={str(depth): constant_guess[depth] / answers[depth] for depth in depths},
         answers={str(depth): answers[depth] for depth in depths},
@@ -95,17 +102,22 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
         )
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": step, **asdict(result)}, indent=2) + "\n")
-    draw_accuracy(
-        result.accuracy, result.floor, title=f"{path.name}: held-out accuracy after step {step:,}", to=picture
-    )
+    title = f"{path.name}: held-out {'accuracy' if result.floor else 'loss'} after step {step:,}"
+    if result.floor:
+        draw_accuracy(result.accuracy, result.floor, title=title, to=picture)
+    else:
+        draw_loss(result.loss, title=title, to=picture)
     tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"))
     tracker.log_metrics(step, result.metrics())
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close()
-    title = f"{path.name}: held-out accuracy after step {step:,}, {sum(result.answers.values()):,} answers"
-    rows = {f"N={n}": by_depth for n, by_depth in result.accuracy.items()} | {"constant guess": result.floor}
-    return f"{title}\n{format_accuracy(rows)}\n{table} and {picture.name} written"
+    lines = [title + (f", {sum(result.answers.values()):,} answers" if result.floor else "")]
+    if result.floor:
+        rows = {f"N={n}": by_depth for n, by_depth in result.accuracy.items()} | {"constant guess": result.floor}
+        lines.append(format_accuracy(rows))
+    lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
+    return "\n".join([*lines, f"{table} and {picture.name} written"])
 
 
 def evaluation_passes(recipe: Recipe) -> list[int]:
@@ -113,12 +125,15 @@ def evaluation_passes(recipe: Recipe) -> list[int]:
     return recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
 
 
-def _predict(stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology) -> dict:
-    """The predicted answer at every place of an answer: (row, start, stop) -> tokens."""
+def _predict(
+    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology
+) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor]:
+    """The predicted answer at every place of an answer, (row, start, stop) -> tokens, and the sum of the losses."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
-    predictions = predict(stage, segments, tokens.to(here.device), loss_mask.to(here.device), here).tolist()
-    return {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+    predictions, loss = predict(stage, segments, tokens.to(here.device), loss_mask.to(here.device), here)
+    predictions = predictions.tolist()
+    return {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}, loss
 
 
 def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:

@@ -24,6 +24,16 @@ def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
     return "\n".join(lines)
 
 
+def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
+    """Loss over N."""
+    figure, axes = new_figure()
+    axes.plot(list(loss), list(loss.values()), "o-", color=BLUE, clip_on=False)
+    axes.set_xlabel("N, passes of sleep")
+    axes.set_ylabel("loss per token")
+    axes.set_title(title, loc="left")
+    figure.savefig(to)
+
+
 def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str, to: Path) -> None:
     """Accuracy over depth, a line for each N, and the constant guess below them.
 

@@ -77,9 +77,12 @@ class RunLog:
         record = self._metrics.write(step, **metrics)
         self._bar.update()
         accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
-        if self._is_due(step) or accuracy:
+        loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
+        if self._is_due(step) or loss:
             self._tracker.log_metrics(step, record)
             self._say(step, record)
+        if loss:
+            logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n[14:]} {v:.4f}" for n, v in loss.items()))
         if accuracy:
             logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
 

@@ -97,7 +97,9 @@ def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
 def count_parameters(stage: HybridStage, here: Topology) -> int:
     """Parameters of the whole model."""
     sizes = {
-        stage.global_name(name): p.numel() * (here.tensor_size if getattr(p, "tensor_model_parallel", False) else 1)
+        # ZeRO-3 leaves a shard of a parameter here, and its whole size in ds_numel.
+        stage.global_name(name): getattr(p, "ds_numel", p.numel())
+        * (here.tensor_size if getattr(p, "tensor_model_parallel", False) else 1)
         for name, p in stage.named_parameters()
     }
     return round(sum(here.merge_over_model(sizes).values()))

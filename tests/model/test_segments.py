@@ -25,6 +25,28 @@ def test_a_prediction_window_in_the_middle():
     assert [(s.window, s.pass_number) for s in segments] == [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2), (3, 1)]
 
 
+def test_every_window_is_read_and_then_slept_on_but_for_the_last():
+    segments = plan(passes=2, windows=3, predicting=(0, 1, 2), sleep=SleepConfig(every_window=True))
+    assert [(s.window, s.pass_number) for s in segments] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1)]
+    assert [s.predicts for s in segments] == [True, False, False, True, False, False, True]
+    assert [s.final_blocks for s in segments[:3]] == [(0, 0), (0, 0), (0, 4)]
+    mixed = plan(passes=2, windows=3, predicting=(1, 2), sleep=SleepConfig(every_window=True))
+    assert [(s.window, s.pass_number) for s in mixed] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1)]
+
+
+def test_a_sequence_whose_loss_is_behind_it_goes_along():
+    tokens, loss_mask = tiny.batch(windows=3)
+    loss_mask[1] = False
+    segments = plan_segments(tokens, loss_mask, tiny.model_config(), SleepConfig(), 1)
+    assert [s.predicts for s in segments] == [False, False, True]
+    text = SleepConfig(every_window=True)
+    tokens, loss_mask = tiny.batch(windows=3, predicting=(0, 1, 2))
+    whole = plan_segments(tokens, loss_mask, tiny.model_config(), text, 2)
+    loss_mask[0, 8:] = False  # a document that ends in the second window
+    assert plan_segments(tokens, loss_mask, tiny.model_config(), text, 2) == whole
+    assert plan_segments(tokens[:1], loss_mask[:1], tiny.model_config(), text, 2) == whole
+
+
 def test_last_window_may_be_short():
     tokens, loss_mask = tiny.batch(windows=3)
     segments = plan_segments(tokens[:, :-4], loss_mask[:, :-4], tiny.model_config(), SleepConfig(), 1)

@@ -45,6 +45,27 @@ def test_passes_are_the_recurrence_of_the_paper(here):
     assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, by_hand)) < 1e-13
 
 
+def test_a_window_of_text_is_read_with_the_loss_and_then_slept_on(here):
+    """Written out by hand: reading writes too, each pass of sleep goes on from there, the first from the embeddings."""
+    sleep = SleepConfig(every_window=True)
+    stage = tiny.build_stage(here, sleep=sleep)
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch(windows=2, predicting=(0, 1)))
+    first, second = tokens[:, : tiny.WINDOW], tokens[:, tiny.WINDOW : -1]
+    window = stage._window(tiny.plan_segments(tokens, loss_mask, stage.model, sleep, 1)[0], first)
+    targets = tokens[:, 1:].split(tiny.WINDOW, dim=1)
+    masks = loss_mask[:, 1:].split(tiny.WINDOW, dim=1)
+    hidden, fast_weights = stage.decoder(stage._embed(first), stage.empty_memory(len(tokens)), window, range(4))
+    by_hand = stage.loss(hidden, targets[0], masks[0])
+    hidden = stage._embed(first)
+    for _ in range(3):
+        hidden, fast_weights = stage.decoder(hidden, fast_weights, window, range(4))
+    hidden, _ = stage.decoder(stage._embed(second), fast_weights, window, range(4))
+    by_hand = by_hand + stage.loss(hidden, targets[1], masks[1])
+    output = tiny.run(stage, tokens, loss_mask, 3, sleep)
+    assert output.loss.item() == pytest.approx(by_hand.item(), rel=1e-14)
+    assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, by_hand)) < 1e-13
+
+
 @pytest.mark.parametrize("sleep", [SleepConfig(), SleepConfig(pass_norm=True, reinject_embeddings=True)])
 @pytest.mark.parametrize("predicting", [(2,), (1, 2)])
 def test_recomputation_changes_nothing(here, sleep, predicting):

@@ -53,6 +53,10 @@ CASES = {
         pipeline=4, layout="A|G|G|A", model={"pattern": "AGGA"}, passes=3, sleep=dict(loop_range=[1, 3])
     ),
     "PP2, truncated back-propagation": Case(pipeline=2, passes=3, sleep=dict(backprop_passes=1)),
+    "PP2, every window": Case(pipeline=2, predicting=(0, 1, 2), sleep=dict(every_window=True)),
+    "TP2xPP2+SP, every window, sliding": Case(
+        tensor=2, pipeline=2, sequence=True, predicting=(0, 1, 2), sleep=dict(every_window=True, eviction="sliding")
+    ),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
 }
@@ -110,5 +114,5 @@ def check(case: Case, results: list[dict]) -> None:
     for result in results:
         assert result["loss"] < bound
         assert result["gradient"]["error"] < bound, result["gradient"]["name"]
-        assert result["predictions"]
+        assert result["predictions"] and result["read_loss"] < bound
         assert result["parameters"] > 0

@@ -124,9 +124,10 @@ def test_parameters_are_the_models(here, tensor):
 
 @pytest.mark.parametrize("loop_range", [None, (1, 3)])
 @pytest.mark.parametrize("backprop_passes", [None, 1])
-def test_segments_are_the_models(loop_range, backprop_passes):
+@pytest.mark.parametrize("every_window", [False, True])
+def test_segments_are_the_models(loop_range, backprop_passes, every_window):
     model = tiny.model_config()
-    sleep = SleepConfig(passes=3, loop_range=loop_range, backprop_passes=backprop_passes)
+    sleep = SleepConfig(passes=3, loop_range=loop_range, backprop_passes=backprop_passes, every_window=every_window)
     tokens, loss_mask = tiny.batch(windows=4, predicting=(1, 3))
     tokens, loss_mask = tokens[:, :-2], loss_mask[:, :-2]  # a short last window
     ours = cut(recipe(model, sleep=sleep, tokens=tokens.shape[1] - 1), [False, True, False, True])

@@ -12,7 +12,7 @@ import tiny
 from powernap.train.check_data import check_data
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError, encode
-from powernap.train.data.shards import build
+from powernap.train.data.shards import build_task
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.sample import Sample
@@ -27,7 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    build("depo", ENDS, tmp_path / "data", train_samples=20, test_samples=6, samples_per_shard=5, seed=0)
+    build_task("depo", ENDS, tmp_path / "data", train_samples=20, test_samples=6, samples_per_shard=5, seed=0)
     return tmp_path / "data"
 
 
@@ -61,7 +61,7 @@ def test_shards_that_fit_pass(data):
 
 @pytest.mark.parametrize("task", [Depo(nodes=18, max_hop=3, queries=3), Rule110()], ids=["words", "rule110"])
 def test_the_tasks_own_sizes_pass(tmp_path, task):
-    build("task", task, tmp_path / "data", train_samples=70, test_samples=5, samples_per_shard=70, seed=0)
+    build_task("task", task, tmp_path / "data", train_samples=70, test_samples=5, samples_per_shard=70, seed=0)
     model = {"window": task.window, "vocab_size": task.vocab_size}
     check_data(recipe(tmp_path / "data", model=model, sequence_length=task.sequence_length))
 
@@ -110,7 +110,7 @@ def test_a_remote_shard_is_opened(data):
 
 def test_pads_that_the_model_does_not_know(tmp_path):
     padded = Depo(nodes=7, max_hop=4, queries=5, names="ends")  # 14 tokens of context in a window of 15
-    build("depo", padded, tmp_path / "data", train_samples=2, test_samples=1, samples_per_shard=2, seed=0)
+    build_task("depo", padded, tmp_path / "data", train_samples=2, test_samples=1, samples_per_shard=2, seed=0)
     settings = dict(sequence_length=30)
     check_data(recipe(tmp_path / "data", model={"window": 15}, **settings))
     text = error_of(recipe(tmp_path / "data", model={"window": 15, "pad_token_id": None}, **settings))
@@ -128,6 +128,10 @@ def test_a_manifest_is_optional_but_must_be_one(data):
     check_data(recipe(data))
     assert "model.window=32 leaves nothing to sleep on" in error_of(recipe(data, model={"window": 32}))
     check_data(recipe(data, model={"window": 32}, sleep={"passes": 1}))
+    assert "nothing to sleep on" in error_of(
+        recipe(data, model={"window": 32}, sleep={"passes": 2, "every_window": True})
+    )
+    check_data(recipe(data, model={"window": 30}, sleep={"passes": 2, "every_window": True}))
 
 
 def test_samples_that_disagree_about_a_window(tmp_path):

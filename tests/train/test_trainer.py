@@ -101,7 +101,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, trained, tmp_pa
     shutil.copy(folder / "tiny.yaml", tmp_path)
     broken = Path(shutil.copytree(trained[name], tmp_path / "runs" / name))
     shutil.rmtree(broken / "checkpoints" / "step_00000010")  # as if it had been stopped between 5 and 10
-    overrides = RUNS[name][1]
+    overrides = [*RUNS[name][1], "data.workers=2"]  # other readers than before
     result = runs.powernap("train", "tiny.yaml", f"run.name={name}", *overrides, "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "resumed after step 5 of 10" in result.stderr
@@ -111,6 +111,17 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(folder, trained, tmp_pa
         assert column(broken, key) == column(trained[name], key)
     a, b = weights(broken), weights(trained[name])
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_other_shards_are_refused_on_resume(folder, trained, tmp_path):
+    runs.prepare(tmp_path, seed=1)  # as large as those of the run
+    shutil.copytree(trained["one"], tmp_path / "runs" / "one")
+    shutil.rmtree(tmp_path / "runs" / "one" / "checkpoints" / "step_00000010")
+    result = runs.powernap("train", "tiny.yaml", "run.name=one", "--resume", cwd=tmp_path)
+    assert (
+        result.returncode != 0 and "data.train: the shards are not those the run was trained on so far" in result.stderr
+    )
+    assert column(tmp_path / "runs" / "one", "step")[-1] == 5
 
 
 def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained):

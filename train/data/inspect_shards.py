@@ -13,6 +13,7 @@ from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.shards import MANIFEST
+from powernap.train.data.text import Text
 from powernap.train.tasks import TASKS
 
 COLUMNS = 80
@@ -33,7 +34,8 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
         spec = f"{folder}/*.tar"
     shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
     manifest = _manifest(shards[0])
-    task = check(TASKS[manifest["task"]], manifest["fields"]) if manifest.get("task") in TASKS else None
+    kind = (TASKS | {"text": Text}).get(manifest.get("task"))
+    task = check(kind, manifest["fields"]) if kind else None
     name_token = task.token_name if task else str
     window = window or manifest.get("window")
 

@@ -36,6 +36,7 @@ class Batch:
     loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was skipped
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
     skipped: list[str] = field(default_factory=list)  # why samples could not be used: a line each
+    counts: bool = True  # False: only there because another rank has a batch
 
 
 def training_batches(
@@ -164,7 +165,7 @@ def evaluation_batches(
         here = own[start : start + batch_size]
         samples = [decode(shard[i], data.sequence_length, vocab_size) for shard, i in here or places[:batch_size]]
         batch = _collate(samples)
-        yield batch if here else replace(batch, answers=[answers[:0] for answers in batch.answers])
+        yield batch if here else replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False)
 
 
 class BatchStream(IterableDataset):

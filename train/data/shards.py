@@ -1,4 +1,4 @@
-"""Build the shards of a task: tars of samples, made side by side, and a manifest.json that says what is in them."""
+"""Build shards of a task or of text: tars of samples, made side by side, and a manifest.json that says what is in them."""
 
 import hashlib
 import itertools
@@ -8,37 +8,108 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from powernap.model.config import Section
 from powernap.train.data.sample import DataError, encode
-from powernap.train.tasks.sample import PAD
+from powernap.train.data.text import Text
+from powernap.train.tasks.sample import PAD, Sample
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """One shard to be made, by itself: it does not depend on any other."""
+class Job:
+    """What is made by itself, whatever becomes of the others: a shard, or one of each split."""
 
-    split: str
-    number: int
-    first_sample: int
-    samples: int
-
-    @property
-    def file(self) -> str:
-        return f"{self.split}-{self.number:06d}.tar"
+    number: int  # of the shard in its split
+    amount: int  # of what the progress bar counts
+    what: Any  # for `samples` of the source
 
 
-def build(
-    task_name: str,
+@dataclass(frozen=True)
+class TaskSource:
+    """Samples that a task draws: a shard of a split has a random stream of its own."""
+
+    name: str
+    task: Section
+    samples_of_split: dict[str, int]
+    samples_per_shard: int
+    seed: int
+    unit: ClassVar[str] = " samples"
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "fields": self.task.model_dump(mode="json"),
+            "seed": self.seed,
+            "samples_per_shard": self.samples_per_shard,
+            "asked": self.samples_of_split,
+        }
+
+    def options(self) -> list[str]:
+        counts = [f"--{split}-samples {count}" for split, count in self.samples_of_split.items()]
+        return [*counts, f"--samples-per-shard {self.samples_per_shard}", f"--seed {self.seed}"]
+
+    def jobs(self) -> list[Job]:
+        """Even shard sizes, so that lanes with the same number of shards have the same number of samples."""
+        jobs = []
+        for split, samples in self.samples_of_split.items():
+            shards = -(-samples // self.samples_per_shard)
+            sizes = [samples // shards + (shard < samples % shards) for shard in range(shards)]
+            firsts = itertools.accumulate(sizes, initial=0)
+            jobs += [Job(n, size, (split, first)) for n, (first, size) in enumerate(zip(firsts, sizes, strict=False))]
+        return jobs
+
+    def samples(self, job: Job) -> Iterator[tuple[str, str, Sample]]:
+        """Split, key and sample."""
+        split, first = job.what
+        random = np.random.default_rng([self.seed, SPLITS.index(split), job.number])
+        for number in range(first, first + job.amount):
+            yield split, f"{split}-{number:09d}", self.task.sample(random, held_out=split == "test")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents packed into sequences: a piece of the input is a shard, and one more of what is held out."""
+
+    task: Text
+    shard_bytes: int
+    name: ClassVar[str] = "text"
+    unit: ClassVar[str] = "B"
+
+    def about(self) -> dict[str, Any]:
+        files = {str(file): file.stat().st_size for file in self.task.files()}
+        return {
+            "task": "text",
+            "fields": self.task.model_dump(mode="json"),
+            "shard_bytes": self.shard_bytes,
+            "files": files,
+        }
+
+    def options(self) -> list[str]:
+        return [f"--shard-size {self.shard_bytes / 1e6:g}MB"]
+
+    def jobs(self) -> list[Job]:
+        return [Job(n, amount, parts) for n, (parts, amount) in enumerate(self.task.jobs(self.shard_bytes))]
+
+    def samples(self, job: Job) -> Iterator[tuple[str, str, Sample]]:
+        for number, (split, sample) in enumerate(self.task.samples(job.what)):
+            yield split, f"{split}-{job.number:06d}-{number:06d}", sample
+
+
+Source = TaskSource | TextSource
+
+
+def build_task(
+    name: str,
     task: Section,
     folder: Path,
     *,
@@ -48,18 +119,14 @@ def build(
     seed: int,
     workers: int | None = None,
 ) -> None:
-    """Write train-000000.tar ..., test-000000.tar ... (held-out problems) and manifest.json into a new folder.
-
-    The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
-    then the shards lie in `.NAME.unfinished` beside it, and the same command goes on where it was stopped.
+    """`build` of samples that a task draws.
 
     Args:
         task: one of powernap.train.tasks.TASKS with its sizes.
         samples_per_shard: the most; a split's samples are spread evenly over its shards.
-        workers: processes; None: one per core.
 
     Raises:
-        DataError: if a number makes no sense, the folder holds something else, or cannot be written.
+        DataError: if a number makes no sense, and as `build` does.
     """
     limits = {"train-samples": train_samples, "test-samples": test_samples, "samples-per-shard": samples_per_shard}
     for option, value in limits.items():
@@ -67,67 +134,73 @@ def build(
             raise DataError(f"--{option}={value}: write 1 or more")
     if seed < 0:
         raise DataError(f"--seed={seed}: write 0 or more")
-    folder = Path(folder)
+    counts = {"train": train_samples, "test": test_samples}
+    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers)
+
+
+def build(source: Source, folder: Path, workers: int | None = None) -> None:
+    """Write train-000000.tar ..., test-000000.tar ... (held out) and manifest.json into a new folder.
+
+    The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
+    then the shards lie in `.NAME.unfinished` beside it, and the same command goes on where it was stopped.
+
+    Args:
+        workers: processes; None: one per core.
+
+    Raises:
+        DataError: if the folder holds something else or cannot be written, or the input cannot be read.
+    """
+    folder, task = Path(folder), source.task
+    pad = getattr(task, "pad_token_id", PAD)
+    fields = [
+        f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
+    ]
     about = {
-        "task": task_name,
-        "fields": task.model_dump(mode="json"),
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "command": _command(task_name, task, folder, limits, seed),
+        **source.about(),
+        "command": " ".join(["powernap data build", source.name, folder.name, *fields, *source.options()]),
         "vocab_size": task.vocab_size,
         "sequence_length": task.sequence_length,
         "context_length": task.context_length,
         "window": task.window,
-        "pad_token_id": PAD,
+        "pad_token_id": pad,
     }
-    jobs = [
-        job
-        for split, samples in zip(SPLITS, (train_samples, test_samples), strict=True)
-        for job in _spread(split, samples, samples_per_shard)
-    ]
     try:
-        if not _is_finished(folder, about, jobs):
+        splits = _finished(folder, about)
+        if splits is None:
             unfinished = _begin(folder, about)
-            shards = _make_all(jobs, task, unfinished, seed, workers or len(os.sched_getaffinity(0)))
-            (unfinished / MANIFEST).write_text(json.dumps(_manifest(about, shards), indent=2) + "\n")
+            shards = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)))
+            manifest = _manifest(about, shards)
+            splits = manifest["splits"]
+            for done in unfinished.glob("*.done"):
+                done.unlink()
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             unfinished.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
-    counts = {split: sum(job.samples for job in jobs if job.split == split) for split in SPLITS}
-    shards = {split: sum(job.split == split for job in jobs) for split in SPLITS}
-    train, test = (_describe(counts[split], shards[split]) for split in SPLITS)
-    print(f"{folder}: {train} to train on, {test} of held-out problems")
-    print(f"for the recipe: data.train={folder}/train-*.tar data.test={folder}/test-*.tar")
+    train, test = (_describe(**splits[split]) for split in SPLITS)
+    print(f"{folder}: {train} to train on, {test} held out")
+    test_shards = f"{folder}/test-*.tar" if splits["test"]["shards"] else "null"
+    print(f"for the recipe: data.train={folder}/train-*.tar data.test={test_shards}")
     print(
         f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
-        f"model.pad_token_id={PAD}"
+        f"model.pad_token_id={pad}"
     )
 
 
-def _spread(split: str, samples: int, most: int) -> list[ShardJob]:
-    """Even shard sizes, so that lanes with the same number of shards have the same number of samples."""
-    shards = -(-samples // most)
-    sizes = [samples // shards + (shard < samples % shards) for shard in range(shards)]
-    firsts = itertools.accumulate(sizes, initial=0)
-    return [
-        ShardJob(split, number, first, size) for number, (first, size) in enumerate(zip(firsts, sizes, strict=False))
-    ]
-
-
-def _is_finished(folder: Path, about: dict[str, Any], jobs: list[ShardJob]) -> bool:
-    """Whether the folder holds these very shards already."""
+def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:
+    """The manifest's splits if the folder holds these very shards already; None if it holds nothing."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+        return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         manifest = {}
-    same = all(manifest.get(key) == value for key, value in about.items() if key != "command")
-    if same and [shard["file"] for shard in manifest["shards"]] == [job.file for job in jobs]:
-        if all((folder / shard["file"]).stat().st_size == shard["bytes"] for shard in manifest["shards"]):
+    if all(manifest.get(key) == value for key, value in about.items() if key != "command"):
+        shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+        if shards == {path.name: path.stat().st_size for path in folder.glob("*.tar")}:
             print(f"{folder} is built already")
-            return True
+            return manifest["splits"]
     raise DataError(f"{folder} exists and is not empty: nothing is written over; choose another folder")
 
 
@@ -148,30 +221,29 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
     return unfinished
 
 
-def _make_all(jobs: list[ShardJob], task: Section, folder: Path, seed: int, workers: int) -> list[dict[str, Any]]:
-    """Make the shards that are not there yet; what the manifest says of each."""
-    found = {job: _found(job, folder) for job in jobs}
-    missing = [job for job, shard in found.items() if shard is None]
-    progress = tqdm(
-        total=sum(job.samples for job in jobs), desc="samples", unit="", disable=None
-    )  # None: terminals only
-    with progress:
-        progress.update(sum(job.samples for job, shard in found.items() if shard))
-        for job, shard in _run(missing, task, folder, seed, min(workers, len(missing))):
-            found[job] = shard
-            progress.update(job.samples)
-    return list(found.values())
+def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Run the jobs that have not been done yet; what the manifest says of each shard."""
+    jobs = source.jobs()
+    done = {number: _done(number, folder) for number in range(len(jobs))}
+    missing = [number for number, shards in done.items() if shards is None]
+    total = sum(job.amount for job in jobs)
+    with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
+        progress.update(total - sum(jobs[number].amount for number in missing))
+        for number, shards in _run(source, jobs, missing, folder, min(workers, len(missing))):
+            done[number] = shards
+            progress.update(jobs[number].amount)
+    return [shard for shards in done.values() for shard in shards]
 
 
 def _run(
-    jobs: list[ShardJob], task: Section, folder: Path, seed: int, workers: int
-) -> Iterator[tuple[ShardJob, dict[str, Any]]]:
+    source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     if workers <= 1:
-        yield from ((job, make_shard(job, task, folder, seed)) for job in jobs)
+        yield from ((number, make_shards(source, number, jobs[number], folder)) for number in missing)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
-        running = {pool.submit(make_shard, job, task, folder, seed): job for job in jobs}
+        running = {pool.submit(make_shards, source, number, jobs[number], folder): number for number in missing}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
@@ -183,31 +255,37 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_shard(job: ShardJob, task: Section, folder: Path, seed: int) -> dict[str, Any]:
-    """Draw a shard's samples and write them; it appears under its name when it is whole."""
+def make_shards(source: Source, number: int, job: Job, folder: Path) -> list[dict[str, Any]]:
+    """Write a job's shards; they are whole when the note about them is there. What the manifest says of each."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
-    random = np.random.default_rng([seed, SPLITS.index(job.split), job.number])
-    unfinished = folder / f"{job.file}.tmp"
-    with (
-        open(unfinished, "wb") as file,
-        TarWriter(file, user="powernap", group="powernap", mtime=0) as tar,  # fixed, for the same bytes
-    ):
-        for number in range(job.first_sample, job.first_sample + job.samples):
-            sample = task.sample(random, held_out=job.split == "test")
-            tar.write(encode(f"{job.split}-{number:09d}", sample))
-    unfinished.rename(folder / job.file)
-    return _found(job, folder)
+    written: dict[str, int] = {}  # file -> samples
+    with ExitStack() as stack:
+        tars: dict[str, TarWriter] = {}
+        for split, key, sample in source.samples(job):
+            name = f"{split}-{job.number:06d}.tar"
+            if name not in tars:
+                file = stack.enter_context(open(folder / name, "wb"))
+                # Owner and time are fixed, for the same bytes.
+                tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
+            tars[name].write(encode(key, sample))
+            written[name] = written.get(name, 0) + 1
+    shards = [{"file": name, "samples": samples, **_measure(folder / name)} for name, samples in written.items()]
+    unfinished = folder / f"{number:06d}.tmp"
+    unfinished.write_text(json.dumps(shards))
+    unfinished.rename(folder / f"{number:06d}.done")
+    return shards
 
 
-def _found(job: ShardJob, folder: Path) -> dict[str, Any] | None:
-    """What the manifest says of a shard, None if it has not been made."""
-    path = folder / job.file
-    if not path.exists():
-        return None
+def _done(number: int, folder: Path) -> list[dict[str, Any]] | None:
+    """What a job that was done before left, None if it was not."""
+    note = folder / f"{number:06d}.done"
+    return json.loads(note.read_text()) if note.exists() else None
+
+
+def _measure(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": job.file, "samples": job.samples, "bytes": path.stat().st_size, "sha256": digest}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _manifest(about: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,14 +297,5 @@ def _manifest(about: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, 
     return {**about, "splits": splits, "sha256": everything, "shards": shards}
 
 
-def _command(task_name: str, task: Section, folder: Path, limits: dict[str, int], seed: int) -> str:
-    """What to type to get the same bytes again."""
-    fields = [
-        f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
-    ]
-    options = [f"--{name} {value}" for name, value in limits.items()]
-    return " ".join(["powernap data build", task_name, str(folder.name), *fields, *options, f"--seed {seed}"])
-
-
 def _describe(samples: int, shards: int) -> str:
-    return f"{samples} samples in {shards} shard{'s' if shards > 1 else ''}"
+    return f"{samples} samples in {shards} shard{'' if shards == 1 else 's'}"

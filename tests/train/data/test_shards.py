@@ -12,7 +12,7 @@ import pytest
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.inspect_shards import inspect_shards
 from powernap.train.data.sample import DataError
-from powernap.train.data.shards import build
+from powernap.train.data.shards import build_task
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.rule110 import Rule110
 
@@ -21,7 +21,7 @@ TASK = Depo(nodes=6, max_hop=3, queries=2, names="ends")
 
 def build_small(folder, **changes):
     sizes = dict(train_samples=10, test_samples=3, samples_per_shard=4, seed=5, workers=1)
-    build("depo", TASK, folder, **{**sizes, **changes})
+    build_task("depo", TASK, folder, **{**sizes, **changes})
     return folder
 
 
@@ -67,6 +67,7 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, capsys):
     assert manifest == {
         "task": "depo",
         "samples_per_shard": 4,
+        "asked": {"train": 10, "test": 3},
         "fields": {"nodes": 6, "min_nodes": None, "max_hop": 3, "queries": 2, "names": "ends", "alphabet": 50},
         "seed": 5,
         "vocab_size": 16,
@@ -175,7 +176,7 @@ def test_numbers_without_sense_are_refused(tmp_path, change, message):
 def test_train_and_test_come_from_different_streams(tmp_path, monkeypatch):
     monkeypatch.setattr("powernap.train.tasks.rule110.draw_problem", lambda draw, *_: draw())  # without the split
     sizes = dict(train_samples=3, test_samples=3, samples_per_shard=3, seed=0, workers=1)
-    build("rule110", Rule110(), tmp_path / "data", **sizes)
+    build_task("rule110", Rule110(), tmp_path / "data", **sizes)
     train, test = (read(tmp_path / "data" / f"{split}-000000.tar") for split in ("train", "test"))
     for number in range(3):
         one, other = train[f"train-{number:09d}.tokens.npy"], test[f"test-{number:09d}.tokens.npy"]
