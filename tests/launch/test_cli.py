@@ -95,7 +95,7 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "dmeo"], ["dmeo", "did you mean demo?"]),
+        (["train", "demmo"], ["demmo", "did you mean demo?"]),
         (["train", "tiny.yaml", "--resume"], ["nothing to resume"]),
         (["eval", "nobody"], ["no run 'nobody'"]),
         (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
