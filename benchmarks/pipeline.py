@@ -11,8 +11,7 @@ global batch in the same micro-batches in one process with one thread and with t
 includes the sum of the gradients, in one message.
 
 Memory. The peak of live tensor bytes on each of two stages, parameters left out, with N. By parallel/timeline.py a stage
-holds peak_live segments at once, each with its inputs: hidden states and fast weights. Over gloo each also keeps its
-output, the hidden states it sent: parallel/schedule.py `_schedule_config` says why, and that NCCL does not need it.
+holds peak_live segments at once, each with its inputs: hidden states and fast weights.
 """
 
 import argparse
@@ -215,13 +214,13 @@ def memory(passes: tuple[int, ...]):
         before = None
         for n in passes:
             live = timeline.peak_live(2, number, GLOBAL_BATCH // MICRO_BATCH_SIZE, sleep.CONSOLIDATION_WINDOWS * n + 1)
-            inputs, outputs = live * (stage["hidden_bytes"] + stage["fast_weight_bytes"]), live * stage["hidden_bytes"]
-            now = {"inputs": inputs, "inputs_and_outputs": inputs + outputs, "peak": stage["peak_bytes"][n]}
-            row = [number, n, live, inputs / mib, now["peak"] / mib, None, None, None]
+            inputs = live * (stage["hidden_bytes"] + stage["fast_weight_bytes"])
+            now = {"inputs": inputs, "peak": stage["peak_bytes"][n]}
+            row = [number, n, live, inputs / mib, now["peak"] / mib, None, None]
             if before:
                 grown = {key: now[key] - before[key] for key in now}
-                ratios.append(grown["peak"] / grown["inputs_and_outputs"])
-                row[5:] = grown["peak"] / mib, grown["peak"] / grown["inputs"], ratios[-1]
+                ratios.append(grown["peak"] / grown["inputs"])
+                row[5:] = grown["peak"] / mib, ratios[-1]
             rows.append(row)
             stage[n] = {"live_segments": live, **now}
             before = now
@@ -230,17 +229,13 @@ def memory(passes: tuple[int, ...]):
         "## Memory of a stage",
         "",
         "The same model and batch in two stages; peak of live tensors in MiB, its growth from the row above, and that over",
-        "the growth of the saved inputs, and of inputs and sent outputs, which live as long over gloo.",
+        "the growth of the saved inputs.",
         "",
-        *table(["stage", "N", "live segments", "saved inputs", "peak", "growth", "over inputs", "and outputs"], rows),
+        *table(["stage", "N", "live segments", "saved inputs", "peak", "growth", "over inputs"], rows),
         "",
     ]
     last = max(ratios[len(passes) - 2 :: len(passes) - 1])
-    return (
-        numbers,
-        report,
-        [(f"memory growth N={passes[-2]} to {passes[-1]} over inputs and outputs", last, "<=", 1.001)],
-    )
+    return numbers, report, [(f"memory growth N={passes[-2]} to {passes[-1]} over inputs", last, "<=", 1.001)]
 
 
 def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:

@@ -167,7 +167,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
         (the most that live segments keep, the most with activations)
     """
     blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
-    handed = [handed_on(recipe, blocks, segments, index, device) for index in range(len(segments))]
+    handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
     computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
     longest = hidden_bytes(recipe, max(s.tokens for s in segments))
     # In a pipeline hidden states are received for the next segment, a gradient comes and one goes, and what a segment
@@ -195,11 +195,11 @@ def stage_steps(recipe: Recipe, segments: int, stage: int):
     return schedule(stages, 1 if stages == 1 else min(micro_batches(recipe), 3 * stages), segments)[stage]
 
 
-def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int, device: Device) -> int:
+def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int) -> int:
     """Bytes that segment `index` of one micro-batch keeps from its forward to the end of its backward pass.
 
     Fast weights and caches that it wrote; alone, the hidden states for the next pass. In a pipeline what it received, of
-    the longest window's length, and with gloo what it sends: only NCCL may drop that (parallel/schedule.py).
+    the longest window's length; what it sends is dropped.
     """
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
@@ -209,9 +209,7 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
         goes_on = not last and segments[index + 1].pass_number > 1
         return states + goes_on * hidden_bytes(recipe, segment.tokens)
     received = blocks.start > 0 or index > 0
-    sent = not (last and blocks.stop == recipe.model.num_layers)
-    tensors = received + (sent and device == "cpu")
-    return states + tensors * hidden_bytes(recipe, max(s.tokens for s in segments))
+    return states + received * hidden_bytes(recipe, max(s.tokens for s in segments))
 
 
 def hidden_bytes(recipe: Recipe, tokens: int) -> int:

@@ -342,9 +342,7 @@ def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
     config.microbatch_group_size_per_vp_stage = here.stages
     config.pipeline_dtype = stage.like.dtype
-    # The schedule drops an output once its sending has begun. NCCL holds on to the memory until it is sent; gloo sends
-    # whatever is there by then: wrong numbers, now and then.
-    config.deallocate_pipeline_outputs = dist.get_backend(here.groups.pp) == "nccl"
+    config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends (gloo: cpu.py)
     # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
     # gradients are wrong and nothing says so.
     config.batch_p2p_comm = False

@@ -19,6 +19,7 @@ So stage 2 is refused beside a pipeline, and no better than stage 1 elsewhere.
 """
 
 import contextlib
+import gc
 import io
 import logging
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ class ZeroOptimizer:
         level: int = 1,
         offload: bool = False,
     ):
+        gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through all that is imported by now
         self.topology = topology
         self.stage = stage
         self.clip = clip

@@ -19,7 +19,6 @@ from powernap.train.data.loader import Batch
 
 def measure(recipe: Recipe, **process_group) -> dict[str, int]:
     """Bytes of this rank in the second step of `recipe`: the first makes the optimizer's states and rotary tables."""
-    gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through every module
     here = topology.initialize(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
     with Tensors() as live:
         stage, zero = trainer.build(recipe, here)
@@ -52,7 +51,7 @@ class Tensors(LiveBytes):
 
 @contextmanager
 def what_segments_keep() -> Iterator[Tensors]:
-    """Counts, inside, what segments are given and hand on for as long as it is alive: hidden states, fast weights, caches."""
+    """Counts, inside, what segments are given and leave behind for as long as it is alive: hidden states, fast weights, caches."""
     kept = Tensors()  # not entered: it counts what it is shown
     run, handover = schedule.StageStep._run, schedule._Handover.forward
 
@@ -68,7 +67,7 @@ def what_segments_keep() -> Iterator[Tensors]:
 
     def hand_over_and_show(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights):
         sent = handover(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights)
-        show(received, sent, *fast_weights)
+        show(received, *fast_weights)
         return sent
 
     schedule.StageStep._run = run_and_show

@@ -1,6 +1,6 @@
 """The plan against real ranks: every live tensor of a training step in each layout is counted.
 
-On CPUs with gloo, where a stage keeps what it sends; what CUDA's kernels keep is not measured here.
+On CPUs with gloo; what CUDA's kernels keep is not measured here.
 """
 
 import pytest
