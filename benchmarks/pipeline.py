@@ -1,4 +1,4 @@
-"""What the parallel layouts cost: the pipeline's bubble, two processes against one, memory of a stage over N.
+"""What the parallel layouts cost in time: the pipeline's bubble, and two processes against one.
 
 Bubble. The time of a step in which P stages wait, as a fraction, where every segment takes the same time on all of them.
 Sleep in one circular pipeline, where pass n+1 follows pass n without emptying it, waits (P-1) / (M C + P-1) with C segments
@@ -9,9 +9,6 @@ here runs its micro-batches forward and backward; all segments forward first and
 Two processes. A step's forward and backward pass of a real hybrid in a layout of two one-threaded processes, and the same
 global batch in the same micro-batches in one process with one thread and with two: on as many cores. Data parallelism
 includes the sum of the gradients, in one message.
-
-Memory. The peak of live tensor bytes on each of two stages, parameters left out, with N. By parallel/timeline.py a stage
-holds peak_live segments at once, each with its inputs: hidden states and fast weights.
 """
 
 import argparse
@@ -25,7 +22,6 @@ import torch.distributed as dist
 
 from benchmarks import fixed_cost, sleep
 from benchmarks.common import Times, in_processes, milliseconds, paired_ratio, table, verdicts, write
-from powernap.model import fast_weights as fw
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.stage import HybridStage
@@ -45,16 +41,15 @@ SLEEPS = {  # name: N of each window
 }
 LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "DP2": (1, 1)}  # name: tensor, pipeline
 PASSES = 2  # of the layouts
-GLOBAL_BATCH, MICRO_BATCH_SIZE = 8, 2  # of layouts and memory
+GLOBAL_BATCH, MICRO_BATCH_SIZE = 8, 2  # of layouts, and of stage_memory.py
 
 
 def main(options: argparse.Namespace, command: str) -> None:
     bubble_numbers, bubble_report, bubble_targets = bubbles(options.quick)
     layout_numbers, layout_report = layouts(rounds=2 if options.quick else 9)
-    memory_numbers, memory_report, memory_targets = memory((1, 2) if options.quick else sleep.PASSES)
-    judged, verdict = verdicts(bubble_targets + memory_targets)
-    numbers = {"bubble": bubble_numbers, "layouts": layout_numbers, "memory": memory_numbers, "targets": judged}
-    write("pipeline", command, numbers, [*bubble_report, *layout_report, *memory_report, *verdict], clock="wall time")
+    judged, verdict = verdicts(bubble_targets)
+    numbers = {"bubble": bubble_numbers, "layouts": layout_numbers, "targets": judged}
+    write("pipeline", command, numbers, [*bubble_report, *layout_report, *verdict], clock="wall time")
 
 
 def bubbles(quick: bool):
@@ -203,48 +198,3 @@ def build(here: Topology, passes: int) -> tuple[HybridStage, list[MicroBatch]]:
         MicroBatch(plan_segments(*pair, model, SleepConfig(), passes), *pair)
         for pair in zip(tokens, loss_mask, strict=True)
     ]
-
-
-def memory(passes: tuple[int, ...]):
-    print("pipeline: memory", flush=True)
-    stages = in_processes(stage_memory, 2, passes)
-    mib = 2**20
-    numbers, rows, ratios = {}, [], []
-    for number, stage in enumerate(stages):
-        before = None
-        for n in passes:
-            live = timeline.peak_live(2, number, GLOBAL_BATCH // MICRO_BATCH_SIZE, sleep.CONSOLIDATION_WINDOWS * n + 1)
-            inputs = live * (stage["hidden_bytes"] + stage["fast_weight_bytes"])
-            now = {"inputs": inputs, "peak": stage["peak_bytes"][n]}
-            row = [number, n, live, inputs / mib, now["peak"] / mib, None, None]
-            if before:
-                grown = {key: now[key] - before[key] for key in now}
-                ratios.append(grown["peak"] / grown["inputs"])
-                row[5:] = grown["peak"] / mib, ratios[-1]
-            rows.append(row)
-            stage[n] = {"live_segments": live, **now}
-            before = now
-        numbers[number] = stage
-    report = [
-        "## Memory of a stage",
-        "",
-        "The same model and batch in two stages; peak of live tensors in MiB, its growth from the row above, and that over",
-        "the growth of the saved inputs.",
-        "",
-        *table(["stage", "N", "live segments", "saved inputs", "peak", "growth", "over inputs"], rows),
-        "",
-    ]
-    last = max(ratios[len(passes) - 2 :: len(passes) - 1])
-    return numbers, report, [(f"memory growth N={passes[-2]} to {passes[-1]} over inputs", last, "<=", 1.001)]
-
-
-def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
-    here = topology.initialize(pipeline=2, store=store, rank=rank, world_size=2)
-    peaks = {}
-    for n in passes:
-        stage, batches = build(here, n)
-        peaks[n] = sleep.peak_bytes(stage, lambda: forward_backward(stage, batches, 1e-3, here, recompute=True))  # noqa: B023
-    states = fw.nbytes(stage.empty_memory(MICRO_BATCH_SIZE))
-    hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
-    topology.shutdown()
-    return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}
