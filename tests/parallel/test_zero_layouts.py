@@ -25,6 +25,7 @@ BF16_TIED = Problem(precision="bf16", model=TIED)
 # Each stage with each kind of layout, and what only some layouts can get wrong. The rest of the grid is WIDE.
 CASES = {
     "stage 1, one process": Case(),
+    "stage 1, DP2xTP2": Case(data=2, tensor=2),
     "stage 1, PP2, N changes": Case(pipeline=2, problem=CHANGING, recompute=True),
     "stage 1, DP2xPP2, a rank without loss tokens": Case(data=2, pipeline=2, problem=SILENT),
     "stage 1, TP2xPP2+SP, tied embeddings, N changes": Case(**SP, pipeline=2, problem=CHANGING_TIED),
