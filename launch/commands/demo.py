@@ -1,17 +1,33 @@
-"""The demo: the same small hybrid with and without sleep, from shards to a picture, with the commands a user types."""
+"""powernap demo: the same small hybrid with and without sleep, from shards to a picture, with the commands a user types."""
 
+import argparse
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from powernap.train.config import RecipeError
-from powernap.train.metrics import read_metrics
-from powernap.train.report import draw_demo, format_accuracy
+from powernap.launch.commands.arguments import OVERRIDES
 
 TRAINED = (4, 1)  # N of the two models: four passes of sleep, and the plain hybrid
 TASK = ["nodes=8", "max_hop=4", "queries=18", "names=ends"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train with and without sleep and compare, in minutes",
+        description="Build Depo shards, train one small hybrid with N=4 passes of sleep and one without (N=1), test "
+        "both on held-out cycles; writes runs/demo/results.json and runs/demo/demo.png.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    return demo(options.folder, options.seed, options.overrides)
 
 
 def demo(folder: Path, seed: int, overrides: list[str]) -> int:
@@ -19,23 +35,27 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
 
     Writes results.json and demo.png into `folder`. `overrides` change both runs' recipe (tests shorten it).
     """
+    from powernap.train.config import RecipeError
+    from powernap.train.metrics import read_metrics
+    from powernap.train.report import draw_demo, format_accuracy
+
     results = folder / "results.json"
     if results.is_file():
         raise RecipeError(f"{results} exists: remove {folder} to run the demo again, or choose another --folder")
     start = time.monotonic()
     data = folder / "data"
     if not data.exists():
-        run("data", "build", "depo", str(data), *TASK, "--test-samples", "2000", "--train-samples", "48000",
+        powernap("data", "build", "depo", str(data), *TASK, "--test-samples", "2000", "--train-samples", "48000",
             "--samples-per-shard", "6000", "--seed", str(seed))  # fmt: skip
     for passes in TRAINED:
         if (folder / f"N{passes}" / "evaluation.json").is_file():
             continue  # stopped after it was done
         going_on = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
-        run(
+        powernap(
             "train", "demo", f"run.name=N{passes}", f"run.root={folder}", f"run.seed={seed}", f"sleep.passes={passes}",
             f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides, *going_on,
         )  # fmt: skip
-        run("eval", str(folder / f"N{passes}"), "--passes", str(passes))
+        powernap("eval", str(folder / f"N{passes}"), "--passes", str(passes))
     evaluations = {n: json.loads((folder / f"N{n}" / "evaluation.json").read_text()) for n in TRAINED}
     accuracy = {str(n): evaluations[n]["accuracy"] for n in TRAINED}
     floor = evaluations[TRAINED[0]]["floor"]
@@ -67,7 +87,7 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     return 0
 
 
-def run(*arguments: str) -> None:
+def powernap(*arguments: str) -> None:
     """Show and run one powernap command in a process of its own."""
     print("$ powernap " + " ".join(arguments), flush=True)
     exit_code = subprocess.call([sys.executable, "-m", "powernap.launch.cli", *arguments])

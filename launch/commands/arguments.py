@@ -1,0 +1,51 @@
+"""What several commands take, read from the command line. Nothing here imports torch."""
+
+import argparse
+import re
+from pathlib import Path
+
+OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.passes=[1,2,4]"
+RUN = "a run's folder, or its name below runs/"
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """RECIPE key=value ..."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+
+
+def run_folder(name: str) -> Path:
+    """A run by folder or by its name below runs/."""
+    from powernap.train.config import RecipeError
+
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
+            return folder
+    raise RecipeError(f"no run '{name}': give its folder, or its name below runs/")
+
+
+def numbers(text: str) -> list[int]:
+    """1,2,4 -> [1, 2, 4]"""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': write whole numbers from 1, such as 1,2,4,8")
+    return found
+
+
+def size(text: str) -> int:
+    """80GB -> bytes"""
+    units = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MGT]I?B)", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}': write a size such as 80GB or 79GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': write a whole number from 1, such as 64")
+    return int(text)

@@ -1,0 +1,83 @@
+"""powernap data build, powernap data inspect: token shards."""
+
+import argparse
+from pathlib import Path
+
+from powernap.launch.commands.arguments import count, size
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("data", help="build token shards", description="Work with token shards.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_build(commands)
+    _add_inspect(commands)
+
+
+def _add_build(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "build",
+        help="write WebDataset shards of a task or of text",
+        description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
+        "The same command goes on where it was stopped.",
+        epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), gsm (word problems of "
+        "1 to 8 operations), text (any .txt, .jsonl or .parquet). examples: powernap data build depo data/depo nodes=8 "
+        "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
+    )
+    parser.add_argument("task", metavar="TASK", help="depo, rule110, gsm or text")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the shards go")
+    parser.add_argument("fields", metavar="key=value", nargs="*", help="sizes of the task, such as nodes=75 max_hop=16")
+    parser.add_argument("--train-samples", type=int, default=20000, help="(default: %(default)s)")
+    parser.add_argument("--test-samples", type=int, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--samples-per-shard", type=int, default=2500, help="(default: %(default)s)")
+    parser.add_argument(
+        "--shard-size", type=size, default=64_000_000, metavar="SIZE", help="text read for a shard (64MB)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
+    parser.set_defaults(run=run_build)
+
+
+def run_build(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.train.config import RecipeError, check, parse_overrides
+    from powernap.train.data.shards import TextSource, build, build_task
+    from powernap.train.data.text import Text
+    from powernap.train.tasks import TASKS
+
+    fields = parse_overrides(options.fields)
+    if options.task == "text":
+        build(TextSource(check(Text, fields), options.shard_size), options.folder, options.workers)
+        return 0
+    if options.task not in TASKS:
+        raise RecipeError(f"no task '{options.task}': choose one of {', '.join(TASKS)}, or text")
+    build_task(
+        options.task,
+        check(TASKS[options.task], fields),
+        options.folder,
+        train_samples=options.train_samples,
+        test_samples=options.test_samples,
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    return 0
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show samples and statistics of shards",
+        description="Write out the first samples of SHARDS with their windows and loss tokens, and count all.",
+        epilog="examples: powernap data inspect data/depo; powernap data inspect 'data/depo/test-*.tar' --samples 5",
+    )
+    parser.add_argument("shards", metavar="SHARDS", help="a folder, or shards as a recipe names them")
+    parser.add_argument("--samples", type=int, default=2, help="samples to write out (default: %(default)s)")
+    parser.add_argument("--window", type=count, metavar="L", help="(default: what the shards were built for)")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.train.data.cache import ShardCache
+    from powernap.train.data.inspect_shards import inspect_shards
+
+    print(inspect_shards(options.shards, ShardCache(), options.samples, options.window))
+    return 0

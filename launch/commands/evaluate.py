@@ -1,0 +1,30 @@
+"""powernap eval: accuracy by depth and N of a run."""
+
+import argparse
+
+from powernap.launch.commands.arguments import RUN, count, numbers, run_folder
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy by depth and N of a run",
+        description="Read a run's test shards with its newest checkpoint: accuracy by depth (hop or step) for each N, "
+        "as a table, evaluation.json and evaluation.png in the run's folder, logged to its MLflow run.",
+        epilog="example: powernap eval demo-N4 --passes 1,2,4,8",
+    )
+    parser.add_argument("run_name", metavar="RUN", help=RUN)
+    parser.add_argument("--passes", type=numbers, help="values of N, such as 1,2,4,8 (default: the trained ones)")
+    parser.add_argument("--samples", type=count, help="test samples to read (default: the recipe's)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    folder = run_folder(options.run_name)
+    from powernap.launch import local
+
+    local.run_alone()
+    from powernap.train.evaluate import evaluate_run
+
+    print(evaluate_run(folder, options.passes, options.samples))
+    return 0

@@ -1,0 +1,42 @@
+"""powernap plan: what a layout costs, before any process starts."""
+
+import argparse
+import sys
+
+from powernap.launch.commands.arguments import add_recipe, count, size
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="memory, bubble and FLOPs of a recipe's layout, or better layouts",
+        description="What a recipe's layout costs, before any process starts: parameters, bytes of every rank, live "
+        "segments, FLOPs and the pipeline's bubble. With --suggest: other layouts, best first.",
+        epilog="examples: powernap plan demo --memory 80GB; powernap plan demo --suggest --devices 64 --memory 80GB",
+    )
+    add_recipe(parser)
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="memory of a device, such as 80GB or 79GiB")
+    parser.add_argument("--suggest", action="store_true", help="propose layouts for --devices")
+    parser.add_argument("--devices", type=count, metavar="N", help="(default: as many as the recipe's layout has)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.parallel.plan import plan
+    from powernap.parallel.suggest import suggest, suggestions_json, suggestions_text
+    from powernap.train.check_data import predicting_windows
+    from powernap.train.config import RecipeError, load_recipe
+
+    if options.devices and not options.suggest:
+        raise RecipeError("--devices goes with --suggest: without it the recipe says how many")
+    recipe = load_recipe(options.recipe, options.overrides)
+    predicts = predicting_windows(recipe)
+    if options.suggest:
+        devices = options.devices or recipe.parallel.world_size
+        found = suggest(recipe, devices, predicts, options.memory)
+        print(suggestions_json(found) if options.json else suggestions_text(found, devices))
+        return 0
+    result = plan(recipe, predicts, options.memory)
+    print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
+    return 0

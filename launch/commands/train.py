@@ -1,0 +1,45 @@
+"""powernap train: check a recipe, start its processes or join them, run it."""
+
+import argparse
+
+from powernap.launch.commands.arguments import add_recipe
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a recipe",
+        description="Train a recipe. Starts the local processes its layout needs, or joins those that torchrun or srun "
+        "started. The run owns the folder runs/NAME: config.yaml, metrics.jsonl, checkpoints/, logs/.",
+        epilog="example: powernap train demo run.name=mine train.steps=200 parallel.data=2",
+    )
+    add_recipe(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from powernap.launch import local
+    from powernap.train.config import load_recipe
+    from powernap.train.run_folder import RunFolder
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    RunFolder(recipe.run_folder).check_start(recipe, options.resume)
+    joining = local.already_started()
+    processes = recipe.parallel.world_size
+    if joining:
+        parallel = recipe.parallel
+        grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
+        local.check_world_size(processes, grid)
+    else:
+        from powernap.train.check_data import check_data
+
+        check_data(recipe)
+        if processes > 1:
+            return local.start(arguments, processes)
+        local.run_alone()
+
+    from powernap.train.trainer import train
+
+    train(recipe, resume=options.resume)
+    return 0
