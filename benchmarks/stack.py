@@ -185,7 +185,7 @@ def powernap_step(recipe: Recipe, here: Topology, batch: SimpleNamespace, clock:
                 stack.enter_context(mock.patch.object(owner, name, clock.around(part, getattr(owner, name))))
             stack.enter_context(mock.patch.object(zero, "step", clock.around("clip, update", zero_step)))
             with clock.step():  # step 2: health metrics are off, as in all steps but every log_every-th
-                return trainer.train_step(recipe, stage, zero, batch, 2, here)["loss"]
+                return trainer.train_step(recipe, stage, zero, batch, 2, here)[0]["loss"]
 
     return run
 

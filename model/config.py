@@ -76,6 +76,10 @@ class SleepConfig(Section):
     every_window: bool = Field(
         False, description="sleep on windows with loss tokens too, once they were read: for text, where all bear loss"
     )
+    carry: bool = Field(
+        False,
+        description="a document longer than a sequence goes on in the next step, from the fast weights it left",
+    )
     pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
     reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")
     backprop_passes: int | None = Field(
@@ -101,6 +105,10 @@ class SleepConfig(Section):
 
     def check_against(self, model: ModelConfig) -> None:
         """Raise ValueError if this way of sleeping does not fit `model`."""
+        if self.carry and self.eviction == "sliding":
+            raise ValueError("carry=true carries fast weights alone, no cached keys: use eviction=hard")
+        if self.carry and GATED_DELTA_NET not in model.pattern:
+            raise ValueError(f"carry=true needs a G block: model.pattern={model.pattern} has no fast weights to carry")
         if self.loop_range is None:
             return
         first, last = self.loop_range

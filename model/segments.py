@@ -2,11 +2,12 @@
 
 A segment is (window, pass). Consolidation windows, which hold no loss token, are slept on: N passes, each writing the
 fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1); with
-sleep.every_window they are then slept on too, except the last: in text every token bears loss. Under sliding eviction a
-window also leaves keys and values: of each attention block those of its last pass.
+sleep.every_window they are then slept on too, except the last: in text every token bears loss. With sleep.carry the last
+one is as well, for the next sequence of the document. Under sliding eviction a window also leaves keys and values: of each
+attention block those of its last pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Segment:
     predicts: bool = False  # the window holds loss tokens: the output head runs
     write_only: bool = False  # nobody reads the hidden states: skip what follows the last write
     padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
-    with_grad: bool = True  # False: before the last k passes of truncated back-propagation
+    with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
 
 
 def plan_segments(
@@ -65,13 +66,17 @@ def plan_segments(
         cached = cached_tokens(start, model, sleep)
         padded = model.pad_token_id is not None and bool((tokens[:, start - cached : stop] == model.pad_token_id).any())
         reads = bool(predicts.any()) or (sleep.every_window and not ahead.any())
-        sleeps = not reads or (sleep.every_window and stop < length)
+        sleeps = not reads or (sleep.every_window and (stop < length or sleep.carry))
         if reads:
             every = (0, model.num_layers)
             number, final = (0, (0, 0)) if sleeps else (1, every)
             segments.append(Segment(window, number, (start, stop), every, final, predicts=True, padded=padded))
         if sleeps:
             segments += _sleep_on(window, (start, stop), padded, model, sleep, passes)
+    # What follows the last loss is there for the next sequence only, where its fast weights arrive detached.
+    last_loss = max((index for index, segment in enumerate(segments) if segment.predicts), default=0)
+    if sleep.carry:
+        segments[last_loss + 1 :] = [replace(segment, with_grad=False) for segment in segments[last_loss + 1 :]]
     return segments
 
 

@@ -30,6 +30,7 @@ def sleep_and_predict(
     tokens: torch.Tensor,
     loss_mask: torch.Tensor,
     *,
+    memory: Memory | None = None,
     recompute: bool = True,
     predict: bool = False,
     health: FastWeightHealth | None = None,
@@ -39,13 +40,14 @@ def sleep_and_predict(
 
     Args:
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
+        memory: what the sequences start from; None: they begin with fast weights of zero.
         recompute: keep only each segment's inputs and compute the rest again in the backward pass.
         predict: also return the predictions.
         health: watches norms and gates of the fast weights.
         between_windows: what crosses a window's end in place of the fast weights (the tests cut it to zero).
     """
     inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
-    memory = stage.empty_memory(len(tokens))
+    memory = stage.empty_memory(len(tokens)) if memory is None else memory
     hidden_states = None
     loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None

@@ -1,6 +1,7 @@
 """Checkpoints, first version: weights once, every rank's share of the optimizer, loadable in the same layout.
 
-A folder step_00000500/ holds model.pt (whole parameters by name), optimizer-rank*.pt (ZeRO partitions) and state.json. It is
+A folder step_00000500/ holds model.pt (whole parameters by name), optimizer-rank*.pt (ZeRO partitions), under sleep.carry
+memory-rank*.pt (fast weights of each rank's sequences, heads and blocks), and state.json. It is
 written under a temporary name and renamed when every rank is done: a folder without `.tmp` is whole.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from powernap.model.fast_weights import Memory
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
@@ -24,12 +26,19 @@ class CheckpointError(ValueError):
 
 
 def save(
-    folder: Path, step: int, stage: HybridStage, zero: ZeroOptimizer, topology: Topology, data: dict | None = None
+    folder: Path,
+    step: int,
+    stage: HybridStage,
+    zero: ZeroOptimizer,
+    topology: Topology,
+    data: dict | None = None,
+    memory: Memory | None = None,
 ) -> Path:
     """Write the state after `step` into `folder`; all ranks call it, each writes its share.
 
     Args:
         data: where the stream of samples goes on, as JSON; the main rank's counts.
+        memory: what this rank's sequences carry to the next step, if they do.
     """
     final = folder / f"step_{step:08d}"
     unfinished = final.with_suffix(".tmp")
@@ -38,6 +47,8 @@ def save(
         unfinished.mkdir(parents=True)
     topology.barrier()
     torch.save(zero.state_dict(), unfinished / f"optimizer-rank{topology.rank}.pt")
+    if memory is not None:
+        torch.save(list(memory), unfinished / f"memory-rank{topology.rank}.pt")
     parameters = whole_parameters(stage, zero, topology)
     if topology.is_main:
         torch.save(parameters, unfinished / "model.pt")
@@ -106,6 +117,12 @@ def load(checkpoint: Path, zero: ZeroOptimizer, topology: Topology) -> tuple[int
     path = checkpoint / f"optimizer-rank{topology.rank}.pt"
     zero.load_state_dict(torch.load(path, map_location=topology.device, weights_only=True))
     return state["step"], state["data"]
+
+
+def load_memory(checkpoint: Path, topology: Topology) -> Memory:
+    """What this rank's sequences carried to the next step. The layout is known to be the same: see `load`."""
+    path = checkpoint / f"memory-rank{topology.rank}.pt"
+    return tuple(torch.load(path, map_location=topology.device, weights_only=True))
 
 
 def load_weights(checkpoint: Path, stage: HybridStage) -> None:

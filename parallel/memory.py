@@ -43,7 +43,7 @@ class Memory:
     gradients: int  # as they are added up
     optimizer: int  # float32 master weights and moments; 0 if offloaded
     buffers: int  # what DeepSpeed has beside them during the backward passes
-    segments: int  # hidden states, fast weights and cached keys and values of the live segments
+    segments: int  # hidden states, fast weights and cached keys and values of the live segments; what sequences carry
     activations: int  # estimate: of the segment that is recomputed, or of all live ones without recomputation
     step: int  # what DeepSpeed has beside the first three while gradients are reduced and the optimizer steps
     total: int  # the larger of the backward passes' and the optimizer step's
@@ -174,8 +174,12 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
     # received stays until the next one has gone backward.
     in_pipeline = recipe.parallel.pipeline > 1
     passing, late = 3 * longest * in_pipeline, 0
-    saved = kept = most_saved = most = 0
-    for kind, _, index in stage_steps(recipe, len(segments), stage):
+    steps = stage_steps(recipe, len(segments), stage)
+    # Under sleep.carry: what all sequences start from, and what those leave that are done.
+    state = first_state_bytes(recipe, blocks) if recipe.sleep.carry else 0
+    saved = state * (2 * micro_batches(recipe) - len(steps) // (2 * len(segments)))
+    kept = most_saved = most = 0
+    for kind, _, index in steps:
         if kind == FORWARD:
             saved += handed[index]
             kept += 0 if recompute else computed[index]
@@ -184,6 +188,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
             continue
         most = max(most, saved + late + kept + passing + (computed[index] if recompute else 0))
         saved -= handed[index]
+        saved += state if index + 1 == len(segments) else 0
         kept -= 0 if recompute else computed[index]
         late = longest * (in_pipeline and (blocks.start > 0 or index > 0))
     return most_saved, most
@@ -203,7 +208,7 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
     """
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
-    if index == 0 and segment.with_grad:
+    if index == 0 and segment.with_grad and not recipe.sleep.carry:
         states += first_state_bytes(recipe, blocks)
     if recipe.parallel.pipeline == 1:
         goes_on = not last and segments[index + 1].pass_number > 1

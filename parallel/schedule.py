@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
+from powernap.model.fast_weights import Memory, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
@@ -38,6 +39,8 @@ class MicroBatch:
     segments: list[Segment]
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
+    memory: Memory | None = None  # this stage's, from which the sequences start; None: fast weights of zero
+    left: Memory | None = None  # set by `forward_backward` under sleep.carry: what they leave, detached
 
 
 def forward_backward(
@@ -77,20 +80,22 @@ def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda 
         dist.all_reduce(gradient_of(stage.embedding.weight), group=here.groups.embd)
 
 
-def predict(
-    stage: HybridStage, segments: list[Segment], tokens: torch.Tensor, loss_mask: torch.Tensor, here: Topology
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere, and the loss summed over the loss tokens.
+def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torch.Tensor, torch.Tensor, Memory]:
+    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere; the loss summed over the loss tokens; memory.
 
-    On every stage; one stage works at a time.
+    The first two on every stage, the memory that the sequences leave is each stage's own. One stage works at a time.
     """
+    segments, tokens, loss_mask = batch.segments, batch.tokens, batch.loss_mask
     if here.stages == 1:
-        output = sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False, predict=True)
-        return output.predictions, output.loss
+        with torch.no_grad():
+            output = sleep_and_predict(
+                stage, segments, tokens, loss_mask, memory=batch.memory, recompute=False, predict=True
+            )
+        return output.predictions, output.loss, output.memory
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
     loss = torch.zeros((), dtype=torch.promote_types(stage.like.dtype, torch.float32), device=stage.like.device)
     ring = Ring(stage, here, longest(segments), len(tokens))
-    memory = stage.empty_memory(len(tokens))
+    memory = stage.empty_memory(len(tokens)) if batch.memory is None else batch.memory
     with torch.no_grad():
         for index, segment in enumerate(segments):
             again = segment.pass_number > 1
@@ -105,7 +110,7 @@ def predict(
                 ring.send(hidden_states)
         for result in (predictions, loss):
             dist.broadcast(result, group=here.groups.pp, group_src=here.stages - 1)
-    return predictions, loss
+    return predictions, loss, memory
 
 
 class StageStep:
@@ -145,7 +150,9 @@ class StageStep:
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
         continues = segment.pass_number > 1 or not self.stage.is_first
         hidden_states = received[: self._length(segment)] if continues else None
-        memory = self._carried.pop(number, None) or self.stage.empty_memory(len(batch.tokens))
+        memory = batch.memory if index == 0 else self._carried.pop(number)
+        if memory is None:
+            memory = self.stage.empty_memory(len(batch.tokens))
         hidden_states, loss, *memory = self._run(number, segment, hidden_states, memory)
 
         if loss is not None:
@@ -153,6 +160,8 @@ class StageStep:
         carried = [state.detach().requires_grad_() for state in memory]
         if not last:
             self._carried[number] = carried
+        elif self.stage.sleep.carry:
+            batch.left = detach(carried)
         taken = not (last and self.stage.is_last)
         if link_length is None:
             taken = not last and batch.segments[index + 1].pass_number > 1

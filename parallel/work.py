@@ -66,7 +66,7 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     for window in range(count):
         start = window * model.window
         tokens = min(model.window, length - start)
-        sleeps = not predicts[window] or (sleep.every_window and window < count - 1)
+        sleeps = not predicts[window] or (sleep.every_window and (window < count - 1 or sleep.carry))
         if predicts[window]:
             number, final = (0, range(0)) if sleeps else (1, every)
             segments.append(Segment(window, number, start, tokens, every, final, awake, predicts=True))
@@ -74,7 +74,8 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
             continue
         for number, (blocks, flops) in enumerate(asleep, start=1):
             final = range(blocks.start, blocks.stop if number == passes else loop_start)
-            with_grad = number > passes - backprop
+            needed = not sleep.carry or any(predicts[window + 1 :])  # not after the last loss: see model/segments.py
+            with_grad = number > passes - backprop and needed
             segments.append(Segment(window, number, start, tokens, blocks, final, flops, with_grad=with_grad))
     return segments
 

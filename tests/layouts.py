@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import tiny
-from powernap.model.config import SleepConfig
+from powernap.model.config import GATED_DELTA_NET, SleepConfig
+from powernap.model.fast_weights import detach
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
@@ -48,11 +49,15 @@ def compare(case: Case, **process_group) -> dict:
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     scale = 0.37 / case.data
-    loss, expected, predictions = one_process(case, model, sleep, batches, scale)
+    loss, expected, predictions, left = one_process(case, model, sleep, batches, scale)
 
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
     stage = build(model, sleep, here.groups, blocks, case.sequence)
     own = batches[here.data_rank :: case.data]
+    if sleep.carry:
+        for batch in own:
+            lost = case.broken == "carried fast weights"
+            batch.memory = None if lost else own_memory(batch.memory, stage, here)
     with broken(case.broken):
         own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
         schedule.sum_shared_gradients(stage, here)
@@ -65,12 +70,21 @@ def compare(case: Case, **process_group) -> dict:
         difference = (gradient - own_slice(reference, parameter, here)).abs().max() / (reference.abs().max() + 1e-12)
         if not difference <= worst["error"]:
             worst = {"error": difference.item(), "name": stage.global_name(name)}
-    read, read_loss = schedule.predict(stage, own[0].segments, own[0].tokens, own[0].loss_mask, here)
+    read, read_loss, read_left = schedule.predict(stage, own[0], here)
+    carried = 0.0
+    if sleep.carry:
+        reference = own_memory(left[here.data_rank], stage, here)  # of own[0]
+        carried = max(
+            (found - expected).abs().max().item()
+            for memory in (own[0].left, read_left)
+            for found, expected in zip(memory, reference, strict=True)
+        )
     result = {
         "loss": abs(own_loss.item() / loss - 1),
         "gradient": worst,
         "predictions": torch.equal(read, predictions[here.data_rank][0]),
         "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
+        "carried": carried,
         "parameters": len(list(stage.parameters())),
     }
     topology.shutdown()
@@ -83,22 +97,42 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
     if case.pads:
         tokens[seed % 2, : 2 + seed % 3] = model.pad_token_id
-    return schedule.MicroBatch(plan_segments(tokens, loss_mask, model, sleep, case.passes), tokens, loss_mask)
+    segments = plan_segments(tokens, loss_mask, model, sleep, case.passes)
+    memory = None
+    if sleep.carry:
+        shape = (len(tokens), model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim)
+        generator = torch.Generator().manual_seed(seed)
+        memory = tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for _ in range(model.pattern.count(GATED_DELTA_NET))
+        )
+    return schedule.MicroBatch(segments, tokens, loss_mask, memory)
+
+
+def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
+    """The blocks and heads that this rank holds of the whole model's fast weights."""
+    pattern = stage.model.pattern
+    first = pattern[: stage.blocks.start].count(GATED_DELTA_NET)
+    count = pattern[stage.blocks.start : stage.blocks.stop].count(GATED_DELTA_NET)
+    return tuple(state.chunk(here.tensor_size, 1)[here.tensor_rank] for state in memory[first : first + count])
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
-    """Loss, gradients by name and predictions of the loop on rank 0 alone, on all ranks."""
+    """Loss, gradients by name, predictions and memory left of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], topology.alone()
     if dist.get_rank() == 0:
         stage = build(model, sleep, groups)
-        losses, predictions = [], []
+        losses, predictions, left = [], [], []
         for batch in batches:
-            output = sleep_and_predict(stage, batch.segments, batch.tokens, batch.loss_mask, predict=True)
+            output = sleep_and_predict(
+                stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True
+            )
             (output.loss * scale).backward()
             losses.append(output.loss.item())
             predictions.append((output.predictions, output.loss.item()))
+            left.append(detach(output.memory))
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
-        found = [(sum(losses), gradients, predictions)]
+        found = [(sum(losses), gradients, predictions, left)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

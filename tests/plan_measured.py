@@ -22,11 +22,11 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
     here = topology.initialize(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
     with Tensors() as live:
         stage, zero = trainer.build(recipe, here)
-        trainer.train_step(recipe, stage, zero, batch(recipe), 2, here)
+        _, memory = trainer.train_step(recipe, stage, zero, batch(recipe), 2, here)
         gc.collect()
         live.peak = live.now
         with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
-            trainer.train_step(recipe, stage, zero, batch(recipe), 3, here)
+            trainer.train_step(recipe, stage, zero, batch(recipe), 3, here, memory)
     result = {
         "stage": here.stage,
         "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
@@ -107,10 +107,10 @@ def unique(tensors: list[torch.Tensor]) -> int:
 
 
 def batch(recipe: Recipe) -> Batch:
-    """Random tokens; the last window predicts."""
+    """Random tokens; the last window predicts, or all do, and a document goes on in each second row."""
     generator = torch.Generator().manual_seed(1)
     shape = (recipe.sequences_per_rank, recipe.data.sequence_length)
     tokens = torch.randint(1, recipe.model.vocab_size, shape, generator=generator)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
-    loss_mask[:, -recipe.model.window // 2 :] = True
-    return Batch(tokens, loss_mask, [])
+    loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window // 2 :] = True
+    return Batch(tokens, loss_mask, torch.arange(len(tokens)) % 2 == 0, [])

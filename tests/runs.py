@@ -82,6 +82,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def assert_refused(arguments: list[str], capfd, *words: str) -> None:
+    """The command, run here, says why it cannot be done in one line that holds all of `words`."""
+    assert cli.main(arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
     """The command failed and said why in one line that holds all of `words`."""
     assert result.returncode != 0, result.stdout + result.stderr

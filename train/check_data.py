@@ -35,6 +35,8 @@ def check_data(recipe: Recipe) -> None:
             if path := local_path(shard):
                 _check_file(path)
     for names in shards.values():
+        if recipe.sleep.carry:
+            _check_documents(names[0], recipe)
         samples = _first_samples(names[0], recipe)
         _check_manifest(names[0], samples, recipe)
         _check_windows(names[0], samples, recipe)
@@ -120,6 +122,16 @@ def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
         value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
         raise DataError(
             f"model.pad_token_id={value}, but {shard} pads with token {pad}: write model.pad_token_id={pad}"
+        )
+
+
+def _check_documents(shard: str, recipe: Recipe) -> None:
+    """That there is something to carry."""
+    found = Shard.open(shard, cache_of(recipe.data))
+    if len(found.documents) == len(found):
+        raise DataError(
+            f"sleep.carry=true, but no document in {shard} is longer than a sequence: build text with documents=whole and "
+            "fewer windows, or write sleep.carry=false"
         )
 
 

@@ -199,6 +199,7 @@ class Recipe(Section):
         self._tensor_parallel_fits()
         self._pipeline_fits()
         self._zero_fits()
+        self._carry_fits()
         if self.optimizer.warmup_steps > train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={train.steps}"
@@ -279,6 +280,27 @@ class Recipe(Section):
             )
         if stage > 1 and self.optimizer.name == "muon":
             raise ValueError(f"zero.stage={stage} with optimizer.name=muon is not tested: use zero.stage=1 or adamw")
+
+    def _carry_fits(self) -> None:
+        if not self.sleep.carry:
+            return
+        batch, inputs, window = self.train.global_batch_size, self.data.sequence_length - 1, self.model.window
+        if self.data.lanes != batch:
+            raise ValueError(
+                f"sleep.carry=true: each of the {batch} sequences of a step goes on with a lane of its own: write "
+                f"data.lanes={batch}"
+            )
+        if inputs % window:
+            raise ValueError(
+                f"sleep.carry=true: data.sequence_length={inputs + 1} cuts a document inside a window: write one more than "
+                f"a multiple of model.window={window}, such as {-(-inputs // window) * window + 1}"
+            )
+        if isinstance(self.data.train, dict):
+            raise ValueError("sleep.carry=true reads one dataset, data.train is a mixture: build them into one folder")
+        if self.data.on_error == "skip":
+            raise ValueError(
+                "sleep.carry=true with data.on_error=skip would go on behind a hole: use data.on_error=stop"
+            )
 
     @property
     def run_folder(self) -> Path:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from powernap.model.fast_weights import Memory
 from powernap.model.segments import pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint, topology
-from powernap.parallel.schedule import predict
+from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe, RecipeError
 from powernap.train.data.loader import Batch, evaluation_batches
@@ -49,6 +50,7 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
     right: Counter[tuple[int, int]] = Counter()  # (N, depth)
     losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
+    memories: dict[int, Memory | None] = {}  # N -> what the batch before left, under sleep.carry
     batches = evaluation_batches(
         recipe.data,
         batch_size=recipe.micro_batch_size,
@@ -61,7 +63,9 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
         asked.update((depth, answer) for _, depth, answer in _answers(batch))
         losses[0] += batch.counts * batch.loss_mask[:, 1:].sum()
         for place, number in enumerate(passes, start=1):
-            predictions, loss = _predict(stage, recipe, batch, number, here)
+            before = None if batch.begins.all() else memories[number]
+            predictions, loss, left = _predict(stage, recipe, batch, number, here, before)
+            memories[number] = left if recipe.sleep.carry else None
             losses[place] += batch.counts * loss
             right.update((number, depth) for where, depth, answer in _answers(batch) if predictions[where] == answer)
     loss_tokens, *losses = here.sum_over_data(losses).tolist()
@@ -126,14 +130,16 @@ def evaluation_passes(recipe: Recipe) -> list[int]:
 
 
 def _predict(
-    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology
-) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor]:
-    """The predicted answer at every place of an answer, (row, start, stop) -> tokens, and the sum of the losses."""
+    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None
+) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, Memory]:
+    """The predicted answer at every place of an answer, (row, start, stop) -> tokens; the sum of the losses; memory."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
-    predictions, loss = predict(stage, segments, tokens.to(here.device), loss_mask.to(here.device), here)
+    batch_here = MicroBatch(segments, tokens.to(here.device), loss_mask.to(here.device), memory)
+    predictions, loss, memory = predict(stage, batch_here, here)
     predictions = predictions.tolist()
-    return {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}, loss
+    answers = {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+    return answers, loss, memory
 
 
 def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import SegmentError, pad_end, plan_segments
 from powernap.model.stage import HybridStage
@@ -39,9 +40,11 @@ def train(recipe: Recipe, resume: bool = False) -> None:
         here.barrier()
 
         stage, zero = build(recipe, here)
-        done, data_state = 0, None
+        done, data_state, memory = 0, None, None
         if resume and (newest := checkpoint.newest(folder.checkpoints)):
             done, data_state = checkpoint.load(newest, zero, here)
+            if recipe.sleep.carry:
+                memory = checkpoint.load_memory(newest, here)
         skipped = data_state["skipped"] if data_state else 0
 
         resume_step = done if resume else None
@@ -53,7 +56,7 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 here.progress.step = step
                 here.progress.note("reading the batch")
                 batch, data_state = next(batches)
-                metrics = train_step(recipe, stage, zero, batch, step, here)
+                metrics, memory = train_step(recipe, stage, zero, batch, step, here, memory)
                 for reason in metrics.pop("skipped", []):
                     skipped += 1
                     log.event("step %d, done without: %s", step, reason)
@@ -69,7 +72,7 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                     here.progress.note("saving a checkpoint")
                     states = here.gather_over_data(data_state)
                     data_state = {**merge_states(states), "skipped": skipped} if here.reads else None
-                    checkpoint.save(folder.checkpoints, step, stage, zero, here, data_state)
+                    checkpoint.save(folder.checkpoints, step, stage, zero, here, data_state, memory)
             if skipped:
                 log.event("%d samples or shards could not be used", skipped)
 
@@ -110,22 +113,25 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def train_step(
-    recipe: Recipe, stage: HybridStage, zero: ZeroOptimizer, batch: Batch, step: int, here: Topology
-) -> dict[str, float]:
-    """One optimizer step on this rank's share of the global batch; returns the step's metrics over all ranks."""
+    recipe: Recipe,
+    stage: HybridStage,
+    zero: ZeroOptimizer,
+    batch: Batch,
+    step: int,
+    here: Topology,
+    memory: Memory | None = None,
+) -> tuple[dict[str, float], Memory | None]:
+    """One optimizer step on this rank's share of the global batch.
+
+    Args:
+        memory: under sleep.carry what this stage's sequences left in the step before; None at the first.
+
+    Returns:
+        the step's metrics over all ranks, and what the sequences leave for the next step, None without sleep.carry
+    """
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
-    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
-    micro_batches = [
-        MicroBatch(
-            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
-            tokens.to(here.device, non_blocking=True),
-            loss_mask.to(here.device, non_blocking=True),
-        )
-        for tokens, loss_mask in zip(
-            tokens.split(recipe.micro_batch_size), loss_mask.split(recipe.micro_batch_size), strict=True
-        )
-    ]
+    micro_batches = cut_batch(recipe, batch, passes, here, memory)
     if recipe.zero.stage == 3:
         check_same_segments(micro_batches, here)
     here.progress.note("counting the loss tokens of all data ranks")
@@ -165,7 +171,26 @@ def train_step(
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
         metrics.update(here.merge_over_model(health.summary()))
-    return metrics
+    return metrics, join([part.left for part in micro_batches]) if recipe.sleep.carry else None
+
+
+def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None) -> list[MicroBatch]:
+    """The micro-batches of this rank's sequences, each with its segments and with its part of `memory`."""
+    size = recipe.micro_batch_size
+    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
+    tokens, loss_mask = tokens.split(size), loss_mask.split(size)
+    memories: list[Memory | None] = [None] * len(tokens)
+    if memory is not None:
+        memories = split(begin_anew(memory, batch.begins.to(here.device)), len(batch.tokens), size)
+    return [
+        MicroBatch(
+            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
+            tokens.to(here.device, non_blocking=True),
+            loss_mask.to(here.device, non_blocking=True),
+            own,
+        )
+        for tokens, loss_mask, own in zip(tokens, loss_mask, memories, strict=True)
+    ]
 
 
 def check_same_segments(micro_batches: list[MicroBatch], here: Topology) -> None:
@@ -200,6 +225,7 @@ def read_batches(recipe: Recipe, here: Topology, state: State | None) -> Iterato
         rank=here.data_rank,
         world_size=here.data_size,
         seed=recipe.run.seed,
+        whole_documents=recipe.sleep.carry,
         state=state,
     )
     for batch, now in batches:
@@ -211,11 +237,16 @@ def read_batches(recipe: Recipe, here: Topology, state: State | None) -> Iterato
 def receive_batch(batch: Batch | None, recipe: Recipe, here: Topology) -> Batch:
     """The batch that this model's first rank gives, on all its ranks."""
     shape = (2, recipe.sequences_per_rank, recipe.data.sequence_length)
-    both = (
-        torch.empty(shape, dtype=torch.int64) if batch is None else torch.stack([batch.tokens, batch.loss_mask.long()])
-    )
-    tokens, loss_mask = here.from_first_of_model(both.to(here.device)).cpu()
-    return Batch(tokens, loss_mask.bool(), [])
+    if batch is None:
+        packed = torch.empty(shape, dtype=torch.int64)
+    else:
+        # What precedes the first token is no target: its place in the loss mask has room for a row's other flag.
+        loss_mask = torch.cat([batch.begins[:, None], batch.loss_mask[:, 1:]], dim=1)
+        packed = torch.stack([batch.tokens, loss_mask.long()])
+    tokens, loss_mask = here.from_first_of_model(packed.to(here.device)).cpu()
+    loss_mask, begins = loss_mask.bool(), loss_mask[:, 0].bool()
+    loss_mask[:, 0] = False
+    return Batch(tokens, loss_mask, begins, [])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

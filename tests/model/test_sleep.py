@@ -228,3 +228,37 @@ def test_tied_embeddings_share_one_matrix(here):
     gradient = tiny.gradients(stage, tiny.run(stage, tokens, loss_mask, 2).loss)
     assert not any(name.startswith("output_layer") for name in gradient)
     assert gradient["embedding.weight"][0].abs().max() > 0  # never read as input, still a class of the softmax
+
+
+@pytest.mark.parametrize("every_window", [True, False])
+def test_two_halves_with_the_state_carried_equal_the_whole(here, every_window):
+    """In loss and fast weights; and a half that goes on sleeps on its last window too."""
+    sleep = SleepConfig(every_window=every_window, carry=True)
+    stage = tiny.build_stage(here, sleep=sleep)
+    tokens, loss_mask = tiny.batch(windows=4, predicting=(0, 1, 2, 3))
+    middle = 2 * tiny.WINDOW
+    whole = tiny.run(stage, tokens, loss_mask, passes=3, sleep=sleep)
+    halves, memory = [], None
+    for part in (slice(0, middle + 1), slice(middle, None)):
+        halves.append(tiny.run(stage, tokens[:, part], loss_mask[:, part], passes=3, sleep=sleep, memory=memory))
+        memory = detach(halves[-1].memory)
+    assert sum(half.loss.item() for half in halves) == pytest.approx(whole.loss.item(), rel=1e-13)
+    for left, expected in zip(memory, whole.memory, strict=True):
+        assert (left - expected).abs().max() < 1e-12
+    forgotten = tiny.run(stage, tokens[:, middle:], loss_mask[:, middle:], passes=3, sleep=sleep)
+    assert abs(forgotten.loss.item() - halves[1].loss.item()) > 1e-3
+
+
+def test_what_follows_the_last_loss_has_no_gradient_to_wait_for(here):
+    """The next sequence gets the fast weights detached: those segments keep nothing for a backward pass."""
+    sleep = SleepConfig(every_window=True, carry=True)
+    tokens, loss_mask = tiny.batch(windows=2, predicting=(0, 1))
+    segments = tiny.plan_segments(tokens, loss_mask, tiny.model_config(), sleep, 2)
+    assert [(s.window, s.pass_number, s.with_grad) for s in segments] == [
+        (0, 0, True), (0, 1, True), (0, 2, True), (1, 0, True), (1, 1, False), (1, 2, False)
+    ]  # fmt: skip
+    stage = tiny.build_stage(here, sleep=sleep)
+    output = tiny.run(stage, tokens, loss_mask, passes=2, sleep=sleep)
+    last = tiny.run(stage, tokens, loss_mask, passes=2, sleep=SleepConfig(every_window=True))
+    assert not any(state.requires_grad for state in output.memory)
+    assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, last.loss)) < 1e-13

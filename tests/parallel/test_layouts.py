@@ -23,6 +23,7 @@ LAYOUTS = {
     "DP2xTP2": dict(data=2, tensor=2),
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
+TEXT = dict(predicting=(0, 1, 2))
 EVICTIONS = {"hard": {}, "sliding": {"eviction": "sliding"}}
 
 # Each layout once with each choice of the other axes, and what only some layouts can get wrong.
@@ -53,9 +54,13 @@ CASES = {
         pipeline=4, layout="A|G|G|A", model={"pattern": "AGGA"}, passes=3, sleep=dict(loop_range=[1, 3])
     ),
     "PP2, truncated back-propagation": Case(pipeline=2, passes=3, sleep=dict(backprop_passes=1)),
-    "PP2, every window": Case(pipeline=2, predicting=(0, 1, 2), sleep=dict(every_window=True)),
+    "PP2, every window": Case(pipeline=2, **TEXT, sleep=dict(every_window=True)),
     "TP2xPP2+SP, every window, sliding": Case(
-        tensor=2, pipeline=2, sequence=True, predicting=(0, 1, 2), sleep=dict(every_window=True, eviction="sliding")
+        tensor=2, pipeline=2, sequence=True, **TEXT, sleep=dict(every_window=True, eviction="sliding")
+    ),
+    "PP2, carried": Case(pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True)),
+    "TP2xPP2+SP, carried, pads": Case(
+        tensor=2, pipeline=2, sequence=True, pads=True, **TEXT, sleep=dict(every_window=True, carry=True)
     ),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
@@ -73,6 +78,9 @@ BROKEN = {
     "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),
     "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
     "messages batched, PP2": Case(pipeline=2, broken="links"),
+    "nothing carried, PP2": Case(
+        pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True), broken="carried fast weights"
+    ),
 }
 
 
@@ -83,7 +91,7 @@ def results():
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(results, name):
-    check(CASES[name], results[name])
+    assert_exact(CASES[name], results[name])
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -99,20 +107,21 @@ def wide_results():
 @pytest.mark.wide
 @pytest.mark.parametrize("name", WIDE)
 def test_equals_one_process_in_the_whole_grid(wide_results, name):
-    check(WIDE[name], wide_results[name])
+    assert_exact(WIDE[name], wide_results[name])
 
 
 @pytest.mark.wide
 def test_equals_one_process_on_eight():
     name, case = "TP2xPP2xDP2+SP", Case(tensor=2, pipeline=2, data=2, sequence=True, **SEVERAL)
-    check(case, run_cases(layouts.compare, {name: case})[name])
+    assert_exact(case, run_cases(layouts.compare, {name: case})[name])
 
 
-def check(case: Case, results: list[dict]) -> None:
+def assert_exact(case: Case, results: list[dict]) -> None:
     assert len(results) == case.world_size
     bound = 1e-6 if case.tensor > 1 else 1e-10
     for result in results:
         assert result["loss"] < bound
         assert result["gradient"]["error"] < bound, result["gradient"]["name"]
         assert result["predictions"] and result["read_loss"] < bound
+        assert result["carried"] < bound
         assert result["parameters"] > 0

@@ -29,16 +29,20 @@ SLIDING = {"passes": 3, "eviction": "sliding", "loop_range": [1, 3]}
 MANY_WEIGHTS = {"ffn_hidden_size": 1024, "window": 16}  # the optimizer's step is the peak, not the backward pass
 
 
+CARRY = {"passes": 2, "every_window": True, "carry": True}
+
+
 def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> Recipe:
     """`sequences` on each data rank, in two micro-batches."""
+    batch = sequences * parallel.get("data", 1)
     values = {
         "run": {"name": "measured"},
         "model": {**MODEL, **(model or {})},
         "sleep": sleep or {"passes": 2},
-        "data": {"train": "nowhere", "sequence_length": 97},
+        "data": {"train": "nowhere", "sequence_length": 97, "lanes": batch},
         "train": {
             "steps": 10,
-            "global_batch_size": sequences * parallel.get("data", 1),
+            "global_batch_size": batch,
             "micro_batch_size": sequences // 2,
             "precision": precision,
             "recompute": recompute,
@@ -59,6 +63,7 @@ CASES = {
     "one process, fp32, keep": recipe("fp32", False),
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
     "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
+    "PP2, carried": recipe(sleep=CARRY, pipeline=2),
     "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
 }
 WIDE = {
@@ -67,6 +72,7 @@ WIDE = {
     for precision, recompute in [("bf16", False) if number % 2 else ("fp32", True)]
 } | {
     "one process, bf16, recompute": recipe("bf16", True),
+    "one process, carried": recipe(sleep=CARRY),
     "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
 }
 
@@ -78,7 +84,7 @@ def measured():
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_what_ranks_hold(measured, name):
-    check(CASES[name], measured[name])
+    assert_as_planned(CASES[name], measured[name])
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +95,14 @@ def wide_measured():
 @pytest.mark.wide
 @pytest.mark.parametrize("name", WIDE)
 def test_plan_is_what_ranks_hold_in_every_layout(wide_measured, name):
-    check(WIDE[name], wide_measured[name])
+    assert_as_planned(WIDE[name], wide_measured[name])
 
 
-def check(planned: Recipe, ranks: list[dict[str, int]]) -> None:
+def assert_as_planned(planned: Recipe, ranks: list[dict[str, int]]) -> None:
     assert len(ranks) == planned.parallel.world_size
     for rank in ranks:
-        memory = stage_memory(planned, cut(planned), rank["stage"], "cpu")
+        predicts = [True] * 3 if planned.sleep.every_window else None
+        memory = stage_memory(planned, cut(planned, predicts), rank["stage"], "cpu")
         for part in ("weights", "gradients", "optimizer", "segments"):
             assert rank[part] == getattr(memory, part), part
         assert memory.total == pytest.approx(rank["total"], rel=0.1)

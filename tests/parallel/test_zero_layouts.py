@@ -84,7 +84,7 @@ def results():
 
 @pytest.mark.parametrize("name", CASES)
 def test_ten_steps_equal_a_plain_optimizer(results, name):
-    check(CASES[name], results[name])
+    assert_exact(CASES[name], results[name])
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -105,7 +105,7 @@ def wide_results():
 @pytest.mark.wide
 @pytest.mark.parametrize("name", WIDE)
 def test_ten_steps_in_the_whole_grid(wide_results, name):
-    check(WIDE[name], wide_results[name])
+    assert_exact(WIDE[name], wide_results[name])
 
 
 @pytest.mark.wide
@@ -124,10 +124,10 @@ def test_the_whole_grid_sees_what_is_broken(wide_results, name):
 @pytest.mark.parametrize("problem", [Problem(), CHANGING_TIED], ids=["plain", "tied embeddings, N changes"])
 def test_ten_steps_on_eight(problem):
     case = Case(**SP, pipeline=2, data=2, problem=problem)
-    check(case, run_cases(zero_layouts.compare, {"TP2xPP2xDP2+SP": case})["TP2xPP2xDP2+SP"])
+    assert_exact(case, run_cases(zero_layouts.compare, {"TP2xPP2xDP2+SP": case})["TP2xPP2xDP2+SP"])
 
 
-def check(case: Case, results: list[dict]) -> None:
+def assert_exact(case: Case, results: list[dict]) -> None:
     check_task(case, results)
     for result in results:
         assert result["loss"] < 1e-5

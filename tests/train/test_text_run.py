@@ -1,33 +1,42 @@
-"""Text from files to a held-out loss: built, trained in two layouts, evaluated."""
+"""Text from files to a held-out loss: whole documents, their fast weights carried from step to step, in several layouts."""
 
 import json
+import shutil
 
 import pytest
+import torch
 import yaml
 
 import runs
-from powernap.train.config import check
+from powernap.model.stage import HybridStage
+from powernap.parallel import checkpoint
+from powernap.train.config import check, load_recipe
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
+from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
+WINDOWS = 3  # in a sequence
+LAYOUTS = {"pipeline": ["parallel.pipeline=2"], "zero3": ["parallel.data=2", "zero.stage=3"]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    lines = [json.dumps({"text": "".join(SENTENCES[(n * k) % 3] for k in range(1, 9))}) for n in range(400)]
-    lines = [line.replace("cat", f"cat {n}") for n, line in enumerate(lines)]
+    documents = ["".join(SENTENCES[(n * k) % 3] for k in range(1, 5 + n % 13)) for n in range(400)]
+    lines = [json.dumps({"text": text.replace("cat", f"cat {n}")}) for n, text in enumerate(documents)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    text = check(Text, {"inputs": str(folder / "corpus.jsonl"), "window": 32, "windows": 3, "test_share": 0.1})
-    build(TextSource(text, 20_000), folder / "data", workers=1)
+    for name, windows in (("data", WINDOWS), ("long", 6 * WINDOWS)):
+        fields = {"window": 32, "windows": windows, "documents": "whole", "test_share": 0.1}
+        text = check(Text, {"inputs": str(folder / "corpus.jsonl"), **fields})
+        build(TextSource(text, 5_000), folder / name, workers=1)
     recipe = {
         **runs.RECIPE,
         "model": {**runs.RECIPE["model"], "window": 32, "vocab_size": 258, "pad_token_id": 257},
-        "sleep": {"passes": 2, "every_window": True},
-        "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 97},
-        "train": {"steps": 20, "global_batch_size": 16, "log_every": 10, "checkpoint_every": 20},
+        "sleep": {"passes": 2, "every_window": True, "carry": True},
+        "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 97, "lanes": 8},
+        "train": {"steps": 20, "global_batch_size": 8, "log_every": 10, "checkpoint_every": 10},
         "optimizer": {"lr": 1e-2, "warmup_steps": 5},
         "evaluation": {"samples": 17, "passes": [1, 2]},
     }
@@ -35,22 +44,81 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_loss_falls_on_held_out_text_the_same_in_a_pipeline(folder):
-    one = runs.train_in_turn(folder, 1, {"one": []})["one"]
-    two = runs.train_in_turn(folder, 2, {"two": ["parallel.pipeline=2"], "zero3": ["parallel.data=2", "zero.stage=3"]})
-    for run in (one, *two.values()):
+@pytest.fixture(scope="module")
+def trained(folder):
+    return runs.train_in_turn(folder, 1, {"one": []}) | runs.train_in_turn(folder, 2, LAYOUTS)
+
+
+def test_the_loss_falls_on_held_out_text_the_same_in_every_layout(trained):
+    one = read_metrics(trained["one"] / "metrics.jsonl")
+    for run in trained.values():
         records = read_metrics(run / "metrics.jsonl")
         assert records[0]["loss"] > 5 and records[-1]["loss"] < 3.5  # a uniform guess has 5.55
         assert records[-1]["held_out_loss/N2"] < 3.6
         assert {"fast_weights/block_1/pass_1/norm", "fast_weights/block_1/pass_2/norm"} <= set(records[0])
         assert "38,516 parameters" in (run / "logs" / "train.log").read_text()
-        assert records[0]["loss"] == pytest.approx(read_metrics(one / "metrics.jsonl")[0]["loss"], rel=1e-5)
-        assert records[-1]["held_out_loss/N2"] == pytest.approx(
-            read_metrics(one / "metrics.jsonl")[-1]["held_out_loss/N2"], rel=0.02
-        )
+        for step in range(3):  # what is carried counts from the second on
+            assert records[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
+        assert records[-1]["held_out_loss/N2"] == pytest.approx(one[-1]["held_out_loss/N2"], rel=0.02)
+
+
+def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
+    """The lines of both are equal to the last digit; without the carried fast weights they are not."""
+    (folder / "again").mkdir()
+    again = shutil.copytree(trained["pipeline"], folder / "again" / "pipeline")
+    shutil.rmtree(again / "checkpoints" / "step_00000020")
+    runs.train_in_turn(folder, 2, {"pipeline": [*LAYOUTS["pipeline"], "run.root=again", "--resume"]})
+    resumed, unbroken = (read_metrics(run / "metrics.jsonl") for run in (again, trained["pipeline"]))
+    assert [line["seconds"] for line in resumed[:10]] == [line["seconds"] for line in unbroken[:10]]
+    assert resumed[10]["seconds"] != unbroken[10]["seconds"]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in resumed] == [line[key] for line in unbroken]
+    saved = torch.load(again / "checkpoints" / "step_00000010" / "memory-rank1.pt", weights_only=True)
+    assert [state.shape for state in saved] == [(8, 2, 16, 16)] and saved[0].abs().amax((1, 2, 3)).min() > 0
+
+
+def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here):
+    """Held-out text in sequences of three windows, carried, against all windows in one sequence."""
+    losses = {}
+    for name, changes in (
+        ("carried", []),
+        ("whole", ["data.test=long/test-*.tar", f"data.sequence_length={6 * WINDOWS * 32 + 1}"]),
+        ("forgotten", ["sleep.carry=false"]),
+    ):
+        overrides = [change.replace("=long", f"={folder}/long") for change in changes]
+        overrides += [] if name == "whole" else [f"data.test={folder}/data/test-*.tar"]
+        recipe = load_recipe(str(folder / "tiny.yaml"), overrides)
+        stage = HybridStage(recipe.model, recipe.sleep, here.groups).double().to(here.device)
+        checkpoint.load_weights(checkpoint.newest(trained["one"] / "checkpoints"), stage)
+        losses[name] = evaluate(stage, recipe, [2], 1000, here).loss["2"]
+    assert losses["carried"] == pytest.approx(losses["whole"], rel=1e-9)
+    assert abs(losses["forgotten"] / losses["whole"] - 1) > 1e-3
+
+
+def test_eval_tells_the_loss(folder, trained):
     result = runs.powernap("eval", "one", "--passes", "1,2,3", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "held-out loss after step 20" in result.stdout and "N=3" in result.stdout
-    saved = json.loads((one / "evaluation.json").read_text())
-    assert saved["loss"]["2"] == pytest.approx(read_metrics(one / "metrics.jsonl")[-1]["held_out_loss/N2"])
-    assert (one / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((trained["one"] / "evaluation.json").read_text())
+    assert saved["loss"]["2"] == pytest.approx(read_metrics(trained["one"] / "metrics.jsonl")[-1]["held_out_loss/N2"])
+    assert (trained["one"] / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.lanes=null"], ["each of the 8 sequences of a step goes on with a lane of its own", "data.lanes=8"]),
+        (["data.sequence_length=96"], ["data.sequence_length=96 cuts a document inside a window", "such as 97"]),
+        (["sleep.eviction=sliding"], ["carry=true carries fast weights alone", "eviction=hard"]),
+        (["data.train={a: {shards: data/train-*.tar}}"], ["data.train is a mixture"]),
+        (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
+        (["model.pattern=AA"], ["needs a G block", "model.pattern=AA"]),
+        (["data.train=short/train-*.tar", "data.lanes=8"], ["no document in", "build text with documents=whole"]),
+    ],
+)
+def test_what_cannot_be_carried_is_answered_in_one_line(folder, overrides, words, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    if "short/train-*.tar" in overrides[0] and not (folder / "short").exists():
+        text = check(Text, {"inputs": str(folder / "corpus.jsonl"), "window": 32, "windows": WINDOWS})
+        build(TextSource(text, 5_000), folder / "short", workers=1)
+    runs.assert_refused(["train", "tiny.yaml", "run.name=none", *overrides], capfd, *words)

@@ -41,17 +41,13 @@ class ShardCache:
     limit: int | None = None
     retries: int = 3
 
-    def local(self, shard: str) -> Path | None:
-        """The shard's own file, or None if it is remote."""
-        return local_path(shard)
-
     def fetch(self, shard: str) -> Path:
         """A local file with the shard's bytes.
 
         Raises:
             DataError: naming the shard, if it cannot be fetched.
         """
-        if path := self.local(shard):
+        if path := local_path(shard):
             return path
         from filelock import FileLock
 
@@ -72,9 +68,9 @@ class ShardCache:
     def index_file(self, path: Path) -> Path:
         """Where the index of the file at `path`, as it is now, belongs."""
         state = path.stat()
-        what = f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}"
-        if path.parent == self.folder / "shards":  # its time is that of its last use
-            what = f"{path.name}\0{state.st_size}\0{state.st_ino}"
+        # A file's inode changes when it is replaced, its time when it is written over; a cached shard's time, when it is used.
+        time = "" if path.parent == self.folder / "shards" else state.st_mtime_ns
+        what = f"{path.absolute()}\0{state.st_size}\0{state.st_ino}\0{time}"
         return self.folder / "index" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
 
     def _fetch(self, shard: str, path: Path) -> None:

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from powernap.train.config import DataConfig
-from powernap.train.data.cache import ShardCache, cache_of
+from powernap.train.data.cache import cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard, fingerprint
-from powernap.train.data.shard_list import count_lanes, expand_shards
+from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.tasks.sample import Sample
 
 FETCH_AHEAD = 8  # remote shards at once, by each reader
@@ -34,6 +34,7 @@ class Batch:
 
     tokens: torch.Tensor  # int64 [B, T]
     loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was skipped
+    begins: torch.Tensor  # bool [B]: rows that begin a document; the others go on where the batch before ended
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
     skipped: list[str] = field(default_factory=list)  # why samples could not be used: a line each
     counts: bool = True  # False: only there because another rank has a batch
@@ -47,6 +48,7 @@ def training_batches(
     rank: int,
     world_size: int,
     seed: int,
+    whole_documents: bool = False,
     state: State | None = None,
 ) -> Iterator[tuple[Batch, State]]:
     """This rank's batches, endlessly, each with the state after it; from the start or from the batch after `state`.
@@ -57,18 +59,21 @@ def training_batches(
 
     Args:
         batch_size: sequences per rank.
+        whole_documents: row by row, each batch goes on with the documents of the one before. Takes one dataset, and as many
+            lanes as the ranks' batches have rows together.
 
     Raises:
         DataError: at the first batch if the shards are missing or not those of `state`, later if a shard or sample
             cannot be used and data.on_error is not skip.
     """
-    cache = cache_of(data)
     datasets = data.datasets
     orders, marks = [], {}
     for (name, (spec, _)), where in zip(datasets.items(), data.shard_lists, strict=False):
-        shards = expand_shards(spec, where)
-        orders.append(Order(tuple(shards), count_lanes(len(shards), data.lanes, where), seed, data.shuffle_buffer))
-        marks[name] = fingerprint(shards, cache)
+        shards = tuple(expand_shards(spec, where))
+        lanes = count_lanes(len(shards), data.lanes, where)
+        assert not whole_documents or (len(datasets), lanes) == (1, batch_size * world_size)
+        orders.append(Order(shards, lanes, seed, data.shuffle_buffer, whole_documents))
+        marks[name] = fingerprint(shards)
     settled = {"seed": seed, "shuffle_buffer": data.shuffle_buffer, "lanes": [order.lanes for order in orders],
                "weights": {name: weight for name, (_, weight) in datasets.items()}}  # fmt: skip
     cursors: list[dict[int, Cursor]] = [{} for _ in orders]
@@ -82,7 +87,6 @@ def training_batches(
         orders,
         Mixture(tuple(weight for _, weight in datasets.values()), seed),
         cursors,
-        cache,
         data,
         vocab_size,
         first=done,
@@ -107,18 +111,11 @@ def training_batches(
             done += batch_size * world_size
             for known, found in zip(cursors, places, strict=True):
                 known.update(found)
-            yield (
-                batch,
-                {
-                    "samples": done,
-                    "fingerprints": marks,
-                    "settled": settled,
-                    "cursors": {
-                        name: {str(lane): list(place) for lane, place in known.items()}
-                        for name, known in zip(marks, cursors, strict=True)
-                    },
-                },
-            )
+            places = {
+                name: {str(lane): list(place) for lane, place in known.items()}
+                for name, known in zip(marks, cursors, strict=True)
+            }
+            yield batch, {"samples": done, "fingerprints": marks, "settled": settled, "cursors": places}
     finally:
         del batches  # ends the reader processes, even while a traceback keeps this frame
 
@@ -149,23 +146,37 @@ def merge_states(states: list[State]) -> State:
 def evaluation_batches(
     data: DataConfig, *, batch_size: int, vocab_size: int, rank: int, world_size: int, limit: int
 ) -> Iterator[Batch]:
-    """The first `limit` samples of data.test in file order; sample k goes to rank k % world_size. Batches may be smaller.
+    """The first `limit` samples of data.test in file order, for each rank every world_size-th document.
 
-    All ranks get as many batches: one whose samples are used up gets some again, without answers to count. Under ZeRO-3
-    the ranks run each batch together.
+    `batch_size` documents or fewer are read side by side, a part in each batch, and go on row by row in the batches after
+    that in which they begin. All ranks get as many batches, since under ZeRO-3 they run each together: one whose
+    documents are used up gets some of them again. Rows and batches that are there for others only have no loss tokens
+    and answers, or do not count.
 
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.
     """
     cache = cache_of(data)
     shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
-    places = list(itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit))
-    own = places[rank::world_size]
-    for start in range(0, len(places[::world_size]), batch_size):
-        here = own[start : start + batch_size]
-        samples = [decode(shard[i], data.sequence_length, vocab_size) for shard, i in here or places[:batch_size]]
-        batch = _collate(samples)
-        yield batch if here else replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False)
+    places = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
+    documents: list[list[tuple[Shard, int]]] = []
+    for shard, number in places:
+        if shard.begins_document(number):
+            documents.append([])
+        documents[-1].append((shard, number))
+    side_by_side = batch_size * world_size
+    for start in range(0, len(documents), side_by_side):
+        everywhere = documents[start : start + side_by_side]
+        here = everywhere[rank::world_size]
+        for part in range(max(map(len, everywhere))):
+            counts = any(part < len(document) for document in here)
+            rows = []
+            for document in here or everywhere[:1]:
+                shard, i = document[min(part, len(document) - 1)]
+                sample = decode(shard[i], data.sequence_length, vocab_size)
+                rows.append(sample if part < len(document) or not counts else _without_loss(sample))
+            batch = _collate(rows, [part == 0] * len(rows))
+            yield batch if counts else replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False)
 
 
 class BatchStream(IterableDataset):
@@ -179,7 +190,6 @@ class BatchStream(IterableDataset):
         orders: list[Order],
         mixture: Mixture,
         cursors: list[dict[int, Cursor]],
-        cache: ShardCache,
         data: DataConfig,
         vocab_size: int,
         *,
@@ -190,7 +200,7 @@ class BatchStream(IterableDataset):
     ):
         """`first`: samples of the run, over all ranks, that are done."""
         super().__init__()
-        self.orders, self.mixture, self.cursors, self.cache = orders, mixture, cursors, cache
+        self.orders, self.mixture, self.cursors, self.cache = orders, mixture, cursors, cache_of(data)
         self.data, self.vocab_size = data, vocab_size
         self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
 
@@ -212,7 +222,7 @@ class BatchStream(IterableDataset):
                 yield DataError(str(error))  # a plain one, which goes through torch's queue
 
     def _batch(self, numbers: range) -> tuple[Batch, list[dict[int, Cursor]]]:
-        samples = []
+        samples, begins = [], []
         self._skipped: list[str] = []
         touched: list[dict[int, Cursor]] = [{} for _ in self.orders]
         for number in numbers:
@@ -230,7 +240,8 @@ class BatchStream(IterableDataset):
                 self._skipped.append(str(error))
                 sample = _nothing(self.data.sequence_length)
             samples.append(sample)
-        return _collate(samples, self._skipped), touched
+            begins.append(shard.begins_document(i))
+        return _collate(samples, begins, self._skipped), touched
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Sample `number` of the run: its dataset, its lane there, and its number in that lane."""
@@ -261,7 +272,7 @@ class BatchStream(IterableDataset):
                 self._fetch_ahead(order.shards[order.turns(lane, cursor.epoch)[cursor.turn]])
 
     def _fetch_ahead(self, name: str | None) -> None:
-        if name and self.cache.local(name) is None and name not in self._fetching:
+        if name and local_path(name) is None and name not in self._fetching:
             self._fetching[name] = self._fetchers.submit(self.cache.fetch, name)
 
 
@@ -270,14 +281,20 @@ def _nothing(length: int) -> Sample:
     return Sample(np.zeros(length, np.int32), np.zeros(length, bool), np.zeros((0, 3), np.int32))
 
 
+def _without_loss(sample: Sample) -> Sample:
+    """The same tokens, with nothing to count."""
+    return Sample(sample.tokens, np.zeros_like(sample.loss_mask), sample.answers[:0])
+
+
 def _as_it_is(item: object) -> object:
     return item
 
 
-def _collate(samples: list[Sample], skipped: list[str] = ()) -> Batch:
+def _collate(samples: list[Sample], begins: list[bool], skipped: list[str] = ()) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
+        begins=torch.tensor(begins),
         answers=[sample.answers for sample in samples],
         skipped=list(skipped),
     )

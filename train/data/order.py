@@ -4,6 +4,8 @@ Sample k of a run is the next one of lane k % lanes. In each epoch the shards ar
 reads its shards one after the other, each shuffled within stretches of `shuffle_buffer` samples. A lane that is
 done with its shards begins the next epoch, so lanes of different lengths drift apart, and none ever runs dry.
 
+Where documents are longer than a sequence, whole documents are shuffled: one's parts follow each other in a lane.
+
 With several datasets, sample k belongs to one of them by the weights, and is that dataset's next sample.
 """
 
@@ -37,13 +39,22 @@ class Order:
     lanes: int
     seed: int
     shuffle_buffer: int
+    whole_documents: bool = False
 
     def turns(self, lane: int, epoch: int) -> list[int]:
         """The shards that a lane reads in an epoch, by number."""
         return _permutation(len(self.shards), self.seed, epoch)[lane :: self.lanes].tolist()
 
-    def within(self, shard: int, samples: int, epoch: int) -> np.ndarray:
-        """The order of a shard's samples in an epoch. Where its stretches begin is drawn too."""
+    def within(self, number: int, shard: Shard, epoch: int) -> np.ndarray:
+        """The order in which the samples of shard `number` are read in an epoch."""
+        if not self.whole_documents:
+            return self._shuffle(number, len(shard), epoch)
+        documents = np.split(np.arange(len(shard)), shard.documents[1:])
+        shuffled = [documents[i] for i in self._shuffle(number, len(documents), epoch)]
+        return np.concatenate(shuffled)
+
+    def _shuffle(self, shard: int, samples: int, epoch: int) -> np.ndarray:
+        """An order of a shard's samples or documents. Where its stretches begin is drawn too."""
         if self.shuffle_buffer >= samples:
             return _permutation(samples, self.seed, epoch, shard)
         if self.shuffle_buffer == 1:
@@ -88,7 +99,7 @@ class Lane:
         shard = self._turns[self.cursor.turn]
         names = [self._order.shards[shard] for shard in self._turns[self.cursor.turn :][:2]]
         self.shard = self._open_shard(names[0], names[1] if len(names) > 1 else None)
-        self._shuffled = self._order.within(shard, len(self.shard), self.cursor.epoch)
+        self._shuffled = self._order.within(shard, self.shard, self.cursor.epoch)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 A tar has no index. Ours is made by reading its headers once, and kept in the cache: a run that goes on in the middle of a
 million samples must not read the half before.
+
+A document longer than a sequence is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
+other sample is a document by itself.
 """
 
 import hashlib
@@ -18,22 +21,24 @@ import numpy as np
 
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import MEMBERS, DataError
+from powernap.train.data.shard_list import local_path
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
+_PART = re.compile(r"(.*)-part(\d+)")  # a key as document and part
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key and its member's suffix, as WebDataset splits names
 
 
 class Shard:
     """A shard as a sequence of samples, undecoded: `shard[i]` reads one from the file."""
 
-    def __init__(self, name: str, path: Path | None, places: np.ndarray, damage: str | None = None):
+    def __init__(self, name: str, path: Path | None, index: np.ndarray, damage: str | None = None):
         """
         Args:
-            places: int64 [samples, members, 2], offset and size of each of sample.MEMBERS; offset -1: missing.
+            index: as `index_tar` makes it.
             damage: what is wrong with the shard: it has more samples, which cannot be read.
         """
         self.name, self.path, self.damage = name, path, damage
-        self._places = places
+        self._places, self._parts = index[:, :-1], index[:, -1, 0]
         self._file = None if path is None else os.open(path, os.O_RDONLY)
 
     @classmethod
@@ -50,22 +55,22 @@ class Shard:
         try:
             path = cache.fetch(name)
             try:
-                index = cache.index_file(path)
-                places = _load(index)
-                if places is None:
-                    places = index_tar(path, name)
-                    _save(index, places)
-                return cls(name, path, places)
+                kept = cache.index_file(path)
+                index = _load(kept)
+                if index is None:
+                    index = index_tar(path, name)
+                    _save(kept, index)
+                return cls(name, path, index)
             except OSError as error:
                 raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
         except _Damaged as damage:
             if not keep_readable:
                 raise
-            return cls(name, path, damage.places, str(damage))
+            return cls(name, path, damage.index, str(damage))
         except DataError as damage:
             if not keep_readable:
                 raise
-            return cls(name, None, _places([], name), str(damage))
+            return cls(name, None, _index([], name), str(damage))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -90,6 +95,14 @@ class Shard:
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[number] for number in range(len(self)))
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The first sample of each document, in rising order."""
+        return np.flatnonzero(self._parts == 0)
+
+    def begins_document(self, number: int) -> bool:
+        return bool(self._parts[number] == 0)
 
     def key(self, number: int) -> str:
         """A sample's name. Reads all headers again: for messages."""
@@ -118,19 +131,23 @@ class _Key:
 class _Damaged(DataError):
     """A shard of which only the first samples can be read."""
 
-    def __init__(self, message: str, places: np.ndarray):
+    def __init__(self, message: str, index: np.ndarray):
         super().__init__(message)
-        self.places = places
+        self.index = index
 
 
 def index_tar(path: Path, name: str) -> np.ndarray:
-    """Where the samples of a tar file lie: int64 [samples, members, 2].
+    """Where the samples of a tar file lie, and which documents they make up.
+
+    int64 [samples, members + 1, 2]: offset and size of each of sample.MEMBERS, offset -1 where one is missing; then the
+    number of the part of its document that the sample is, and 0.
 
     Python's tarfile takes a cut between two members or a damaged header for the end. So what comes after the end it found
     is compared with what should: two blocks of zeros or more, and nothing else.
 
     Raises:
-        DataError: naming the shard, if it is no tar, is damaged or cut off, or holds no sample.
+        DataError: naming the shard, if it is no tar, is damaged or cut off, holds no sample, or not all parts of a document
+            in order.
     """
     members: list[tuple[str, str, int, int]] = []
     with open(path, "rb") as file:
@@ -144,38 +161,48 @@ def index_tar(path: Path, name: str) -> np.ndarray:
                 end = tar.offset
         except (tarfile.TarError, EOFError, ValueError) as error:
             reason = f"{name}: cannot be read (not a whole tar file: {' '.join(str(error).split())})"
-            raise _Damaged(reason, _places(members, name, whole=False)) from None
+            raise _Damaged(reason, _index(members, name, whole=False)) from None
         total = file.seek(0, io.SEEK_END)
         file.seek(end)
         rest = iter(lambda: file.read(1 << 20), b"")
         if any(block.strip(b"\0") for block in rest):
             reason = f"{name}: damaged after {end} bytes, or several tars in one: build or copy it again"
-            raise _Damaged(reason, _places(members, name, whole=False))
+            raise _Damaged(reason, _index(members, name, whole=False))
         if total < end + END_OF_ARCHIVE:
             reason = f"{name}: cut off after {total} bytes: build or copy it again"
-            raise _Damaged(reason, _places(members, name, whole=False))
-    places = _places(members, name)
-    if not len(places):
+            raise _Damaged(reason, _index(members, name, whole=False))
+    index = _index(members, name)
+    if not len(index):
         raise DataError(f"{name}: holds no sample: build it again, or take it out of the list")
-    return places
+    return index
 
 
-def _places(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
+def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
     """Group members into samples: neighbours with the same key. Of a tar that is not `whole`, the last may be half."""
-    samples = []
+    samples, before = [], None
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
         found: dict[str, tuple[int, int]] = {}
         for _, suffix, offset, size in group:
             if suffix in found:
                 raise DataError(f"{name}: sample {key} has two members .{suffix}: build it again")
             found[suffix] = (offset, size)
-        samples.append([found.get(suffix, (-1, 0)) for suffix in MEMBERS])
+        document, part = _document(key)
+        if part and before != (document, part - 1):
+            raise DataError(f"{name}: sample {key} does not follow part {part - 1} of its document: build it again")
+        before = document, part
+        samples.append([*(found.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, 0)])
     if not whole:
         samples = samples[:-1]
-    return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS), 2)
+    return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS) + 1, 2)
 
 
-def fingerprint(shards: list[str], cache: ShardCache) -> str:
+def _document(key: str) -> tuple[str, int]:
+    """A sample's document, and which part of it the sample is."""
+    match = _PART.fullmatch(key)
+    return (match[1], int(match[2])) if match else (key, 0)
+
+
+def fingerprint(shards: list[str]) -> str:
     """What tells one list of shards from another: names, sizes and, of local files, two pieces of each.
 
     Folders do not count, nor what a URL carries behind a question mark: data may be moved and links signed anew.
@@ -183,7 +210,7 @@ def fingerprint(shards: list[str], cache: ShardCache) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(os.path.basename(shard.partition("?")[0]).encode() + b"\0")
-        path = cache.local(shard)
+        path = local_path(shard)
         if path is not None:
             size = path.stat().st_size
             digest.update(size.to_bytes(8, "little"))
@@ -194,19 +221,19 @@ def fingerprint(shards: list[str], cache: ShardCache) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load(index: Path) -> np.ndarray | None:
+def _load(file: Path) -> np.ndarray | None:
     try:
-        places = np.load(index)
+        index = np.load(file)
     except (OSError, ValueError, EOFError):  # none yet, or half a file
         return None
-    return places if places.ndim == 3 and places.shape[1:] == (len(MEMBERS), 2) else None
+    return index if index.ndim == 3 and index.shape[1:] == (len(MEMBERS) + 1, 2) else None
 
 
-def _save(index: Path, places: np.ndarray) -> None:
+def _save(file: Path, index: np.ndarray) -> None:
     """Keep it if we can: a cache that cannot be written only costs time."""
     with suppress(OSError):
-        index.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = index.with_suffix(f".{os.getpid()}.tmp")
-        with open(unfinished, "wb") as file:
-            np.save(file, places)
-        unfinished.rename(index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(unfinished, "wb") as opened:
+            np.save(opened, index)
+        unfinished.rename(file)

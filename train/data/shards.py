@@ -78,7 +78,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents packed into sequences: a piece of the input is a shard, and one more of what is held out."""
+    """Documents cut into sequences: a piece of the input is a shard, and one more of what is held out."""
 
     task: Text
     shard_bytes: int
@@ -101,8 +101,8 @@ class TextSource:
         return [Job(n, amount, parts) for n, (parts, amount) in enumerate(self.task.jobs(self.shard_bytes))]
 
     def samples(self, job: Job) -> Iterator[tuple[str, str, Sample]]:
-        for number, (split, sample) in enumerate(self.task.samples(job.what)):
-            yield split, f"{split}-{job.number:06d}-{number:06d}", sample
+        for split, key, sample in self.task.samples(job.what):
+            yield split, f"{split}-{job.number:06d}-{key}", sample
 
 
 Source = TaskSource | TextSource

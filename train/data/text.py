@@ -1,16 +1,19 @@
-"""Text for next-token training: documents from files, split into train and test, packed into sequences.
+"""Text for next-token training: documents from files, split into train and test, cut into sequences.
 
-Documents follow each other, each ended by a token of its own, and are cut every T-1 tokens; a sequence begins with the last
-token of the one before, so that every token is a target once. A document belongs to train or test by its content.
+Each document is ended by a token of its own. Packed, they follow each other and are cut every T-1 tokens; a sequence begins
+with the last token of the one before, so that every token is a target once. Whole documents are cut each by itself, the
+last sequence padded, for training that carries the fast weights from one to the next. A document belongs to train or test
+by its content.
 """
 
 import glob
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -34,6 +37,9 @@ class Text(Section):
     text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
     window: int = Field(256, ge=1, description="L")
     windows: int = Field(4, ge=1, description="windows in a sequence")
+    documents: Literal["packed", "whole"] = Field(
+        "packed", description="packed: one after the other; whole: each in sequences of its own, for sleep.carry"
+    )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
     @model_validator(mode="after")
@@ -108,21 +114,39 @@ class Text(Section):
             else:
                 yield (str(file), 0, total), total
 
-    def samples(self, parts: list[Part]) -> Iterator[tuple[str, Sample]]:
-        """Split and sample, of all documents in `parts`."""
+    def samples(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
+        """Split, key within the split and sample, of all documents in `parts`."""
+        return self._whole(parts) if self.documents == "whole" else self._packed(parts)
+
+    def _packed(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
         open_tokens: dict[str, list[int]] = {"train": [], "test": []}
+        number = itertools.count()
+        for split, tokens in self._tokenized(parts):
+            open_tokens[split] += tokens
+            yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(open_tokens[split], last=False))
+        for split, tokens in open_tokens.items():
+            yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(tokens, last=True))
+
+    def _whole(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
+        for number, (split, tokens) in enumerate(self._tokenized(parts)):
+            for part, sample in enumerate(self._cut(tokens, last=True)):
+                yield split, f"{number:06d}-part{part:06d}", sample
+
+    def _tokenized(self, parts: list[Part]) -> Iterator[tuple[str, list[int]]]:
+        """Split and tokens of each document."""
         for part in parts:
             for document in self._documents(part):
                 data = document.encode()
                 split = "test" if zlib.crc32(data) % 10_000 < 10_000 * self.test_share else "train"
-                tokens = open_tokens[split]
-                tokens += [*self.vocabulary.encode(document), self.vocabulary.end]
-                while len(tokens) >= self.sequence_length:
-                    yield split, self._sample(tokens[: self.sequence_length])
-                    del tokens[: self.sequence_length - 1]
-        for split, tokens in open_tokens.items():
-            if len(tokens) > 1:
-                yield split, self._sample(tokens)
+                yield split, [*self.vocabulary.encode(document), self.vocabulary.end]
+
+    def _cut(self, tokens: list[int], last: bool) -> Iterator[Sample]:
+        """Sequences from the front of `tokens`, which keeps what is left; with `last` that becomes a padded one."""
+        while len(tokens) >= self.sequence_length:
+            yield self._sample(tokens[: self.sequence_length])
+            del tokens[: self.sequence_length - 1]
+        if last and len(tokens) > 1:
+            yield self._sample(tokens)
 
     def _sample(self, tokens: list[int]) -> Sample:
         missing = self.sequence_length - len(tokens)

@@ -155,3 +155,22 @@ def test_input_that_is_no_text_is_named(tmp_path, fields, message):
 def test_fields_without_sense():
     with pytest.raises(RecipeError, match="inputs is empty"):
         check(Text, {"inputs": []})
+
+
+def test_whole_documents_begin_sequences_of_their_own(tmp_path):
+    folder = built(tmp_path / "data", write(tmp_path / "corpus", "jsonl"), documents="whole", test_share=0)
+    found = []
+    for path in sorted(folder.glob("train-*.tar")):
+        shard = Shard.open(str(path), ShardCache(folder / "cache"))
+        assert 0 < len(shard.documents) < len(shard)
+        for number, members in enumerate(shard):
+            sample = decode(members, 33, 258)
+            here = sample.tokens[sample.tokens != BYTES.pad].tolist()
+            assert np.array_equal(sample.loss_mask, (np.arange(33) > 0) & (sample.tokens != BYTES.pad))
+            if shard.begins_document(number):
+                found.append(here)
+            else:
+                assert found[-1].pop() == here[0]
+                found[-1] += here
+    assert all(document.pop() == BYTES.end for document in found)
+    assert [bytes(document).decode() for document in found] == DOCUMENTS
