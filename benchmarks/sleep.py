@@ -13,7 +13,8 @@ segment recomputed. What is recomputed is largest in a whole pass. With one micr
 whole pass with gradients beside it: the answer is back-propagated first, before there are any, and the other segments
 only write, so they stop within the last block. Every N > 1 has one. So the step from N = 1 to 2 also shows the part of a
 pass that only writing leaves out; from 2 on only saved inputs grow. With two micro-batches, or two answer windows, a whole
-pass meets gradients for every N, and what grows is what sleep needs.
+pass meets gradients for every N, and what grows is what sleep needs. In bf16 training that holds for one of each as well:
+DeepSpeed's float32 gradients are there from the start. That is measured in whole steps, with the optimizer's.
 
 Wake latency. One prediction window answered from fast weights that N passes have written.
 """
@@ -35,6 +36,9 @@ from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
+from powernap.parallel.zero import ZeroOptimizer
+from powernap.train.config import OptimizerConfig
+from powernap.train.optimizer import build_optimizer
 
 PASSES = (1, 2, 4, 8)
 CONSOLIDATION_WINDOWS = 4
@@ -212,6 +216,11 @@ def memory(stage: HybridStage, here: Topology):
         "by_step": {name: {"peak_bytes": peaks[name], "growth": growth[name]} for name in forms},
     }
     mib = 2**20
+    in_bf16 = {n: peak_bytes(*training_step(here, n)) for n in PASSES}
+    saved_in_bf16 = {n: CONSOLIDATION_WINDOWS * (n - 1) * (hidden // 2 + states) for n in PASSES}
+    growth_in_bf16 = {n: peak - in_bf16[1] for n, peak in in_bf16.items()}
+    numbers["training_in_bf16"] = {"peak_bytes": in_bf16, "growth": growth_in_bf16, "saved": saved_in_bf16}
+    bf16_rows = [[n, saved_in_bf16[n] / mib, in_bf16[n] / mib, growth_in_bf16[n] / mib] for n in PASSES]
     rows = [[n, saved[n] / mib, *(x[name][n] / mib for name in forms for x in (peaks, growth))] for n in PASSES]
     report = [
         "Peak memory of a step in MiB, parameters left out, and its growth from N=1.",
@@ -221,10 +230,32 @@ def memory(stage: HybridStage, here: Topology):
         "",
         *table(["N", "saved inputs", *(column for name in forms for column in (name, "growth"))], rows),
         "",
+        "A training step in bf16 with ZeRO and AdamW, 1 micro-batch, 1 answer: float32 gradients are there all the time.",
+        "",
+        *table(["N", "saved inputs", "step", "growth"], bf16_rows),
+        "",
     ]
     # Every segment also keeps a scalar of 4 bytes.
     targets = [(f"memory growth / saved, {name}", growth[name][8] / saved[8], "<=", 1.0) for name in forms]
+    targets.append(("memory growth / saved, bf16 training step", growth_in_bf16[8] / saved_in_bf16[8], "<=", 1.0))
     return numbers, report, targets
+
+
+def training_step(here: Topology, passes: int) -> tuple[HybridStage, Callable[[], object]]:
+    """A model in bf16 under ZeRO, and a whole step of it with one micro-batch that has one answer window."""
+    stage = HybridStage(MODEL, SleepConfig(), here.groups)
+    optimizer = build_optimizer(stage, OptimizerConfig())
+    zero = ZeroOptimizer(stage, optimizer, here, precision="bf16", clip=1.0, micro_batch_size=BATCH)
+    tokens, loss_mask = batch(BATCH)
+    segments = plan_segments(tokens, loss_mask, MODEL, SleepConfig(), passes)
+
+    def run():
+        with zero.accumulation():
+            micro_batch = MicroBatch(segments, tokens, loss_mask)
+            forward_backward(stage, [micro_batch], 1.0 / int(loss_mask.sum()), here, recompute=True)
+        zero.step()
+
+    return stage, run
 
 
 def peak_bytes(stage: HybridStage, run: Callable[[], object]) -> int:

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +35,16 @@ def check_data(recipe: Recipe) -> None:
         for shard in itertools.chain.from_iterable(shards.values()):
             if path := local_path(shard):
                 _check_file(path)
-    for names in shards.values():
+    vocabularies: dict[str, str] = {}  # field -> what its tokens stand for, as far as a manifest says
+    for field, names in shards.items():
         if recipe.sleep.carry:
             _check_documents(names[0], recipe)
         samples = _first_samples(names[0], recipe)
-        _check_manifest(names[0], samples, recipe)
+        if manifest := _manifest(names[0]):
+            _check_manifest(manifest, names[0], samples, recipe)
+            vocabularies[field] = f"{manifest.get('task')}, {manifest.get('fields', {}).get('tokenizer')}"
         _check_windows(names[0], samples, recipe)
+    _check_vocabularies(vocabularies)
 
 
 def _check_file(path: Path) -> None:
@@ -103,26 +108,48 @@ def _predicts(samples: list[Sample], window: int) -> np.ndarray:
     return np.stack([targets[:, start : start + window].any(axis=1) for start in starts], axis=1)
 
 
-def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
-    """That the model cuts and pads as the builder of the shards meant, if it left a manifest beside them."""
+def _manifest(shard: str) -> dict[str, Any]:
+    """What the builder of the shards left beside them, empty if it left nothing."""
     path = local_path(shard)
     if path is None or not (path.parent / MANIFEST).is_file():
-        return
+        return {}
     try:
-        manifest = json.loads((path.parent / MANIFEST).read_text())
-        window, context, pad = (manifest.get(key) for key in ("window", "context_length", "pad_token_id"))
-    except (OSError, ValueError, AttributeError):
+        return {**json.loads((path.parent / MANIFEST).read_text())}
+    except (OSError, ValueError, TypeError):
         raise DataError(f"{path.parent / MANIFEST}: not a manifest: delete it, or build the shards again") from None
+
+
+def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample], recipe: Recipe) -> None:
+    """That the model cuts, pads and has tokens as the builder of the shards meant."""
+    window, context, pad, vocabulary = (
+        manifest.get(key) for key in ("window", "context_length", "pad_token_id", "vocab_size")
+    )
+    where = local_path(shard).parent / MANIFEST
+    if vocabulary and recipe.model.vocab_size < vocabulary:
+        raise DataError(
+            f"model.vocab_size={recipe.model.vocab_size}, but {where} counts {vocabulary} tokens: write "
+            f"model.vocab_size={vocabulary} or more"
+        )
     if window and context and recipe.model.window != window and context % recipe.model.window:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
-            f"({path.parent / MANIFEST}), or context shares its window and is not slept on: write model.window={window}"
+            f"({where}), or context shares its window and is not slept on: write model.window={window}"
         )
     if pad is not None and recipe.model.pad_token_id != pad and any((sample.tokens == pad).any() for sample in samples):
         value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
         raise DataError(
             f"model.pad_token_id={value}, but {shard} pads with token {pad}: write model.pad_token_id={pad}"
         )
+
+
+def _check_vocabularies(vocabularies: dict[str, str]) -> None:
+    """That a token means the same in every list of shards."""
+    (first, expected), *others = vocabularies.items() or [("", "")]
+    for field, found in others:
+        if found.startswith("text, ") and expected.startswith("text, ") and found != expected:
+            raise DataError(
+                f"{first} has the vocabulary {expected[6:]}, {field} {found[6:]}: build both with the same tokenizer"
+            )
 
 
 def _check_documents(shard: str, recipe: Recipe) -> None:

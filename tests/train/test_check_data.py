@@ -1,6 +1,7 @@
 """What is wrong with a recipe's shards is said before any process starts, in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -149,3 +150,22 @@ def test_lists_are_checked_without_importing_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_two_vocabularies_in_one_recipe(data):
+    """Each list of shards counts its own tokens: a model would take the words of one for those of the other."""
+    held_out = shutil.copytree(data, data.parent / "other")
+    for folder, tokenizer in ((data, "bytes"), (held_out, "tiktoken:gpt2")):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= {"task": "text", "fields": {"tokenizer": tokenizer}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    check_data(recipe(data))
+    text = error_of(recipe(data, test=f"{held_out}/test-*.tar"))
+    assert "data.train has the vocabulary bytes, data.test tiktoken:gpt2: build both with the same tokenizer" in text
+
+
+def test_a_vocabulary_larger_than_the_models(data):
+    """Also where no token of the first samples shows it."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 500}))
+    assert "counts 500 tokens: write model.vocab_size=500 or more" in error_of(recipe(data))
