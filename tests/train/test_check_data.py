@@ -28,7 +28,9 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    build_task("depo", ENDS, tmp_path / "data", train_samples=20, test_samples=6, samples_per_shard=5, seed=0)
+    build_task(
+        "depo", ENDS, tmp_path / "data", train_samples=20, test_samples=6, samples_per_shard=5, seed=0, workers=1
+    )
     return tmp_path / "data"
 
 
@@ -62,7 +64,9 @@ def test_shards_that_fit_pass(data):
 
 @pytest.mark.parametrize("task", [Depo(nodes=18, max_hop=3, queries=3), Rule110()], ids=["words", "rule110"])
 def test_the_tasks_own_sizes_pass(tmp_path, task):
-    build_task("task", task, tmp_path / "data", train_samples=70, test_samples=5, samples_per_shard=70, seed=0)
+    build_task(
+        "task", task, tmp_path / "data", train_samples=70, test_samples=5, samples_per_shard=70, seed=0, workers=1
+    )
     model = {"window": task.window, "vocab_size": task.vocab_size}
     check_data(recipe(tmp_path / "data", model=model, sequence_length=task.sequence_length))
 
@@ -111,7 +115,9 @@ def test_a_remote_shard_is_opened(data):
 
 def test_pads_that_the_model_does_not_know(tmp_path):
     padded = Depo(nodes=7, max_hop=4, queries=5, names="ends")  # 14 tokens of context in a window of 15
-    build_task("depo", padded, tmp_path / "data", train_samples=2, test_samples=1, samples_per_shard=2, seed=0)
+    build_task(
+        "depo", padded, tmp_path / "data", train_samples=2, test_samples=1, samples_per_shard=2, seed=0, workers=1
+    )
     settings = dict(sequence_length=30)
     check_data(recipe(tmp_path / "data", model={"window": 15}, **settings))
     text = error_of(recipe(tmp_path / "data", model={"window": 15, "pad_token_id": None}, **settings))
