@@ -60,6 +60,8 @@ CASES = {
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
     "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
     "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
+    "PP2, last write alone": recipe(sleep={"passes": 3, "write": "last"}, pipeline=2),
+    "one process, embeddings again, keep": recipe(recompute=False, sleep={"passes": 3, "pass_input": "embeddings"}),
 }
 WIDE = {
     f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
@@ -67,6 +69,7 @@ WIDE = {
     for precision, recompute in [("bf16", False) if number % 2 else ("fp32", True)]
 } | {
     "one process, bf16, recompute": recipe("bf16", True),
+    "one process, last write alone, truncated": recipe(sleep={"passes": 3, "write": "last", "backprop_passes": 1}),
     "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
 }
 
