@@ -1,4 +1,4 @@
-"""Tables of accuracy by depth: for a terminal."""
+"""Tables: accuracy by depth for a terminal, and Markdown."""
 
 from collections.abc import Mapping
 
@@ -30,3 +30,18 @@ def with_intervals(accuracy: Accuracy, intervals: Intervals) -> dict[str, Mappin
             depth: max(values[depth] - low, high - values[depth]) for depth, (low, high) in intervals[name].items()
         }
     return rows
+
+
+def markdown_table(columns: list[str], rows: list[list[str]], left: int = 0) -> list[str]:
+    """The lines of a Markdown table whose columns line up as text, the first `left` of them flush left."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (columns, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(columns))]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            text.ljust(w) if i < left else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    return [line(cells[0]), f"|{rule}|", *map(line, cells[1:])]
