@@ -111,8 +111,8 @@ def _check_manifest(shard: str, samples: list[Sample], recipe: Recipe) -> None:
         window, context, pad = (manifest.get(key) for key in ("window", "context_length", "pad_token_id"))
     except (OSError, ValueError, AttributeError):
         raise DataError(f"{path.parent / MANIFEST}: not a manifest: delete it, or build the shards again") from None
-    evicts = recipe.model.window < recipe.data.sequence_length - 1
-    if evicts and window and context and recipe.model.window != window and context % recipe.model.window:
+    whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
+    if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
             f"({path.parent / MANIFEST}), or context shares its window and is not slept on: write model.window={window}"

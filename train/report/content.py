@@ -11,6 +11,7 @@ from powernap.train.report.figures import (
     accuracy_by_depth,
     accuracy_by_passes,
     loss_curves,
+    named,
     styles_of,
 )
 from powernap.train.report.runs import Group, ReportedRun, Share, differing_fields
@@ -98,7 +99,7 @@ def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:
 def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Section:
     deepest = depths[-1:]
     columns = ["", "seeds", "trained N"]
-    columns += [f"right at {depth_name} {depth}, %" for depth in deepest] or ["held-out loss"]
+    columns += [f"right at {named(depth, depth_name)}, %" for depth in deepest] or ["held-out loss"]
     columns += ["parameters", "training FLOPs", "time"]
     rows = []
     for group in groups:
@@ -112,8 +113,8 @@ def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: St
         choices = ", ".join(map(str, first.recipe.sleep.pass_choices))
         rows.append([
             _mark(group, styles), Cell(str(len(group.runs)), f"({', '.join(map(str, group.seeds))})"), Cell(choices),
-            result, Cell(in_units(first.parameters)), Cell(in_units(_mean(run.flops for run in group.runs))),
-            Cell(_time(_mean(run.seconds for run in group.runs))),
+            result, Cell(in_units(first.parameters)), Cell(in_units(_mean(run.flops for run in group.furthest))),
+            Cell(_time(_mean(run.seconds for run in group.furthest))),
         ])  # fmt: skip
     for depth in deepest:
         floors = [floor for group in groups if (floor := group.floor(depth))]
@@ -198,7 +199,7 @@ def _cost(groups: list[Group]) -> Section:
     columns = ["", "parameters", "FLOPs a step", "steps", "training FLOPs", "tokens/s", "time", "peak memory", "ranks"]
     rows = []
     for group in groups:
-        first, started = group.runs[0], [run for run in group.runs if run.metrics]
+        first, started = group.runs[0], [run for run in group.furthest if run.metrics]
         speeds = [run.tokens_per_second for run in started]
         peaks = [run.peak_memory for run in started if run.peak_memory]
         choices = sorted(set(first.recipe.sleep.pass_choices))
@@ -206,10 +207,10 @@ def _cost(groups: list[Group]) -> Section:
             Cell(group.label),
             Cell(in_units(first.parameters)),
             Cell(" to ".join(in_units(first.step_flops(n)) for n in dict.fromkeys((choices[0], choices[-1])))),
-            Cell(f"{min(run.steps for run in group.runs):,}"),
-            Cell(in_units(_mean(run.flops for run in group.runs))),
+            Cell(f"{group.furthest[0].steps:,}"),
+            Cell(in_units(_mean(run.flops for run in group.furthest))),
             Cell(f"{_mean(speeds):,.0f}" if speeds else "-"),
-            Cell(_time(_mean(run.seconds for run in group.runs))),
+            Cell(_time(_mean(run.seconds for run in group.furthest))),
             Cell(in_bytes(max(peaks)) if peaks else "-"),
             Cell(str(first.recipe.parallel.world_size)),
         ])  # fmt: skip
@@ -217,7 +218,7 @@ def _cost(groups: list[Group]) -> Section:
     paragraphs = [
         "FLOPs are counted from the recipe: matrix products and convolutions, forward, backward and what is recomputed. "
         "Tokens a second and time are of the training steps, without evaluations and checkpoints; peak memory is the "
-        "first rank's. Means over seeds, the largest memory. Speeds of different machines do not compare: see below."
+        "first rank's. Means over the seeds with the most steps, and the largest memory. Speeds of different machines do not compare: see below."
     ]
     if guessed:
         paragraphs.append(
@@ -231,8 +232,8 @@ def _origin(runs: list[ReportedRun]) -> Section:
     rows = []
     for run in runs:
         evaluation, origin = run.evaluation or {}, run.origin
-        commit = origin.get("commit", "not recorded")
-        commit = commit[:10] + (", changed" if origin.get("uncommitted_changes") else "")
+        commit = origin["commit"][:10] if origin else "not recorded"
+        commit += ", changed" if origin.get("uncommitted_changes") else ""
         rows.append([
             Cell(str(run.path)), Cell(str(run.recipe.run.seed)), Cell(f"{run.steps:,} of {run.recipe.train.steps:,}"),
             Cell(f"step {evaluation['step']:,}" if evaluation else "-"), Cell(_asked(evaluation)),
@@ -247,7 +248,9 @@ def _asked(evaluation: dict) -> str:
         return "-"
     if not evaluation["answers"]:
         return "none: loss only"
-    return f"{sum(evaluation['answers'].values()):,} in at least {max(evaluation['sequences'].values()):,} sequences"
+    return (
+        f"{sum(evaluation['answers'].values()):,}, of up to {max(evaluation['sequences'].values()):,} sequences a depth"
+    )
 
 
 def _machine(machine: dict | None) -> str:
@@ -265,7 +268,9 @@ def _percent(group: Group, passes: str, depth: str) -> Cell:
     if share is None:
         return Cell("-")
     low, high = f"{100 * share.low:.1f}", f"{100 * share.high:.1f}"
-    return Cell(f"{100 * share.mean:.1f}", f"[{low}, {high}]" if len(group.evaluated) == 1 else f"{low}–{high}")
+    count = len(group.evaluated)
+    reach = f"[{low}, {high}]" if count == 1 else f"{low}–{high}"
+    return Cell(f"{100 * share.mean:.1f}", reach + (f" of {count}" if count < len(group.runs) else ""))
 
 
 def _floor_cell(floors: list[Share]) -> Cell:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from powernap.parallel.plan import in_units
 from powernap.train.pictures import share_axis, smooth
 from powernap.train.report.runs import Group, Share
 
@@ -15,7 +16,7 @@ COLORS = ("#2f7fd0", "#d4600f", "#1a8f63", "#9a5fc4", "#cf4a5f", "#0f8b9a", "#96
 MARKERS = "osD^vPX*"
 DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 INK = "#1b2127"  # text and axes; in the page, the colour of its text
-FLOOR = "#7a7f87"
+FLOOR, FLOOR_LABEL = "#7a7f87", "constant guess"
 BAND = 0.16  # opacity
 
 Styles = dict[str, dict]  # group -> how matplotlib draws it
@@ -56,10 +57,11 @@ class Picture:
             axes = figure.subplots()
             axes.spines[["top", "right"]].set_visible(False)
             self.draw(axes)
-            handles, labels = axes.get_legend_handles_labels()
-            if labels:
-                columns = 3 if max(map(len, labels)) < 16 else 2
-                figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+            named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            labels = sorted(named, key=lambda label: label == FLOOR_LABEL)  # last
+            columns = 3 if max(map(len, labels)) < 16 else 2
+            handles = [named[label] for label in labels]
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
         return figure
 
 
@@ -76,14 +78,20 @@ def styles_of(groups: list[Group]) -> Styles:
     }
 
 
+def named(depth: str, depth_name: str) -> str:
+    """4, hops -> 4 hops"""
+    return f"depth {depth}" if depth_name == "depth" else f"{depth} {depth_name}"
+
+
 def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Picture:
     """Each group at the N it was trained with."""
 
     def draw(axes):
         for group in groups:
-            _line(axes, depths, [group.accuracy(group.read_passes, depth) for depth in depths], styles[group.label])
+            style = {**styles[group.label], "label": f"{group.label} (N={group.read_passes})"}
+            _line(axes, depths, [group.accuracy(group.read_passes, depth) for depth in depths], style)
         floors = [_floor(groups, depth) for depth in depths]
-        axes.plot(depths, floors, ":", color=FLOOR, label="constant guess")
+        axes.plot(depths, floors, ":", color=FLOOR, label=FLOOR_LABEL)
         _share_axis(axes)
         axes.set_xlabel(depth_name)
 
@@ -107,14 +115,14 @@ def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles:
     def draw(axes):
         for group in groups:
             _line(axes, passes, [group.accuracy(n, depth) for n in passes], styles[group.label])
-        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label="constant guess")
+        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
         _share_axis(axes)
         axes.set_xlabel("N, passes of sleep when reading")
 
     return Picture(
         f"accuracy_by_N_{depth}",
-        f"Right answers at {depth_name} {depth} by N",
-        f"Read with other N than trained. {_band_means(groups)}",
+        f"Right answers at {named(depth, depth_name)} by N",
+        f"Each group read with other N than it was trained with. {_band_means(groups)}",
         "; ".join(
             f"{group.label}: " + ", ".join(f"N={n}: {_percent(group.accuracy(n, depth))}" for n in group.all_passes)
             for group in groups
@@ -144,7 +152,8 @@ def loss_curves(groups: list[Group], styles: Styles) -> Picture:
     return Picture(
         "loss",
         "Training loss",
-        "The mean of the last thirtieth of the steps at each point; over seeds the mean, and the range as a band.",
+        "The mean of the last thirtieth of the steps at each point; over seeds the mean, the range as a band, "
+        "and as far as all have come.",
         "; ".join(f"{label}: from {curve[0].mean:.2f} to {curve[-1].mean:.2f}" for label, curve in curves.items()),
         draw,
     )
@@ -160,14 +169,15 @@ def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: S
             reach = [[max(0, share.mean - share.low)], [max(0, share.high - share.mean)]]
             style = {**styles[group.label], "linestyle": "none", "markersize": 8}
             axes.errorbar([cost[group.label]], [share.mean], reach, capsize=3, clip_on=False, **style)
-        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label="constant guess")
+        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
         _share_axis(axes)
         axes.set_xlim(left=0, right=1.08 * max(cost.values()))
+        axes.xaxis.set_major_formatter(lambda flops, _: in_units(flops))
         axes.set_xlabel("training FLOPs")
 
     return Picture(
         "accuracy_by_cost",
-        f"Right answers at {depth_name} {depth} by training FLOPs",
+        f"Right answers at {named(depth, depth_name)} by training FLOPs",
         f"FLOPs of the whole training, recomputation included. {_band_means(groups)}",
         "; ".join(
             f"{group.label}: {cost[group.label]:.2g} FLOPs, {_percent(group.accuracy(group.read_passes, depth))}"

@@ -139,6 +139,11 @@ class Group:
         return [run for run in self.runs if run.evaluation]
 
     @property
+    def furthest(self) -> list[ReportedRun]:
+        """Those with the most steps: of a run that goes on, the cost so far says little."""
+        return [run for run in self.runs if run.steps == max(run.steps for run in self.runs)]
+
+    @property
     def seeds(self) -> list[int]:
         return [run.recipe.run.seed for run in self.runs]
 
