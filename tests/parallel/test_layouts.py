@@ -71,8 +71,8 @@ WIDE = {
 } | {
     f"{name}, {option}={value}, {'recompute' if recompute else 'keep'}, {eviction}":
     Case(**layout, **SEVERAL, recompute=recompute, passes=3, sleep={option: value, **EVICTIONS[eviction]})
-    for (name, layout), (option, value), recompute, eviction in itertools.product(
-        LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], (True, False), EVICTIONS
+    for (name, layout), (option, value), (recompute, eviction) in itertools.product(
+        LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], [(True, "hard"), (False, "sliding")]
     )
 } | {
     "PP2, last write alone, every window": Case(

@@ -98,9 +98,8 @@ def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:
 
 def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Section:
     deepest = depths[-1:]
-    columns = ["", "seeds", "trained N"]
-    columns += [f"right at {named(depth, depth_name)}, %" for depth in deepest] or ["held-out loss"]
-    columns += ["parameters", "training FLOPs", "time"]
+    columns = ["", f"right at {named(deepest[0], depth_name)}, %" if deepest else "held-out loss"]
+    columns += ["seeds", "trained N", "parameters", "training FLOPs", "time"]
     rows = []
     for group in groups:
         first = group.runs[0]
@@ -112,13 +111,14 @@ def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: St
             result = _number(group, group.read_passes)
         choices = ", ".join(map(str, first.recipe.sleep.pass_choices))
         rows.append([
-            _mark(group, styles), Cell(str(len(group.runs)), f"({', '.join(map(str, group.seeds))})"), Cell(choices),
-            result, Cell(in_units(first.parameters)), Cell(in_units(_mean(run.flops for run in group.furthest))),
+            _mark(group, styles), result, Cell(str(len(group.runs)), f"({', '.join(map(str, group.seeds))})"),
+            Cell(choices), Cell(in_units(first.parameters)),
+            Cell(in_units(_mean(run.flops for run in group.furthest))),
             Cell(_time(_mean(run.seconds for run in group.furthest))),
         ])  # fmt: skip
     for depth in deepest:
         floors = [floor for group in groups if (floor := group.floor(depth))]
-        rows.append([Cell("constant guess"), Cell(""), Cell(""), _floor_cell(floors), *[Cell("")] * 3])
+        rows.append([Cell("constant guess"), _floor_cell(floors), *[Cell("")] * (len(columns) - 2)])
     caption = (
         f"Each read with the N it was trained with, the largest of several. {INTERVAL} {SEEDS}" if deepest else SEEDS
     )
