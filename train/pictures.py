@@ -36,13 +36,13 @@ def draw_accuracy(
         axes.errorbar(list(accuracy), heights, _reach(heights, ends), fmt="none", color=BLUE, capsize=3)
         axes.axhline(floor[depth], color=GREY, linestyle=":")
         axes.annotate("constant guess", (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
-        axes.set_xlabel(f"N, passes of sleep (depth {depth})")
+        axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
     else:
         for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
             axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
             _band(axes, depths, intervals[passes], color)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label="constant guess")
-        axes.set_xlabel("depth (hops or steps)")
+        axes.set_xlabel("depth (hops, steps, operations); bands: 95 %")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)
     axes.set_title(title, loc="left", fontsize=11)
