@@ -57,10 +57,10 @@ class Picture:
             axes = figure.subplots()
             axes.spines[["top", "right"]].set_visible(False)
             self.draw(axes)
-            named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            labels = sorted(named, key=lambda label: label == FLOOR_LABEL)  # last
+            by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            labels = sorted(by_label, key=lambda label: label == FLOOR_LABEL)  # last
             columns = 3 if max(map(len, labels)) < 16 else 2
-            handles = [named[label] for label in labels]
+            handles = [by_label[label] for label in labels]
             figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
         return figure
 
