@@ -3,9 +3,7 @@
 import json
 import os
 import pickle
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +16,13 @@ from torch.multiprocessing import start_processes
 
 from powernap.parallel import topology
 from powernap.parallel.topology import Topology
+from powernap.train import origin
+from powernap.train.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+
+MEASURED = ("model", "parallel", "train", "benchmarks/*.py")  # what a result depends on
 
 Times = dict[str, list[float]]
 
@@ -83,15 +85,8 @@ def _call(rank, function, port, folder, arguments):
 
 def machine(clock: str = "CPU time") -> dict:
     """What the numbers depend on; nothing that names the machine or its folders."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(_usable_cores()),
-        "threads": torch.get_num_threads(),
-        "clock": "wall" if torch.cuda.is_available() else clock,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    found = origin.machine()
+    return {**found, "clock": "wall" if found["gpu"] else clock}
 
 
 def write(name: str, command: str, numbers: dict, report: list[str], clock: str = "CPU time") -> None:
@@ -100,26 +95,22 @@ def write(name: str, command: str, numbers: dict, report: list[str], clock: str 
     Args:
         clock: what times on the CPU are.
     """
-    header = {"benchmark": name, "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", **_commit()}
+    header = {"benchmark": name, "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", **origin.commit(MEASURED)}
     RESULTS.mkdir(exist_ok=True)
     about = machine(clock)
     document = {**header, "machine": about, **numbers}
     (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
     place = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; {clock}"
     commit = header["commit"] + (" with uncommitted changes" if header["uncommitted_changes"] else "")
-    origin = [f"{place}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
-    text = "\n".join([f"# {name}", "", f"`{command}`", "", *origin, "", *report]).rstrip() + "\n"
+    heading = [f"{place}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
+    text = "\n".join([f"# {name}", "", f"`{command}`", "", *heading, "", *report]).rstrip() + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print("\n".join(report), flush=True)
 
 
 def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table whose columns line up as text; floats with three significant digits."""
-    cells = [columns, *([_show(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    head, *body = (" | ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells)
-    rule = "|".join("-" * (width + 1) + ":" for width in widths)
-    return [f"| {head} |", f"|{rule}|", *(f"| {row} |" for row in body)]
+    """A Markdown table; floats with three significant digits."""
+    return markdown_table(columns, [[_show(value) for value in row] for row in rows])
 
 
 def verdicts(targets: list[tuple[str, float, str, float]]) -> tuple[list[dict], list[str]]:
@@ -145,27 +136,3 @@ def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _rounded(part) for key, part in value.items()}
     return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _commit() -> dict:
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # an unpacked archive, or no git here
-
-    changes = git("status", "--porcelain", "--", "model", "parallel", "train", "benchmarks/*.py")
-    return {"commit": git("rev-parse", "HEAD") or "unknown", "uncommitted_changes": bool(changes)}
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _usable_cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -83,8 +83,14 @@ def segments(passes: tuple[int, ...]) -> list[Segment]:
     order = [(window, number) for window, n in enumerate(passes) for number in range(1, n + 1)]
     return [
         Segment(
-            window, number, (window * WINDOW, (window + 1) * WINDOW), (0, 1), (0, 1), predicts=index + 1 == len(order)
-        )
+            window,
+            number,
+            (window * WINDOW, (window + 1) * WINDOW),
+            (0, 1),
+            (0, 1),
+            from_embeddings=number == 1,
+            predicts=index + 1 == len(order),
+        )  # fmt: skip
         for index, (window, number) in enumerate(order)
     ]
 

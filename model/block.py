@@ -110,7 +110,7 @@ def block_submodules(model: ModelConfig, sleep: SleepConfig, blocks: range) -> T
 
 def _mixer_spec(model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
     if model.pattern[block] == GATED_DELTA_NET:
-        return ModuleSpec(module=GatedDeltaNet)
+        return ModuleSpec(module=GatedDeltaNet, params={"block": block, "every_pass_writes": sleep.write == "every"})
     if sleep.eviction == "sliding":
         return ModuleSpec(module=SlidingAttention, params={"block": block, "reach": model.window})
     return ModuleSpec(module=WindowAttention)

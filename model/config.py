@@ -82,6 +82,14 @@ class SleepConfig(Section):
     )
     pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
     reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")
+    pass_input: Literal["hidden", "embeddings"] = Field(
+        "hidden",
+        description="what passes after the first see: hidden states of the pass before, or the embeddings again",
+    )
+    write: Literal["every", "last"] = Field(
+        "every",
+        description="which passes write: every one, or the last alone, all starting from the window's first state",
+    )
     backprop_passes: int | None = Field(
         None, ge=1, description="back-propagate through the last k passes of a window only; null: through all"
     )
@@ -95,9 +103,41 @@ class SleepConfig(Section):
     def _pair(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
 
-    def last_write(self, model: ModelConfig) -> int:
-        """The last block that leaves anything at a window's end: nothing after it matters in the last pass; -1: none."""
-        return model.num_layers - 1 if self.eviction == "sliding" else model.pattern.rfind(GATED_DELTA_NET)
+    @model_validator(mode="after")
+    def _embeddings_again_fit(self) -> Self:
+        if self.pass_input == "hidden":
+            return self
+        for field, instead, why in (
+            ("pass_norm", "false", "no hidden states are handed from pass to pass"),
+            ("reinject_embeddings", "false", "every pass begins with the embeddings alone"),
+            ("loop_range", "null", "a pass after the first would get embeddings in the middle of the stack"),
+            ("write", "every", "every pass would do the same"),
+        ):
+            if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                value = list(value) if isinstance(value, tuple) else str(value).lower()
+                raise ValueError(
+                    f"pass_input=embeddings with {field}={value}: {why}; write sleep.{field}={instead}, or "
+                    "sleep.pass_input=hidden"
+                )
+        return self
+
+    def pass_blocks(self, model: ModelConfig, passes: int) -> list[range]:
+        """The blocks each of the N passes over a consolidation window runs.
+
+        Blocks before the loop run in the first pass, those after it in the last. A pass whose hidden states nobody reads
+        ends with its last write.
+        """
+        first, stop = self.loop_range or (0, model.num_layers)
+        stops = [stop] * (passes - 1)
+        if self.pass_input == "embeddings":
+            stops = [model.pattern.rfind(GATED_DELTA_NET) + 1] * (passes - 1)
+        # In the last pass, under sliding eviction, attention leaves keys and values.
+        stops.append(model.num_layers if self.eviction == "sliding" else model.pattern.rfind(GATED_DELTA_NET) + 1)
+        return [range(0 if number == 0 else first, stop) for number, stop in enumerate(stops)]
+
+    def only_writes(self, pass_number: int, passes: int) -> bool:
+        """Whether nobody reads the hidden states of a pass over a consolidation window."""
+        return pass_number == passes or self.pass_input == "embeddings"
 
     @property
     def pass_choices(self) -> list[int]:
@@ -109,6 +149,11 @@ class SleepConfig(Section):
             raise ValueError("carry=true carries fast weights alone, no cached keys: use eviction=hard")
         if self.carry and GATED_DELTA_NET not in model.pattern:
             raise ValueError(f"carry=true needs a G block: model.pattern={model.pattern} has no fast weights to carry")
+        if self.eviction == "hard" and max(self.pass_choices) > 1 and GATED_DELTA_NET not in model.pattern:
+            raise ValueError(
+                f"sleep.passes={self.passes} with model.pattern={model.pattern}: without a G block sleep writes nothing; "
+                "write sleep.passes=1"
+            )
         if self.loop_range is None:
             return
         first, last = self.loop_range

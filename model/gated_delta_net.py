@@ -27,11 +27,17 @@ class GatedDeltaNet(MegatronModule):
 
     Per head the projection's rows are [q | k | v | z | beta | alpha], so a tensor-parallel shard is a plain slice of
     rows: the same weights at the start for every degree of tensor parallelism, no reordering in checkpoints.
+
+    Args:
+        block: its index in the whole model, to know which of a window's passes is its last.
+        every_pass_writes: False: the state that comes out is the one that went in, but for the last pass over a window.
     """
 
-    def __init__(self, config, layer_number, pg_collection):
+    def __init__(self, config, layer_number, pg_collection, block: int, every_pass_writes: bool):
         super().__init__(config)
         self.layer_number = layer_number
+        self.block = block
+        self.every_pass_writes = every_pass_writes
         self.tp_group = pg_collection.tp
         self.key_dim = config.linear_key_head_dim
         self.value_dim = config.linear_value_head_dim
@@ -96,7 +102,9 @@ class GatedDeltaNet(MegatronModule):
             beta, g = beta * valid, g * valid
         if self.gate_means is not None:
             self.gate_means.append(tuple(_mean_of_tokens(x, window.valid) for x in (g.detach().exp(), beta.detach())))
-        output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
+        output, written = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
+        if self.every_pass_writes or self.block in window.final_blocks:
+            state = written
         if not need_output:
             return None, state
         output = self.norm(output.transpose(0, 1)) * F.silu(z)

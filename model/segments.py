@@ -5,6 +5,9 @@ fast weights. Prediction windows are read once and carry the loss (method: arXiv
 sleep.every_window they are then slept on too, except the last: in text every token bears loss. With sleep.carry the last
 one is as well, for the next sequence of the document. Under sliding eviction a window also leaves keys and values: of each
 attention block those of its last pass.
+
+With sleep.write=last a block's fast weights change in its last pass over a window only: every pass, reading included,
+begins with the state of the window's start, reads and updates a copy of its own, and all but the last drop it.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +31,7 @@ class Segment:
     tokens: tuple[int, int]  # [start, stop) in the inputs
     blocks: tuple[int, int]  # [start, stop) of the blocks this pass runs
     final_blocks: tuple[int, int]  # [start, stop) of those that no later pass over this window runs
+    from_embeddings: bool = True  # False: from the hidden states of the pass before
     predicts: bool = False  # the window holds loss tokens: the output head runs
     write_only: bool = False  # nobody reads the hidden states: skip what follows the last write
     padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
@@ -88,27 +92,22 @@ def cached_tokens(start: int, model: ModelConfig, sleep: SleepConfig) -> int:
 def _sleep_on(
     window: int, tokens: tuple[int, int], padded: bool, model: ModelConfig, sleep: SleepConfig, passes: int
 ) -> list[Segment]:
-    """N passes over a consolidation window. Blocks before the loop run in the first pass, those after in the last."""
-    loop_start, loop_stop = sleep.loop_range or (0, model.num_layers)
-    last_write = sleep.last_write(model)
-    segments = []
-    for number in range(1, passes + 1):
-        last = number == passes
-        # The last pass ends with the last write: the window's hidden states are dropped after it.
-        first, stop = 0 if number == 1 else loop_start, last_write + 1 if last else loop_stop
-        segments.append(
-            Segment(
-                window,
-                number,
-                tokens,
-                blocks=(first, stop),
-                final_blocks=(first, stop if last else loop_start),
-                write_only=last,
-                padded=padded,
-                with_grad=sleep.backprop_passes is None or number > passes - sleep.backprop_passes,
-            )
+    """N passes over a consolidation window."""
+    loop_start = sleep.loop_range[0] if sleep.loop_range else 0
+    return [
+        Segment(
+            window,
+            number,
+            tokens,
+            blocks=(blocks.start, blocks.stop),
+            final_blocks=(blocks.start, blocks.stop if number == passes else loop_start),
+            from_embeddings=number == 1 or sleep.pass_input == "embeddings",
+            write_only=sleep.only_writes(number, passes),
+            padded=padded,
+            with_grad=sleep.backprop_passes is None or number > passes - sleep.backprop_passes,
         )
-    return segments
+        for number, blocks in enumerate(sleep.pass_blocks(model, passes), start=1)
+    ]
 
 
 def pad_end(

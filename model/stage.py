@@ -120,7 +120,7 @@ class HybridStage(MegatronModule):
         Args:
             tokens: [B, T], the whole sequences' inputs.
             hidden_states: [L, B, D] of the stage before, or on the first stage of the pass before; None on the first
-                stage where a window is read or slept on for the first time.
+                stage where a segment begins with the embeddings.
             memory: what the segment before left of fast weights and caches.
 
         Returns:
@@ -162,8 +162,8 @@ class HybridStage(MegatronModule):
         return embedded.transpose(0, 1).contiguous()  # Megatron's layout, [L, B, D]
 
     def _pass_input(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """Reading and pass 1 see the embeddings, pass n the final hidden states of pass n-1 (normed, re-injected if asked)."""
-        if segment.pass_number <= 1:
+        """The embeddings, or for pass n the final hidden states of pass n-1 (normed, re-injected if asked)."""
+        if segment.from_embeddings:
             return self._embed(tokens)
         if self.pass_norm is not None:
             hidden_states = self.pass_norm(hidden_states)

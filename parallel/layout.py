@@ -88,30 +88,18 @@ def sequence_costs(
 def consolidation_flops(model: ModelConfig, sleep: SleepConfig, passes: int) -> list[list[int]]:
     """Forward FLOPs per token of every block in each of the N passes over a consolidation window: [N][blocks]."""
     awake = prediction_flops(model, sleep)
-    flops = [
-        [awake[block] if block in run else 0 for block in range(model.num_layers)]
-        for run in pass_blocks(model, sleep, passes)
-    ]
-    last_write = sleep.last_write(model)
-    if last_write in pass_blocks(model, sleep, passes)[-1]:  # it writes and is done
-        is_gdn = model.pattern[last_write] == GATED_DELTA_NET
-        flops[-1][last_write] = delta_net_flops(model, write_only=True) if is_gdn else 6 * model.hidden_size**2
+    flops = []
+    for number, blocks in enumerate(sleep.pass_blocks(model, passes), start=1):
+        flops.append([awake[block] if block in blocks else 0 for block in range(model.num_layers)])
+        if blocks and sleep.only_writes(number, passes):  # its last block writes and is done
+            is_gdn = model.pattern[blocks[-1]] == GATED_DELTA_NET
+            flops[-1][blocks[-1]] = delta_net_flops(model, write_only=True) if is_gdn else 6 * model.hidden_size**2
     return flops
 
 
 def prediction_flops(model: ModelConfig, sleep: SleepConfig) -> list[int]:
     """Forward FLOPs per token of every block in the one pass over a prediction window."""
     return [block_flops(model, kind, sliding=sleep.eviction == "sliding") for kind in model.pattern]
-
-
-def pass_blocks(model: ModelConfig, sleep: SleepConfig, passes: int) -> list[range]:
-    """The blocks each of the N passes over a consolidation window runs (the same as model/segments.py cuts)."""
-    first, last = sleep.loop_range or (0, model.num_layers)
-    after_last_write = sleep.last_write(model) + 1
-    return [
-        range(0 if number == 1 else first, after_last_write if number == passes else last)
-        for number in range(1, passes + 1)
-    ]
 
 
 def block_flops(model: ModelConfig, kind: str, sliding: bool = False) -> int:

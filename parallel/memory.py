@@ -6,7 +6,7 @@ What CUDA, NCCL and the allocator take beside is left to `RESERVE`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -176,7 +176,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
     passing, late = 3 * longest * in_pipeline, 0
     steps = stage_steps(recipe, len(segments), stage)
     # Under sleep.carry: what all sequences start from, and what those leave that are done.
-    state = first_state_bytes(recipe, blocks) if recipe.sleep.carry else 0
+    state = fast_weight_bytes(recipe, blocks) if recipe.sleep.carry else 0
     saved = state * (2 * micro_batches(recipe) - len(steps) // (2 * len(segments)))
     kept = most_saved = most = 0
     for kind, _, index in steps:
@@ -208,10 +208,11 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
     """
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
-    if index == 0 and segment.with_grad and not recipe.sleep.carry:
-        states += first_state_bytes(recipe, blocks)
+    if index == 0 and not recipe.sleep.carry:
+        unread = [] if segment.with_grad else writing_blocks(recipe, blocks, segment)  # nobody keeps their zeros
+        states += fast_weight_bytes(recipe, [block for block in blocks if block not in unread])
     if recipe.parallel.pipeline == 1:
-        goes_on = not last and segments[index + 1].pass_number > 1
+        goes_on = not last and not segments[index + 1].from_embeddings
         return states + goes_on * hidden_bytes(recipe, segment.tokens)
     received = blocks.start > 0 or index > 0
     return states + received * hidden_bytes(recipe, max(s.tokens for s in segments))
@@ -223,11 +224,17 @@ def hidden_bytes(recipe: Recipe, tokens: int) -> int:
     return numbers * bytes_per_number(recipe)
 
 
-def first_state_bytes(recipe: Recipe, blocks: range) -> int:
-    """Fast weights of zero that a micro-batch starts from, [b, heads/TP, d_k, d_v] a block in float32."""
+def fast_weight_bytes(recipe: Recipe, blocks: Iterable[int]) -> int:
+    """Fast weights of a micro-batch, [b, heads/TP, d_k, d_v] for each gated delta net of `blocks`, in float32."""
     model = recipe.model
     state = model.gdn_heads // recipe.parallel.tensor * model.gdn_key_dim * model.gdn_value_dim * FP32
-    return recipe.micro_batch_size * state * model.pattern[blocks.start : blocks.stop].count(GATED_DELTA_NET)
+    return recipe.micro_batch_size * state * sum(model.pattern[block] == GATED_DELTA_NET for block in blocks)
+
+
+def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]:
+    """Those of `blocks` whose fast weights, if they have any, the segment changes."""
+    run = segment.blocks if recipe.sleep.write == "every" else segment.final_blocks
+    return [block for block in blocks if block in run]
 
 
 def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
@@ -236,13 +243,13 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
     Under sliding eviction an attention block's last pass over a window leaves keys and values, [2, b, heads/TP, n,
     head_dim].
     """
-    model, here = recipe.model, range(max(blocks.start, segment.blocks.start), min(blocks.stop, segment.blocks.stop))
-    states = first_state_bytes(recipe, here)
+    model = recipe.model
+    states = fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment))
     if recipe.sleep.eviction == "hard":
         return states
     cached = min(model.window - 1, segment.start + segment.tokens)
     cache = 2 * cached * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
-    caches = sum(model.pattern[block] == ATTENTION for block in here if block in segment.final_blocks)
+    caches = sum(model.pattern[block] == ATTENTION for block in blocks if block in segment.final_blocks)
     return states + recipe.micro_batch_size * caches * cache
 
 
@@ -250,18 +257,13 @@ def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device:
     """Bytes that autograd keeps of one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
     model, size = recipe.model, bytes_per_number(recipe)
     ran = [block for block in blocks if segment.flops[block]]
-    last_write = recipe.sleep.last_write(model) if block_is_cut_short(recipe, segment) else -1
+    last_write = segment.blocks.stop - 1 if segment.write_only else -1
     per_token = sum(_block_activations(recipe, model.pattern[block], device, block == last_write) for block in ran)
     if segment.predicts and blocks.stop == model.num_layers:
         # the final norm; logits, their float32 softmax and its gradient
         per_token += _norm(recipe, device)
         per_token += model.vocab_size / recipe.parallel.tensor * (size + 2 * FP32)
     return int(per_token * segment.tokens * recipe.micro_batch_size)
-
-
-def block_is_cut_short(recipe: Recipe, segment: Segment) -> bool:
-    """Whether the last block that the segment runs only writes (model/stage.py: write_only)."""
-    return not segment.predicts and segment.final_blocks.stop == recipe.sleep.last_write(recipe.model) + 1
 
 
 def _block_activations(recipe: Recipe, kind: str, device: Device, write_only: bool = False) -> float:

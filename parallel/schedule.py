@@ -98,14 +98,14 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
     memory = stage.empty_memory(len(tokens)) if batch.memory is None else batch.memory
     with torch.no_grad():
         for index, segment in enumerate(segments):
-            again = segment.pass_number > 1
-            hidden_states = ring.receive(segment) if again or not stage.is_first else None
+            takes = not (stage.is_first and segment.from_embeddings)
+            hidden_states = ring.receive(segment) if takes else None
             hidden_states, memory = stage(segment, inputs, hidden_states, memory)
             if segment.predicts and stage.is_last:
                 where = slice(*segment.tokens)
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
                 loss += stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
-            goes_on = index + 1 < len(segments) and segments[index + 1].pass_number > 1
+            goes_on = index + 1 < len(segments) and not segments[index + 1].from_embeddings
             if not stage.is_last or goes_on:
                 ring.send(hidden_states)
         for result in (predictions, loss):
@@ -137,7 +137,7 @@ class StageStep:
 
         Args:
             received: hidden states [>= L, b, D] of the stage or pass before; there but meaningless where a pipeline's
-                first stage starts a new window.
+                first stage begins with the embeddings.
             link_length: length that a pipeline's links have for every segment, None if this stage is alone.
 
         Returns:
@@ -148,8 +148,8 @@ class StageStep:
         self._note(FORWARD, number, index)
         batch = self.micro_batches[number]
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
-        continues = segment.pass_number > 1 or not self.stage.is_first
-        hidden_states = received[: self._length(segment)] if continues else None
+        takes = not (self.stage.is_first and segment.from_embeddings)
+        hidden_states = received[: self._length(segment)] if takes else None
         memory = batch.memory if index == 0 else self._carried.pop(number)
         if memory is None:
             memory = self.stage.empty_memory(len(batch.tokens))
@@ -164,7 +164,7 @@ class StageStep:
             batch.left = detach(carried)
         taken = not (last and self.stage.is_last)
         if link_length is None:
-            taken = not last and batch.segments[index + 1].pass_number > 1
+            taken = not last and not batch.segments[index + 1].from_embeddings
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         hidden_states = hidden_states if taken else None
@@ -276,7 +276,7 @@ def _loop(step: StageStep, number: int) -> None:
     """
     done, output = [], None
     for index, segment in enumerate(step.micro_batches[number].segments):
-        received = output.detach().requires_grad_() if segment.pass_number > 1 else None
+        received = None if segment.from_embeddings else output.detach().requires_grad_()
         output = step.forward(number, index, received)
         done.append((received, output))
     gradient = None

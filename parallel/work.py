@@ -10,7 +10,6 @@ from powernap.parallel.layout import (
     consolidation_flops,
     embedding_flops,
     head_flops,
-    pass_blocks,
     prediction_flops,
     sequence_costs,
 )
@@ -33,7 +32,9 @@ class Segment:
     blocks: range
     final_blocks: range  # those that no later pass over this window runs
     flops: list[int]  # of every block of the model, per token
+    from_embeddings: bool = True  # False: from the hidden states of the pass before
     predicts: bool = False
+    write_only: bool = False  # its last block writes and is done: nobody reads the hidden states
     with_grad: bool = True
 
     @property
@@ -59,7 +60,7 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     if len(predicts) != count:
         raise PlanError(f"{length} tokens are {count} windows of model.window={model.window}, not {len(predicts)}")
     every, awake = range(model.num_layers), prediction_flops(model, sleep)
-    asleep = list(zip(pass_blocks(model, sleep, passes), consolidation_flops(model, sleep, passes), strict=True))
+    asleep = list(zip(sleep.pass_blocks(model, passes), consolidation_flops(model, sleep, passes), strict=True))
     loop_start = sleep.loop_range[0] if sleep.loop_range else 0
     backprop = sleep.backprop_passes or passes
     segments = []
@@ -75,8 +76,14 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
         for number, (blocks, flops) in enumerate(asleep, start=1):
             final = range(blocks.start, blocks.stop if number == passes else loop_start)
             needed = not sleep.carry or any(predicts[window + 1 :])  # not after the last loss: see model/segments.py
-            with_grad = number > passes - backprop and needed
-            segments.append(Segment(window, number, start, tokens, blocks, final, flops, with_grad=with_grad))
+            segments.append(
+                Segment(
+                    window, number, start, tokens, blocks, final, flops,
+                    from_embeddings=number == 1 or sleep.pass_input == "embeddings",
+                    write_only=sleep.only_writes(number, passes),
+                    with_grad=number > passes - backprop and needed,
+                )
+            )  # fmt: skip
     return segments
 
 

@@ -130,7 +130,8 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
             f"model.vocab_size={recipe.model.vocab_size}, but {where} counts {vocabulary} tokens: write "
             f"model.vocab_size={vocabulary} or more"
         )
-    if window and context and recipe.model.window != window and context % recipe.model.window:
+    whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
+    if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
             f"({where}), or context shares its window and is not slept on: write model.window={window}"

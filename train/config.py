@@ -337,9 +337,10 @@ class RecipeError(ValueError):
 def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
 
-    `name_or_path` is a YAML file or the name of one in train/recipes/.
+    `name_or_path` is a YAML file or the name of one in train/recipes/. A file that begins with `base: NAME_OR_PATH`, a path
+    being relative to the file, says only what differs from that recipe.
     """
-    return check(Recipe, parse_overrides(overrides, into=_read_yaml(find_recipe(name_or_path))))
+    return check(Recipe, parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path))))
 
 
 def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -358,18 +359,24 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def find_recipe(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.is_file():
+def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
+    """A file, seen from `folder`, or a shipped recipe by its name, such as depo or depo/deeper."""
+    if (path := folder / name_or_path).is_file():
         return path
-    shipped = {Path(entry.name).stem: entry for entry in resources.files("powernap.train.recipes").iterdir()}
-    if name_or_path.removesuffix(".yaml") in shipped and path.parent == Path("."):
-        return Path(str(shipped[name_or_path.removesuffix(".yaml")]))
-    names = sorted(name for name, entry in shipped.items() if entry.name.endswith(".yaml"))
+    shipped = shipped_recipes()
+    if found := shipped.get(name_or_path.removesuffix(".yaml")):
+        return found
+    names = ", ".join(name for name in shipped if "/" not in name)
     raise RecipeError(
-        f"no recipe '{name_or_path}': give a YAML file or one of {', '.join(names)}"
-        + _did_you_mean(name_or_path, names)
+        f"no recipe '{name_or_path}': give a YAML file or one of {names}, or a baseline such as depo/deeper"
+        + _did_you_mean(name_or_path, list(shipped))
     )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe in train/recipes/."""
+    folder = Path(str(resources.files("powernap.train.recipes")))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def check(model: type[Section], values: dict[str, Any]) -> Any:
@@ -381,6 +388,31 @@ def check(model: type[Section], values: dict[str, Any]) -> Any:
         for finding in error.errors():
             by_field.setdefault(".".join(_place(model, finding)), []).append(finding)
         raise RecipeError("; ".join(_explain(model, findings) for findings in list(by_field.values())[:5])) from None
+
+
+def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's sections with what its base has where it says nothing; `derived`: the files that led here.
+
+    A field is taken whole: a mixture of datasets replaces that of the base.
+    """
+    derived = (*derived, path)
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base={base}: write one recipe's name or path")
+    try:
+        found = find_recipe(base, path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: base={base}: {error}") from None
+    if any(found.samefile(file) for file in derived):
+        raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
+    inherited = _read_recipe(found, derived)
+    for section, own in values.items():
+        both = isinstance(own, dict) and isinstance(inherited.get(section), dict)
+        inherited[section] = inherited[section] | own if both else own
+    return inherited
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

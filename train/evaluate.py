@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe, RecipeError
 from powernap.train.data.loader import Batch, evaluation_batches
-from powernap.train.report import draw_accuracy, draw_loss, format_accuracy
+from powernap.train.intervals import Tally
+from powernap.train.pictures import draw_accuracy, draw_loss
 from powernap.train.run_folder import RunFolder
+from powernap.train.tables import format_accuracy, with_intervals
 from powernap.train.tracking import Tracker
 
 
@@ -27,8 +29,10 @@ class Evaluation:
 
     loss: dict[str, float]  # N -> mean over the loss tokens
     accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
+    interval: dict[str, dict[str, tuple[float, float]]]  # N -> depth -> 95 % interval, see intervals.py
     floor: dict[str, float]  # depth -> share that the best constant guess gets
     answers: dict[str, int]  # depth -> answers asked
+    sequences: dict[str, int]  # depth -> sequences that they were asked in
 
     def metrics(self) -> dict[str, float]:
         """Under the names of metrics.jsonl and MLflow."""
@@ -48,7 +52,7 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     exactly when greedy decoding would produce it.
     """
     asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
-    right: Counter[tuple[int, int]] = Counter()  # (N, depth)
+    by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
     losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
     memories: dict[int, Memory | None] = {}  # N -> what the batch before left, under sleep.carry
     batches = evaluation_batches(
@@ -67,20 +71,26 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
             predictions, loss, left = _predict(stage, recipe, batch, number, here, before)
             memories[number] = left if recipe.sleep.carry else None
             losses[place] += batch.counts * loss
-            right.update((number, depth) for where, depth, answer in _answers(batch) if predictions[where] == answer)
+            by_sequence.update(_tally(batch, predictions, number))
     loss_tokens, *losses = here.sum_over_data(losses).tolist()
-    asked, right = here.sum_counters_over_data(asked), here.sum_counters_over_data(right)
+    asked, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
     answers = Counter()
     constant_guess: Counter[int] = Counter()  # depth -> how often the most frequent answer is the right one
     for (depth, _), count in asked.items():
         answers[depth] += count
         constant_guess[depth] = max(constant_guess[depth], count)
     depths = sorted(answers)
+    tallies = {
+        n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
+        for n in passes
+    }
     return Evaluation(
         loss={str(n): loss / loss_tokens for n, loss in zip(passes, losses, strict=True)},
-        accuracy={str(n): {str(depth): right[n, depth] / answers[depth] for depth in depths} for n in passes},
+        accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
+        interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
         floor={str(depth): constant_guess[depth] / answers[depth] for depth in depths},
         answers={str(depth): answers[depth] for depth in depths},
+        sequences={str(depth): tallies[passes[0]][depth].sequences for depth in depths},
     )
 
 
@@ -108,7 +118,7 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
     table.write_text(json.dumps({"step": step, **asdict(result)}, indent=2) + "\n")
     title = f"{path.name}: held-out {'accuracy' if result.floor else 'loss'} after step {step:,}"
     if result.floor:
-        draw_accuracy(result.accuracy, result.floor, title=title, to=picture)
+        draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
     else:
         draw_loss(result.loss, title=title, to=picture)
     tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"))
@@ -116,10 +126,13 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close()
-    lines = [title + (f", {sum(result.answers.values()):,} answers" if result.floor else "")]
+    lines = [title]
     if result.floor:
-        rows = {f"N={n}": by_depth for n, by_depth in result.accuracy.items()} | {"constant guess": result.floor}
-        lines.append(format_accuracy(rows))
+        by_row = [{f"N={n}": row for n, row in values.items()} for values in (result.accuracy, result.interval)]
+        lines.append(format_accuracy(with_intervals(*by_row) | {"constant guess": result.floor}))
+        lines.append(
+            f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
+        )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
     return "\n".join([*lines, f"{table} and {picture.name} written"])
 
@@ -140,6 +153,21 @@ def _predict(
     predictions = predictions.tolist()
     answers = {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
     return answers, loss, memory
+
+
+def _tally(
+    batch: Batch, predictions: dict[tuple[int, int, int], tuple[int, ...]], passes: int
+) -> Counter[tuple[int, int, str]]:
+    """What a batch adds to the sums of every Tally, (N, depth, its field) -> number."""
+    asked, right = Counter(), Counter()  # (row, depth)
+    for where, depth, answer in _answers(batch):
+        asked[where[0], depth] += 1
+        right[where[0], depth] += predictions[where] == answer
+    sums = Counter()
+    for (row, depth), m in asked.items():
+        tally = Tally.of_sequence(right[row, depth], m)
+        sums.update({(passes, depth, name): value for name, value in asdict(tally).items()})
+    return sums
 
 
 def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:

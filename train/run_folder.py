@@ -1,5 +1,6 @@
 """The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from powernap.train.config import Recipe, RecipeError, check, save_recipe
+from powernap.train.origin import origin
 
 # Fields that may differ when a run goes on: none changes the numbers of the steps to come, by more than rounding.
 FREE_ON_RESUME = {
@@ -49,11 +51,20 @@ class RunFolder:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def origin(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
     def create(self, recipe: Recipe) -> None:
-        """Make the folders and write the resolved recipe."""
+        """Make the folders, write the resolved recipe and where the run's numbers come from."""
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.config)
+        self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
 
     def recipe(self) -> Recipe:
         """The recipe this run was started with."""

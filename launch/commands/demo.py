@@ -37,7 +37,8 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     """
     from powernap.train.config import RecipeError
     from powernap.train.metrics import read_metrics
-    from powernap.train.report import draw_demo, format_accuracy
+    from powernap.train.pictures import draw_demo
+    from powernap.train.tables import format_accuracy, with_intervals
 
     results = folder / "results.json"
     if results.is_file():
@@ -61,23 +62,25 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     floor = evaluations[TRAINED[0]]["floor"]
     summary = {
         "accuracy": accuracy,  # trained N -> read at N -> hop
+        "interval": {str(n): evaluations[n]["interval"] for n in TRAINED},
         "constant_guess": floor,
         "steps": evaluations[TRAINED[0]]["step"],
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),
     }
     by_model = {f"trained and read with N={n}": accuracy[str(n)][str(n)] for n in TRAINED}
+    intervals = {f"trained and read with N={n}": evaluations[n]["interval"][str(n)] for n in TRAINED}
     losses = {
         name: [record["loss"] for record in read_metrics(folder / f"N{n}" / "metrics.jsonl")]
         for name, n in zip(by_model, TRAINED, strict=True)
     }
     picture = folder / "demo.png"
     title = "Following a chain that was read, slept on and evicted"
-    draw_demo(by_model, floor, losses, title=title, to=picture)
+    draw_demo(by_model, intervals, floor, losses, title=title, to=picture)
     results.write_text(json.dumps(summary, indent=2) + "\n")
 
     print("\nShare of right answers on held-out cycles, by hops along the cycle")
-    print(format_accuracy(by_model | {"constant guess": floor}, depth_name="hops"))
+    print(format_accuracy(with_intervals(by_model, intervals) | {"constant guess": floor}, depth_name="hops"))
     print(f"\nBoth models: the same {summary['steps']} steps on the same data, {summary['seconds']:.0f} s in all.")
     print(f"Picture:   {picture}")
     print(f"Numbers:   {results}")

@@ -1,5 +1,6 @@
 """The checks that must always hold (method: arXiv 2605.26099), in float64."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,81 @@ def test_recomputation_changes_nothing(here, sleep, predicting):
     results = [tiny.run(stage, tokens, loss_mask, 3, sleep, recompute=recompute) for recompute in (True, False)]
     assert results[0].loss == results[1].loss
     assert tiny.largest_difference(*(tiny.gradients(stage, output.loss) for output in results)) < 1e-14
+
+
+def by_hand(stage, tokens, loss_mask, passes, *, embeddings_again=False, last_write_alone=False):
+    """One window slept on with `passes` of the whole stack, one answered from it, written out."""
+    first, second = tokens[:, : tiny.WINDOW], tokens[:, tiny.WINDOW : -1]
+    window = stage._window(tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)[0], first)
+    every_block = replace(window, final_blocks=range(stage.model.num_layers))  # nothing is held back in here
+    memory = stage.empty_memory(len(tokens))
+    hidden = stage._embed(first)
+    for number in range(passes):
+        hidden, written = stage.decoder(hidden, memory, every_block, range(stage.model.num_layers))
+        if embeddings_again:
+            hidden = stage._embed(first)
+        if not last_write_alone or number == passes - 1:
+            memory = written
+    hidden, _ = stage.decoder(stage._embed(second), memory, every_block, range(stage.model.num_layers))
+    return stage.loss(hidden, tokens[:, tiny.WINDOW + 1 :], loss_mask[:, tiny.WINDOW + 1 :])
+
+
+ABLATIONS = {
+    "embeddings again": (SleepConfig(pass_input="embeddings"), {"embeddings_again": True}),
+    "last write alone": (SleepConfig(write="last"), {"last_write_alone": True}),
+}
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_what_a_loop_by_hand_computes(here, name, recompute):
+    sleep, changes = ABLATIONS[name]
+    stage = tiny.build_stage(here, sleep=sleep)
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch(windows=2, predicting=(1,)))
+    loss = tiny.run(stage, tokens, loss_mask, 3, sleep, recompute=recompute).loss
+    expected = by_hand(stage, tokens, loss_mask, 3, **changes)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-14)
+    assert tiny.largest_difference(tiny.gradients(stage, loss), tiny.gradients(stage, expected)) < 1e-13
+    for others in ({}, *(c for _, c in ABLATIONS.values() if c != changes)):  # each is told from the others
+        assert abs(loss.item() - by_hand(stage, tokens, loss_mask, 3, **others).item()) > 1e-4
+    assert tiny.run(stage, tokens, loss_mask, 1, sleep).loss == tiny.run(stage, tokens, loss_mask, 1).loss
+
+
+def test_with_the_last_write_alone_reading_leaves_no_trace(here):
+    sleep = SleepConfig(every_window=True, write="last")
+    stage = tiny.build_stage(here, sleep=sleep)
+    tokens, loss_mask = (x.to(here.device) for x in tiny.batch(windows=2, predicting=(0, 1)))
+    memory = []
+    tiny.run(stage, tokens, loss_mask, 2, sleep, health=Recorder(memory))
+    assert all((state == 0).all() for after_read_and_first_pass in memory[:2] for state in after_read_and_first_pass)
+    assert all(state.abs().max() > 0 for state in memory[2])
+
+
+class Recorder:
+    """In place of FastWeightHealth: every segment's fast weights as they cross to the next."""
+
+    def __init__(self, memory: list):
+        self.memory = memory
+
+    def watch(self, segment):
+        return nullcontext()
+
+    def record(self, segment, memory):
+        self.memory.append(memory)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"pass_norm": True}, "sleep.pass_norm=false"),
+        ({"reinject_embeddings": True}, "sleep.reinject_embeddings=false"),
+        ({"loop_range": (1, 3)}, "sleep.loop_range=null"),
+        ({"write": "last"}, "sleep.write=every"),
+    ],
+)
+def test_embeddings_again_are_refused_where_they_mean_nothing(changes, word):
+    with pytest.raises(ValueError, match=word):
+        SleepConfig(pass_input="embeddings", **changes)
 
 
 def test_evicted_tokens_reach_the_answers_through_the_fast_weights_only(here):
@@ -194,6 +270,9 @@ def test_dead_compute_is_skipped(here):
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
     tiny.run(stage, tokens, loss_mask, 2, recompute=False)
     assert calls == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]  # pass 1, pass 2 without its last MLP, prediction
+    calls.clear()
+    tiny.run(stage, tokens, loss_mask, 2, SleepConfig(pass_input="embeddings"), recompute=False)
+    assert calls == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]  # nobody reads the hidden states of pass 1 either
 
 
 def test_health_names_every_block_and_pass(here):

@@ -13,7 +13,14 @@ from powernap.model import delta_rule
 from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.parallel import layout
-from powernap.parallel.layout import Costs, LayoutError, format_layout, pass_blocks, sequence_costs, split_layers
+from powernap.parallel.layout import (
+    Costs,
+    LayoutError,
+    consolidation_flops,
+    format_layout,
+    sequence_costs,
+    split_layers,
+)
 
 COSTS = [
     Costs(0, (1,) * 7, 0),
@@ -88,11 +95,16 @@ def test_more_stages_than_blocks_are_refused():
 @pytest.mark.parametrize("loop_range", [None, (1, 2), (0, 2)])
 @pytest.mark.parametrize("passes", [1, 2, 4])
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_passes_run_the_blocks_that_segments_say(pattern, loop_range, passes, eviction):
-    model, sleep = tiny.model_config(pattern=pattern), SleepConfig(loop_range=loop_range, eviction=eviction)
+@pytest.mark.parametrize("pass_input", ["hidden", "embeddings"])
+def test_passes_cost_the_blocks_that_segments_run(pattern, loop_range, passes, eviction, pass_input):
+    if pass_input == "embeddings" and loop_range:
+        return  # refused
+    model = tiny.model_config(pattern=pattern)
+    sleep = SleepConfig(loop_range=loop_range, eviction=eviction, pass_input=pass_input)
     tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
     segments = plan_segments(tokens, loss_mask, model, sleep, passes)
-    assert pass_blocks(model, sleep, passes) == [range(*s.blocks) for s in segments if not s.predicts]
+    run = [[block for block, flops in enumerate(row) if flops] for row in consolidation_flops(model, sleep, passes)]
+    assert run == [list(range(*s.blocks)) for s in segments if not s.predicts]
 
 
 def test_costs_count_runs():

@@ -62,6 +62,8 @@ CASES = {
     "TP2xPP2+SP, carried, pads": Case(
         tensor=2, pipeline=2, sequence=True, pads=True, **TEXT, sleep=dict(every_window=True, carry=True)
     ),
+    "PP2, embeddings again": Case(pipeline=2, passes=3, sleep=dict(pass_input="embeddings")),
+    "PP2, last write alone": Case(pipeline=2, passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
 }
@@ -71,6 +73,19 @@ WIDE = {
     for (name, layout), recompute, windows, eviction, passes in itertools.product(
         LAYOUTS.items(), (True, False), (ONE, SEVERAL), EVICTIONS, (1, 2, 4)
     )
+} | {
+    f"{name}, {option}={value}, {'recompute' if recompute else 'keep'}, {eviction}":
+    Case(**layout, **SEVERAL, recompute=recompute, passes=3, sleep={option: value, **EVICTIONS[eviction]})
+    for (name, layout), (option, value), (recompute, eviction) in itertools.product(
+        LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], [(True, "hard"), (False, "sliding")]
+    )
+} | {
+    "PP2, last write alone, every window": Case(
+        pipeline=2, predicting=(0, 1, 2), sleep=dict(write="last", every_window=True)
+    ),
+    "PP2, last write alone, truncated, part of the blocks": Case(
+        pipeline=2, passes=3, sleep=dict(write="last", backprop_passes=1, loop_range=[1, 3])
+    ),
 }  # fmt: skip
 BROKEN = {
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),

@@ -125,9 +125,13 @@ def test_parameters_are_the_models(here, tensor):
 @pytest.mark.parametrize("loop_range", [None, (1, 3)])
 @pytest.mark.parametrize("backprop_passes", [None, 1])
 @pytest.mark.parametrize("every_window", [False, True])
-def test_segments_are_the_models(loop_range, backprop_passes, every_window):
+@pytest.mark.parametrize("pass_input", ["hidden", "embeddings"])
+def test_segments_are_the_models(loop_range, backprop_passes, every_window, pass_input):
     model = tiny.model_config()
-    sleep = SleepConfig(passes=3, loop_range=loop_range, backprop_passes=backprop_passes, every_window=every_window)
+    sleep = SleepConfig(
+        passes=3, loop_range=loop_range if pass_input == "hidden" else None, backprop_passes=backprop_passes,
+        every_window=every_window, pass_input=pass_input,
+    )  # fmt: skip
     tokens, loss_mask = tiny.batch(windows=4, predicting=(1, 3))
     tokens, loss_mask = tokens[:, :-2], loss_mask[:, :-2]  # a short last window
     ours = cut(recipe(model, sleep=sleep, tokens=tokens.shape[1] - 1), [False, True, False, True])
@@ -135,8 +139,8 @@ def test_segments_are_the_models(loop_range, backprop_passes, every_window):
     assert [(s.window, s.pass_number, s.tokens, s.predicts, s.with_grad) for s in ours] == [
         (s.window, s.pass_number, s.tokens[1] - s.tokens[0], s.predicts, s.with_grad) for s in theirs
     ]
-    assert [(s.start, s.blocks, s.final_blocks) for s in ours] == [
-        (s.tokens[0], range(*s.blocks), range(*s.final_blocks)) for s in theirs
+    assert [(s.start, s.blocks, s.final_blocks, s.from_embeddings, s.write_only) for s in ours] == [
+        (s.tokens[0], range(*s.blocks), range(*s.final_blocks), s.from_embeddings, s.write_only) for s in theirs
     ]
     assert [[i for i, flops in enumerate(s.flops) if flops] for s in ours] == [list(range(*s.blocks)) for s in theirs]
     assert [s.label for s in ours][:5] == ["a1", "a2", "a3", "b?", "b1" if every_window else "c1"]
@@ -247,7 +251,7 @@ def test_live_segments_hold_hidden_states_and_fast_weights(here):
 def test_a_stage_keeps_what_it_was_sent_and_not_what_it_sends():
     planned = recipe(pipeline=2, train={"global_batch_size": 2})
     saved, _ = memory.replay(planned, cut(planned), 0, "cpu")
-    states = memory.first_state_bytes(planned, planned.stage_blocks[0])
+    states = memory.fast_weight_bytes(planned, planned.stage_blocks[0])
     hidden_states, live, zeros = 4 * tiny.WINDOW * 16, 14, 2  # two micro-batches of seven segments, each from zeros
     assert saved == live * (hidden_states + states) + zeros * (states - hidden_states)
 

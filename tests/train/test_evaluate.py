@@ -10,7 +10,9 @@ from powernap.model.stage import HybridStage
 from powernap.train.config import load_recipe
 from powernap.train.data.loader import evaluation_batches
 from powernap.train.evaluate import evaluate
-from powernap.train.report import draw_accuracy, format_accuracy
+from powernap.train.intervals import Tally
+from powernap.train.pictures import draw_accuracy
+from powernap.train.tables import format_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,24 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
 
     monkeypatch.setattr("powernap.train.evaluate.predict", predictions)
     batches = list(evaluation_batches(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=40))
+    by_sequence = {}  # depth -> (asked, right) of each sequence
     for batch in batches:
         for row, answers in enumerate(batch.answers):
+            for depth in sorted(set(answers[:, 2].tolist())):
+                starts = answers[answers[:, 2] == depth, 0]
+                counts = (len(starts), int(sum(start != 14 or row % 2 for start in starts)))
+                by_sequence.setdefault(str(depth), []).append(counts)
             for start, _, depth in answers.tolist():
                 right, asked, kinds = truth.setdefault(depth, [0, 0, []])
                 truth[depth] = [right + (start != 14 or row % 2), asked + 1, [*kinds, int(batch.tokens[row, start])]]
     result = evaluate(stage, recipe, [2, 3], 40, here)
     assert result.accuracy["2"] == {str(d): pytest.approx(r / n) for d, (r, n, _) in sorted(truth.items())}
     assert set(result.accuracy["3"].values()) == {0.0}
+    for depth, counts in by_sequence.items():
+        rows = ((1, m, r, m * m, r * r, r * m, r > 0, r < m) for m, r in counts)
+        assert result.interval["2"][depth] == Tally(*map(sum, zip(*rows, strict=True))).interval()
+        assert result.interval["3"][depth][0] == 0 < result.interval["3"][depth][1]
+        assert result.sequences[depth] == len(counts)
     assert result.answers == {str(d): n for d, (_, n, _) in sorted(truth.items())}
     assert sum(result.answers.values()) == 40 * 4
     most = {str(d): max(kinds.count(k) for k in kinds) / len(kinds) for d, (_, _, kinds) in sorted(truth.items())}
@@ -70,11 +82,14 @@ def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
 
     result = runs.powernap("eval", "seen", "--passes", "1,2,8", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["depth", "N=1", "N=2", "N=8"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["depth", "N=1", "N=1", "N=2"]
+    assert result.stdout.splitlines()[3].startswith("N=1 ±")
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
     run = folder / "runs" / "seen"
     saved = json.loads((run / "evaluation.json").read_text())
     assert saved["step"] == 4 and list(saved["accuracy"]) == ["1", "2", "8"]
+    for passes, by_depth in saved["interval"].items():
+        assert all(low <= saved["accuracy"][passes][depth] <= high for depth, (low, high) in by_depth.items())
     assert set(saved["floor"]) == {"1", "2"} and sum(saved["answers"].values()) == 51 * 4
     trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert saved["accuracy"]["2"]["1"] == trained["accuracy/N2/depth_1"]  # the checkpoint holds the trained weights
@@ -107,11 +122,19 @@ def test_pictures_show_every_line(tmp_path, monkeypatch, depths):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[0].lines))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
     accuracy = {n: dict.fromkeys(depths, 0.1 * int(n)) for n in ("1", "2", "4")}
-    draw_accuracy(accuracy, dict.fromkeys(depths, 0.125), title="", to=tmp_path / "a.png")
-    heights = [list(line.get_ydata()) for line in drawn]
+    intervals = {n: dict.fromkeys(depths, (0.1 * int(n) - 0.05, 0.1 * int(n) + 0.02)) for n in accuracy}
+    draw_accuracy(accuracy, intervals, dict.fromkeys(depths, 0.125), title="", to=tmp_path / "a.png")
+    (axes,) = drawn
+    heights = [list(line.get_ydata()) for line in axes.lines]
+    areas = [area.get_paths() for area in axes.collections]
     if len(depths) == 1:
         assert heights[0] == pytest.approx([0.1, 0.2, 0.4])
+        ends = [path.vertices[:, 1].tolist() for path in areas[0]]
+        assert ends == [pytest.approx([h - 0.05, h + 0.02]) for h in (0.1, 0.2, 0.4)]
     else:
         assert heights == [pytest.approx([h] * 4) for h in (0.1, 0.2, 0.4, 0.125)]
+        assert [(path.vertices[:, 1].min(), path.vertices[:, 1].max()) for (path,) in areas] == [
+            pytest.approx((h - 0.05, h + 0.02)) for h in (0.1, 0.2, 0.4)
+        ]

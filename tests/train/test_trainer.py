@@ -154,9 +154,11 @@ def test_sliding_windows_train_and_evaluate(trained):
 def test_what_a_run_leaves_behind(trained):
     one_process = trained["one"]
     assert {path.name for path in one_process.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
+        "config.yaml", "origin.json", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
     }  # fmt: skip
     config = yaml.safe_load((one_process / "config.yaml").read_text())
+    origin = json.loads((one_process / "origin.json").read_text())
+    assert set(origin) == {"date", "commit", "uncommitted_changes", "machine"} and origin["machine"]["cores"] >= 1
     assert config["run"]["name"] == "one" and config["zero"] == {"stage": 1, "offload": False}
     first, *_, last = (json.loads(line) for line in (one_process / "metrics.jsonl").read_text().splitlines())
     assert list(first)[:6] == ["step", "loss", "grad_norm", "lr", "tokens", "seconds"]

@@ -1,27 +1,12 @@
-"""Tables and pictures of accuracy by depth."""
+"""Pictures of a run: accuracy by depth with its intervals, and loss."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-Accuracy = Mapping[str, Mapping[str, float]]  # row -> depth -> share of right answers
+from powernap.train.tables import Accuracy, Intervals
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
 GREY = "#777777"  # for what no model did
-
-
-def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
-    """A table with a column a depth, at most 80 characters wide: `rows` by name, shares with two decimals."""
-    depths = list(dict.fromkeys(depth for values in rows.values() for depth in values))
-    width = max(len(name) for name in [depth_name, *rows])
-    per_line = max(1, (80 - width) // 6)
-    lines = []
-    for start in range(0, len(depths), per_line):
-        part = depths[start : start + per_line]
-        lines.append(f"{depth_name:{width}}" + "".join(f"{depth:>6}" for depth in part))
-        for name, values in rows.items():
-            cells = (f"{values[depth]:6.2f}" if depth in values else f"{'-':>6}" for depth in part)
-            lines.append(f"{name:{width}}" + "".join(cells))
-    return "\n".join(lines)
 
 
 def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
@@ -34,8 +19,10 @@ def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
     figure.savefig(to)
 
 
-def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str, to: Path) -> None:
-    """Accuracy over depth, a line for each N, and the constant guess below them.
+def draw_accuracy(
+    accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float], *, title: str, to: Path
+) -> None:
+    """Accuracy over depth, a line with its interval for each N, and the constant guess below them.
 
     With a single depth the N are what is compared, so they become the axis.
     """
@@ -43,15 +30,19 @@ def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str,
     depths = list(floor)
     if len(depths) == 1:
         (depth,) = depths
-        axes.plot(list(accuracy), [values[depth] for values in accuracy.values()], "o-", color=BLUE, clip_on=False)
+        heights = [values[depth] for values in accuracy.values()]
+        ends = [interval[depth] for interval in intervals.values()]
+        axes.plot(list(accuracy), heights, "o-", color=BLUE, clip_on=False)
+        axes.errorbar(list(accuracy), heights, _reach(heights, ends), fmt="none", color=BLUE, capsize=3)
         axes.axhline(floor[depth], color=GREY, linestyle=":")
         axes.annotate("constant guess", (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
-        axes.set_xlabel(f"N, passes of sleep (depth {depth})")
+        axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
     else:
         for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
             axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
+            _band(axes, depths, intervals[passes], color)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label="constant guess")
-        axes.set_xlabel("depth (hops or steps)")
+        axes.set_xlabel("depth (hops, steps, operations); bands: 95 %")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)
     axes.set_title(title, loc="left", fontsize=11)
@@ -59,17 +50,24 @@ def draw_accuracy(accuracy: Accuracy, floor: Mapping[str, float], *, title: str,
 
 
 def draw_demo(
-    accuracy: Accuracy, floor: Mapping[str, float], losses: Mapping[str, list[float]], *, title: str, to: Path
+    accuracy: Accuracy,
+    intervals: Intervals,
+    floor: Mapping[str, float],
+    losses: Mapping[str, list[float]],
+    *,
+    title: str,
+    to: Path,
 ) -> None:
     """The demo's picture: held-out accuracy by hop (left) and the training loss (right), a colour for each model.
 
-    accuracy: model name -> hop -> share. losses: model name -> loss at every step, in the same order.
+    accuracy: model name -> hop -> share. intervals: their 95 % intervals. losses: model name -> loss at every step, in the same order.
     """
     figure, (left, right) = new_figure(columns=2)
     colors = dict(zip(accuracy, (BLUE, ORANGE), strict=True))
     hops = list(floor)
     for name, values in accuracy.items():
         left.plot(hops, [values[hop] for hop in hops], "o-", color=colors[name], linewidth=2, clip_on=False)
+        _band(left, hops, intervals[name], colors[name])
         for hop in hops[1:]:
             left.annotate(
                 f"{values[hop]:.0%}", (hop, values[hop]), xytext=(0, -14), textcoords="offset points",
@@ -92,6 +90,17 @@ def draw_demo(
 def smooth(values: list[float], window: int = 20) -> list[float]:
     """The mean of the last `window` values at each place."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def _band(axes, depths: list[str], interval: Mapping[str, tuple[float, float]], color) -> None:
+    low, high = zip(*(interval[depth] for depth in depths), strict=True)
+    axes.fill_between(depths, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _reach(heights: list[float], ends: list[tuple[float, float]]) -> list[list[float]]:
+    """How far each interval goes down and up from its point, as errorbar takes it."""
+    down = [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)]
+    return [down, [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)]]
 
 
 def _from_light_to_dark(count: int) -> list:

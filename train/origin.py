@@ -1,0 +1,60 @@
+"""What a run's numbers depend on beside its recipe: machine, versions, commit. Nothing that names the machine or its folders."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository, where this is one
+CODE = ("launch", "model", "parallel", "train")
+
+
+def origin() -> dict:
+    """Date, commit and machine, as a run keeps them in origin.json."""
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **commit(), "machine": machine()}
+
+
+def machine() -> dict:
+    import torch  # late: reports read an origin without it
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(_usable_cores()),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit(paths: Sequence[str] = CODE) -> dict:
+    """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # an unpacked archive, or no git here
+
+    # Installed, the code may lie in somebody else's checkout.
+    ours = git("ls-files", "--error-unmatch", "--", "train/origin.py") is not None
+    found = git("rev-parse", "HEAD") if ours else None
+    return {
+        "commit": found or "unknown",
+        "uncommitted_changes": bool(found and git("status", "--porcelain", "--", *paths)),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _usable_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -1,0 +1,226 @@
+"""A report's figures: SVG for the page, where ink is the page's own so that light and dark both work, and PNG files."""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from powernap.parallel.plan import in_units
+from powernap.train.pictures import share_axis, smooth
+from powernap.train.report.runs import Group, Share
+
+# At least 3.8:1 against white and against the dark page; with markers and dashes, for who cannot tell them apart.
+COLORS = ("#2f7fd0", "#d4600f", "#1a8f63", "#9a5fc4", "#cf4a5f", "#0f8b9a", "#96771a", "#c2549c")
+MARKERS = "osD^vPX*"
+DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+INK = "#1b2127"  # text and axes; in the page, the colour of its text
+FLOOR, FLOOR_LABEL = "#7a7f87", "constant guess"
+BAND = 0.16  # opacity
+
+Styles = dict[str, dict]  # group -> how matplotlib draws it
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # of its file
+    title: str
+    caption: str
+    alt: str  # what it shows, for who cannot see it
+    draw: Callable  # (axes) -> None
+
+    def svg(self) -> str:
+        """For a page: no size of its own, no reference to anything outside it."""
+        from matplotlib import rc_context
+
+        file = io.BytesIO()
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            self._figure().savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue().decode()
+        body = text[text.index(">", text.index("<svg")) + 1 :]
+        view_box = re.search(r'viewBox="([^"]+)"', text)[1]
+        body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+        body = body.replace("xlink:href", "href").replace(INK, "currentColor")
+        return f'<svg viewBox="{view_box}" role="img" aria-label="{escape(self.alt)}">{body}'
+
+    def save_png(self, to: Path) -> None:
+        self._figure().savefig(to, dpi=160, facecolor="white")
+
+    def _figure(self):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        ink = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
+        with rc_context({**ink, "axes.labelcolor": INK, "axes.edgecolor": INK, "font.size": 10}):
+            figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+            axes = figure.subplots()
+            axes.spines[["top", "right"]].set_visible(False)
+            self.draw(axes)
+            by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            labels = sorted(by_label, key=lambda label: label == FLOOR_LABEL)  # last
+            columns = 3 if max(map(len, labels)) < 16 else 2
+            handles = [by_label[label] for label in labels]
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+        return figure
+
+
+def styles_of(groups: list[Group]) -> Styles:
+    """The same colour, marker and dashes for a group in all figures."""
+    return {
+        group.label: {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+            "label": group.label,
+        }
+        for i, group in enumerate(groups)
+    }
+
+
+def named(depth: str, depth_name: str) -> str:
+    """4, hops -> 4 hops"""
+    return f"depth {depth}" if depth_name == "depth" else f"{depth} {depth_name}"
+
+
+def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Picture:
+    """Each group at the N it was trained with."""
+
+    def draw(axes):
+        for group in groups:
+            style = {**styles[group.label], "label": f"{group.label} (N={group.read_passes})"}
+            _line(axes, depths, [group.accuracy(group.read_passes, depth) for depth in depths], style)
+        floors = [_floor(groups, depth) for depth in depths]
+        axes.plot(depths, floors, ":", color=FLOOR, label=FLOOR_LABEL)
+        _share_axis(axes)
+        axes.set_xlabel(depth_name)
+
+    return Picture(
+        "accuracy_by_depth",
+        f"Right answers by {depth_name}",
+        f"Each read with the N in brackets. {_band_means(groups)}",
+        "; ".join(
+            f"{group.label}: "
+            + ", ".join(f"{depth}: {_percent(group.accuracy(group.read_passes, depth))}" for depth in depths)
+            for group in groups
+        ),
+        draw,
+    )
+
+
+def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles: Styles) -> Picture:
+    """What more or fewer passes at reading do for one depth."""
+    passes = sorted({n for group in groups for n in group.all_passes}, key=int)
+
+    def draw(axes):
+        for group in groups:
+            _line(axes, passes, [group.accuracy(n, depth) for n in passes], styles[group.label])
+        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
+        _share_axis(axes)
+        axes.set_xlabel("N, passes of sleep when reading")
+
+    return Picture(
+        f"accuracy_by_N_{depth}",
+        f"Right answers at {named(depth, depth_name)} by N",
+        f"Each group read with other N than it was trained with. {_band_means(groups)}",
+        "; ".join(
+            f"{group.label}: " + ", ".join(f"N={n}: {_percent(group.accuracy(n, depth))}" for n in group.all_passes)
+            for group in groups
+        ),
+        draw,
+    )
+
+
+def loss_curves(groups: list[Group], styles: Styles) -> Picture:
+    """Training loss, smoothed; over seeds the mean and the range of the steps that all have done."""
+    curves = {}
+    for group in groups:
+        losses = [[record["loss"] for record in run.metrics] for run in group.runs if run.metrics]
+        if losses:
+            window = max(1, min(map(len, losses)) // 30)
+            smoothed = zip(*(smooth(values, window) for values in losses), strict=False)
+            curves[group.label] = [Share(sum(v) / len(v), min(v), max(v)) for v in smoothed]
+
+    def draw(axes):
+        for label, curve in curves.items():
+            style = {**styles[label], "marker": ""}
+            _line(axes, range(1, len(curve) + 1), curve, style, width=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("training loss, nats per loss token")
+
+    return Picture(
+        "loss",
+        "Training loss",
+        "The mean of the last thirtieth of the steps at each point; over seeds the mean, the range as a band, "
+        "and as far as all have come.",
+        "; ".join(f"{label}: from {curve[0].mean:.2f} to {curve[-1].mean:.2f}" for label, curve in curves.items()),
+        draw,
+    )
+
+
+def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: Styles) -> Picture:
+    """What the training cost against what it led to."""
+    cost = {group.label: sum(run.flops for run in group.evaluated) / len(group.evaluated) for group in groups}
+
+    def draw(axes):
+        for group in groups:
+            share = group.accuracy(group.read_passes, depth)
+            reach = [[max(0, share.mean - share.low)], [max(0, share.high - share.mean)]]
+            style = {**styles[group.label], "linestyle": "none", "markersize": 8}
+            axes.errorbar([cost[group.label]], [share.mean], reach, capsize=3, clip_on=False, **style)
+        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
+        _share_axis(axes)
+        axes.set_xlim(left=0, right=1.08 * max(cost.values()))
+        axes.xaxis.set_major_formatter(lambda flops, _: in_units(flops))
+        axes.set_xlabel("training FLOPs")
+
+    return Picture(
+        "accuracy_by_cost",
+        f"Right answers at {named(depth, depth_name)} by training FLOPs",
+        f"FLOPs of the whole training, recomputation included. {_band_means(groups)}",
+        "; ".join(
+            f"{group.label}: {cost[group.label]:.2g} FLOPs, {_percent(group.accuracy(group.read_passes, depth))}"
+            for group in groups
+        ),
+        draw,
+    )
+
+
+def _line(axes, places, shares: list[Share | None], style: dict, width: float = 1.8) -> None:
+    """Means as a line, their reach as a band; places without one are left out."""
+    known = [(place, share) for place, share in zip(places, shares, strict=True) if share]
+    if not known:
+        return
+    where, means, lows, highs = zip(*((place, s.mean, s.low, s.high) for place, s in known), strict=True)
+    axes.plot(where, means, linewidth=width, markersize=5, clip_on=False, **style)
+    if len(known) == 1:
+        reach = [[max(0, means[0] - lows[0])], [max(0, highs[0] - means[0])]]
+        axes.errorbar(where, means, reach, fmt="none", color=style["color"], capsize=3)
+    else:
+        axes.fill_between(where, lows, highs, color=style["color"], alpha=BAND, linewidth=0)
+
+
+def _floor(groups: list[Group], depth: str) -> float:
+    """The constant guess, the mean where the groups' tests differ."""
+    found = [floor.mean for group in groups if (floor := group.floor(depth))]
+    return sum(found) / len(found)
+
+
+def _band_means(groups: list[Group]) -> str:
+    counts = {len(group.evaluated) for group in groups}
+    if counts == {1}:
+        return "Bands and bars: 95 % interval of the test."
+    if 1 not in counts:
+        return "Bands and bars: from the lowest seed to the highest."
+    return "Bands and bars: from the lowest seed to the highest, and of a single run the 95 % interval of the test."
+
+
+def _share_axis(axes) -> None:
+    share_axis(axes)
+    axes.grid(axis="y", color=FLOOR, alpha=0.25, linewidth=0.6)
+    axes.set_ylabel("answers right")
+
+
+def _percent(share: Share | None) -> str:
+    return "unknown" if share is None else f"{100 * share.mean:.1f} %"

@@ -1,0 +1,259 @@
+"""Runs as a report compares them: read from their folders, grouped by what they differ in beside their seeds."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path
+
+from powernap.parallel.memory import parameters
+from powernap.parallel.work import cut, step_flops
+from powernap.train.check_data import predicting_windows
+from powernap.train.config import Recipe
+from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.shards import MANIFEST
+from powernap.train.metrics import read_metrics
+from powernap.train.run_folder import FREE_ON_RESUME, RunFolder, flatten
+
+# Fields in which the runs of a group may differ: names and places, the seed, and what changes no number.
+OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}
+
+
+class ReportError(ValueError):
+    """Runs that cannot be put side by side, in one line."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right answers and how far it reaches: a run's 95 % interval, or from the lowest seed to the highest."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class ReportedRun:
+    """One run's folder, read."""
+
+    def __init__(self, path: Path):
+        folder = RunFolder(path)
+        self.path = path
+        self.recipe: Recipe = folder.recipe()
+        self.metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        self.origin = _read_json(folder.origin) or {}
+        self.manifest = _manifest(self.recipe)
+        self.evaluation = _read_json(folder.evaluation)
+        if self.evaluation and "interval" not in self.evaluation:
+            self.evaluation = None  # written before there were any
+
+    def fields(self, with_task: bool) -> dict:
+        """What is compared: the recipe, and the sizes of the task that its shards were built with."""
+        config = {key: value for key, value in flatten(self.recipe.model_dump(mode="json")).items() if _compared(key)}
+        task = self.manifest["fields"] if with_task else {}
+        return config | {f"task.{key}": value for key, value in task.items()}
+
+    @property
+    def task(self) -> str | None:
+        """The task of its data, None if the shards are not here."""
+        return self.manifest and self.manifest["task"]
+
+    @property
+    def depths(self) -> list[str]:
+        return list(self.evaluation["floor"]) if self.evaluation else []
+
+    @property
+    def steps(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def trained_passes(self) -> int:
+        """N, the largest that was trained."""
+        return max(self.recipe.sleep.pass_choices)
+
+    @property
+    def read_passes(self) -> str:
+        """The N of the main figures: the trained one, or else the largest that was evaluated."""
+        evaluated = list(self.evaluation["accuracy"])
+        return str(self.trained_passes) if str(self.trained_passes) in evaluated else evaluated[-1]
+
+    @property
+    def parameters(self) -> int:
+        model = self.recipe.model
+        return sum(weight.size() for weight in parameters(model, self.recipe.sleep, range(model.num_layers)))
+
+    @cached_property
+    def windows_known(self) -> bool:
+        """Whether the shards are here, which say what windows predict; else it is taken that only the last one does."""
+        return self._predicts is not None
+
+    @cached_property
+    def _predicts(self) -> list[bool] | None:
+        try:
+            return predicting_windows(self.recipe)
+        except DataError:  # other shards lie there by now
+            return None
+
+    def step_flops(self, passes: int) -> int:
+        """Training FLOPs of a step with N = `passes`."""
+        sleep = self.recipe.sleep.model_copy(update={"passes": passes})
+        recipe = self.recipe.model_copy(update={"sleep": sleep})
+        return step_flops(recipe, cut(recipe, self._predicts))
+
+    @cached_property
+    def flops(self) -> int:
+        """Training FLOPs of all steps so far."""
+        passes = [record.get("passes", self.trained_passes) for record in self.metrics]
+        return sum(passes.count(n) * self.step_flops(n) for n in set(passes))
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps so far, without evaluations and checkpoints."""
+        return sum(record["seconds"] for record in self.metrics)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(record["tokens"] for record in self.metrics) / self.seconds
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes of its first rank."""
+        return max(
+            (record["peak_memory_bytes"] for record in self.metrics if "peak_memory_bytes" in record), default=None
+        )
+
+
+@dataclass
+class Group:
+    """Runs of one recipe with several seeds."""
+
+    label: str
+    fields: dict  # the same in all its runs
+    runs: list[ReportedRun]
+
+    @property
+    def evaluated(self) -> list[ReportedRun]:
+        return [run for run in self.runs if run.evaluation]
+
+    @property
+    def furthest(self) -> list[ReportedRun]:
+        """Those with the most steps: of a run that goes on, the cost so far says little."""
+        return [run for run in self.runs if run.steps == max(run.steps for run in self.runs)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.recipe.run.seed for run in self.runs]
+
+    @property
+    def read_passes(self) -> str:
+        return self.evaluated[0].read_passes
+
+    @property
+    def all_passes(self) -> list[str]:
+        return sorted({n for run in self.evaluated for n in run.evaluation["accuracy"]}, key=int)
+
+    def accuracy(self, passes: str, depth: str) -> Share | None:
+        """The mean over seeds; its reach is their range, or with a single run that run's interval."""
+        found = [run.evaluation for run in self.evaluated if depth in run.evaluation["accuracy"].get(passes, {})]
+        if len(found) == 1:
+            return Share(found[0]["accuracy"][passes][depth], *found[0]["interval"][passes][depth])
+        return share_of([evaluation["accuracy"][passes][depth] for evaluation in found])
+
+    def floor(self, depth: str) -> Share | None:
+        return share_of([run.evaluation["floor"][depth] for run in self.evaluated if depth in run.evaluation["floor"]])
+
+    def held_out_loss(self, passes: str) -> Share | None:
+        found = [run.evaluation["loss"] for run in self.evaluated]
+        return share_of([loss[passes] for loss in found if passes in loss])
+
+
+def share_of(values: list[float]) -> Share | None:
+    return Share(statistics.fmean(values), min(values), max(values)) if values else None
+
+
+def read_runs(paths: Iterable[Path]) -> list[ReportedRun]:
+    """Read every run.
+
+    Raises:
+        ReportError: if a run is named twice or their questions have nothing in common.
+    """
+    paths = list(paths)
+    for number, path in enumerate(paths):
+        if any(path.samefile(other) for other in paths[:number]):
+            raise ReportError(f"{path} is named twice: name each run once")
+    runs = [ReportedRun(path) for path in paths]
+    _check_same_questions(runs)
+    return runs
+
+
+def _check_same_questions(runs: list[ReportedRun]) -> None:
+    told = [run for run in runs if run.task]
+    for run in told:
+        if run.task != told[0].task:
+            raise ReportError(
+                f"{told[0].path} is of task {told[0].task}, {run.path} of {run.task}: write a report for each task"
+            )
+    evaluated = [run for run in runs if run.evaluation]
+    for run in evaluated:
+        ours, first = set(run.depths), set(evaluated[0].depths)
+        if ours != first and not ours & first:
+            raise ReportError(
+                f"{evaluated[0].path} was asked depths {', '.join(evaluated[0].depths) or 'none'}, {run.path} "
+                f"{', '.join(run.depths) or 'none'}: write a report for each task"
+            )
+
+
+def group_runs(runs: list[ReportedRun]) -> list[Group]:
+    """Runs that differ in OF_ONE_RUN only belong together; groups in the order of their first run."""
+    groups: list[Group] = []
+    for run in runs:
+        fields = run.fields(with_task=all(run.manifest for run in runs))
+        group = next((group for group in groups if group.fields == fields), None)
+        if group is None:
+            groups.append(group := Group("", fields, []))
+        group.runs.append(run)
+    for group in groups:
+        group.label = _common_name([run.recipe.run.name for run in group.runs])
+    labels = [group.label for group in groups]
+    for number, group in enumerate(groups):
+        if labels.count(group.label) > 1:
+            group.label += f" ({labels[: number + 1].count(group.label)})"
+    return groups
+
+
+def differing_fields(groups: list[Group]) -> list[str]:
+    """The fields that are not the same in all groups, in the order of the recipe."""
+    names = dict.fromkeys(name for group in groups for name in group.fields)
+    return [name for name in names if any(group.fields.get(name) != groups[0].fields.get(name) for group in groups)]
+
+
+def _common_name(names: list[str]) -> str:
+    """What the names of a group's runs share: sleep-s0, sleep-s1 -> sleep."""
+    if len(set(names)) == 1:
+        return names[0]
+    shared = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", commonprefix(names))
+    return shared or names[0]
+
+
+def _compared(field: str) -> bool:
+    return field not in OF_ONE_RUN and not re.fullmatch(r"data\.train\..*\.shards", field)
+
+
+def _manifest(recipe: Recipe) -> dict | None:
+    """What the builder of the shards left beside them."""
+    try:
+        first = local_path(expand_shards(next(iter(recipe.data.datasets.values()))[0])[0])
+    except DataError:
+        return None
+    found = _read_json(first.parent / MANIFEST) if first else None
+    return found if found and "task" in found else None
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
