@@ -8,10 +8,10 @@ import os
 import sys
 import warnings
 
-from powernap.launch.commands import compare, data, demo, evaluate, plan, train, ui
+from powernap.launch.commands import compare, data, demo, evaluate, generate, plan, train, ui
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-COMMANDS = (train, plan, evaluate, data, compare, ui, demo)  # in the order of the help
+COMMANDS = (train, plan, evaluate, generate, data, compare, ui, demo)  # in the order of the help
 
 
 def main(arguments: list[str] | None = None) -> int:
