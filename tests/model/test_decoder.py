@@ -26,19 +26,18 @@ SLEEPS = {
 @torch.no_grad()
 def training_logits(stage, tokens, passes):
     """After every token [B, T, vocabulary], by the segments of training: all windows before slept on, this one predicts."""
+    length = tokens.shape[1]
     tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # the last target, which nobody looks at
-    length = stage.model.window
-    stops = (
-        range(1, tokens.shape[1]) if stage.sleep.every_window else range(length, tokens.shape[1] + length - 1, length)
-    )
+    # Where all windows predict one run is enough, else each window is the last of one.
+    step = length if stage.sleep.every_window else stage.model.window
     logits = []
-    for stop in stops[-1:] if stage.sleep.every_window else stops:
-        loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
-        loss_mask[:, 1 if stage.sleep.every_window else stop - length + 1 : stop + 1] = True
-        own, loss_mask = tokens[:, : stop + 1].to(stage.like.device), loss_mask[:, : stop + 1]
-        memory, hidden_states = stage.empty_memory(len(tokens)), None
-        for segment in plan_segments(own.cpu(), loss_mask, stage.model, stage.sleep, passes):
-            hidden_states, memory = stage(segment, own[:, :-1], hidden_states, memory)
+    for start in range(0, length, step):
+        own = tokens[:, : start + step + 1]
+        loss_mask = torch.zeros_like(own, dtype=torch.bool)
+        loss_mask[:, start + 1 :] = True
+        memory, hidden_states = stage.empty_memory(len(own)), None
+        for segment in plan_segments(own, loss_mask, stage.model, stage.sleep, passes):
+            hidden_states, memory = stage(segment, own[:, :-1].to(stage.like.device), hidden_states, memory)
             if segment.predicts:
                 logits.append(stage.logits(hidden_states).transpose(0, 1))
     return torch.cat(logits, dim=1)
@@ -76,14 +75,13 @@ def assert_close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("pads", [False, True], ids=["", "pads"])
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(("passes", "pads"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("name", SLEEPS)
 def test_every_distribution_is_that_of_the_training_forward(here, name, passes, pads):
     stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
     tokens = stream(pads=pads)
     expected = training_logits(stage, tokens, passes)
-    for sizes in (one_by_one(), of_random_size(1), of_random_size(2)):
+    for sizes in (one_by_one(), of_random_size(passes)):
         assert_close(heard(Decoder(stage, passes, len(tokens)), tokens, sizes), expected)
     # `feed` need not compute what nobody hears.
     quiet, sizes, start = Decoder(stage, passes, len(tokens)), of_random_size(3), 0
@@ -104,8 +102,8 @@ def test_against_the_model_written_down_a_second_time(here):
     assert_close(found[:, (WINDOWS - 1) * tiny.WINDOW :], expected)
 
 
-@pytest.mark.parametrize("pattern", ["GA", "AG", "GG", "AA"])
-@pytest.mark.parametrize("window", [1, 2, 7])
+@pytest.mark.parametrize("pattern", ["GA", "GG", "AA"])
+@pytest.mark.parametrize("window", [1, 7])
 def test_other_models(here, pattern, window):
     for eviction in ("hard", "sliding"):
         stage = tiny.build_stage(
@@ -187,30 +185,43 @@ def test_a_stream_is_taken_up_again_to_the_last_bit(here, name, read):
     again = Decoder(stage, 3, 2)  # what was handed out did not change as the stream went on
     again.load_state(state)
     assert all(torch.equal(a, b) for a, b in zip(again.feed_and_hear(rest), expected, strict=True))
-    state["start"] += 0 if name == "hard" else tiny.WINDOW  # positions go on under sliding eviction only
-    if name == "hard" and read % tiny.WINDOW:
-        state["block_1.at_start"] += 0.1
-        again.load_state(state)
-        assert not torch.equal(again.feed_and_hear(rest)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", SLEEPS)
+def test_nothing_in_a_state_is_superfluous(here, name):
+    """The control: whatever is lost of it in the middle of a window is missed. What is left of tokens is only numbers."""
+    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
+    tokens = stream(sequences=1)
+    decoder = Decoder(stage, 2, 1)
+    decoder.feed(tokens[:, : tiny.WINDOW + 2].tolist())
+    state, rest = decoder.state(), tokens[:, tiny.WINDOW + 2 :].tolist()
+    expected = decoder.feed_and_hear(rest)[0]
+    for lost in state.keys() - {"logits"}:
+        other = Decoder(stage, 2, 1)
+        # Under hard eviction positions begin anew in every window: where a stream stands is for its user only.
+        other.load_state(
+            state | {lost: state[lost].clamp(max=1) if lost == "tokens" else torch.zeros_like(state[lost])}
+        )
+        same = torch.equal(other.feed_and_hear(rest)[0], expected)
+        assert same == (lost == "start" and stage.sleep.eviction == "hard"), lost
 
 
 @pytest.mark.parametrize("name", ["hard", "every_window", "sliding"])
 def test_memory_does_not_grow(here, name):
-    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]), dtype=torch.float32)
-    decoder = Decoder(stage, 2, 2)
+    stage = tiny.build_stage(here, tiny.model_config(pattern="AG"), SleepConfig(**SLEEPS[name]), torch.float32)
+    decoder = Decoder(stage, 1, 2)
     source = random.Random(0)
 
-    def read(tokens):
-        for _ in range(tokens):
-            decoder.feed([[source.randrange(1, 17)], [source.randrange(1, 17)]])
-        stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in decoder._named().values()}
-        kept = len(stage._rotary) + len(stage._masks)  # the stage's own tables, of windows read whole
-        return decoder.nbytes(), sum(stored.values()), kept
+    def held_after(length):
+        while min(decoder.lengths) < length:
+            decoder.feed([[source.randrange(1, 17)] * source.randint(0, 30) for _ in range(2)])
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in decoder._named().values()}
+        tables = len(stage._rotary) + len(stage._masks)  # the stage keeps its own, by the place of a window it is given
+        return decoder.nbytes(), sum(storages.values()), tables
 
-    after_two_windows = read(2 * tiny.WINDOW)
-    assert read(500) == after_two_windows
-    assert after_two_windows[1] <= after_two_windows[0]
-    assert decoder.lengths == [2 * tiny.WINDOW + 500] * 2
+    held = held_after(2 * tiny.WINDOW)
+    assert held[1] <= held[0]
+    assert held_after(2000) == held
 
 
 def test_bfloat16_stays_close(here):

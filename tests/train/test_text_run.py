@@ -1,4 +1,4 @@
-"""Text from files to a held-out loss: built, trained in two layouts, evaluated."""
+"""Text from files to a held-out loss: built, trained in two layouts, evaluated; and a run goes on with a prompt."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import runs
+from powernap.launch.cli import main
 from powernap.train.config import check
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
@@ -35,7 +36,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_loss_falls_on_held_out_text_the_same_in_a_pipeline(folder):
+def test_the_loss_falls_on_held_out_text_the_same_in_a_pipeline(folder, here, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
     one = runs.train_in_turn(folder, 1, {"one": []})["one"]
     two = runs.train_in_turn(folder, 2, {"two": ["parallel.pipeline=2"], "zero3": ["parallel.data=2", "zero.stage=3"]})
     for run in (one, *two.values()):
@@ -54,3 +56,8 @@ def test_the_loss_falls_on_held_out_text_the_same_in_a_pipeline(folder):
     saved = json.loads((one / "evaluation.json").read_text())
     assert saved["loss"]["2"] == pytest.approx(read_metrics(one / "metrics.jsonl")[-1]["held_out_loss/N2"])
     assert (one / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    # A run that two ranks trained, each with a part of the weights, speaks in one process.
+    for name in two:
+        assert main(["generate", name, "--prompt", "a dog ran to the old", "--max-tokens", "80"]) == 0
+        said = capfd.readouterr().out
+        assert set(said) <= set("".join(SENTENCES) + "0123456789\n") and len(said) == 81
