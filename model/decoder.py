@@ -42,8 +42,9 @@ class Decoder:
         # Slots of attention's cache: the newest tokens of earlier windows, then the L of this one.
         self._before = model.window - 1 if sleep.eviction == "sliding" else 0
         self._readings = stage.first_readings(batch, self._before + model.window)
-        # Reading writes the fast weights too, and sleep must undo that: it starts where reading started.
-        self._at_start = {} if sleep.every_window else self._fast_weights()
+        # Sleep starts from the fast weights that reading left, or else from those it began with.
+        self._starts_after_reading = sleep.every_window
+        self._at_start = {} if self._starts_after_reading else self._fast_weights()
         # Bookkeeping stays on the CPU: what to do next depends on it.
         self._tokens = torch.full((batch, self._before + model.window), -1)  # by slot; -1: none yet
         self._start = torch.zeros(batch, dtype=torch.int64)  # of the current window, in the stream
@@ -95,8 +96,8 @@ class Decoder:
         assert len(tokens) == self.batch
         window = self.stage.model.window
         coming = [torch.as_tensor(list(row), dtype=torch.int64) for row in tokens]
-        # What a window says that sleeps before anyone listens need not be computed, unless its reading writes.
-        deaf = hear is None and not self.stage.sleep.every_window
+        # A window that sleeps before anyone hears what it says need not be read, unless its sleep depends on that.
+        deaf = hear is None and not self._starts_after_reading
         while rows := [row for row in range(self.batch) if len(coming[row])]:
             filled = self._filled.tolist()
             if full := [row for row in rows if filled[row] == window]:
