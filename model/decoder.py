@@ -8,6 +8,9 @@ reading left them. Its keys and values are then gone, under sliding eviction but
 
 So the distribution of every next token is that of the training-time forward pass in which all windows before are slept
 on and the current one predicts. Memory and time for a token depend on L, not on N or on how much was read before.
+
+A stream does not know which of its tokens would bear loss. Training without sleep.every_window reads windows of answers
+that follow each other once each; here all but the last of them sleep as any other window does.
 """
 
 from collections.abc import Sequence
@@ -62,7 +65,7 @@ class Decoder:
         """Read tokens, any number for each stream; streams that get none stay as they are.
 
         Returns:
-            `logits`
+            `logits`, which the next call writes over
         """
         self._feed(tokens, hear=None)
         return self.logits

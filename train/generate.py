@@ -51,6 +51,8 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
     Raises:
         RecipeError, GenerateError, CheckpointError: no run there, no checkpoint, or one of another model.
     """
+    if passes is not None and passes < 1:
+        raise GenerateError(f"passes={passes}: write 1 or more")
     folder = RunFolder(Path(path))
     recipe = folder.recipe()
     newest = checkpoint.newest(folder.checkpoints)
@@ -182,6 +184,8 @@ class Stream:
         Raises:
             DataError, GenerateError: before anything is read.
         """
+        if isinstance(prompts, str):
+            raise GenerateError(f"prompts is one text: write a list of prompts, such as [{prompts[:20]!r}]")
         if max_tokens < 0:
             raise GenerateError(f"max_tokens={max_tokens}: write 0 or more")
         if temperature < 0:

@@ -18,7 +18,7 @@ def token_probabilities(logits: torch.Tensor, temperature: float, top_p: float) 
     logits = logits.double()
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    probabilities = (logits / temperature).softmax(0)
+    probabilities = ((logits - logits.max()) / temperature).softmax(0)  # the largest is 0: nothing overflows
     if top_p < 1:
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered

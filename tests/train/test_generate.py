@@ -138,6 +138,16 @@ def test_the_largest_trained_number_of_passes_is_the_default(depo):
     assert greedy[None] == greedy[3] != greedy[1]
 
 
+def test_mistakes_in_python_are_told_before_anything_is_read(depo):
+    model = load_run(depo)
+    with pytest.raises(GenerateError, match="prompts is one text: write a list of prompts, such as .'1 2'."):
+        model.generate("1 2")
+    with pytest.raises(GenerateError, match="1 prompts for 2 streams"):
+        model.stream(2).generate(["1"])
+    with pytest.raises(GenerateError, match="passes=0: write 1 or more"):
+        load_run(depo, 0)
+
+
 # Saved streams
 
 

@@ -37,6 +37,7 @@ def test_temperature_zero_takes_the_likeliest():
     assert token_probabilities(torch.tensor(LOGITS), 0, 0.5).tolist() == [0, 0, 1, 0, 0, 0, 0]
     nearly = token_probabilities(torch.tensor(LOGITS, dtype=torch.bfloat16), 1e-3, 1.0)
     assert nearly.tolist() == pytest.approx([0, 0, 0.5, 0.5, 0, 0, 0])
+    assert token_probabilities(torch.tensor([1.0, 2.0]), 1e-320, 1.0).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("top_p", [0.8, 1.0])
