@@ -206,15 +206,15 @@ def test_nothing_in_a_state_is_superfluous(here, name):
         assert same == (lost == "start" and stage.sleep.eviction == "hard"), lost
 
 
-@pytest.mark.parametrize("name", ["hard", "every_window", "sliding"])
+@pytest.mark.parametrize("name", ["hard", "sliding, every_window"])
 def test_memory_does_not_grow(here, name):
     stage = tiny.build_stage(here, tiny.model_config(pattern="AG"), SleepConfig(**SLEEPS[name]), torch.float32)
-    decoder = Decoder(stage, 1, 2)
+    decoder = Decoder(stage, 1, 1)
     source = random.Random(0)
 
     def held_after(length):
-        while min(decoder.lengths) < length:
-            decoder.feed([[source.randrange(1, 17)] * source.randint(0, 30) for _ in range(2)])
+        while decoder.lengths[0] < length:
+            decoder.feed([[source.randrange(1, 17) for _ in range(source.randint(1, 15))]])
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in decoder._named().values()}
         tables = len(stage._rotary) + len(stage._masks)  # the stage keeps its own, by the place of a window it is given
         return decoder.nbytes(), sum(storages.values()), tables
