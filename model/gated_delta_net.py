@@ -96,7 +96,8 @@ class GatedDeltaNet(MegatronModule):
         """Read a piece of a window: hidden_states [n, B, D] -> [n, B, D]; `reading` gets the new state and history."""
         history = reading["history"].transpose(0, 1)
         output, reading["state"], seen = self._mix(hidden_states, reading["state"], window, history=history)
-        reading["history"] = seen[len(hidden_states) :].transpose(0, 1).contiguous()
+        history = seen[len(hidden_states) :].transpose(0, 1)
+        reading["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the piece alive
         return output
 
     def _mix(
