@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: every number is f
 import argparse
 import importlib
 
-ON_CPU = ["delta_rule", "sleep", "stack", "pipeline", "stage_memory", "loader"]
+ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader"]
 ON_DEMAND = ["demo", "device"]  # a quarter of an hour; a CUDA device
 
 

@@ -8,10 +8,10 @@ import os
 import sys
 import warnings
 
-from powernap.launch.commands import compare, data, demo, evaluate, plan, report, train, ui
+from powernap.launch.commands import compare, data, demo, evaluate, generate, plan, report, train, ui
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-COMMANDS = (train, plan, evaluate, report, data, compare, ui, demo)  # in the order of the help
+COMMANDS = (train, plan, evaluate, report, generate, data, compare, ui, demo)  # in the order of the help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return options.run(options, arguments) or 0
+    except BrokenPipeError:  # somebody's `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_users_mistake(error):
             raise

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 
-from powernap.model.window import Window
+from powernap.model.window import Reading, Window
 
 
 class WindowAttention(MegatronModule):
@@ -44,6 +44,19 @@ class WindowAttention(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
         """hidden_states [L, B, D] -> [L, B, D]."""
         return self._attend(*self._project(hidden_states, window), window)
+
+    def first_reading(self, batch: int, slots: int, like: torch.Tensor) -> Reading:
+        """An empty cache with room for `slots` tokens, those of the window and those before that are still seen."""
+        return {"keys_values": like.new_zeros((batch, 2, self.local_heads, slots, self.head_dim))}
+
+    def extend(self, hidden_states: torch.Tensor, reading: Reading, window: Window) -> torch.Tensor:
+        """Read a piece of a window: hidden_states [n, B, D] -> [n, B, D]; its keys and values are written to the cache."""
+        query, key, value = self._project(hidden_states, window)
+        cache = reading["keys_values"]
+        new = torch.stack([key, value], dim=1)
+        cache.scatter_(3, window.slots[:, None, None, :, None].expand_as(new), new)
+        keys, values = cache[:, :, :, : window.attention_mask.shape[-1]].unbind(1)
+        return self._attend(query, keys, values, window)
 
     def _project(self, hidden_states: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys, both rotated, and values: [L, B, D] -> three [B, heads/TP, L, head_dim]."""

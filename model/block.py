@@ -14,7 +14,7 @@ from powernap.model.fast_weights import Memory, empty_cache, zero_state
 from powernap.model.gated_delta_net import GatedDeltaNet
 from powernap.model.init import drawn_as
 from powernap.model.norm import RMSNorm
-from powernap.model.window import Window
+from powernap.model.window import Reading, Window
 
 
 class HybridLayer(TransformerLayer):
@@ -53,9 +53,25 @@ class HybridLayer(TransformerLayer):
             mixed, state = self.self_attention(normed, state, window)
         else:
             mixed = self.self_attention(normed, window)
+        return self._add(hidden_states, mixed), state
+
+    def first_reading(self, batch: int, slots: int, like: torch.Tensor) -> Reading:
+        """What `extend` starts from; `slots`: tokens that attention sees, those of the window and those before."""
+        mixer = self.self_attention
+        if isinstance(mixer, GatedDeltaNet):
+            return mixer.first_reading(batch, like)
+        return mixer.first_reading(batch, slots, like)
+
+    def extend(self, hidden_states: torch.Tensor, reading: Reading, window: Window) -> torch.Tensor:
+        """`forward` for a piece of a window: [n, B, D] -> [n, B, D], what the block must keep goes into `reading`."""
+        return self._add(
+            hidden_states, self.self_attention.extend(self.input_layernorm(hidden_states), reading, window)
+        )
+
+    def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + mixed
         output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + output, state
+        return hidden_states + output
 
     def write(self, hidden_states: torch.Tensor, state: torch.Tensor, window: Window) -> torch.Tensor:
         """Only the new state: what a layer must still do when nobody reads its output."""
@@ -95,6 +111,12 @@ class HybridBlock(TransformerBlock):
             if state is not None:
                 states[index] = state
         return hidden_states, tuple(states.values())
+
+    def extend(self, hidden_states: torch.Tensor, readings: list[Reading], window: Window) -> torch.Tensor:
+        """Read a piece of a window with all layers, one reading a layer: [n, B, D] -> [n, B, D]."""
+        for layer, reading in zip(self.layers, readings, strict=True):
+            hidden_states = layer.extend(hidden_states, reading, window)
+        return hidden_states
 
     @property
     def layers_with_state(self) -> list[int]:

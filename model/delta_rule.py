@@ -29,8 +29,8 @@ def gated_delta_rule(
     state: torch.Tensor,
     need_output: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Run the gated delta rule over T tokens: FLA's Triton kernel on CUDA where it is precise enough, else the chunked
-    torch form.
+    """Run the gated delta rule over T tokens: one token by the recurrence, more by FLA's Triton kernel on CUDA where it is
+    precise enough, else by the chunked torch form.
 
     Args:
         q, k: [B, T, H, K]; k L2-normalised by the caller, q used as it is (no 1/sqrt(K)).
@@ -43,6 +43,8 @@ def gated_delta_rule(
     Returns:
         (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
     """
+    if q.shape[1] == 1:
+        return sequential_delta_rule(q, k, v, g, beta, state, need_output)
     if q.is_cuda and _fla_is_precise_enough_for(q.dtype):
         return _fla(q, k, v, g, beta, state)
     return chunked_delta_rule(q, k, v, g, beta, state, need_output)

@@ -13,8 +13,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 
 from powernap.model.delta_rule import gated_delta_rule
+from powernap.model.fast_weights import zero_state
 from powernap.model.norm import RMSNorm
-from powernap.model.window import Window
+from powernap.model.window import Reading, Window
 
 # Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about a
 # hundred to about seven thousand tokens. What the first pass wrote must outlive the N passes that follow.
@@ -86,13 +87,43 @@ class GatedDeltaNet(MegatronModule):
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state)."""
+        output, written, _ = self._mix(hidden_states, state, window, need_output)
+        return output, written if self.every_pass_writes or self.block in window.final_blocks else state
+
+    def first_reading(self, batch: int, like: torch.Tensor) -> Reading:
+        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
+        channels = (self.local_heads, 2 * self.key_dim + self.value_dim)
+        return {
+            "state": zero_state(batch, self.local_heads, self.key_dim, self.value_dim, like),
+            "history": like.new_zeros((batch, self.conv_weight.shape[-1] - 1, *channels)),
+        }
+
+    def extend(self, hidden_states: torch.Tensor, reading: Reading, window: Window) -> torch.Tensor:
+        """Read a piece of a window: hidden_states [n, B, D] -> [n, B, D]; `reading` gets the new state and history."""
+        history = reading["history"].transpose(0, 1)
+        output, reading["state"], seen = self._mix(hidden_states, reading["state"], window, history=history)
+        history = seen[len(hidden_states) :].transpose(0, 1)
+        reading["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the piece alive
+        return output
+
+    def _mix(
+        self,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor,
+        window: Window,
+        need_output: bool = True,
+        history: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Output, new state, and what the convolution saw; `history` [taps-1, B, heads/TP, C] is what it saw before."""
         projected, _ = self.in_proj(hidden_states)
         length, batch, _ = projected.shape
         projected = projected.view(length, batch, self.local_heads, -1)
         qkv, z, beta, alpha = projected.split([2 * self.key_dim + self.value_dim, self.value_dim, 1, 1], dim=-1)
         if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
             qkv = qkv * window.valid[..., None, None]
-        q, k, v = F.silu(causal_conv(qkv, self.conv_weight)).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        seen = qkv if history is None else torch.cat([history, qkv])
+        convolved = causal_conv(seen, self.conv_weight)[len(seen) - length :]
+        q, k, v = F.silu(convolved).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta = beta.squeeze(-1).to(state.dtype).sigmoid()
         step = F.softplus(alpha.squeeze(-1).to(state.dtype) + self.dt_bias.to(state.dtype))
@@ -102,14 +133,12 @@ class GatedDeltaNet(MegatronModule):
             beta, g = beta * valid, g * valid
         if self.gate_means is not None:
             self.gate_means.append(tuple(_mean_of_tokens(x, window.valid) for x in (g.detach().exp(), beta.detach())))
-        output, written = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
-        if self.every_pass_writes or self.block in window.final_blocks:
-            state = written
+        output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
         if not need_output:
-            return None, state
+            return None, state, seen
         output = self.norm(output.transpose(0, 1)) * F.silu(z)
         output, _ = self.out_proj(output.reshape(length, batch, -1))
-        return output, state
+        return output, state, seen
 
 
 class HeadNorm(RMSNorm):

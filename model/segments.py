@@ -76,7 +76,7 @@ def plan_segments(
             number, final = (0, (0, 0)) if sleeps else (1, every)
             segments.append(Segment(window, number, (start, stop), every, final, predicts=True, padded=padded))
         if sleeps:
-            segments += _sleep_on(window, (start, stop), padded, model, sleep, passes)
+            segments += sleep_on(window, (start, stop), padded, model, sleep, passes)
     # What follows the last loss is there for the next sequence only, where its fast weights arrive detached.
     last_loss = max((index for index, segment in enumerate(segments) if segment.predicts), default=0)
     if sleep.carry:
@@ -89,7 +89,7 @@ def cached_tokens(start: int, model: ModelConfig, sleep: SleepConfig) -> int:
     return min(model.window - 1, start) if sleep.eviction == "sliding" else 0
 
 
-def _sleep_on(
+def sleep_on(
     window: int, tokens: tuple[int, int], padded: bool, model: ModelConfig, sleep: SleepConfig, passes: int
 ) -> list[Segment]:
     """N passes over a consolidation window."""

@@ -17,7 +17,7 @@ from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
 from powernap.model.norm import RMSNorm
 from powernap.model.segments import Segment, cached_tokens
-from powernap.model.window import Window
+from powernap.model.window import Reading, Window
 
 
 class HybridStage(MegatronModule):
@@ -126,13 +126,33 @@ class HybridStage(MegatronModule):
         Returns:
             (hidden_states [L, B, D], None where the segment only writes; memory)
         """
-        window = tokens[:, slice(*segment.tokens)]
+        where = slice(*segment.tokens)
+        return self.run_pass(segment, tokens[:, where], hidden_states, memory, self._window(segment, tokens))
+
+    def run_pass(
+        self,
+        segment: Segment,
+        tokens: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        memory: Memory,
+        window: Window,
+    ) -> tuple[torch.Tensor | None, Memory]:
+        """`forward` given the window's tokens [B, L] alone, with its positions, mask and pads."""
         if self.is_first:
-            hidden_states = self._pass_input(segment, window, hidden_states)
+            hidden_states = self._pass_input(segment, tokens, hidden_states)
         layers = range(max(segment.blocks[0], self.blocks.start), min(segment.blocks[1], self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
         write_only = segment.write_only and segment.blocks[1] - 1 in self.blocks  # the last write is here
-        return self.decoder(hidden_states, memory, self._window(segment, tokens), layers, write_only)
+        return self.decoder(hidden_states, memory, window, layers, write_only)
+
+    def first_readings(self, batch: int, slots: int) -> list[Reading]:
+        """What `extend` starts from, one a block; `slots`: tokens that attention sees, of the window and before."""
+        return [layer.first_reading(batch, slots, self.like) for layer in self.decoder.layers]
+
+    def extend(self, tokens: torch.Tensor, readings: list[Reading], window: Window) -> torch.Tensor:
+        """Read a piece of a window, awake: tokens [B, n] -> hidden states [n, B, D]. The whole model on one rank only."""
+        assert self.is_first and self.is_last and self.tp_group.size() == 1
+        return self.decoder.extend(self._embed(tokens), readings, window)
 
     def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropy over the tokens in `loss_mask`; hidden_states [L, B, D], the others [B, L]."""
@@ -147,8 +167,11 @@ class HybridStage(MegatronModule):
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The likeliest next token at every position: hidden_states [L, B, D] -> [B, L]."""
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
-        return logits.argmax(dim=-1).t()
+        return self.logits(hidden_states).argmax(dim=-1).t()
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Of the next token at every position, over the whole vocabulary: [L, B, D] -> [L, B, vocabulary]."""
+        return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.embedding.weight if self.model.tie_embeddings else None

@@ -20,7 +20,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval"], ["data"], ["data", "build"], ["compare"], ["ui"], ["demo"]], ids=" ".join
+    "command",
+    [[], ["train"], ["eval"], ["generate"], ["data"], ["data", "build"], ["compare"], ["ui"], ["demo"]],
+    ids=" ".join,
 )
 def test_help_takes_under_a_second_and_80_columns(tmp_path, command):
     start = time.perf_counter()
@@ -93,6 +95,7 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
         (["train", "demmo"], ["demmo", "did you mean demo?"]),
         (["train", "tiny.yaml", "--resume"], ["nothing to resume"]),
         (["eval", "nobody"], ["no run 'nobody'"]),
+        (["generate", "nobody", "--prompt", "a"], ["no run 'nobody'"]),
         (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
         (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, rule110"]),
         (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),

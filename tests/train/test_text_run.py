@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import runs
+from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint
 from powernap.train.config import check, load_recipe
@@ -104,6 +105,16 @@ def test_eval_tells_the_loss(folder, trained):
     assert (trained["one"] / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_process(
+    folder, trained, here, name, monkeypatch, capfd
+):
+    monkeypatch.chdir(folder)
+    assert main(["generate", name, "--prompt", "a dog ran to the old", "--max-tokens", "80"]) == 0
+    said = capfd.readouterr().out
+    assert set(said) <= set("".join(SENTENCES) + "0123456789\n") and len(said) == 81
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -112,7 +123,7 @@ def test_eval_tells_the_loss(folder, trained):
         (["sleep.eviction=sliding"], ["carry=true carries fast weights alone", "eviction=hard"]),
         (["data.train={a: {shards: data/train-*.tar}}"], ["data.train is a mixture"]),
         (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
-        (["model.pattern=AA"], ["needs a G block", "model.pattern=AA"]),
+        (["model.pattern=AA", "sleep.passes=1"], ["needs a G block", "model.pattern=AA"]),
         (["data.train=short/train-*.tar", "data.lanes=8"], ["no document in", "build text with documents=whole"]),
     ],
 )

@@ -1,20 +1,15 @@
 """What lies in shards, for people: samples with their windows and loss tokens marked, and statistics of all."""
 
 import itertools
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
-from powernap.train.config import check
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.shards import MANIFEST
-from powernap.train.data.text import Text
-from powernap.train.tasks import TASKS
+from powernap.train.data.vocabulary import described_by, read_manifest
 
 COLUMNS = 80
 
@@ -33,22 +28,14 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
     if (folder := local_path(spec)) and folder.is_dir():
         spec = f"{folder}/*.tar"
     shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
-    manifest = _manifest(shards[0])
-    kind = (TASKS | {"text": Text}).get(manifest.get("task"))
-    task = check(kind, manifest["fields"]) if kind else None
+    manifest = read_manifest(shards[0].path)
+    task = described_by(manifest)
     name_token = task.token_name if task else str
     window = window or manifest.get("window")
 
     samples = ((shard, number) for shard in shards for number in range(len(shard)))
     blocks = [_show(shard[number], name_token, window) for shard, number in itertools.islice(samples, show)]
     return "\n\n".join([*blocks, _statistics(shards, manifest)])
-
-
-def _manifest(shard: Shard) -> dict:
-    try:
-        return json.loads((Path(shard.path).parent / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _show(members: dict[str, object], name_token: Callable[[int], str], window: int | None) -> str:

@@ -1,9 +1,20 @@
 """Vocabularies for text: bytes, a Hugging Face tokenizer.json, or one of tiktoken's. Nothing here imports torch."""
 
+import codecs
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from powernap.train.data.sample import DataError
+
+
+class Decoder(Protocol):
+    """Tokens back to text, one after the other, in units that are never taken back: characters, or words."""
+
+    def step(self, token: int) -> Sequence[str]: ...
+
+    def finish(self) -> Sequence[str]:
+        """What was held back for want of more tokens."""
 
 
 class Tokenizer(Protocol):
@@ -17,6 +28,8 @@ class Tokenizer(Protocol):
 
     def token_name(self, token: int) -> str: ...
 
+    def decoder(self) -> Decoder: ...
+
 
 class _WithEndAndPad:
     def __init__(self, own: int):
@@ -27,6 +40,28 @@ class _WithEndAndPad:
         if token in (self.end, self.pad):
             return "[end]" if token == self.end else "[pad]"
         return self._name(token).replace("\n", "\\n").replace(" ", "_")
+
+    def decoder(self) -> Decoder:
+        return _Utf8Decoder(self._spelled)
+
+    def _spelled(self, token: int) -> bytes:
+        if token >= self.end:  # a model may have more tokens than its vocabulary
+            return (self.token_name(token) if token < self.vocab_size else f"<{token}>").encode()
+        return self._bytes(token)
+
+
+class _Utf8Decoder:
+    """Bytes as characters: a character waits for its last byte, what is no UTF-8 becomes U+FFFD."""
+
+    def __init__(self, spelled: Callable[[int], bytes]):
+        self._spelled = spelled
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def step(self, token: int) -> str:
+        return self._decode(self._spelled(token))
+
+    def finish(self) -> str:
+        return self._decode(b"", final=True)
 
 
 class Bytes(_WithEndAndPad):
@@ -40,6 +75,9 @@ class Bytes(_WithEndAndPad):
 
     def _name(self, token: int) -> str:
         return chr(token) if 32 <= token < 127 or token == 10 else f"<{token:02x}>"
+
+    def _bytes(self, token: int) -> bytes:
+        return bytes([token])
 
 
 class HuggingFace(_WithEndAndPad):
@@ -59,6 +97,31 @@ class HuggingFace(_WithEndAndPad):
 
     def _name(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def decoder(self) -> Decoder:
+        return _HuggingFaceDecoder(self._tokenizer, self._spelled, self.end)
+
+
+class _HuggingFaceDecoder:
+    """Only the library knows what its tokens are next to each other."""
+
+    def __init__(self, tokenizer, spelled: Callable[[int], bytes], end: int):
+        self._tokenizer, self._spelled, self._end = tokenizer, spelled, end
+        self.finish()
+
+    def step(self, token: int) -> str:
+        if token >= self._end:
+            return self.finish() + self._spelled(token).decode()
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # the library's own, where tokens are no UTF-8
+            return self.finish() + "\ufffd"
+
+    def finish(self) -> str:
+        from tokenizers.decoders import DecodeStream
+
+        self._stream = DecodeStream(skip_special_tokens=False)
+        return ""
 
 
 class Tiktoken(_WithEndAndPad):
@@ -81,6 +144,12 @@ class Tiktoken(_WithEndAndPad):
 
     def _name(self, token: int) -> str:
         return self._encoding.decode([token])
+
+    def _bytes(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:  # some numbers stand for nothing
+            return f"<{token}>".encode()
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -1,0 +1,115 @@
+"""powernap generate: a trained run goes on with a prompt."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from powernap.launch.commands.arguments import RUN, count, run_folder
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="let a run go on with a prompt",
+        description="Read prompts with a run's newest checkpoint and go on with them, token by token: a full window "
+        "sleeps when the next token arrives, and its keys and values are dropped, so memory and time for a token do "
+        "not grow. Several prompts make a batch.",
+        epilog="examples: powernap generate mine --prompt 'the cat' --temperature 0.8 --top-p 0.9; powernap generate "
+        "mine --prompt-file book.txt --max-tokens 0 --save-state book.pt; powernap generate mine --state book.pt "
+        "--prompt 'In short,'",
+    )
+    parser.add_argument("run_name", metavar="RUN", help=RUN)
+    # All of these are prompts, in the order given.
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", type=_text, metavar="TEXT", default=[], help="text, or words "
+        "as `powernap data inspect` shows them"
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", dest="prompts", action="append", type=_tokens, metavar="1,2,3", help="a prompt as tokens"
+    )
+    parser.add_argument(
+        "--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE", help="a prompt as file; - is stdin"
+    )
+    parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="tokens to say (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that sum to P (default: 1)"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="prompt i draws from S + i (default: 0, or where the state stopped)"
+    )
+    parser.add_argument("--passes", type=count, metavar="N", help="N of every sleep (default: the largest trained)")
+    parser.add_argument("--save-state", type=Path, metavar="FILE", help="write the streams there at the end")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="go on with streams saved before")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    folder = run_folder(options.run_name)
+    from powernap.train.generate import GenerateError, load_run
+
+    if not options.prompts and not options.state:
+        raise GenerateError("no prompt: write --prompt TEXT, --tokens 1,2,3 or --prompt-file FILE")
+    prompts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in options.prompts]
+    model = load_run(folder, options.passes)
+    if options.state:
+        stream = model.load_stream(options.state)
+        if options.seed is not None:
+            stream.seed(options.seed)
+    else:
+        stream = model.stream(len(prompts), options.seed or 0)
+    pieces = stream.generate(
+        prompts or None,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        stop=options.stop,
+    )
+    streams = len(stream.unread)
+    texts, tokens = [""] * streams, [[] for _ in range(streams)]
+    for piece in pieces:
+        texts[piece.row] += piece.text
+        tokens[piece.row].append(piece.token)
+        if streams == 1 and not options.json:
+            print(piece.text, end="" if piece.finish is None else "\n", flush=True)
+        elif piece.finish and not options.json:
+            print(f"[{piece.row + 1}] {texts[piece.row]}", flush=True)
+        elif piece.finish:
+            answer = {"text": texts[piece.row], "tokens": tokens[piece.row], "finish": piece.finish}
+            print(json.dumps({"prompt": piece.row + 1, **answer}), flush=True)
+    if options.save_state:
+        stream.save(options.save_state)
+    return 0
+
+
+def _text(text: str) -> str:
+    """As it is on the command line: what is no UTF-8 there has no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not UTF-8") from None
+    return text
+
+
+def _tokens(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}': write tokens such as 1,2,3")
+    return [int(part) for part in parts]
+
+
+def _read(path: Path) -> str:
+    from powernap.train.generate import GenerateError
+
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise GenerateError(f"--prompt-file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise GenerateError(f"--prompt-file {path}: not UTF-8 text (byte {error.start})") from None

@@ -1,0 +1,228 @@
+"""Decoding token by token, with sleep: what model/sleep.py computes for whole sequences, as the tokens come.
+
+Windows begin at multiples of L from the start of a stream. The one that is being read is *awake*: its tokens go once
+through all blocks; attention keeps their keys and values, at most L, and a gated-delta-net block its running state and
+the last inputs of its convolution. When a window is full and a further token arrives, the window sleeps: N passes, the
+same segments as in training, from the fast weights at the window's start; with sleep.every_window they go on from where
+reading left them, unless only the last pass writes. Its keys and values are then gone, under sliding eviction but for the newest L-1 of the last pass.
+
+So the distribution of every next token is that of the training-time forward pass in which all windows before are slept
+on and the current one predicts. Memory and time for a token depend on L, not on N or on how much was read before.
+
+A stream does not know which of its tokens would bear loss. Training without sleep.every_window reads windows of answers
+that follow each other once each; here all but the last of them sleep as any other window does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from powernap.model.attention import rotary_tables
+from powernap.model.fast_weights import Memory
+from powernap.model.segments import sleep_on
+from powernap.model.stage import HybridStage
+from powernap.model.window import Window
+
+
+class Decoder:
+    """A batch of streams, each at a place of its own. For a whole model on one rank, without tensor parallelism.
+
+    Args:
+        passes: N of every sleep.
+        batch: B, streams.
+
+    Attributes:
+        logits: [B, vocabulary], of the token that follows what each stream has read; zeros before the first.
+    """
+
+    def __init__(self, stage: HybridStage, passes: int, batch: int):
+        assert passes >= 1 and batch >= 1
+        model, sleep = stage.model, stage.sleep
+        self.stage = stage
+        self.passes = passes
+        self.batch = batch
+        # Slots of attention's cache: the newest tokens of earlier windows, then the L of this one.
+        self._before = model.window - 1 if sleep.eviction == "sliding" else 0
+        self._readings = stage.first_readings(batch, self._before + model.window)
+        # Sleep starts from the fast weights that reading left, or else from those it began with.
+        self._starts_after_reading = sleep.every_window and sleep.write == "every"
+        self._at_start = {} if self._starts_after_reading else self._fast_weights()
+        # Bookkeeping stays on the CPU: what to do next depends on it.
+        self._tokens = torch.full((batch, self._before + model.window), -1)  # by slot; -1: none yet
+        self._start = torch.zeros(batch, dtype=torch.int64)  # of the current window, in the stream
+        self._filled = torch.zeros(batch, dtype=torch.int64)  # tokens of the current window that were read
+        self.logits = stage.like.new_zeros((batch, model.vocab_size))
+        self._rotary = self._rotary_of(range(batch))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens each stream has read."""
+        return (self._start + self._filled).tolist()
+
+    @torch.no_grad()
+    def feed(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Read tokens, any number for each stream; streams that get none stay as they are.
+
+        Returns:
+            `logits`, which the next call writes over
+        """
+        self._feed(tokens, hear=None)
+        return self.logits
+
+    @torch.no_grad()
+    def feed_and_hear(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """`feed`, with the logits after every token: one [n, vocabulary] for each stream."""
+        heard: list[list[torch.Tensor]] = [[] for _ in range(self.batch)]
+        self._feed(tokens, hear=heard)
+        return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in heard]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the streams' future depends on, beside weights and N: copies, by name."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._named().items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state`, of a decoder with as many streams for the same model."""
+        own = self._named()
+        assert own.keys() == state.keys()
+        for name, tensor in own.items():
+            assert tensor.shape == state[name].shape and tensor.dtype == state[name].dtype, name
+            tensor.copy_(state[name])
+        self._rotary = self._rotary_of(range(self.batch))
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, the model's left out."""
+        tensors = [*self._named().values(), *self._rotary]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _feed(self, tokens: Sequence[Sequence[int]], hear: list[list[torch.Tensor]] | None) -> None:
+        assert len(tokens) == self.batch
+        window = self.stage.model.window
+        coming = [torch.as_tensor(list(row), dtype=torch.int64) for row in tokens]
+        # A window that sleeps before anyone hears what it says need not be read, unless its sleep depends on that.
+        deaf = hear is None and not self._starts_after_reading
+        while rows := [row for row in range(self.batch) if len(coming[row])]:
+            filled = self._filled.tolist()
+            if full := [row for row in rows if filled[row] == window]:
+                self._sleep(full)
+                filled = self._filled.tolist()
+            room = {row: window - filled[row] for row in rows}
+            if deaf and (passing := [row for row in rows if len(coming[row]) > room[row]]):
+                for row in passing:
+                    self._tokens[row, self._before + filled[row] :] = coming[row][: room[row]]
+                    self._filled[row] = window
+                    coming[row] = coming[row][room[row] :]
+                continue
+            length = min(min(room[row], len(coming[row])) for row in rows)
+            logits = self._read(rows, torch.stack([coming[row][:length] for row in rows]), hear is not None)
+            for place, row in enumerate(rows):
+                coming[row] = coming[row][length:]
+                if hear is not None:
+                    hear[row].append(logits[:, place])
+
+    def _read(self, rows: list[int], tokens: torch.Tensor, hear: bool) -> torch.Tensor:
+        """Read [R, n] tokens of windows that have room for them, in one pass; the logits of all n, or of the last."""
+        offsets = self._filled[rows, None] + torch.arange(tokens.shape[1])
+        slots = self._before + offsets
+        self._tokens[torch.tensor(rows)[:, None], slots] = tokens
+        cos, sin = (table[offsets.t(), rows] for table in self._rotary)
+        device = self.logits.device
+        window = Window((cos, sin), self._valid(tokens), self._mask(rows, offsets).to(device), slots=slots.to(device))
+
+        everyone = len(rows) == self.batch
+        readings = self._readings
+        if not everyone:
+            readings = [{name: tensor[rows] for name, tensor in reading.items()} for reading in readings]
+        hidden_states = self.stage.extend(tokens.to(device), readings, window)
+        logits = self.stage.logits(hidden_states if hear else hidden_states[-1:])
+        if not everyone:
+            for own, reading in zip(self._readings, readings, strict=True):
+                for name, tensor in reading.items():
+                    own[name][rows] = tensor
+        self.logits[rows] = logits[-1]
+        self._filled[rows] += tokens.shape[1]
+        return logits
+
+    def _sleep(self, rows: list[int]) -> None:
+        """N passes over the full windows of `rows`; what they leave is what the next windows begin with."""
+        model, sleep, before = self.stage.model, self.stage.sleep, self._before
+        tokens = self._tokens[rows, before:]
+        device = self.logits.device
+        # The mask goes without saying where all tokens are the window's own, and none is a pad.
+        padded = self._valid(self._tokens[rows]) is not None
+        mask = None
+        if padded or before:
+            mask = self._mask(rows, torch.arange(model.window).expand(len(rows), -1)).to(device)
+        awake = Window(tuple(table[:, rows] for table in self._rotary), self._valid(tokens), mask)
+
+        memory, hidden_states, tokens = self._memory(rows), None, tokens.to(device)
+        for segment in sleep_on(0, (0, model.window), padded, model, sleep, self.passes):
+            window = replace(awake, final_blocks=range(*segment.final_blocks))
+            hidden_states, memory = self.stage.run_pass(segment, tokens, hidden_states, memory, window)
+
+        for index, left in zip(self.stage.decoder.layers_with_state, memory, strict=True):
+            reading = self._readings[index]
+            if "keys_values" in reading:
+                reading["keys_values"][rows, :, :, :before] = left.transpose(0, 1)
+            else:
+                reading["state"][rows] = left
+                reading["history"][rows] = 0
+                if self._at_start:
+                    self._at_start[index][rows] = left
+        self._tokens[rows, :before] = self._tokens[rows, model.window :]
+        self._start[rows] += model.window
+        self._filled[rows] = 0
+        if before:
+            for table, new in zip(self._rotary, self._rotary_of(rows), strict=True):
+                table[:, rows] = new
+
+    def _memory(self, rows: list[int]) -> Memory:
+        """What the sleep of the current windows begins with."""
+        memory = []
+        for index in self.stage.decoder.layers_with_state:
+            reading = self._readings[index]
+            if "keys_values" in reading:
+                memory.append(reading["keys_values"][rows, :, :, : self._before].transpose(0, 1))
+            else:
+                memory.append((self._at_start[index] if self._at_start else reading["state"])[rows])
+        return tuple(memory)
+
+    def _mask(self, rows: list[int], offsets: torch.Tensor) -> torch.Tensor:
+        """What tokens at `offsets` [R, n] of their windows see of the slots: [R, 1, n, slots], cut after the last seen.
+
+        Themselves and the L-1 tokens before, as far as there are any in the cache, and no pads.
+        """
+        places = self._before + offsets
+        slots = torch.arange(int(places.max()) + 1)
+        distance = places[:, :, None] - slots
+        first = self._before - self._start[rows].clamp(max=self._before)
+        seen = (distance >= 0) & (distance < self.stage.model.window) & (slots >= first[:, None, None])
+        pad = self.stage.model.pad_token_id
+        if pad is not None:
+            valid = self._tokens[rows, : len(slots)] != pad
+            seen &= valid[:, None] | (distance == 0)  # a row that sees nothing would be NaN: a pad sees itself
+        return seen[:, None]
+
+    def _valid(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """[n, R], 0 at pads of tokens [R, n]; None: no pads."""
+        valid = tokens != self.stage.model.pad_token_id if self.stage.model.pad_token_id is not None else None
+        return None if valid is None or valid.all() else valid.t().to(self.logits)
+
+    def _rotary_of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the current windows' positions: [L, R, 1, 1, head_dim]."""
+        model = self.stage.model
+        head_dim = model.hidden_size // model.num_attention_heads
+        # Under hard eviction positions begin anew in every window.
+        starts = [int(self._start[row]) if self._before else 0 for row in rows]
+        tables = [rotary_tables(model.window, head_dim, model.rope_base, self.logits, start) for start in starts]
+        return tuple(torch.cat(part, dim=1) for part in zip(*tables, strict=True))
+
+    def _fast_weights(self) -> dict[int, torch.Tensor]:
+        """A copy of the fast weights by block."""
+        return {i: reading["state"].clone() for i, reading in enumerate(self._readings) if "state" in reading}
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        named = {"tokens": self._tokens, "start": self._start, "filled": self._filled, "logits": self.logits}
+        for index, reading in enumerate(self._readings):
+            named |= {f"block_{index}.{name}": tensor for name, tensor in reading.items()}
+        return named | {f"block_{index}.at_start": tensor for index, tensor in self._at_start.items()}

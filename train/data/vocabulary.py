@@ -1,0 +1,140 @@
+"""What the tokens of shards stand for: their manifest says which text or task they were built from. No torch here."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from powernap.model.config import Section
+from powernap.train.config import DataConfig, check
+from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.shards import MANIFEST
+from powernap.train.data.text import Text
+from powernap.train.data.tokenizer import Decoder, Tokenizer
+from powernap.train.tasks import TASKS
+
+_WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one
+
+
+class Vocabulary(Protocol):
+    """Prompts as tokens, and tokens as what is shown: characters, or words with blanks between them."""
+
+    end: int | None  # the token nothing follows
+    joiner: str  # between units
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def units(self, text: str) -> Sequence[str]:
+        """The text as its decoder's units."""
+
+    def decoder(self) -> Decoder: ...
+
+
+class TextVocabulary:
+    """Text, shown a character at a time."""
+
+    joiner = ""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.end, self.encode, self.decoder = tokenizer.end, tokenizer.encode, tokenizer.decoder
+
+    def units(self, text: str) -> str:
+        return text
+
+
+class Words:
+    """Words as `powernap data inspect` shows them, a token each.
+
+    Args:
+        names: of all tokens, in order.
+    """
+
+    joiner = " "
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+        self._tokens = {name: token for token, name in enumerate(names)}
+        self.end = self._tokens.get("[end]")
+
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError for a word that is none."""
+        return [self._token(word) for word in self.units(text)]
+
+    def units(self, text: str) -> list[str]:
+        return _WORD.findall(text)
+
+    def decoder(self) -> Decoder:
+        return self
+
+    def step(self, token: int) -> list[str]:
+        return [self._names[token] if token < len(self._names) else f"<{token}>"]
+
+    def finish(self) -> list[str]:
+        return []
+
+    def _token(self, word: str) -> int:
+        if word not in self._tokens:
+            near = difflib.get_close_matches(word, self._tokens, 3) or list(self._names[1:6])
+            raise DataError(f"unknown word '{word}': the run's data has words such as {', '.join(near)}")
+        return self._tokens[word]
+
+
+class Numbers:
+    """Tokens shown as numbers, where nothing says what they stand for."""
+
+    end, joiner = None, " "
+
+    def __init__(self, why: str):
+        self._why = why
+
+    def encode(self, text: str) -> list[int]:
+        raise DataError(f"{self._why}: write the prompt as --tokens 1,2,3")
+
+    def units(self, text: str) -> list[str]:
+        return text.split()
+
+    def decoder(self) -> Decoder:
+        return self
+
+    def step(self, token: int) -> list[str]:
+        return [str(token)]
+
+    def finish(self) -> list[str]:
+        return []
+
+
+def find_vocabulary(data: DataConfig) -> Vocabulary:
+    """That of the training shards; of a mixture, if its datasets have the same; else numbers."""
+    try:
+        found = {}
+        for name, (spec, _) in data.datasets.items():
+            field = f"data.train.{name}" if name else "data.train"
+            path = local_path(expand_shards(spec, field)[0])
+            task = described_by(read_manifest(path)) if path else None
+            if task is None:
+                return Numbers(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
+            found[name] = task.tokenizer if isinstance(task, Text) else repr(task)
+        if len(set(found.values())) > 1:
+            return Numbers(f"data.train mixes vocabularies ({', '.join(found)})")
+        if isinstance(task, Text):
+            return TextVocabulary(task.vocabulary)
+    except DataError as error:
+        return Numbers(str(error))
+    return Words([task.token_name(token) for token in range(task.vocab_size)])
+
+
+def read_manifest(shard: Path) -> dict:
+    """What lies beside a shard about how it was built; empty if nothing does."""
+    try:
+        return json.loads((shard.parent / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def described_by(manifest: dict) -> Section | None:
+    """The text or task that shards were built from; None if it is not known."""
+    kind = (TASKS | {"text": Text}).get(manifest.get("task"))
+    return check(kind, manifest["fields"]) if kind else None
