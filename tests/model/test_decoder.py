@@ -158,7 +158,7 @@ def test_a_batch_equals_its_members_one_by_one(here, name):
     source = random.Random(0)
     tokens = stream(sequences=4, tokens=40, pads=True).tolist()
     turns, taken, slept = [], [0] * 4, set()
-    for most in (15, *[1] * 20, 3, 3, 9, *[1] * 10):
+    for most in (15, *[1] * 10, 3, 3, 9, *[1] * 5):
         sizes = [source.randint(0, most) for _ in range(4)]
         turns.append([tokens[row][taken[row] : taken[row] + size] for row, size in enumerate(sizes)])
         taken = [min(40, before + size) for before, size in zip(taken, sizes, strict=True)]
@@ -173,7 +173,7 @@ def test_a_batch_equals_its_members_one_by_one(here, name):
             assert decoder.lengths == [before]
 
 
-@pytest.mark.parametrize("read", [0, 2, tiny.WINDOW, tiny.WINDOW + 2, 2 * tiny.WINDOW])
+@pytest.mark.parametrize("read", [2, tiny.WINDOW, tiny.WINDOW + 2])
 @pytest.mark.parametrize("name", ["hard", "every_window", "sliding"])
 def test_a_stream_is_taken_up_again_to_the_last_bit(here, name, read):
     stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
