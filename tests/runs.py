@@ -1,9 +1,12 @@
 """Real runs for tests: small shards, a small recipe, the command in processes of its own."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -80,6 +83,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def seconds_of_commands_below(limit: float) -> Iterator[None]:
+    """The commands run inside take less processor time: on the clock other tests beside this one would count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < limit
 
 
 def assert_refused(arguments: list[str], capfd, *words: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,21 +17,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_help_takes_under_a_second_and_80_columns(tmp_path):
-    start = time.perf_counter()
-    result = runs.powernap("plan", "--help", cwd=tmp_path, COLUMNS="80")
-    assert time.perf_counter() - start < 1.0
-    assert result.returncode == 0 and result.stdout.startswith("usage: powernap plan")
-    assert max(len(line) for line in result.stdout.splitlines()) <= 80
-
-
 def test_plan_is_fast_and_imports_no_torch(folder):
     code = (
         "import sys; from powernap.launch.cli import main; main(['plan', 'tiny.yaml']); print('torch' in sys.modules)"
     )
-    start = time.perf_counter()
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True)
-    assert time.perf_counter() - start < 2.0
+    with runs.seconds_of_commands_below(2.0):
+        output = subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True)
     assert output.splitlines()[-1] == "False"
     assert max(map(len, output.splitlines())) <= 80 and "\033" not in output
 

@@ -96,7 +96,7 @@ def test_a_baseline_trains(folder, here, monkeypatch, name):
     stage, zero = trainer.build(recipe, here)
     before = [parameter.detach().clone() for parameter in stage.parameters()]
     batches = trainer.read_batches(recipe, here, None)
-    losses = [trainer.train_step(recipe, stage, zero, next(batches)[0], step, here)["loss"] for step in (1, 2)]
+    losses = [trainer.train_step(recipe, stage, zero, next(batches)[0], step, here)[0]["loss"] for step in (1, 2)]
     assert all(math.isfinite(loss) for loss in losses)
     changed = [not torch.equal(*pair) for pair in zip(before, stage.parameters(), strict=True)]
     assert all(changed), name

@@ -97,7 +97,7 @@ def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo,
     for row in range(len(tokens)):
         for start, stop, depth in places:
             right[depth] += greedy(row, start, stop) == tokens[row, start:stop].tolist()
-    batch = Batch(tokens, loss_mask, [torch.tensor(places)] * len(tokens))
+    batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [torch.tensor(places)] * len(tokens))
     monkeypatch.setattr("powernap.train.evaluate.evaluation_batches", lambda *_, **__: [batch])
     result = evaluate(model.stage, model.recipe, [1, 2], len(tokens), here)
     assert {int(d): round(share * 24) for d, share in result.accuracy["2"].items()} == right
