@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -96,7 +97,8 @@ def seconds_of_commands_below(limit: float) -> Iterator[None]:
 
 def assert_refused(arguments: list[str], capfd, *words: str) -> None:
     """The command, run here, says why it cannot be done in one line that holds all of `words`."""
-    assert cli.main(arguments) == 2
+    with mock.patch.dict(os.environ):  # a command that runs alone notes that there
+        assert cli.main(arguments) == 2
     error = capfd.readouterr().err
     assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
     for word in words:

@@ -101,13 +101,14 @@ def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
     assert {"config.yaml", "evaluation.json", "evaluation.png"} <= names
 
 
-def test_a_run_without_checkpoint_or_test_shards_is_answered_in_one_line(folder):
+def test_a_run_without_checkpoint_or_test_shards_is_answered_in_one_line(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
     run = folder / "runs" / "none"
     run.mkdir(parents=True)
     for test, word in (("data/test-*.tar", "no checkpoint yet"), ("null", "data.test is null")):
         text = (folder / "tiny.yaml").read_text().replace("data/test-*.tar", test)
         (run / "config.yaml").write_text(text)
-        runs.assert_one_line(runs.powernap("eval", "none", cwd=folder), word)
+        runs.assert_refused(["eval", "none"], capfd, word)
 
 
 def test_a_wide_table_breaks_into_lines_of_80_columns():
