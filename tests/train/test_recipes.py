@@ -16,7 +16,7 @@ RECIPES = sorted(
 
 
 def test_these_are_shipped():
-    assert RECIPES == ["demo.yaml", "depo.yaml", "gsm.yaml", "rule110.yaml", "text.yaml"]
+    assert RECIPES == ["demo.yaml", "depo.yaml", "gsm.yaml", "rule110.yaml", "text.yaml", "trend_depo.yaml"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
