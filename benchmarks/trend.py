@@ -32,14 +32,14 @@ class Setup:
 
     task: str
     sizes: tuple[str, ...]  # of `powernap data build`
-    train_samples: int  # as many as the steps read: no sample is seen twice
+    train_samples: int  # as many as the steps read, or more
     test_samples: int
     depth_name: str
 
 
 SETUPS = (
     Setup("depo", ("nodes=8", "max_hop=4", "queries=18", "names=ends"), 48000, 2000, "hops"),
-    Setup("rule110", ("rows=1", "width=12", "steps=[1,2,3,4,5]"), 200000, 10000, "steps of Rule 110"),
+    Setup("rule110", ("rows=1", "width=11", "steps=[1,2,3,4,5]"), 96000, 5000, "steps of Rule 110"),
 )
 
 
@@ -96,9 +96,10 @@ def train(setup: Setup, home: Path, seed: int, passes: int, overrides: list[str]
     """Train one model and read it, unless that is done; models of a seed share their shards and the order of samples."""
     data, name = home / f"data-{seed}", f"seed{seed}-N{passes}"
     if not (home / name / "evaluation.json").exists():
-        powernap("data", "build", setup.task, str(data), *setup.sizes, "--seed", str(seed),
-            "--train-samples", str(setup.train_samples), "--test-samples", str(setup.test_samples),
-            "--samples-per-shard", str(setup.train_samples // 8))  # fmt: skip
+        if not data.exists():
+            powernap("data", "build", setup.task, str(data), *setup.sizes, "--seed", str(seed),
+                "--train-samples", str(setup.train_samples), "--test-samples", str(setup.test_samples),
+                "--samples-per-shard", str(setup.train_samples // 8))  # fmt: skip
         powernap("train", f"trend_{setup.task}", f"run.name={name}", f"run.root={home}", f"run.seed={seed}",
             f"sleep.passes={passes}", f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides,
             *(["--resume"] if (home / name / "config.yaml").exists() else []))  # fmt: skip

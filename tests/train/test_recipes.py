@@ -16,7 +16,15 @@ RECIPES = sorted(
 
 
 def test_these_are_shipped():
-    assert RECIPES == ["demo.yaml", "depo.yaml", "gsm.yaml", "rule110.yaml", "text.yaml", "trend_depo.yaml"]
+    assert RECIPES == [
+        "demo.yaml",
+        "depo.yaml",
+        "gsm.yaml",
+        "rule110.yaml",
+        "text.yaml",
+        "trend_depo.yaml",
+        "trend_rule110.yaml",
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
