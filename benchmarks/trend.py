@@ -9,10 +9,11 @@ import math
 import secrets
 import statistics
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, table, verdicts, write
+from benchmarks.common import RESULTS, ROOT, table, write
 from powernap.launch.commands.demo import powernap
 from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
@@ -21,8 +22,9 @@ from powernap.train.report import BLUE, GREY, ORANGE, new_figure, share_axis
 from powernap.train.run_folder import RunFolder
 
 SEEDS = 3
-PASSES = (1, 2, 4)
-COLORS = ("#999933", ORANGE, BLUE)  # of PASSES
+PASSES = {"N=1": 1, "N=2": 2, "N=4": 4, "N=1 long": 1}  # the models; the last one costs as many FLOPs as N=4
+LONG = "N=1 long"
+STYLES = {"N=1": (ORANGE, "o-"), "N=2": ("#31a354", "o-"), "N=4": (BLUE, "o-"), LONG: (ORANGE, "s--")}
 FOLDER = ROOT / "runs" / "trend"
 
 
@@ -35,11 +37,12 @@ class Setup:
     train_samples: int  # as many as the steps read, or more
     test_samples: int
     depth_name: str
+    long_steps: int  # of N=1, for the FLOPs of N=4 in the recipe's steps
 
 
 SETUPS = (
-    Setup("depo", ("nodes=8", "max_hop=4", "queries=18", "names=ends"), 48000, 2000, "hops"),
-    Setup("rule110", ("rows=1", "width=11", "steps=[1,2,3,4,5]"), 96000, 5000, "steps of Rule 110"),
+    Setup("depo", ("nodes=8", "max_hop=4", "queries=18", "names=ends"), 48000, 2000, "hops", 1456),
+    Setup("rule110", ("rows=1", "width=13", "steps=[1,2,3,4,5,6]"), 60000, 6000, "steps of Rule 110", 4919),
 )
 
 
@@ -48,6 +51,7 @@ class Trained:
     """One model, trained and read with the same N."""
 
     seed: int
+    name: str  # one of PASSES
     passes: int
     steps: int
     accuracy: dict[str, float]  # depth -> share of right answers on held-out problems
@@ -55,6 +59,7 @@ class Trained:
     floor: dict[str, float]  # depth -> the best constant guess
     answers: dict[str, int]
     loss: float  # held out, per loss token
+    trained_loss: float  # mean of the last 50 steps
     token_passes: int  # tokens that went through the blocks, once for each pass, in the whole training
     flops: int  # of the whole training
     seconds: float  # on the clock
@@ -79,7 +84,7 @@ def measure(folder: Path, overrides: list[str], seeds: int) -> tuple[dict[str, l
         home = folder / setup.task
         home.mkdir(parents=True, exist_ok=True)
         models[setup.task] = [
-            train(setup, home, seed, passes, overrides) for seed in draw_seeds(home, seeds) for passes in PASSES
+            train(setup, home, seed, name, overrides) for seed in draw_seeds(home, seeds) for name in PASSES
         ]
     return models, [line for setup in SETUPS for line in describe(setup, models[setup.task])]
 
@@ -92,29 +97,36 @@ def draw_seeds(home: Path, count: int) -> list[int]:
     return json.loads(file.read_text())
 
 
-def train(setup: Setup, home: Path, seed: int, passes: int, overrides: list[str]) -> Trained:
+def train(setup: Setup, home: Path, seed: int, name: str, overrides: list[str]) -> Trained:
     """Train one model and read it, unless that is done; models of a seed share their shards and the order of samples."""
-    data, name = home / f"data-{seed}", f"seed{seed}-N{passes}"
-    if not (home / name / "evaluation.json").exists():
+    data, run, passes = (
+        home / f"data-{seed}",
+        home / f"seed{seed}-{name.replace('=', '').replace(' ', '-')}",
+        PASSES[name],
+    )
+    if not (run / "evaluation.json").exists():
         if not data.exists():
             powernap("data", "build", setup.task, str(data), *setup.sizes, "--seed", str(seed),
                 "--train-samples", str(setup.train_samples), "--test-samples", str(setup.test_samples),
                 "--samples-per-shard", str(setup.train_samples // 8))  # fmt: skip
-        powernap("train", f"trend_{setup.task}", f"run.name={name}", f"run.root={home}", f"run.seed={seed}",
-            f"sleep.passes={passes}", f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides,
-            *(["--resume"] if (home / name / "config.yaml").exists() else []))  # fmt: skip
-        powernap("eval", str(home / name), "--passes", str(passes))
-    return read(home / name, seed, passes)
+        powernap("train", f"trend_{setup.task}", f"run.name={run.name}", f"run.root={home}", f"run.seed={seed}",
+            f"sleep.passes={passes}", f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar",
+            *([f"train.steps={setup.long_steps}"] if name == LONG else []), *overrides,
+            *(["--resume"] if (run / "config.yaml").exists() else []))  # fmt: skip
+        powernap("eval", str(run), "--passes", str(passes))
+    return read(run, seed, name)
 
 
-def read(path: Path, seed: int, passes: int) -> Trained:
+def read(path: Path, seed: int, name: str) -> Trained:
     """What a finished run's folder says."""
-    folder = RunFolder(path)
+    folder, passes = RunFolder(path), PASSES[name]
     recipe, found = folder.recipe(), json.loads((path / "evaluation.json").read_text())
     accuracy, segments = found["accuracy"][str(passes)], cut(recipe, predicting_windows(recipe))
+    records = read_metrics(folder.metrics)
     sequences = recipe.train.steps * recipe.train.global_batch_size
     return Trained(
         seed=seed,
+        name=name,
         passes=passes,
         steps=found["step"],
         accuracy=accuracy,
@@ -125,9 +137,10 @@ def read(path: Path, seed: int, passes: int) -> Trained:
         floor=found["floor"],
         answers=found["answers"],
         loss=found["loss"][str(passes)],
+        trained_loss=statistics.mean(record["loss"] for record in records[-50:]),
         token_passes=sequences * sum(segment.tokens for segment in segments),
         flops=recipe.train.steps * step_flops(recipe, segments),
-        seconds=sum(record["seconds"] for record in read_metrics(folder.metrics)),
+        seconds=sum(record["seconds"] for record in records),
     )
 
 
@@ -142,81 +155,94 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def describe(setup: Setup, models: list[Trained]) -> list[str]:
     """The report about one task's models."""
-    depths, first = list(models[0].floor), models[0]
-    floor = {depth: statistics.mean(model.floor[depth] for model in models) for depth in depths}
+    depths = list(models[0].floor)
+    by_name = {name: [model for model in models if model.name == name] for name in PASSES}
+    floor = mean_floor(models)
     overview = []
     for depth in depths:
-        shares = [[model.accuracy[depth] for model in models if model.passes == passes] for passes in PASSES]
+        shares = [[model.accuracy[depth] for model in same] for same in by_name.values()]
         overview.append([depth, percent(floor[depth]), *(f"{percent(statistics.mean(s))} ({span(s)})" for s in shares)])
-    by_seed = [
-        [model.seed, f"N={model.passes}"]
-        + [f"{percent(model.accuracy[d])} ({span(model.interval[d])})" for d in depths]
-        + [f"{model.loss:.3f}"]
-        for model in models
+    each = [
+        [model.seed, model.name, *(f"{percent(model.accuracy[d])} ({span(model.interval[d])})" for d in depths)]
+        + [f"{model.trained_loss:.3f}", f"{model.loss:.3f}"]
+        for name in PASSES
+        for model in by_name[name]
     ]
-    costs = []
-    for passes in PASSES:
-        same = [model for model in models if model.passes == passes]
-        seconds = [model.seconds for model in same]
-        costs.append(
-            [passes, f"{same[0].token_passes / 1e6:.1f}", f"{same[0].flops / 1e12:.1f}",
-             f"{min(seconds):.0f}-{max(seconds):.0f}"]
-        )  # fmt: skip
-    judged = verdicts([(f"{depths[-1]} {setup.depth_name}: worst seed of N={more} less the best of N={fewer}, %",
-        100 * (worst(models, more, depths[-1]) - best(models, fewer, depths[-1])), ">=", 0.0)
-        for fewer, more in zip(PASSES, PASSES[1:], strict=False)])[1]  # fmt: skip
+    costs = [
+        [name, same[0].steps, f"{same[0].token_passes / 1e6:.1f}", f"{same[0].flops / 1e12:.2f}", seconds(same)]
+        for name, same in by_name.items()
+    ]
     return [
-        f"## {setup.task}, {' '.join(setup.sizes)}",
+        f"## {setup.task}: {' '.join(setup.sizes)}",
         "",
-        f"Recipe trend_{setup.task}, {first.steps} steps, each model read at the N it was trained with. Right answers on",
-        f"held-out problems in %, by {setup.depth_name}: mean of the seeds (lowest-highest).",
+        f"Recipe trend_{setup.task}. Right answers on held-out problems in %, by {setup.depth_name}, each model read at",
+        "the N it was trained with: mean of the seeds (lowest-highest).",
         "",
-        *table([setup.depth_name, "constant guess", *(f"N={passes}" for passes in PASSES)], overview),
+        *table([setup.depth_name, "constant guess", *PASSES], overview),
         "",
-        "Each model with its 95 % interval (Wilson, as if a problem were asked once), and its held-out loss:",
+        f"At the deepest question, {depths[-1]} {setup.depth_name}:",
         "",
-        *table(["seed", "trained", *depths, "loss"], by_seed),
+        *table(
+            ["", "lower, %", "higher, %", "worst of higher less best of lower", "apart"], compare(by_name, depths[-1])
+        ),
         "",
-        "A training: tokens through the blocks, once for each pass; FLOPs forward and backward; seconds on the clock.",
+        "What a training costs: tokens through the blocks, once for each pass; FLOPs forward and backward; seconds on the",
+        "clock, of little use here.",
         "",
-        *table(["N", "million token-passes", "TFLOPs", "seconds"], costs),
+        *table(["model", "steps", "million token-passes", "TFLOPs", "seconds"], costs),
         "",
-        *judged,
+        "Each model, with a 95 % interval for what was asked of it (Wilson, as if each problem were asked once) and the",
+        "loss in its last 50 steps and on held-out problems:",
+        "",
+        *table(["seed", "model", *depths, "trained", "held out"], each),
+        "",
     ]
 
 
-def best(models: list[Trained], passes: int, depth: str) -> float:
-    return max(model.accuracy[depth] for model in models if model.passes == passes)
+def compare(by_name: dict[str, list[Trained]], depth: str) -> list[list]:
+    """Whether all seeds of one model are above all of another."""
+    rows = []
+    for lower, higher in (("N=1", "N=2"), ("N=2", "N=4"), ("N=1", "N=4"), (LONG, "N=4")):
+        below, above = ([model.accuracy[depth] for model in by_name[name]] for name in (lower, higher))
+        gap = min(above) - max(below)
+        verdict = "yes" if gap > 0 else "the other way" if max(above) < min(below) else "no"
+        rows.append([f"{lower} and {higher}", span(below), span(above), f"{100 * gap:+.1f}", verdict])
+    return rows
 
 
-def worst(models: list[Trained], passes: int, depth: str) -> float:
-    return min(model.accuracy[depth] for model in models if model.passes == passes)
+def mean_floor(models: list[Trained]) -> dict[str, float]:
+    return {depth: statistics.mean(model.floor[depth] for model in models) for depth in models[0].floor}
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def span(shares) -> str:
+def span(shares: Iterable[float]) -> str:
     return f"{percent(min(shares))}-{percent(max(shares))}"
 
 
+def seconds(models: list[Trained]) -> str:
+    taken = [model.seconds for model in models]
+    return f"{min(taken):.0f}-{max(taken):.0f}"
+
+
 def draw(models: dict[str, list[Trained]], to: Path) -> None:
-    """Accuracy by depth, a line for each N: the mean of the seeds, in a band from the lowest to the highest."""
+    """Accuracy by depth, a line for each model: the mean of the seeds, in a band from the lowest to the highest."""
     figure, panels = new_figure(columns=len(SETUPS))
     for setup, axes in zip(SETUPS, panels, strict=True):
-        trained = models[setup.task]
-        depths = list(trained[0].floor)
-        for passes, color in zip(PASSES, COLORS, strict=True):
-            shares = [[model.accuracy[depth] for model in trained if model.passes == passes] for depth in depths]
-            axes.plot(
-                depths, [statistics.mean(s) for s in shares], "o-", color=color, label=f"N = {passes}", clip_on=False
+        floor = mean_floor(models[setup.task])
+        for name, (color, style) in STYLES.items():
+            same = [model.accuracy for model in models[setup.task] if model.name == name]
+            shares = [[accuracy[depth] for accuracy in same] for depth in floor]
+            label = "N = 1 with the\nFLOPs of N = 4" if name == LONG else name.replace("=", " = ")
+            axes.plot(list(floor), [statistics.mean(s) for s in shares], style, color=color, label=label, clip_on=False)
+            axes.fill_between(
+                list(floor), [min(s) for s in shares], [max(s) for s in shares], color=color, alpha=0.15, lw=0
             )
-            axes.fill_between(depths, [min(s) for s in shares], [max(s) for s in shares], color=color, alpha=0.2, lw=0)
-        floor = [statistics.mean(model.floor[depth] for model in trained) for depth in depths]
-        axes.plot(depths, floor, ":", color=GREY, label="constant guess")
+        axes.plot(list(floor), list(floor.values()), ":", color=GREY, label="constant guess")
         axes.set_xlabel(setup.depth_name)
-        axes.set_title(f"{setup.task}: answers right on held-out problems", loc="left", fontsize=11)
+        axes.set_title(f"{setup.task}, held out: mean of {SEEDS} seeds, lowest to highest", loc="left", fontsize=10)
         share_axis(axes)
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(to, dpi=150)
