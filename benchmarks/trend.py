@@ -22,6 +22,7 @@ from powernap.train.report import BLUE, GREY, ORANGE, new_figure, share_axis
 from powernap.train.run_folder import RunFolder
 
 SEEDS = 3
+EVERY = 50  # steps that a point of a loss curve is the mean of
 PASSES = {"N=1": 1, "N=2": 2, "N=4": 4, "N=1 long": 1}  # the models; the last one costs as many FLOPs as N=4
 LONG = "N=1 long"
 STYLES = {"N=1": (ORANGE, "o-"), "N=2": ("#31a354", "o-"), "N=4": (BLUE, "o-"), LONG: (ORANGE, "s--")}
@@ -59,7 +60,7 @@ class Trained:
     floor: dict[str, float]  # depth -> the best constant guess
     answers: dict[str, int]
     loss: float  # held out, per loss token
-    trained_loss: float  # mean of the last 50 steps
+    trained_loss: list[float]  # mean of every EVERY steps
     token_passes: int  # tokens that went through the blocks, once for each pass, in the whole training
     flops: int  # of the whole training
     seconds: float  # on the clock
@@ -72,7 +73,8 @@ def main(options: argparse.Namespace, command: str) -> None:
         print("\n".join(report))
         return
     models, report = measure(options.folder or FOLDER, [], SEEDS)
-    draw(models, RESULTS / "trend.png")
+    draw_accuracy(models, RESULTS / "trend.png")
+    draw_loss(models, RESULTS / "trend_loss.png")
     numbers = {task: [asdict(model) for model in trained] for task, trained in models.items()}
     write("trend", command, numbers, report, clock="seconds on the clock of a shared machine")
 
@@ -99,11 +101,8 @@ def draw_seeds(home: Path, count: int) -> list[int]:
 
 def train(setup: Setup, home: Path, seed: int, name: str, overrides: list[str]) -> Trained:
     """Train one model and read it, unless that is done; models of a seed share their shards and the order of samples."""
-    data, run, passes = (
-        home / f"data-{seed}",
-        home / f"seed{seed}-{name.replace('=', '').replace(' ', '-')}",
-        PASSES[name],
-    )
+    data, passes = home / f"data-{seed}", PASSES[name]
+    run = home / f"seed{seed}-{name.replace('=', '').replace(' ', '-')}"
     if not (run / "evaluation.json").exists():
         if not data.exists():
             powernap("data", "build", setup.task, str(data), *setup.sizes, "--seed", str(seed),
@@ -137,7 +136,10 @@ def read(path: Path, seed: int, name: str) -> Trained:
         floor=found["floor"],
         answers=found["answers"],
         loss=found["loss"][str(passes)],
-        trained_loss=statistics.mean(record["loss"] for record in records[-50:]),
+        trained_loss=[
+            statistics.mean(record["loss"] for record in records[start : start + EVERY])
+            for start in range(0, len(records), EVERY)
+        ],
         token_passes=sequences * sum(segment.tokens for segment in segments),
         flops=recipe.train.steps * step_flops(recipe, segments),
         seconds=sum(record["seconds"] for record in records),
@@ -164,7 +166,7 @@ def describe(setup: Setup, models: list[Trained]) -> list[str]:
         overview.append([depth, percent(floor[depth]), *(f"{percent(statistics.mean(s))} ({span(s)})" for s in shares)])
     each = [
         [model.seed, model.name, *(f"{percent(model.accuracy[d])} ({span(model.interval[d])})" for d in depths)]
-        + [f"{model.trained_loss:.3f}", f"{model.loss:.3f}"]
+        + [f"{model.trained_loss[-1]:.3f}", f"{model.loss:.3f}"]
         for name in PASSES
         for model in by_name[name]
     ]
@@ -192,7 +194,7 @@ def describe(setup: Setup, models: list[Trained]) -> list[str]:
         *table(["model", "steps", "million token-passes", "TFLOPs", "seconds"], costs),
         "",
         "Each model, with a 95 % interval for what was asked of it (Wilson, as if each problem were asked once) and the",
-        "loss in its last 50 steps and on held-out problems:",
+        "loss in its last steps and on held-out problems:",
         "",
         *table(["seed", "model", *depths, "trained", "held out"], each),
         "",
@@ -227,7 +229,7 @@ def seconds(models: list[Trained]) -> str:
     return f"{min(taken):.0f}-{max(taken):.0f}"
 
 
-def draw(models: dict[str, list[Trained]], to: Path) -> None:
+def draw_accuracy(models: dict[str, list[Trained]], to: Path) -> None:
     """Accuracy by depth, a line for each model: the mean of the seeds, in a band from the lowest to the highest."""
     figure, panels = new_figure(columns=len(SETUPS))
     for setup, axes in zip(SETUPS, panels, strict=True):
@@ -235,8 +237,8 @@ def draw(models: dict[str, list[Trained]], to: Path) -> None:
         for name, (color, style) in STYLES.items():
             same = [model.accuracy for model in models[setup.task] if model.name == name]
             shares = [[accuracy[depth] for accuracy in same] for depth in floor]
-            label = "N = 1 with the\nFLOPs of N = 4" if name == LONG else name.replace("=", " = ")
-            axes.plot(list(floor), [statistics.mean(s) for s in shares], style, color=color, label=label, clip_on=False)
+            means = [statistics.mean(s) for s in shares]
+            axes.plot(list(floor), means, style, color=color, label=label(name), clip_on=False)
             axes.fill_between(
                 list(floor), [min(s) for s in shares], [max(s) for s in shares], color=color, alpha=0.15, lw=0
             )
@@ -246,3 +248,24 @@ def draw(models: dict[str, list[Trained]], to: Path) -> None:
         share_axis(axes)
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(to, dpi=150)
+
+
+def draw_loss(models: dict[str, list[Trained]], to: Path) -> None:
+    """The training loss over the FLOPs spent, in the same colours and bands."""
+    figure, panels = new_figure(columns=len(SETUPS))
+    for setup, axes in zip(SETUPS, panels, strict=True):
+        for name, (color, style) in STYLES.items():
+            same = [model for model in models[setup.task] if model.name == name]
+            curves = list(zip(*(model.trained_loss for model in same), strict=True))
+            spent = [same[0].flops * min(1, EVERY * (n + 0.5) / same[0].steps) / 1e12 for n in range(len(curves))]
+            axes.plot(spent, [statistics.mean(c) for c in curves], style[1:], color=color, label=label(name))
+            axes.fill_between(spent, [min(c) for c in curves], [max(c) for c in curves], color=color, alpha=0.15, lw=0)
+        axes.set_xlabel("training, TFLOPs")
+        axes.set_title(f"{setup.task}: training loss, nats per answer", loc="left", fontsize=10)
+        axes.set_ylim(bottom=0)
+    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(to, dpi=150)
+
+
+def label(name: str) -> str:
+    return "N = 1 with the\nFLOPs of N = 4" if name == LONG else name.replace("=", " = ")
