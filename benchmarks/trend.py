@@ -72,6 +72,9 @@ SETUPS = (
 )
 
 ABOUT = [
+    "![Accuracy by depth for each N, with bands over seeds and the constant guess](trend.png)",
+    "![Training loss over FLOPs for each N, with bands over seeds](trend_loss.png)",
+    "",
     "## How to read it",
     "",
     "N=1, 2 and 4 of a seed have the same parameters, shards, order and number of steps; equal steps are not equal FLOPs.",
