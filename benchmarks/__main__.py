@@ -6,18 +6,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: every number is f
 
 import argparse
 import importlib
+from pathlib import Path
 
 ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader"]
-ON_DEMAND = ["demo", "device"]  # a quarter of an hour; a CUDA device
+ON_DEMAND = ["demo", "trend", "device"]  # a quarter of an hour; hours; a CUDA device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default), {' or '.join(ON_DEMAND)}"
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default), {', '.join(ON_DEMAND)}"
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
+    parser.add_argument("--folder", type=Path, help="trend: where its runs are kept (default: runs/trend)")
     options = parser.parse_args()
     if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")
