@@ -5,7 +5,6 @@ Shards and runs are kept in a folder: stopped, the same command goes on where it
 
 import argparse
 import json
-import math
 import secrets
 import statistics
 import tempfile
@@ -17,8 +16,9 @@ from benchmarks.common import RESULTS, ROOT, table, write
 from powernap.launch.commands.demo import powernap
 from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
+from powernap.train.intervals import wilson
 from powernap.train.metrics import read_metrics
-from powernap.train.report import BLUE, GREY, ORANGE, new_figure, share_axis
+from powernap.train.pictures import BLUE, GREY, ORANGE, new_figure, share_axis
 from powernap.train.run_folder import RunFolder
 
 SEEDS = 3
@@ -176,7 +176,7 @@ def read(path: Path, seed: int, name: str) -> Trained:
         passes=passes,
         steps=found["step"],
         accuracy=accuracy,
-        interval={
+        interval={  # the worst case: as if the answers about one problem were all right or all wrong
             depth: wilson(share, min(found["answers"][depth], recipe.evaluation.samples))
             for depth, share in accuracy.items()
         },
@@ -191,15 +191,6 @@ def read(path: Path, seed: int, name: str) -> Trained:
         flops=recipe.train.steps * step_flops(recipe, segments),
         seconds=sum(record["seconds"] for record in records),
     )
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` independent trials.
-
-    Answers about one problem are not independent: give the number of problems, which is the worst case.
-    """
-    middle, spread = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return (max(0.0, (middle - spread) / (1 + z**2 / count)), min(1.0, (middle + spread) / (1 + z**2 / count)))
 
 
 def describe(setup: Setup, models: list[Trained]) -> list[str]:
