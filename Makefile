@@ -13,7 +13,7 @@ demo: install  ## train with and without sleep, compare, draw (minutes)
 
 test: install  ## lint and the whole test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install  ## and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
