@@ -33,8 +33,9 @@ from powernap.model.gated_delta_net import causal_conv
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.train import trainer
-from powernap.train.config import Recipe, load_recipe
+from powernap.train.config import Recipe
 from powernap.train.optimizer import build_optimizer
+from powernap.train.recipe_file import load_recipe
 
 
 def main(options: argparse.Namespace, command: str) -> None:

@@ -14,10 +14,11 @@ from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint, topology
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology
-from powernap.train.config import Recipe, RecipeError
+from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.intervals import Tally
 from powernap.train.pictures import draw_accuracy, draw_loss
+from powernap.train.recipe_file import RecipeError
 from powernap.train.run_folder import RunFolder
 from powernap.train.tables import format_accuracy, with_intervals
 from powernap.train.tracking import Tracker

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from powernap.train.config import Recipe, RecipeError, check, save_recipe
+from powernap.train.config import Recipe
 from powernap.train.origin import origin
+from powernap.train.recipe_file import RecipeError, check, save_recipe
 
 # Fields that may differ when a run goes on: none changes the numbers of the steps to come, by more than rounding.
 FREE_ON_RESUME = {

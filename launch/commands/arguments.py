@@ -16,7 +16,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run_folder(name: str) -> Path:
     """A run by folder or by its name below runs/."""
-    from powernap.train.config import RecipeError
+    from powernap.train.recipe_file import RecipeError
 
     for folder in (Path(name), Path("runs") / name):
         if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():

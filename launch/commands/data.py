@@ -38,9 +38,9 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
 
 
 def run_build(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.config import RecipeError, check, parse_overrides
     from powernap.train.data.shards import TextSource, build, build_task
     from powernap.train.data.text import Text
+    from powernap.train.recipe_file import RecipeError, check, parse_overrides
     from powernap.train.tasks import TASKS
 
     fields = parse_overrides(options.fields)

@@ -35,9 +35,9 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
 
     Writes results.json and demo.png into `folder`. `overrides` change both runs' recipe (tests shorten it).
     """
-    from powernap.train.config import RecipeError
     from powernap.train.metrics import read_metrics
     from powernap.train.pictures import draw_demo
+    from powernap.train.recipe_file import RecipeError
     from powernap.train.tables import format_accuracy, with_intervals
 
     results = folder / "results.json"

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.plan import plan
     from powernap.parallel.suggest import suggest, suggestions_json, suggestions_text
     from powernap.train.check_data import predicting_windows
-    from powernap.train.config import RecipeError, load_recipe
+    from powernap.train.recipe_file import RecipeError, load_recipe
 
     if options.devices and not options.suggest:
         raise RecipeError("--devices goes with --suggest: without it the recipe says how many")

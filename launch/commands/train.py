@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     from powernap.launch import local
-    from powernap.train.config import load_recipe
+    from powernap.train.recipe_file import load_recipe
     from powernap.train.run_folder import RunFolder
 
     recipe = load_recipe(options.recipe, options.overrides)

@@ -44,9 +44,7 @@ def test_help_takes_under_a_second_and_80_columns(tmp_path, command):
 
 
 def test_checking_a_recipe_does_not_import_torch():
-    code = (
-        "import sys; from powernap.train.config import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
-    )
+    code = "import sys; from powernap.train.recipe_file import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 

@@ -11,9 +11,9 @@ from powernap.parallel.memory import parameters
 from powernap.parallel.work import cut, step_flops
 from powernap.train import trainer
 from powernap.train.check_data import check_data
-from powernap.train.config import RecipeError, load_recipe, save_recipe, shipped_recipes
 from powernap.train.data.shards import build_task
 from powernap.train.evaluate import evaluate
+from powernap.train.recipe_file import RecipeError, load_recipe, save_recipe, shipped_recipes
 from powernap.train.tasks import TASKS
 
 BASELINES = [name for name in shipped_recipes() if "/" in name]

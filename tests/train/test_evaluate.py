@@ -7,11 +7,11 @@ import torch
 
 import runs
 from powernap.model.stage import HybridStage
-from powernap.train.config import load_recipe
 from powernap.train.data.loader import evaluation_batches
 from powernap.train.evaluate import evaluate
 from powernap.train.intervals import Tally
 from powernap.train.pictures import draw_accuracy
+from powernap.train.recipe_file import load_recipe
 from powernap.train.tables import format_accuracy
 
 

@@ -12,13 +12,14 @@ import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.train import generate
-from powernap.train.config import Recipe, check
+from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import HuggingFace, Tiktoken, load_tokenizer
 from powernap.train.data.vocabulary import Numbers, TextVocabulary, Words, find_vocabulary
 from powernap.train.evaluate import evaluate
 from powernap.train.generate import GenerateError, load_run
+from powernap.train.recipe_file import check
 from powernap.train.run_folder import RunFolder
 from powernap.train.tasks import TASKS
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from powernap.train.config import RecipeError, check
+from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks.gsm import LONGEST, TWO, VOCABULARY, Gsm, Statement, operations, solve
 from powernap.train.tasks.sample import TaskError
 

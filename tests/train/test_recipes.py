@@ -7,7 +7,7 @@ import pytest
 
 from powernap.launch import cli
 from powernap.train.check_data import check_data
-from powernap.train.config import load_recipe, shipped_recipes
+from powernap.train.recipe_file import load_recipe, shipped_recipes
 
 RECIPES = [name for name in shipped_recipes() if "/" not in name]
 

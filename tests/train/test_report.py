@@ -9,8 +9,8 @@ import pytest
 import runs
 from powernap.launch import cli
 from powernap.parallel.work import cut, step_flops
-from powernap.train.config import load_recipe, save_recipe
 from powernap.train.metrics import MetricsLog
+from powernap.train.recipe_file import load_recipe, save_recipe
 from powernap.train.report import figures
 from powernap.train.report.runs import differing_fields, group_runs, read_runs
 from powernap.train.report.write import write_report

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from powernap.train.config import RecipeError, check
+from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import TASKS
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.rule110 import Rule110, after

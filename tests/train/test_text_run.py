@@ -11,11 +11,11 @@ import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint
-from powernap.train.config import check, load_recipe
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
 from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
+from powernap.train.recipe_file import check, load_recipe
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
 WINDOWS = 3  # in a sequence

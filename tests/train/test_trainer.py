@@ -11,9 +11,9 @@ import runs
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import checkpoint
-from powernap.train.config import load_recipe
 from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
+from powernap.train.recipe_file import load_recipe
 
 # name: processes, overrides. Ten steps each.
 RUNS = {

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from powernap.model.config import Section
-from powernap.train.config import DataConfig, check
+from powernap.train.config import DataConfig
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.shards import MANIFEST
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
+from powernap.train.recipe_file import check
 from powernap.train.tasks import TASKS
 
 _WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one

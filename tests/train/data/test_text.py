@@ -11,7 +11,6 @@ import pytest
 import tiktoken
 import tokenizers
 
-from powernap.train.config import RecipeError, check
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.inspect_shards import inspect_shards
 from powernap.train.data.sample import DataError, decode
@@ -19,6 +18,7 @@ from powernap.train.data.shard import Shard
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import load_tokenizer
+from powernap.train.recipe_file import RecipeError, check
 
 DOCUMENTS = [f"Document {n} — naïve " + "word " * (n % 17) + "\n" for n in range(300)]
 BYTES = load_tokenizer("bytes")
