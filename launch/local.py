@@ -2,11 +2,8 @@
 
 import logging
 import os
-import socket
 import sys
 import uuid
-
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LaunchError(ValueError):
@@ -45,10 +42,7 @@ def check_world_size(wanted: int, layout: str) -> None:
 
 def run_alone() -> None:
     """Describe a world of one process, this one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(dict(zip(ENVIRONMENT, ("0", "1", "0", "127.0.0.1", str(port)), strict=True)))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 def start(arguments: list[str], processes: int) -> int:

@@ -111,6 +111,8 @@ def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.
     # NCCL wants a GPU for each rank; several ranks on one GPU, as tests use, talk through gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if not dist.is_initialized():
+        if not process_group and os.environ.get("WORLD_SIZE") == "1":  # nobody to meet, so no port to lose to others
+            process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **process_group)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

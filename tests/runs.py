@@ -1,12 +1,13 @@
 """Real runs for tests: small shards, a small recipe, the command in processes of its own."""
 
+import itertools
 import os
 import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -80,10 +81,20 @@ def _train_in_turn(rank, store, processes, folder, runs, ports):
         assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
 
 
+_PORTS = itertools.count()
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for processes that will meet there in a while, when another test must not have taken it.
+
+    So it is below those that the kernel gives away, and not one that the tests beside these ask for.
+    """
+    tests_beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12000 + 2000 * (tests_beside % 8) + next(_PORTS) % 2000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
