@@ -2,8 +2,15 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+
+from powernap.parallel import exit_codes
 
 
 class LaunchError(ValueError):
@@ -48,7 +55,8 @@ def run_alone() -> None:
 def start(arguments: list[str], processes: int) -> int:
     """Run `powernap ARGUMENTS` in several local processes under torchrun; return the exit code of the first to fail.
 
-    torchrun ends the others as soon as one fails.
+    torchrun ends the others as soon as one fails. SIGTERM and SIGUSR1 are passed on to all: it is for them to agree on a
+    step to stop after.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,11 +75,36 @@ def start(arguments: list[str], processes: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        shutdown_timeout=10,  # seconds between asking the processes that are left to end, and ending them
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "powernap.launch.cli", *arguments)
-    except ChildFailedError as error:
-        return abs(error.get_first_failure()[1].exitcode) or 1
-    except SignalException as stopped:
-        return 128 + stopped.sigval
+    with _passing_on(signal.SIGTERM, signal.SIGUSR1):
+        try:
+            elastic_launch(config, sys.executable)("-m", "powernap.launch.cli", *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0:
+                return failure.exitcode or exit_codes.FAILED
+            name = signal.Signals(-failure.exitcode).name
+            print(f"powernap: error: rank {rank} was ended by {name}; go on with --resume", file=sys.stderr)
+            return 128 - failure.exitcode
+        except SignalException as stopped:
+            return 128 + stopped.sigval
     return 0
+
+
+@contextmanager
+def _passing_on(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside, these signals go to the processes that this one started."""
+
+    def pass_on(number: int, frame: object) -> None:
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +31,7 @@ class Topology:
     stages: int
     device: torch.device
     groups: ProcessGroupCollection
+    timeout_seconds: float  # a collective that waits longer raises
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -90,6 +91,35 @@ class Topology:
         same = {name: [part[name] for part in found if name in part] for name in names}
         return {name: sum(values) / len(values) for name, values in same.items()}
 
+    def gather_over_world(self, value: object) -> list:
+        """What each rank has for `value`."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: object) -> object:
+        """What the main rank has for `value`, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' `value`."""
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def raise_together(self, call: Callable[[], None]) -> None:
+        """`call` on the main rank; where it raises an OSError, every rank does, and none waits for it."""
+        error = None
+        if self.is_main:
+            try:
+                call()
+            except OSError as raised:
+                error = raised
+        if error := self.from_main(error):
+            raise error
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -128,6 +158,7 @@ def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         stages=pipeline,
         device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
+        timeout_seconds=timeout_seconds,
         groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "mp", "cp", "dp", "embd"]),
     )
 

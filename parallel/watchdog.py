@@ -15,7 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong with the run itself
+from powernap.parallel import exit_codes
+
 LINGER = 2.0  # seconds: the first to leave takes the others down, who shall speak first
 ASK_AT_MOST = 512  # ranks; more would flood the store
 
@@ -77,7 +78,7 @@ class Watchdog(threading.Thread):
                     sys.stderr.write(f"powernap: error: {self._explain(reports)}\n")
                     sys.stderr.flush()
                     time.sleep(LINGER)
-                    os._exit(EXIT_CODE)
+                    os._exit(exit_codes.HUNG)
                 self.noticed = False
 
     def _exchange(self) -> dict[int, dict]:

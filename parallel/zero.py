@@ -24,7 +24,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,19 @@ from powernap.parallel.topology import Topology
 
 # Elements that gradients travel in at a time: DeepSpeed's default.
 REDUCE_BUCKET = 500_000_000
+MASTER = "master"  # float32 weights, among the names of optimizer states
+
+
+class Fragment(NamedTuple):
+    """The part of a parameter that one data-parallel rank steps: a stretch of the flattened tensor-parallel shard."""
+
+    partition: int  # of this rank's, by number
+    offset: int  # in that partition
+    start: int  # in the shard
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 def _bucket_size(stage: torch.nn.Module) -> int:
@@ -167,6 +180,11 @@ class ZeroOptimizer:
     def param_groups(self) -> list[dict]:
         return self.zero.param_groups
 
+    @property
+    def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The stage's parameters by the optimizer's groups."""
+        return self._groups
+
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
         """Around all backward passes of a step; at its end every rank's gradients are whole, but for averaging."""
@@ -225,18 +243,75 @@ class ZeroOptimizer:
             gradient.copy_(new)
         return float(norm)
 
-    def state_dict(self) -> dict:
-        """This rank's share: float32 master partitions and the optimizer's state for each parameter group."""
-        return {"partitions": [p.detach().clone() for p in self._partitions()], "state": self._base_state()}
+    def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
+        """Where this rank keeps master weights and optimizer states of a parameter; None if it has nothing of it."""
+        if self.level < 3:
+            found = parameter._hp_mapping
+            if found is None:
+                return None
+            own, where = found.lp_fragment_address, found.hp_fragment_address
+            return Fragment(found.param_group_index, where.start, own.start, own.start + own.numel)
+        partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)][:3]
+        start = self.topology.data_rank * size  # all ranks have as much; the last ones' is partly padding
+        stop = min(start + size, parameter.ds_numel)
+        return Fragment(partition, offset, start, stop) if start < stop else None
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Take up what `state_dict` gave on the same rank of the same number of ranks."""
-        for group, (partition, values) in enumerate(zip(self._partitions(), saved["partitions"], strict=True)):
-            partition.data.copy_(values)
-            # A copy, on the device, except for step counters, which stay where the optimizer keeps them.
-            self.zero.optimizer.state[partition] = {
-                key: value.clone() if torch.is_tensor(value) else value for key, value in saved["state"][group].items()
+    def values(self, parameter: torch.nn.Parameter, fragment: Fragment) -> dict[str, tuple[int, torch.Tensor]]:
+        """What this rank keeps of a parameter: `master` float32 and the optimizer's states by name.
+
+        Each is a view [n] of a stretch of the flattened shard, with where that begins: the fragment, and of float32 Muon's
+        momentum the whole matrix, which is the same on all ranks that have a part of the matrix.
+        """
+        partition = self._partitions()[fragment.partition]
+        kinds = {name: value for name, value in self._state(partition).items() if _is_flat(value)}
+        found = {}
+        for name, value in {MASTER: partition.detach(), **kinds}.items():
+            if name != MASTER and self._keeps_whole_matrices(fragment.partition):
+                found[name] = (
+                    0,
+                    value.narrow(0, self._offset_of_matrix(parameter, fragment.partition), parameter.numel()),
+                )
+            else:
+                assert value.shape == partition.shape
+                found[name] = (fragment.start, value.narrow(0, fragment.offset, len(fragment)))
+        return found
+
+    def group_of(self, partition: int) -> int:
+        """The optimizer's parameter group of a partition: stage 3 cuts large groups into several."""
+        return self.zero.sub_group_to_group_id[partition] if self.level == 3 else partition
+
+    def groups(self) -> list[dict]:
+        """By parameter group: the names of the states that are as large as the weights, and the others, step counters.
+
+        A counter is given as [value, whether the optimizer keeps it as a tensor].
+        """
+        found: list[dict] = [{"kinds": [], "scalars": {}} for _ in self._groups]
+        for index, partition in enumerate(self._partitions()):
+            state = self._state(partition)
+            found[self.group_of(index)] = {
+                "kinds": sorted(name for name, value in state.items() if _is_flat(value)),
+                "scalars": {n: [float(v), torch.is_tensor(v)] for n, v in state.items() if not _is_flat(v)},
             }
+        return found
+
+    def restore_groups(self, groups: list[dict]) -> None:
+        """Make the states that `groups` told of, those as large as the weights zero."""
+        for index, partition in enumerate(self._partitions()):
+            told, state = groups[self.group_of(index)], self._state(partition)
+            state.clear()
+            size = partition.numel()
+            if self._keeps_whole_matrices(index):
+                size = sum(parameter.numel() for parameter in self.zero.params_in_partition[index])
+            for name in told["kinds"]:
+                state[name] = partition.new_zeros(size)
+            for name, (value, is_tensor) in told["scalars"].items():
+                # On the device: a fused optimizer wants its counter there.
+                state[name] = torch.tensor(value, device=partition.device) if is_tensor else int(value)
+        if self.level < 3:  # DeepSpeed keeps views of the states, which have just been replaced
+            self.zero._hp_optimizer_states_linked = False
+
+    def adopt_masters(self) -> None:
+        """Make the model's weights those of the master weights."""
         if self.level < 3:
             self.zero.update_lp_params()
             return
@@ -248,5 +323,22 @@ class ZeroOptimizer:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.zero.optimizer.param_groups]
 
-    def _base_state(self) -> list[dict]:
-        return [dict(self.zero.optimizer.state.get(partition, {})) for partition in self._partitions()]
+    def _keeps_whole_matrices(self, partition: int) -> bool:
+        """DeepSpeed's float32 Muon keeps the momentum of all matrices of which a partition has a part, one by one."""
+        return self._clip_here and self.zero.optimizer.param_groups[partition]["use_muon"]
+
+    def _offset_of_matrix(self, parameter: torch.nn.Parameter, partition: int) -> int:
+        offset = 0
+        for other in self.zero.params_in_partition[partition]:
+            if other is parameter:
+                return offset
+            offset += other.numel()
+        raise AssertionError("a matrix of which there is a fragment is in the partition")
+
+    def _state(self, partition: torch.nn.Parameter) -> dict:
+        return self.zero.optimizer.state[partition]
+
+
+def _is_flat(value: object) -> bool:
+    """Whether an optimizer's state is as large as the weights, and not a counter."""
+    return torch.is_tensor(value) and value.ndim == 1

@@ -11,11 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
+import torch
 import yaml
 
 from benchmarks.common import in_processes
 from powernap.launch import cli
+from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.topology import Topology
+from powernap.train import trainer
 from powernap.train.data.shards import build_task
+from powernap.train.run_folder import RunFolder
 from powernap.train.tasks import TASKS
 
 RECIPE = {
@@ -26,7 +31,7 @@ RECIPE = {
     },
     "sleep": {"passes": 2},
     "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},
-    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5, "checkpoint_every": 5},
+    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5}, "checkpoint": {"every": 5},
     # With the usual eps, a gradient that is nothing but rounding becomes a step of full size.
     "optimizer": {"lr": 5.0e-3, "eps": 1.0e-6, "warmup_steps": 2, "clip": 0.5},
     "evaluation": {"samples": 64},
@@ -95,6 +100,22 @@ def _free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    """The master weights in a run's checkpoint by name."""
+    checkpoint = Checkpoint.open(run / "checkpoints" / f"step_{step:08d}")
+    return {name: checkpoint.whole(name) for name in checkpoint.parameters}
+
+
+def write_drawn(run: RunFolder, here: Topology) -> None:
+    """A checkpoint of the weights that the run's recipe begins with."""
+    recipe = run.recipe()
+    stage, zero = trainer.build(recipe, here)
+    writer = trainer.checkpoint_writer(recipe, run, here)
+    writer.save(1, stage, zero, {"data": None})
+    writer.finish()
+    zero.engine.destroy()
 
 
 @contextmanager

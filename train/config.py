@@ -94,7 +94,18 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints; there is one at the end as well")
+
+
+class CheckpointConfig(Section):
+    """What a run leaves to go on from."""
+
+    every: int = Field(500, ge=1, description="steps between checkpoints; there is one at the end as well")
+    keep_last: int = Field(3, ge=1, description="the newest checkpoints, kept; older ones are deleted")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints of steps that this divides stay; null: none")
+    asynchronous: bool = Field(
+        True,
+        description="train on while files are written; takes a copy of weights and optimizer states in host memory",
+    )
 
 
 class OptimizerConfig(Section):
@@ -174,6 +185,7 @@ class Recipe(Section):
     sleep: SleepConfig = SleepConfig()
     data: DataConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     zero: ZeroConfig = ZeroConfig()

@@ -11,7 +11,7 @@ import torch
 from powernap.model.fast_weights import Memory
 from powernap.model.segments import pad_end, plan_segments
 from powernap.model.stage import HybridStage
-from powernap.parallel import checkpoint, topology
+from powernap.parallel import topology
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
@@ -103,27 +103,24 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
-    newest = checkpoint.newest(folder.checkpoints)
     if recipe.data.test is None:
         raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
-    if newest is None:
-        raise RecipeError(f"{folder.checkpoints}: no checkpoint yet: train the run to its first one")
-    step = checkpoint.step_of(newest)
+    newest = folder.newest_checkpoint()
     with topology.joined() as here:
         stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
-        checkpoint.load_weights(newest, stage)
+        newest.load_weights(stage, recipe.train.precision)
         result = evaluate(
             stage, recipe, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
         )
     table, picture = path / "evaluation.json", path / "evaluation.png"
-    table.write_text(json.dumps({"step": step, **asdict(result)}, indent=2) + "\n")
-    title = f"{path.name}: held-out {'accuracy' if result.floor else 'loss'} after step {step:,}"
+    table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
+    title = f"{path.name}: held-out {'accuracy' if result.floor else 'loss'} after step {newest.step:,}"
     if result.floor:
         draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
     else:
         draw_loss(result.loss, title=title, to=picture)
     tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"))
-    tracker.log_metrics(step, result.metrics())
+    tracker.log_metrics(newest.step, result.metrics())
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from powernap.model.decoder import Decoder
 from powernap.model.stage import HybridStage
-from powernap.parallel import checkpoint, topology
+from powernap.parallel import topology
 from powernap.train.config import Recipe
 from powernap.train.data.vocabulary import Vocabulary, find_vocabulary
 from powernap.train.run_folder import RunFolder
@@ -55,16 +55,14 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
         raise GenerateError(f"passes={passes}: write 1 or more")
     folder = RunFolder(Path(path))
     recipe = folder.recipe()
-    newest = checkpoint.newest(folder.checkpoints)
-    if newest is None:
-        raise GenerateError(f"{folder.checkpoints}: no checkpoint yet: train the run to its first one")
+    newest = folder.newest_checkpoint()
     here = topology.initialize(
         **({} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1})
     )
     if here.world_size > 1:
         raise GenerateError(f"generation runs in one process, {here.world_size} were started: start one")
     stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
-    checkpoint.load_weights(newest, stage)
+    newest.load_weights(stage, recipe.train.precision)
     return RunModel(stage, recipe, passes or max(recipe.sleep.pass_choices))
 
 

@@ -1,33 +1,81 @@
-"""Ctrl-C that is never lost.
+"""Signals that are never lost, and never end a run where it stands.
 
-Python raises KeyboardInterrupt wherever it stands, and drops it where it stands in the callback of a weak reference;
-torch keeps many. The run would go on, or end a little later with an error that does not name the reason.
+Ctrl-C stops at once: Python raises KeyboardInterrupt wherever it stands, and drops it where it stands in the callback of a
+weak reference; torch keeps many. The run would go on, or end a little later with an error that does not name the reason.
+
+SIGTERM and SIGUSR1 come from schedulers, to one rank or to all: the ranks agree on a step to stop after.
 """
 
+import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+SAME = 1.0  # seconds: schedulers signal a launcher and its processes, and the launcher passes its own on
+
+
+class Signals:
+    """What has come.
+
+    Attributes:
+        stop: the signal that asked to stop after the current step, such as "SIGTERM"; None: go on.
+    """
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        self._asked = 0.0  # when
+        self._interrupted = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C came."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.stop and now - self._asked > SAME:  # somebody is in a hurry
+            os._exit(128 + number)
+        if not self.stop:
+            self.stop, self._asked = signal.Signals(number).name, now
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Remember Ctrl-C. What is yielded raises KeyboardInterrupt if one came; so does leaving with any other error."""
-    came = False
-
-    def remember(number, frame):
-        nonlocal came
-        came = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
+def heeding_signals() -> Iterator[Signals]:
+    """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead."""
+    signals = Signals()
+    handlers = {
+        signal.SIGINT: signals._interrupt,
+        signal.SIGTERM: signals._ask_to_stop,
+        signal.SIGUSR1: signals._ask_to_stop,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield check
+        yield signals
     except Exception:
-        check()
+        signals.check()
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def outlive_one_sigterm(_: int) -> None:
+    """For reader processes: schedulers send SIGTERM to these too, while the trainer still needs a batch.
+
+    Their trainer ends them by a message, and where one does not listen by more SIGTERMs.
+    """
+    came = 0
+
+    def count(number: int, frame: object) -> None:
+        nonlocal came
+        came += 1
+        if came > 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, count)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, where this is one
@@ -26,6 +27,16 @@ def machine() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what a checkpoint's numbers depend on."""
+    packages = ("powernap", "torch", "megatron-core", "deepspeed", "safetensors")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "commit": commit()["commit"],
     }
 
 

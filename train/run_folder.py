@@ -1,18 +1,26 @@
 """The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
 from powernap.train.recipe_file import RecipeError, check, save_recipe
 
-# Fields that may differ when a run goes on: none changes the numbers of the steps to come, by more than rounding.
+if TYPE_CHECKING:
+    from powernap.parallel.checkpoint.reader import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Fields, and sections, that may differ when a run goes on: none changes the numbers of the steps to come, by more than
+# rounding.
 FREE_ON_RESUME = {
     "data.workers",
     "data.on_error",
@@ -24,11 +32,13 @@ FREE_ON_RESUME = {
     "run.root",
     "run.experiment",
     "train.log_every",
-    "train.checkpoint_every",
+    "train.recompute",
+    "checkpoint",
+    "parallel",
+    "zero",
     "evaluation.every",
     "evaluation.passes",
     "evaluation.samples",
-    "parallel.timeout_seconds",
 }
 
 
@@ -73,6 +83,26 @@ class RunFolder:
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
         return check(Recipe, yaml.safe_load(self.config.read_text()))
 
+    def newest_checkpoint(self) -> "Checkpoint":
+        """The newest whole checkpoint, to read with.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        from powernap.parallel.checkpoint.reader import Checkpoint  # late: it imports torch
+
+        found, passed_over = Checkpoint.newest(self.checkpoints)
+        for reason in passed_over:
+            logger.warning("passed over a checkpoint: %s", reason)
+        if found is None:
+            why = (
+                f"none is whole: {passed_over[0]}"
+                if passed_over
+                else "no checkpoint yet: train the run to its first one"
+            )
+            raise CheckpointError(f"{self.checkpoints}: {why}")
+        return found
+
     def check_start(self, recipe: Recipe, resume: bool) -> None:
         """Raise RecipeError where starting would overwrite a run or resuming would go on with another."""
         exists = self.config.is_file()
@@ -83,10 +113,14 @@ class RunFolder:
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
         before, now = flatten(self.recipe().model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-        changed = [key for key in now if now[key] != before.get(key) and key not in FREE_ON_RESUME]
+        changed = [key for key in now if now[key] != before.get(key) and not _is_free(key)]
         if changed:
             key = changed[0]
             raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_ON_RESUME or key.split(".")[0] in FREE_ON_RESUME
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from powernap.parallel.checkpoint.writer import Outcome
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.metrics import MetricsLog
@@ -29,6 +30,7 @@ class RunLog:
         self._resume_step = resume_step
         self._enabled = here.is_main
         self._tracker: NullTracker = NullTracker()
+        self._stopped_after: int | None = None
 
     def __enter__(self) -> Self:
         if not self._enabled:
@@ -51,8 +53,8 @@ class RunLog:
         self._start = time.monotonic()
         return self
 
-    def start(self, num_parameters: int) -> None:
-        """Say what is about to run."""
+    def start(self, num_parameters: int, passed_over: list[str]) -> None:
+        """Say what is about to run, and which checkpoints it does not go on from."""
         if not self._enabled:
             return
         recipe, here = self._recipe, self._here
@@ -67,6 +69,8 @@ class RunLog:
         )
         processes = f"{here.world_size} process{'es' if here.world_size > 1 else ''}"
         logger.info("%s on %s, %s, into %s", processes, here.device.type, recipe.train.precision, self._folder.path)
+        for reason in passed_over:
+            logger.warning("passed over a checkpoint: %s", reason)
         if self._first:
             logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
 
@@ -91,6 +95,16 @@ class RunLog:
         if self._enabled:
             logger.info(text, *arguments)
 
+    def checkpoint(self, outcome: Outcome | None) -> None:
+        """Say how a save ended, if one did."""
+        if self._enabled and outcome:
+            (logger.warning if outcome.error else logger.info)("%s", outcome.describe())
+
+    def stopped(self, step: int) -> None:
+        """The run was asked to stop, and did after `step`."""
+        self._stopped_after = step
+        self.event("asked to stop: stopped after step %d of %d; go on with --resume", step, self._recipe.train.steps)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if not self._enabled:
             return
@@ -99,6 +113,8 @@ class RunLog:
             stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: somebody's decision
             step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
             self._tracker.close("KILLED" if stopped else "FAILED", timeout=5.0)
+        elif self._stopped_after is not None:  # the time until somebody pulls the plug is short
+            self._tracker.close("KILLED", timeout=5.0)
         else:
             logger.info("done in %s", _duration(time.monotonic() - self._start))
             self._tracker.close()

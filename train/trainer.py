@@ -12,7 +12,10 @@ from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import SegmentError, pad_end, plan_segments
 from powernap.model.stage import HybridStage
-from powernap.parallel import checkpoint, topology
+from powernap.parallel import topology
+from powernap.parallel.checkpoint.manifest import CheckpointError
+from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
@@ -20,8 +23,9 @@ from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
 from powernap.train.data.sample import DataError
 from powernap.train.evaluate import evaluate, evaluation_passes
-from powernap.train.interruption import interruptible
+from powernap.train.interruption import Signals
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from powernap.train.origin import versions
 from powernap.train.run_folder import RunFolder
 from powernap.train.run_log import RunLog
 
@@ -30,29 +34,39 @@ class DivergedError(ValueError):
     """Training left the realm of numbers, in one line."""
 
 
-def train(recipe: Recipe, resume: bool = False) -> None:
-    """Run `recipe` in this process and its peers; with `resume`, from the newest checkpoint of the run's folder."""
+def train(recipe: Recipe, signals: Signals, resume: bool = False) -> bool:
+    """Run `recipe` in this process and its peers; with `resume`, from the newest whole checkpoint of the run's folder.
+
+    Args:
+        signals: when any rank's ask to stop, all stop after the same step, with a checkpoint of it.
+
+    Returns:
+        whether the run is done; False: it was asked to stop
+    """
     parallel = recipe.parallel
     with topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here:
         folder = RunFolder(recipe.run_folder)
-        if here.is_main:
-            folder.create(recipe)
-        here.barrier()
+        start, passed_over = find_checkpoint(folder, here) if resume else (None, [])
+        here.raise_together(lambda: folder.create(recipe))
 
         stage, zero = build(recipe, here)
         done, data_state, memory = 0, None, None
-        if resume and (newest := checkpoint.newest(folder.checkpoints)):
-            done, data_state = checkpoint.load(newest, zero, here)
+        if start:
+            start.load(stage, zero, here)
+            done, data_state = start.step, start.state["data"]
             if recipe.sleep.carry:
-                memory = checkpoint.load_memory(newest, here)
+                memory = start.load_memory(stage, here)
         skipped = data_state["skipped"] if data_state else 0
 
-        resume_step = done if resume else None
-        with interruptible() as check_interruption, RunLog(recipe, folder, here, resume_step) as log:
-            log.start(count_parameters(stage, here))
+        writer = checkpoint_writer(recipe, folder, here)
+        with RunLog(recipe, folder, here, done if resume else None) as log:
+            log.start(count_parameters(stage, here), passed_over)
             batches = read_batches(recipe, here, data_state)
+            stop = agree_to_stop(signals, here)
             for step in range(done + 1, recipe.train.steps + 1):
-                check_interruption()
+                if stop:
+                    break
+                signals.check()
                 here.progress.step = step
                 here.progress.note("reading the batch")
                 batch, data_state = next(batches)
@@ -63,18 +77,61 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                     if skipped > recipe.data.skip_budget:
                         raise DataError(f"more than data.skip_budget={recipe.data.skip_budget} skipped; last: {reason}")
                 last = step == recipe.train.steps
-                if recipe.data.test and (last or is_due(step, recipe.evaluation.every)):
+                stop = agree_to_stop(signals, here) and not last
+                if recipe.data.test and not stop and (last or is_due(step, recipe.evaluation.every)):
                     passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
                     here.progress.note("evaluating")
                     metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
                 log.step(step, metrics)
-                if last or is_due(step, recipe.train.checkpoint_every):
+                log.checkpoint(writer.news())
+                if last or stop or is_due(step, recipe.checkpoint.every):
                     here.progress.note("saving a checkpoint")
                     states = here.gather_over_data(data_state)
                     data_state = {**merge_states(states), "skipped": skipped} if here.reads else None
-                    checkpoint.save(folder.checkpoints, step, stage, zero, here, data_state, memory)
+                    writer.save(step, stage, zero, {"data": data_state}, memory)
+            here.progress.note("waiting for the last checkpoint to be written")
+            log.checkpoint(writer.finish())
             if skipped:
                 log.event("%d samples or shards could not be used", skipped)
+            if stop:
+                log.stopped(here.progress.step or done)
+        here.progress.note("waiting for the other ranks to be done")
+        here.barrier()  # torchrun ends all when the first one leaves
+    return not stop
+
+
+def find_checkpoint(folder: RunFolder, here: Topology) -> tuple[Checkpoint | None, list[str]]:
+    """What to go on from, checked by all ranks, and why newer checkpoints were passed over.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none is whole.
+    """
+    here.progress.note("checking the checkpoints")
+    found, passed_over = Checkpoint.newest(folder.checkpoints, here)
+    if passed_over and not found:
+        raise CheckpointError(
+            f"no checkpoint of {folder.path} is whole: {passed_over[0]}; put a good one back, or start a new run"
+        )
+    return found, passed_over
+
+
+def checkpoint_writer(recipe: Recipe, folder: RunFolder, here: Topology) -> Writer:
+    about = {"versions": versions(), "config": recipe.model_dump(mode="json")}
+    wanted = recipe.checkpoint
+    return Writer(
+        folder.checkpoints,
+        here,
+        about,
+        keep_last=wanted.keep_last,
+        keep_every=wanted.keep_every,
+        asynchronous=wanted.asynchronous,
+    )
+
+
+def agree_to_stop(signals: Signals, here: Topology) -> bool:
+    """Whether any rank was asked to; the same answer on all."""
+    here.progress.note("agreeing with all ranks on whether to stop")
+    return bool(here.largest(signals.stop is not None))
 
 
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:

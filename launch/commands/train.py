@@ -20,6 +20,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     from powernap.launch import local
+    from powernap.parallel import exit_codes
+    from powernap.train.interruption import heeding_signals
     from powernap.train.recipe_file import load_recipe
     from powernap.train.run_folder import RunFolder
 
@@ -39,7 +41,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             return local.start(arguments, processes)
         local.run_alone()
 
-    from powernap.train.trainer import train
+    with heeding_signals() as signals:  # before the imports that take seconds
+        from powernap.train.trainer import train
 
-    train(recipe, resume=options.resume)
-    return 0
+        done = train(recipe, signals, resume=options.resume)
+    return 0 if done else exit_codes.PREEMPTED

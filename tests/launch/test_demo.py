@@ -5,7 +5,7 @@ import shutil
 
 import runs
 
-SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "train.checkpoint_every=3", "evaluation.samples=64")
+SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=64")
 
 
 def test_the_demo_from_shards_to_picture_and_again(tmp_path):

@@ -10,7 +10,6 @@ import torch
 
 import runs
 from powernap.launch.cli import main
-from powernap.model.stage import HybridStage
 from powernap.train import generate
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
@@ -39,11 +38,8 @@ def write_run(folder, here, manifest, name="run", seed=0, **sections):
     (folder / "data" / "train-000000.tar").touch()
     (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
     run = RunFolder(folder / "runs" / name)
-    run.create(recipe(folder, **sections))
-    torch.manual_seed(seed)
-    stage = HybridStage(run.recipe().model, run.recipe().sleep, here.groups)
-    (run.checkpoints / "step_00000001").mkdir()
-    torch.save(dict(stage.named_parameters()), run.checkpoints / "step_00000001" / "model.pt")
+    run.create(recipe(folder, run={"name": name, "seed": seed}, **sections))
+    runs.write_drawn(run, here)
     return run.path
 
 

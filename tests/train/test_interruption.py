@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from powernap.train.interruption import interruptible
+from powernap.train.interruption import heeding_signals
 
 
 class Kept:
@@ -23,21 +23,21 @@ def lose_an_interrupt():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_lost_in_a_callback_still_ends_the_run():
-    with pytest.raises(KeyboardInterrupt), interruptible() as check:
+    with pytest.raises(KeyboardInterrupt), heeding_signals() as signals:
         lose_an_interrupt()
         for _ in range(3):
-            check()
+            signals.check()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_error_that_follows_from_it_does_not_hide_it():
-    with pytest.raises(KeyboardInterrupt), interruptible():
+    with pytest.raises(KeyboardInterrupt), heeding_signals():
         lose_an_interrupt()
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
 
 
 def test_other_errors_stay_what_they_are():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(RuntimeError, match="mine"), interruptible():
+    with pytest.raises(RuntimeError, match="mine"), heeding_signals():
         raise RuntimeError("mine")
     assert signal.getsignal(signal.SIGINT) is before

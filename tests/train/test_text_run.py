@@ -4,18 +4,18 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
+from safetensors import safe_open
 
 import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
-from powernap.parallel import checkpoint
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
 from powernap.train.evaluate import evaluate
 from powernap.train.metrics import read_metrics
 from powernap.train.recipe_file import check, load_recipe
+from powernap.train.run_folder import RunFolder
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
 WINDOWS = 3  # in a sequence
@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
         "model": {**runs.RECIPE["model"], "window": 32, "vocab_size": 258, "pad_token_id": 257},
         "sleep": {"passes": 2, "every_window": True, "carry": True},
         "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 97, "lanes": 8},
-        "train": {"steps": 20, "global_batch_size": 8, "log_every": 10, "checkpoint_every": 10},
+        "train": {"steps": 20, "global_batch_size": 8, "log_every": 10},
+        "checkpoint": {"every": 10},
         "optimizer": {"lr": 1e-2, "warmup_steps": 5},
         "evaluation": {"samples": 17, "passes": [1, 2]},
     }
@@ -74,8 +75,9 @@ def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
     assert resumed[10]["seconds"] != unbroken[10]["seconds"]
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in resumed] == [line[key] for line in unbroken]
-    saved = torch.load(again / "checkpoints" / "step_00000010" / "memory-rank1.pt", weights_only=True)
-    assert [state.shape for state in saved] == [(8, 2, 16, 16)] and saved[0].abs().amax((1, 2, 3)).min() > 0
+    with safe_open(again / "checkpoints" / "step_00000010" / "rank-00001.safetensors", "pt") as saved:
+        state = saved.get_tensor("fast_weights/1")
+    assert state.shape == (8, 2, 16, 16) and state.abs().amax((1, 2, 3)).min() > 0
 
 
 def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here):
@@ -90,7 +92,7 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here
         overrides += [] if name == "whole" else [f"data.test={folder}/data/test-*.tar"]
         recipe = load_recipe(str(folder / "tiny.yaml"), overrides)
         stage = HybridStage(recipe.model, recipe.sleep, here.groups).double().to(here.device)
-        checkpoint.load_weights(checkpoint.newest(trained["one"] / "checkpoints"), stage)
+        RunFolder(trained["one"]).newest_checkpoint().load_weights(stage)
         losses[name] = evaluate(stage, recipe, [2], 1000, here).loss["2"]
     assert losses["carried"] == pytest.approx(losses["whole"], rel=1e-9)
     assert abs(losses["forgotten"] / losses["whole"] - 1) > 1e-3

@@ -21,6 +21,7 @@ from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard, fingerprint
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
+from powernap.train.interruption import outlive_one_sigterm
 from powernap.train.tasks.sample import Sample
 
 FETCH_AHEAD = 8  # remote shards at once, by each reader
@@ -99,6 +100,7 @@ def training_batches(
         batch_size=None,  # the readers make whole batches: torch takes them from the workers in turn
         num_workers=data.workers,
         collate_fn=_as_it_is,
+        worker_init_fn=outlive_one_sigterm,
         generator=torch.Generator(),  # its own: the model's random numbers must not depend on the readers
     )
     batches = iter(readers)

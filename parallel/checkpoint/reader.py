@@ -1,0 +1,214 @@
+"""Reading a checkpoint into a layout that need not be the one it was written in.
+
+What every rank wrote of a parameter is a stretch of its flattened tensor-parallel shard. A rank reads what overlaps its own
+stretch; only where the number of tensor ranks has changed, whole parameters are put together, one at a time.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from powernap.model.fast_weights import Memory
+from powernap.model.stage import HybridStage
+from powernap.parallel.checkpoint import manifest
+from powernap.parallel.checkpoint.manifest import CheckpointError, Found
+from powernap.parallel.checkpoint.shards import Split, cut, join, shard_shape, split_of, whole_shape
+from powernap.parallel.topology import Topology
+from powernap.parallel.zero import MASTER, ZeroOptimizer
+
+
+class _Stretch(NamedTuple):
+    file: str
+    tensor: int  # rank
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """A checkpoint whose files have been checked.
+
+    Attributes:
+        step: the number of optimizer steps behind it.
+        state: what the trainer added.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any]):
+        self.folder = folder
+        self.manifest = content
+        self.step: int = content["step"]
+        self.state: dict[str, Any] = content["state"]
+        self._tensor_ranks: int = content["layout"]["parallel.tensor"]
+        self._data_ranks: int = content["layout"]["parallel.data"]
+        self._stretches: dict[str, list[_Stretch]] = defaultdict(list)
+        for file, told in content["files"].items():
+            for name, (start, stop) in told["fragments"].items():
+                self._stretches[name].append(_Stretch(file, told["tensor"], start, stop))
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder`, after reading every byte of it.
+
+        Raises:
+            CheckpointError: if it is not what was written.
+        """
+        return cls(folder, manifest.verify(folder))
+
+    @classmethod
+    def newest(cls, folder: Path, here: Topology | None = None) -> tuple["Checkpoint | None", list[str]]:
+        """The newest whole checkpoint in a run's `checkpoints`, and why newer ones were passed over.
+
+        Args:
+            here: the ranks that share the reading; None: this process alone.
+        """
+        found = newest_valid_for_all(folder, here) if here and here.world_size > 1 else manifest.newest_valid(folder)
+        return (cls(found.folder, found.manifest) if found.folder else None), found.passed_over
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of all parameters of the model."""
+        return list(self.manifest["parameters"])
+
+    def whole(self, name: str, kind: str = MASTER) -> torch.Tensor:
+        """A whole parameter, or one of its optimizer states, float32 on the CPU."""
+        told = self.manifest["parameters"][name]
+        split = told["split"] and Split(*told["split"])
+        ranks = self._tensor_ranks if split else 1
+        shape = shard_shape(told["shape"], split, ranks)
+        shards = [self._stretch(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
+        return join(shards, split)
+
+    def load(self, stage: HybridStage, zero: ZeroOptimizer, here: Topology) -> None:
+        """Restore weights and optimizer states of this rank. All ranks call it."""
+        self._check_model({stage.global_name(name): p for name, p in stage.named_parameters()}, stage)
+        zero.restore_groups(self.manifest["groups"])
+        for name, parameter in stage.named_parameters():
+            fragment = zero.fragment(parameter)
+            if fragment is None:
+                continue
+            own = (split_of(parameter), here.tensor_rank, here.tensor_size)
+            for kind, (start, values) in zero.values(parameter, fragment).items():
+                values.copy_(self._part(stage.global_name(name), kind, *own, start, start + len(values)))
+        zero.adopt_masters()
+        self._open.clear()
+
+    def load_weights(self, stage: HybridStage, precision: str = "fp32") -> None:
+        """Copy the weights, as `precision` rounds them, into a whole model on this rank, to read with."""
+        own = {stage.global_name(name): parameter for name, parameter in stage.named_parameters()}
+        self._check_model(own, stage)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(rounded(self.whole(name), precision))
+        self._open.clear()
+
+    def load_memory(self, stage: HybridStage, here: Topology) -> Memory | None:
+        """What this rank's sequences carry to the next step; None if the checkpoint has nothing.
+
+        Sequence i of data rank d is lane i * data ranks + d of the stream.
+        """
+        lanes = self.manifest.get("lanes")
+        if not lanes:
+            return None
+        own = range(here.data_rank, lanes["count"], here.data_size)
+        memory = []
+        for block in stage.gdn_mixers:
+            heads, *rest = lanes["blocks"][str(block)]
+            whole = torch.empty(lanes["count"], heads, *rest)
+            share = heads // self._tensor_ranks
+            for file, told in self.manifest["files"].items():
+                if str(block) in told["blocks"]:
+                    where = slice(told["tensor"] * share, (told["tensor"] + 1) * share)
+                    whole[told["data"] :: self._data_ranks, where] = self._tensor(file, f"fast_weights/{block}")[:]
+            share = heads // here.tensor_size
+            where = slice(here.tensor_rank * share, (here.tensor_rank + 1) * share)
+            memory.append(whole[own.start :: own.step, where].contiguous().to(here.device))
+        self._open.clear()
+        return tuple(memory)
+
+    def _part(
+        self, name: str, kind: str, split: Split | None, rank: int, ranks: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """A stretch of the shard that tensor rank `rank` of `ranks` has of a parameter."""
+        if split is None or ranks == self._tensor_ranks:
+            return self._stretch(name, kind, rank if split else 0, start, stop)
+        return cut(self.whole(name, kind), split, rank, ranks).flatten()[start:stop]
+
+    def _stretch(self, name: str, kind: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        """A stretch of the shard that tensor rank `rank` had."""
+        values = torch.empty(stop - start)
+        covered = 0
+        for part in self._stretches[name]:
+            first, last = max(part.start, start), min(part.stop, stop)
+            if part.tensor != rank or first >= last:
+                continue
+            values[first - start : last - start] = self._tensor(part.file, f"{kind}/{name}")[
+                first - part.start : last - part.start
+            ]
+            covered += last - first
+        if covered != stop - start:
+            raise CheckpointError(f"{self.folder}: has {covered:,} of {stop - start:,} values of {kind}/{name}")
+        return values
+
+    def _tensor(self, file: str, name: str):
+        """A tensor of a file, to be sliced: only what is sliced is read."""
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: {' '.join(str(error).split())}") from None
+
+    def _check_model(self, own: dict[str, torch.nn.Parameter], stage: HybridStage) -> None:
+        """Raise CheckpointError unless the parameters here are those of the checkpoint, of the stage's part of it."""
+        saved = self.manifest["parameters"]
+        missing = [name for name in own if name not in saved]
+        if stage.is_first and stage.is_last:
+            missing += [name for name in saved if name not in own]
+        if missing:
+            raise CheckpointError(f"{self.folder}: holds another model: {sorted(missing)[:3]} differ")
+        for name, parameter in own.items():
+            shape = whole_shape(
+                getattr(parameter, "ds_shape", parameter.shape), split_of(parameter), stage.tp_group.size()
+            )
+            if shape != saved[name]["shape"]:
+                raise CheckpointError(
+                    f"{self.folder}: holds another model: {name} is {saved[name]['shape']} there, {shape} here"
+                )
+
+
+def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
+    """Master weights as training reads them."""
+    return weights.bfloat16().float() if precision == "bf16" else weights
+
+
+def newest_valid_for_all(folder: Path, here: Topology) -> Found:
+    """The newest checkpoint that is whole, each rank checking its share of the files; the same on all ranks."""
+    passed_over: list[str] = []
+    for candidate in reversed(here.from_main(manifest.checkpoints(folder) if here.is_main else None)):
+        content, problem = here.from_main(_try_manifest(candidate) if here.is_main else None)
+        if problem is None:
+            problems = here.gather_over_world(next(_problems(candidate, content, here), None))
+            problem = next(filter(None, problems), None)
+        if problem is None:
+            return Found(candidate, content, passed_over)
+        passed_over.append(problem)
+    return Found(None, {}, passed_over)
+
+
+def _try_manifest(candidate: Path) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        return manifest.read_manifest(candidate), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _problems(candidate: Path, content: dict[str, Any], here: Topology) -> Iterator[str]:
+    """What is wrong with this rank's share of the files."""
+    for name in list(content["files"])[here.rank :: here.world_size]:
+        if problem := manifest.check_file(candidate, name, content["files"][name]):
+            yield problem

@@ -1,0 +1,48 @@
+"""A parameter's whole and its tensor-parallel shards, in the order in which Megatron-core splits it."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Split(NamedTuple):
+    """How tensor ranks share a parameter: Megatron-core's partition_dim and partition_stride.
+
+    Stride 2 is two matrices in one, such as SwiGLU's gate and up: each rank has its part of either.
+    """
+
+    dim: int
+    stride: int
+
+
+def split_of(parameter: torch.nn.Parameter) -> Split | None:
+    """None: every tensor rank has the whole parameter."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return Split(parameter.partition_dim, parameter.partition_stride)
+
+
+def whole_shape(shape: torch.Size, split: Split | None, ranks: int) -> list[int]:
+    """The whole parameter's shape, from that of a shard."""
+    return [size * ranks if split and dim == split.dim else size for dim, size in enumerate(shape)]
+
+
+def shard_shape(shape: list[int], split: Split | None, ranks: int) -> list[int]:
+    """A shard's shape, from that of the whole parameter."""
+    return [size // ranks if split and dim == split.dim else size for dim, size in enumerate(shape)]
+
+
+def join(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
+    """The whole parameter of all tensor ranks' shards; of a parameter that is not split, any one."""
+    if split is None or len(shards) == 1:
+        return shards[0]
+    pieces = [shard.chunk(split.stride, split.dim) for shard in shards]
+    return torch.cat([piece[i] for i in range(split.stride) for piece in pieces], split.dim)
+
+
+def cut(whole: torch.Tensor, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
+    """The shard of tensor rank `rank` of `ranks`."""
+    if split is None or ranks == 1:
+        return whole
+    pieces = whole.chunk(split.stride * ranks, split.dim)
+    return torch.cat(pieces[rank::ranks], split.dim)

@@ -1,0 +1,351 @@
+"""Writing a checkpoint while training goes on.
+
+    save()                 every rank copies what it has out of the partitions: all that training waits for
+      thread on each rank    writes its file, reads it back for the SHA-256
+      thread on rank 0       collects them, writes the manifest, renames step_N.tmp to step_N, prunes
+
+Anything that fails leaves step_N.tmp, which is never taken for a checkpoint, and everything before it as it was. All ranks
+learn how it ended, and say so at the next call.
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from powernap.model.fast_weights import Memory
+from powernap.model.stage import HybridStage
+from powernap.parallel.checkpoint import manifest
+from powernap.parallel.checkpoint.manifest import CheckpointError
+from powernap.parallel.checkpoint.shards import split_of, whole_shape
+from powernap.parallel.topology import Topology
+from powernap.parallel.zero import ZeroOptimizer
+
+FAILURES = 3  # saves in a row that may fail before training stops: what it goes on to learn could not be kept
+MARGIN = 2**20  # bytes free beyond a checkpoint's, for manifest and folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one save ended."""
+
+    step: int
+    nbytes: int  # of all ranks
+    error: str | None  # in one line; None: the checkpoint is there
+    stall: float  # seconds that training waited
+    seconds: float  # until it was there
+    pruned: tuple[Path, ...] = ()
+
+    def describe(self) -> str:
+        if self.error:
+            return f"no checkpoint of step {self.step}: {self.error}"
+        pruned = f", {', '.join(path.name for path in self.pruned)} deleted" if self.pruned else ""
+        return (
+            f"checkpoint of step {self.step}: {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, of which training waited "
+            f"{self.stall:.2f} s{pruned}"
+        )
+
+
+class Writer:
+    """Writes the checkpoints of a run. All ranks make the same calls.
+
+    Args:
+        folder: the run's `checkpoints`; it must be there.
+        about: what the manifest says beside that: "versions", "config".
+        keep_last, keep_every: see `manifest.prune`.
+        asynchronous: go on training while files are written, at the price of a copy in host memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        here: Topology,
+        about: dict[str, Any],
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+    ):
+        self.folder = folder
+        self._here = here
+        self._about = about
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._asynchronous = asynchronous
+        # A group of its own: its messages, some from the thread, never cross with those of training.
+        timeout = timedelta(seconds=here.timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if here.world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._copies: dict[str, torch.Tensor] = {}
+        self._outcome: Outcome | None = None
+        self._failures = 0
+
+    def save(
+        self, step: int, stage: HybridStage, zero: ZeroOptimizer, state: dict[str, Any], memory: Memory | None = None
+    ) -> None:
+        """Write the state after `step`, in the background if asked; waits for a save that is not done yet.
+
+        Args:
+            state: what else the run needs to go on, as JSON; rank 0's counts.
+            memory: what this rank's sequences carry to the next step, if they do.
+
+        Raises:
+            CheckpointError: on all ranks, if this one and the ones before could not be written.
+        """
+        start = time.monotonic()
+        self._settle()
+        tensors, fragments = self._collect(stage, zero, memory)
+        parts = self._gather(sum(value.nbytes for value in tensors.values()))
+        nbytes = sum(parts) if parts else 0
+        error = self._broadcast(self._make_room(step, nbytes) if self._here.is_main else None)
+        if error is None and self._asynchronous:
+            try:
+                tensors = self._copy(tensors)
+            except (RuntimeError, MemoryError) as failed:
+                error = f"{self._here.describe()}: no memory for a copy of {nbytes:,} bytes ({_one_line(failed)})"
+            # Not to write with a copy missing, and not to leave the others waiting for this rank's part.
+            error = next(filter(None, self._all_gather(error)), None)
+        stall = time.monotonic() - start
+        if error is not None:
+            self._end(Outcome(step, nbytes, error, stall, stall))
+            return
+        own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
+        content = {
+            "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
+            "groups": zero.groups(), **self._describe(stage, zero, memory),
+        }  # fmt: skip
+
+        def write() -> None:
+            outcome = self._write(step, tensors, own, content)
+            waited = stall if self._asynchronous else time.monotonic() - start
+            self._end(Outcome(step, nbytes, outcome[0], waited, time.monotonic() - start, outcome[1]))
+
+        if not self._asynchronous:
+            write()
+            return
+        self._thread = threading.Thread(target=write, name="powernap-checkpoint", daemon=True)
+        self._thread.start()
+
+    def news(self) -> Outcome | None:
+        """How a save ended that ended since the last call, at this rank; None: nothing new."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def finish(self) -> Outcome | None:
+        """Wait for a save that is not done yet; `news`.
+
+        Raises:
+            CheckpointError: if the last checkpoint could not be written.
+        """
+        self._join()
+        outcome = self.news()
+        if self._failures:
+            raise CheckpointError(outcome.describe() if outcome else "the last checkpoint could not be written")
+        return outcome
+
+    def _settle(self) -> None:
+        self._join()
+        if self._failures >= FAILURES:
+            error = self._outcome.error if self._outcome else "see the log"
+            raise CheckpointError(f"{self._failures} checkpoints in a row could not be written, the last: {error}")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _end(self, outcome: Outcome) -> None:
+        self._failures = self._failures + 1 if outcome.error else 0
+        self._outcome = outcome
+
+    def _collect(
+        self, stage: HybridStage, zero: ZeroOptimizer, memory: Memory | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """This rank's tensors by their names in its file, and what the manifest says of them. Nothing is copied."""
+        here, tensors = self._here, {}
+        found: dict[str, Any] = {"fragments": {}, "blocks": []}
+        for name, parameter in _written_here(stage, here):
+            fragment = zero.fragment(parameter)
+            if fragment is None:
+                continue
+            found["fragments"][name] = [fragment.start, fragment.stop]
+            for kind, (start, value) in zero.values(parameter, fragment).items():
+                tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, len(fragment))
+        if memory is not None:
+            found["blocks"] = [str(block) for block in stage.gdn_mixers]
+            states = zip(found["blocks"], memory, strict=True)
+            tensors |= {f"fast_weights/{block}": state.detach() for block, state in states}
+        return tensors, found
+
+    def _describe(self, stage: HybridStage, zero: ZeroOptimizer, memory: Memory | None) -> dict[str, Any]:
+        """What the manifest says of all parameters and lanes; of this rank's stage here, of all at rank 0 later."""
+        here = self._here
+        group_of = {id(p): number for number, group in enumerate(zero.parameter_groups) for p in group}
+        parameters = {}
+        for name, parameter in _written_here(stage, here):
+            split = split_of(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is empty
+            shape = whole_shape(shape, split, here.tensor_size)
+            parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of[id(parameter)]}
+        lanes = None
+        if memory is not None:
+            shapes = {str(b): list(state.shape[1:]) for b, state in zip(stage.gdn_mixers, memory, strict=True)}
+            blocks = {block: [heads * here.tensor_size, *rest] for block, (heads, *rest) in shapes.items()}
+            rows = len(memory[0]) if memory else 0
+            lanes = {"count": rows * here.data_size, "blocks": blocks}
+        return {"parameters": parameters, "lanes": lanes}
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """In host memory; pages once taken are used again."""
+        for name, value in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != value.shape:
+                pinned = value.device.type == "cuda"
+                copy = self._copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            copy.copy_(value, non_blocking=True)
+        if self._here.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return {name: self._copies[name] for name in tensors}
+
+    def _make_room(self, step: int, nbytes: int) -> str | None:
+        """On rank 0: an empty step_N.tmp on a disk with room for it, or why not."""
+        unfinished = self._unfinished(step)
+        try:
+            if not self.folder.is_dir():
+                return f"{self.folder}: gone, {nbytes:,} bytes needed there"
+            for left in (*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.deleted")):
+                shutil.rmtree(left)
+            if (free := shutil.disk_usage(self.folder).free) < nbytes + MARGIN:
+                return f"{self.folder}: {nbytes + MARGIN:,} bytes needed, {free:,} free"
+            unfinished.mkdir()
+        except OSError as error:
+            return f"{unfinished}: {error.strerror}, {nbytes:,} bytes needed there"
+        return None
+
+    def _write(
+        self, step: int, tensors: dict[str, torch.Tensor], own: dict[str, Any], content: dict[str, Any]
+    ) -> tuple[str | None, tuple[Path, ...]]:
+        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned."""
+        name = f"rank-{self._here.rank:05d}.safetensors"
+        path = self._unfinished(step) / name
+        try:
+            try:
+                own |= _write_file(path, tensors)
+                error = None
+            except (OSError, SafetensorError) as failed:
+                needed = sum(value.nbytes for value in tensors.values())
+                error = f"{path}: {_reason(failed)}, {needed:,} bytes needed"
+            parts = self._gather((name, own, content["parameters"], content["lanes"], error))
+            outcome = self._commit(step, content, parts) if parts else None
+            return self._broadcast(outcome)
+        except RuntimeError as failed:  # another rank is gone
+            return f"{self._here.describe()}: {_one_line(failed)}", ()
+
+    def _commit(
+        self, step: int, content: dict[str, Any], parts: list[tuple[str, dict, dict, dict | None, str | None]]
+    ) -> tuple[str | None, tuple[Path, ...]]:
+        """On rank 0: manifest, rename, prune."""
+        for *_, error in parts:
+            if error:
+                return error, ()
+        unfinished, final = self._unfinished(step), self.folder / manifest.folder_name(step)
+        lanes = content["lanes"]
+        for _, _, parameters, others, _ in parts:
+            content["parameters"] |= parameters
+            if lanes:
+                lanes["blocks"] |= others["blocks"]
+                lanes["count"] = max(lanes["count"], others["count"])  # a stage without such a block knows of none
+        try:
+            files = {name: own for name, own, *_ in parts}
+            written = datetime.now(UTC).isoformat(timespec="seconds")
+            manifest.write_manifest(unfinished, {**content, "written": written, "files": files})
+            _sync(unfinished / manifest.NAME)
+            _sync(unfinished)
+            if final.exists():  # a broken one of the same step, which the run has passed over
+                shutil.rmtree(final)
+            unfinished.rename(final)
+            _sync(self.folder)
+        except OSError as failed:
+            return f"{unfinished}: {failed.strerror}", ()
+        try:
+            return None, tuple(manifest.prune(self.folder, self._keep_last, self._keep_every))
+        except OSError:  # the checkpoint is there; the next one tries again
+            return None, ()
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f"{manifest.folder_name(step)}.tmp"
+
+    def _gather(self, value: Any) -> list | None:
+        """What all ranks have for `value`, on rank 0."""
+        if self._group is None:
+            return [value]
+        found = [None] * self._here.world_size if self._here.is_main else None
+        dist.gather_object(value, found, dst=0, group=self._group)
+        return found
+
+    def _all_gather(self, value: Any) -> list:
+        if self._group is None:
+            return [value]
+        found = [None] * self._here.world_size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _broadcast(self, value: Any) -> Any:
+        if self._group is None:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+
+def layout_of(zero: ZeroOptimizer, here: Topology) -> dict[str, int]:
+    """The layout a checkpoint is written in, under the recipe's names."""
+    sizes = {"data": here.data_size, "tensor": here.tensor_size, "pipeline": here.stages}
+    return {**{f"parallel.{name}": size for name, size in sizes.items()}, "zero.stage": zero.level}
+
+
+def _written_here(stage: HybridStage, here: Topology):
+    """The parameters of which this rank writes what it has: of those that ranks share, one writes."""
+    for name, parameter in stage.named_parameters():
+        if split_of(parameter) is None and here.tensor_rank != 0:
+            continue
+        if stage.holds_tied_copy and parameter is stage.embedding.weight:
+            continue  # the first stage's
+        yield stage.global_name(name), parameter
+
+
+def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write and flush; size and SHA-256."""
+    # safetensors wants memory of its own for every tensor: a fragment is part of a partition.
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    _sync(path)
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Make file or folder survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
