@@ -4,6 +4,7 @@ import math
 import random
 import resource
 import time
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -193,8 +194,8 @@ def train_step(
         check_same_segments(micro_batches, here)
     here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
-    counts = torch.tensor([int(batch.loss_mask[:, 1:].sum()), len(batch.skipped)], device=here.device)
-    loss_tokens, skipped = here.sum_over_data(counts).tolist()
+    counts = [int(batch.loss_mask[:, 1:].sum()), len(batch.skipped), fingerprint(batch.tokens)]
+    loss_tokens, skipped, samples = here.sum_over_data(torch.tensor(counts, device=here.device)).tolist()
     if not loss_tokens:
         raise DataError(f"step {step}: no sequence of the batch holds a loss token")
     watched = step == 1 or step % recipe.train.log_every == 0
@@ -221,6 +222,7 @@ def train_step(
         "tokens": tokens,
         "seconds": seconds,
         "passes": passes,
+        "samples": f"{samples:x}",
     }
     if skipped:
         metrics["skipped"] = [reason for part in here.gather_over_data(batch.skipped) for reason in part]
@@ -229,6 +231,11 @@ def train_step(
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
         metrics.update(here.merge_over_model(health.summary()))
     return metrics, join([part.left for part in micro_batches]) if recipe.sleep.carry else None
+
+
+def fingerprint(tokens: torch.Tensor) -> int:
+    """Of which sequences these are, in any order: the sum of their CRC-32. tokens [B, T]."""
+    return sum(zlib.crc32(row.numpy().tobytes()) for row in tokens)
 
 
 def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None) -> list[MicroBatch]:

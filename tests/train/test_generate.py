@@ -205,9 +205,7 @@ def test_a_state_of_another_model_is_refused(text, here, tmp_path):
     )
     load_run(same).load_stream(tmp_path / "state.pt")
     for other in (weights, slept):
-        with pytest.raises(
-            GenerateError, match=f"of another model: its run, or checkpoint, is not {runs.RECIPE['run']['name']}"
-        ):
+        with pytest.raises(GenerateError, match=f"of another model: its run, or checkpoint, is not {other.name}"):
             load_run(other).load_stream(tmp_path / "state.pt")
     with pytest.raises(GenerateError, match="slept 2 passes each, not 1: write --passes 2"):
         load_run(text, 1).load_stream(tmp_path / "state.pt")
