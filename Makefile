@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all bench ui install clean
+.PHONY: help demo test test-all chaos bench ui install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -17,6 +17,9 @@ test: install  ## lint and the whole test suite
 
 test-all: install  ## and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
+
+chaos: install  ## 100 runs killed, stopped or damaged at random moments, resumed and compared
+	PYTHONPATH=tests:. $(BIN)/python tests/chaos.py --trials 100
 
 bench: install  ## measure speed and memory on this machine, into benchmarks/results/
 	$(BIN)/python -m benchmarks

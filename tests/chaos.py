@@ -203,7 +203,8 @@ class Chaos:
     def _wait(self, trial: Trial | None, processes: list[psutil.Process], limit: float = LEAVE) -> list[int]:
         """Exit codes of all; a rank that was frozen is killed when the others have left."""
         frozen = trial.rank if trial and trial.fault == "SIGSTOP" and not trial.by_command else None
-        deadline = time.monotonic() + limit + (15 if trial and trial.by_command else 0)
+        # torchrun gives processes that are left, such as a frozen one, 30 s.
+        deadline = time.monotonic() + limit + (35 if trial and trial.by_command else 0)
         codes: dict[int, int] = {}
         order = [i for i in range(len(processes)) if i != frozen] + ([frozen] if frozen is not None else [])
         for index in order:
@@ -216,6 +217,8 @@ class Chaos:
                     break
                 if time.monotonic() > deadline:
                     for process in processes:
+                        for child in process.children():
+                            child.kill()
                         process.kill()
                     raise Failed(f"rank {index} had not left after {limit} s")
                 time.sleep(0.01)
@@ -297,8 +300,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(folder, options.seed)
     for number in range(options.first, options.first + options.trials):
+        began = time.monotonic()
         try:
-            print(f"{number:3} ok      {chaos.run(number)}", flush=True)
+            told = chaos.run(number)
+            print(f"{number:3} ok {time.monotonic() - began:4.0f} s  {told}", flush=True)
         except Failed as error:
             failed += 1
             print(f"{number:3} FAILED  {Trial.draw(options.seed, number).describe()}: {error}", flush=True)
