@@ -8,10 +8,10 @@ import os
 import sys
 import warnings
 
-from powernap.launch.commands import compare, data, demo, evaluate, generate, plan, report, train, ui
+from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, train, ui
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-COMMANDS = (train, plan, evaluate, report, generate, data, compare, ui, demo)  # in the order of the help
+COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, ui, demo)  # in the order of the help
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from powernap.model.decoder import Decoder
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
-from powernap.train.config import Recipe
 from powernap.train.data.vocabulary import Vocabulary, find_vocabulary
+from powernap.train.export import is_exported, load_exported_weights, read_exported
 from powernap.train.run_folder import RunFolder
 from powernap.train.sampling import draw, token_probabilities
 
@@ -43,7 +43,9 @@ class Piece:
 
 
 def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
-    """The newest checkpoint of the run in folder `path`, whatever layout it was trained in, in this process alone.
+    """The newest whole checkpoint of the run in folder `path`, or a model that `powernap checkpoint export` wrote there.
+
+    It runs in this process alone, whatever layout it was trained in.
 
     Args:
         passes: N of every sleep; None: the largest that was trained.
@@ -53,17 +55,28 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
     """
     if passes is not None and passes < 1:
         raise GenerateError(f"passes={passes}: write 1 or more")
-    folder = RunFolder(Path(path))
-    recipe = folder.recipe()
-    newest = folder.newest_checkpoint()
+    path = Path(path)
+    if is_exported(path):
+        exported = read_exported(path)
+        model, sleep, name = exported.model, exported.sleep, exported.name
+    else:
+        folder = RunFolder(path)
+        recipe = folder.recipe()
+        newest = folder.newest_checkpoint()
+        model, sleep, name = recipe.model, recipe.sleep, recipe.run.name
     here = topology.initialize(
         **({} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1})
     )
     if here.world_size > 1:
         raise GenerateError(f"generation runs in one process, {here.world_size} were started: start one")
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
-    newest.load_weights(stage, recipe.train.precision)
-    return RunModel(stage, recipe, passes or max(recipe.sleep.pass_choices))
+    stage = HybridStage(model, sleep, here.groups).to(here.device)
+    if is_exported(path):
+        load_exported_weights(path, stage)
+        vocabulary = exported.vocabulary
+    else:
+        newest.load_weights(stage, recipe.train.precision)
+        vocabulary = find_vocabulary(recipe.data)
+    return RunModel(stage, name, passes or max(sleep.pass_choices), vocabulary)
 
 
 class RunModel:
@@ -74,11 +87,11 @@ class RunModel:
         vocabulary: what its tokens stand for.
     """
 
-    def __init__(self, stage: HybridStage, recipe: Recipe, passes: int):
+    def __init__(self, stage: HybridStage, name: str, passes: int, vocabulary: Vocabulary):
         self.stage = stage
-        self.recipe = recipe
+        self.name = name
         self.passes = passes
-        self.vocabulary: Vocabulary = find_vocabulary(recipe.data)
+        self.vocabulary = vocabulary
 
     def stream(self, batch: int = 1, seed: int = 0) -> "Stream":
         """`batch` new streams. Row i draws from seed + i: what a row says does not depend on the others."""
@@ -103,9 +116,7 @@ class RunModel:
         except Exception:  # torch's and pickle's, of many kinds
             raise GenerateError(f"{path}: not a state that powernap generate saved") from None
         if model != self.fingerprint():
-            raise GenerateError(
-                f"{path}: of another model: its run, or checkpoint, is not {self.recipe.run.name}'s newest"
-            )
+            raise GenerateError(f"{path}: of another model: its run, or checkpoint, is not {self.name}'s newest")
         if passes != self.passes:
             raise GenerateError(
                 f"{path}: its windows slept {passes} passes each, not {self.passes}: write --passes {passes}"
@@ -124,15 +135,15 @@ class RunModel:
             DataError, GenerateError: a word or token that the model does not have.
         """
         tokens = self.vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        size = self.recipe.model.vocab_size
+        size = self.stage.model.vocab_size
         if wrong := [token for token in tokens if not 0 <= token < size]:
             raise GenerateError(f"token {wrong[0]} is none of the model's: they are 0 .. {size - 1}")
         return tokens
 
     def fingerprint(self) -> str:
         """Of all that a saved state depends on: sizes, the way of sleeping, weights."""
-        sleep = self.recipe.sleep.model_dump(mode="json", exclude={"passes", "backprop_passes"})
-        about = json.dumps([self.recipe.model.model_dump(mode="json"), sleep], sort_keys=True)
+        sleep = self.stage.sleep.model_dump(mode="json", exclude={"passes", "backprop_passes"})
+        about = json.dumps([self.stage.model.model_dump(mode="json"), sleep], sort_keys=True)
         found = hashlib.sha256(about.encode())
         for name, parameter in self.stage.named_parameters():
             found.update(name.encode())

@@ -14,12 +14,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
 
 
-def run_folder(name: str) -> Path:
-    """A run by folder or by its name below runs/."""
+def run_folder(name: str, files: tuple[str, ...] = ("config.yaml", "metrics.jsonl")) -> Path:
+    """A run by folder or by its name below runs/: a folder with any of `files`."""
     from powernap.train.recipe_file import RecipeError
 
     for folder in (Path(name), Path("runs") / name):
-        if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
+        if any((folder / file).is_file() for file in files):
             return folder
     raise RecipeError(f"no run '{name}': give its folder, or its name below runs/")
 

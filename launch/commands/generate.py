@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "mine --prompt-file book.txt --max-tokens 0 --save-state book.pt; powernap generate mine --state book.pt "
         "--prompt 'In short,'",
     )
-    parser.add_argument("run_name", metavar="RUN", help=RUN)
+    parser.add_argument("run_name", metavar="RUN", help=f"{RUN}; or an exported model")
     # All of these are prompts, in the order given.
     parser.add_argument(
         "--prompt", dest="prompts", action="append", type=_text, metavar="TEXT", default=[], help="text, or words "
@@ -50,7 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    folder = run_folder(options.run_name)
+    folder = run_folder(options.run_name, ("config.yaml", "config.json"))
     from powernap.train.generate import GenerateError, load_run
 
     if not options.prompts and not options.state:

@@ -96,7 +96,7 @@ def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo,
             right[depth] += greedy(row, start, stop) == tokens[row, start:stop].tolist()
     batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [torch.tensor(places)] * len(tokens))
     monkeypatch.setattr("powernap.train.evaluate.evaluation_batches", lambda *_, **__: [batch])
-    result = evaluate(model.stage, model.recipe, [1, 2], len(tokens), here)
+    result = evaluate(model.stage, RunFolder(depo).recipe(), [1, 2], len(tokens), here)
     assert {int(d): round(share * 24) for d, share in result.accuracy["2"].items()} == right
     assert all(4 < count < 20 for count in right.values())
     assert {int(d): round(share * 24) for d, share in result.accuracy["1"].items()} != right  # slept on with another N
@@ -196,7 +196,7 @@ def test_a_state_of_another_model_is_refused(text, here, tmp_path):
     stream = load_run(text).stream()
     list(stream.generate(["a"], max_tokens=1))
     stream.save(tmp_path / "state.pt")
-    sections = {"model": load_run(text).recipe.model.model_dump()}
+    sections = {"model": load_run(text).stage.model.model_dump()}
     (tmp_path / "other").mkdir()
     weights = write_run(tmp_path / "other", here, BYTES, "weights", seed=1, **sections)
     slept = write_run(tmp_path / "other", here, BYTES, "slept", sleep={"passes": 2, "every_window": True}, **sections)
@@ -290,8 +290,8 @@ def test_words_of_a_task_come_back_as_its_tokens(name):
 
 
 def test_the_vocabulary_is_that_of_the_shards(depo, text, tmp_path, here):
-    assert find_vocabulary(load_run(depo).recipe.data).encode("1 6. [hop 2]") == [1, 12, 14]
-    assert find_vocabulary(load_run(text).recipe.data).encode("hé") == [104, 195, 169]
+    assert load_run(depo).vocabulary.encode("1 6. [hop 2]") == [1, 12, 14]
+    assert load_run(text).vocabulary.encode("hé") == [104, 195, 169]
     both = {name: {"shards": str(run.parent.parent / "data" / "*.tar")} for name, run in (("a", depo), ("b", text))}
     for train, why in (
         ({**both}, r"data.train mixes vocabularies \(a, b\): write the prompt as --tokens 1,2,3"),

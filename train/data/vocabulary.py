@@ -110,20 +110,34 @@ class Numbers:
 def find_vocabulary(data: DataConfig) -> Vocabulary:
     """That of the training shards; of a mixture, if its datasets have the same; else numbers."""
     try:
-        found = {}
-        for name, (spec, _) in data.datasets.items():
-            field = f"data.train.{name}" if name else "data.train"
-            path = local_path(expand_shards(spec, field)[0])
-            task = described_by(read_manifest(path)) if path else None
-            if task is None:
-                return Numbers(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
-            found[name] = task.tokenizer if isinstance(task, Text) else repr(task)
-        if len(set(found.values())) > 1:
-            return Numbers(f"data.train mixes vocabularies ({', '.join(found)})")
-        if isinstance(task, Text):
-            return TextVocabulary(task.vocabulary)
+        return vocabulary_of(find_task(data))
     except DataError as error:
         return Numbers(str(error))
+
+
+def find_task(data: DataConfig) -> Section:
+    """The text or task that the training shards were built from; of a mixture, any one: its datasets' tokens are the same.
+
+    Raises:
+        DataError: if nothing says it, or several vocabularies are mixed.
+    """
+    found = {}
+    for name, (spec, _) in data.datasets.items():
+        field = f"data.train.{name}" if name else "data.train"
+        path = local_path(expand_shards(spec, field)[0])
+        task = described_by(read_manifest(path)) if path else None
+        if task is None:
+            raise DataError(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
+        found[name] = task.tokenizer if isinstance(task, Text) else repr(task)
+    if len(set(found.values())) > 1:
+        raise DataError(f"data.train mixes vocabularies ({', '.join(found)})")
+    return task
+
+
+def vocabulary_of(task: Section) -> Vocabulary:
+    """Raises DataError if a text's tokenizer cannot be read."""
+    if isinstance(task, Text):
+        return TextVocabulary(task.vocabulary)
     return Words([task.token_name(token) for token in range(task.vocab_size)])
 
 

@@ -1,0 +1,135 @@
+"""powernap checkpoint: what a run has saved, whether it is whole, and its model by itself."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from powernap.launch.commands.arguments import RUN, count, run_folder
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "checkpoint",
+        help="list, verify, export checkpoints",
+        description="A run's checkpoints: list them, read every byte of them, write a model by itself.",
+        epilog="examples: powernap checkpoint inspect mine; powernap checkpoint verify mine; powernap checkpoint export "
+        "mine exported && powernap generate exported --prompt 'the cat'",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, run, text in (
+        ("inspect", inspect, "list a run's checkpoints; with --step, what is in one"),
+        ("verify", verify, "read every file and compare size and SHA-256; exit code 1 if one is not what was written"),
+        ("export", export, "write a model, whole, as safetensors with a config.json, for powernap generate and others"),
+    ):
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.add_argument("run_name", metavar="RUN", help=RUN)
+        action.add_argument("--step", type=count, metavar="N", help="the checkpoint of this step alone")
+        if name == "export":
+            action.add_argument("to", metavar="FOLDER", type=Path, help="a new folder")
+        action.set_defaults(run=run)
+
+
+def inspect(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.parallel.checkpoint.manifest import CheckpointError, read_manifest
+
+    found = _checkpoints(options)
+    if options.step:
+        print("\n".join(_describe(read_manifest(found[0]))))
+        return 0
+    print(f"{'step':>9} {'written (UTC)':20} {'bytes':>15} {'files':>5}  layout")
+    for folder in found:
+        try:
+            content = read_manifest(folder)
+        except CheckpointError as error:
+            print(f"{folder.name[5:].lstrip('0'):>9} BROKEN: {error}")
+            continue
+        size = sum(file["bytes"] for file in content["files"].values())
+        written = content["written"][:19].replace("T", " ")
+        print(f"{content['step']:9,} {written:20} {size:15,} {len(content['files']):5}  {_layout(content)}")
+    print(f"{found[0].parent}: sizes as written; powernap checkpoint verify reads the files")
+    return 0
+
+
+def verify(options: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from powernap.parallel.checkpoint.manifest import CheckpointError
+    from powernap.parallel.checkpoint.manifest import verify as read_all
+
+    broken = 0
+    for folder in _checkpoints(options):
+        with tqdm(unit="B", unit_scale=True, desc=folder.name, leave=False, disable=not sys.stderr.isatty()) as bar:
+            try:
+                content, problem = read_all(folder, bar.update), None
+            except CheckpointError as error:
+                problem = str(error)
+        if problem:
+            broken += 1
+            print(f"{folder.name}  BROKEN  {problem}")
+        else:
+            size = sum(file["bytes"] for file in content["files"].values())
+            print(f"{folder.name}  whole   {size:,} bytes in {len(content['files'])} files")
+    return 1 if broken else 0
+
+
+def export(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.parallel.checkpoint.reader import Checkpoint
+    from powernap.train.export import export as write
+    from powernap.train.run_folder import RunFolder
+
+    folder = RunFolder(run_folder(options.run_name))
+    checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
+    write(checkpoint, folder.recipe(), options.to)
+    size = sum(file.stat().st_size for file in options.to.iterdir())
+    print(f"{options.to}: the model after step {checkpoint.step:,}, {size:,} bytes")
+    return 0
+
+
+def _checkpoints(options: argparse.Namespace) -> list[Path]:
+    """Those of the run, or the one that was asked for; at least one."""
+    from powernap.parallel.checkpoint.manifest import CheckpointError, checkpoints, step_of
+    from powernap.train.run_folder import RunFolder
+
+    folder = RunFolder(run_folder(options.run_name)).checkpoints
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: no checkpoint yet")
+    if options.step is None:
+        return found
+    chosen = [path for path in found if step_of(path) == options.step]
+    if not chosen:
+        raise CheckpointError(
+            f"{folder}: none of step {options.step}: there are {', '.join(str(step_of(p)) for p in found)}"
+        )
+    return chosen
+
+
+def _layout(content: dict) -> str:
+    return " ".join(f"{name.split('.')[-1]}={size}" for name, size in content["layout"].items()).replace(
+        "stage", "zero"
+    )
+
+
+def _describe(content: dict) -> list[str]:
+    from math import prod
+
+    parameters = content["parameters"]
+    versions = ", ".join(f"{name} {version[:12]}" for name, version in content["versions"].items())
+    states = sorted({kind for group in content["groups"] for kind in group["kinds"]})
+    lanes = content.get("lanes")
+    lines = [
+        f"step        {content['step']:,}, written {content['written']}",
+        f"layout      {_layout(content)}",
+        f"versions    {versions}",
+        f"parameters  {len(parameters)} tensors, {sum(prod(told['shape']) for told in parameters.values()):,} numbers",
+        f"optimizer   float32 master weights, {', '.join(states) or 'no states yet'}",
+        f"lanes       {lanes['count']} with fast weights of blocks {', '.join(lanes['blocks'])}"
+        if lanes
+        else "lanes       none",
+    ]
+    for name, told in parameters.items():
+        split = f", split along {told['split'][0]}" if told["split"] else ""
+        lines.append(f"  {name:50} {' x '.join(map(str, told['shape']))}{split}")
+    for name, told in content["files"].items():
+        lines.append(f"  {name:28} {told['bytes']:>14,} bytes  sha256 {told['sha256'][:16]}...")
+    return lines
