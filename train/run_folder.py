@@ -24,6 +24,8 @@ FREE_ON_RESUME = {
     "run.root",
     "run.experiment",
     "train.log_every",
+    "train.skip_budget",
+    "train.spike_factor",
     "train.checkpoint_every",
     "evaluation.every",
     "evaluation.passes",
@@ -43,6 +45,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped_steps(self) -> Path:
+        return self.path / "skipped_steps.jsonl"
 
     @property
     def checkpoints(self) -> Path:
