@@ -102,7 +102,7 @@ class SkippedSteps:
                 "optimizer.clip"
             )
         else:
-            advice = "they lie apart: look at their samples, or raise train.skip_budget"
+            advice = "look at the samples, or raise train.skip_budget"
         raise DivergedError(
             f"loss or gradient not finite in {count} step{'s' if count > 1 else ''}, {_listed(self.steps)} "
             f"(train.skip_budget={budget}); {self._first_place}; {advice}; --resume --detect-anomaly names the module, "
