@@ -35,9 +35,7 @@ class Progress:
         self.step: int | None = None
         self.note("starting")
 
-    def note(
-        self, doing: str | Callable[..., str], *details: object, brief: Callable[[], str] | None = None
-    ) -> None:
+    def note(self, doing: str | Callable[..., str], *details: object, brief: Callable[[], str] | None = None) -> None:
         """`doing` is a text, or makes one from `details` if somebody asks; `brief` leaves out what comes next."""
         self._doing, self._details, self._brief = doing, details, brief
         self.changed = time.monotonic()

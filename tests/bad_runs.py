@@ -23,7 +23,7 @@ def train_badly(folder: Path, processes: int, cases: dict[str, tuple[dict[int, s
 
     A case is what goes wrong, by step, and arguments:
         nan: a gradient. large: the same gradient, a thousand times. forward: a weight, before the step. backward: the
-        gradient of a module's output.
+        gradient of a module's output. state: the fast weights of the rank's first sequence.
     """
     arguments = [(bad, [f"run.name={name}", *further]) for name, (bad, further) in cases.items()]
     ports = [runs._free_port() for _ in cases]
@@ -43,7 +43,9 @@ def _train(rank, store, processes, folder, cases, ports):
         with mock.patch("powernap.train.trainer.forward_backward", _spoiled(bad)), contextlib.redirect_stderr(said):
             code = cli.main(["train", "tiny.yaml", *arguments])
         results.append((code, said.getvalue()))
-        if code and processes == 1:  # leave, so that the next run can be joined; with others a failed run must be the last
+        if (
+            code and processes == 1
+        ):  # leave, so that the next run can be joined; with others a failed run must be the last
             topology.shutdown()
     return results
 
@@ -51,16 +53,21 @@ def _train(rank, store, processes, folder, cases, ports):
 def _spoiled(bad: dict[int, str]):
     def run(stage, micro_batches, scale, here, **options):
         kind = bad.get(here.progress.step) if here.rank == here.world_size - 1 else None
-        layer = stage.decoder.layers[BLOCK - stage.blocks.start] if kind else None
+        mixer = stage.decoder.layers[BLOCK - stage.blocks.start].self_attention if kind else None
+        # As an attribute, ZeRO-3 would gather it here, on this rank alone.
+        parameter = next((p for n, p in stage.named_parameters() if stage.global_name(n) == PARAMETER), None)
         hooks = []
         if kind in ("nan", "large"):
             factor = float("nan") if kind == "nan" else 1000.0
-            hooks.append(layer.self_attention.in_proj.weight.register_hook(lambda gradient: gradient * factor))
+            hooks.append(parameter.register_hook(lambda gradient: gradient * factor))
         elif kind == "forward":
             with torch.no_grad():
-                layer.self_attention.in_proj.weight[0, 0] = float("inf")
+                parameter[0, 0] = float("inf")
+        elif kind == "state":
+            hooks.append(
+                mixer.register_forward_hook(lambda module, inputs, output: (output[0], _first_broken(output[1])))
+            )
         elif kind == "backward":
-            mixer = layer.self_attention
             mixer.out_proj.register_forward_hook(lambda module, inputs, output: (_Broken.apply(output[0]), output[1]))
         loss = forward_backward(stage, micro_batches, scale, here, **options)
         for hook in hooks:
@@ -68,6 +75,10 @@ def _spoiled(bad: dict[int, str]):
         return loss
 
     return run
+
+
+def _first_broken(state: torch.Tensor) -> torch.Tensor:
+    return torch.cat([state[:1] * float("inf"), state[1:]])
 
 
 class _Broken(torch.autograd.Function):

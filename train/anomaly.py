@@ -1,7 +1,8 @@
 """`powernap train --detect-anomaly`: which module makes the first number that is not finite.
 
 Every module's inputs and outputs are looked at as they pass, and in the backward pass the gradients of both, so the first
-to complain is the innermost module in which it happened. Slow: each look waits for the device.
+to complain is the innermost module in which it happened. Slow: each look waits for the device. Last digits may differ from
+those of a run without, since autograd adds up gradients in another order.
 
 torch's own anomaly mode is of no help here: it knows NaN but not infinity, names autograd's functions and not modules, and
 prints pages.

@@ -61,8 +61,8 @@ class Spikes:
         median = self._history.median_if_spike("gradient", metrics["grad_norm"], self._factor)
         if median is not None:
             lines.append(
-                f"step {step}: gradient norm {metrics['grad_norm']:.4g}, {metrics['grad_norm'] / median:.1f} times the "
-                f"median of the last {len(self._own)} steps ({median:.4g}); grown most: {self._grown_most(norms)}"
+                f"step {step}: gradient norm {metrics['grad_norm']:.4g}, {_times(metrics['grad_norm'], median)} the median "
+                f"of the last {len(self._own)} steps ({median:.4g}); grown most: {self._grown_most(norms)}"
             )
         self._own.append(norms)
         for name, value in metrics.items():
@@ -73,7 +73,7 @@ class Spikes:
                 _, block, number, _ = name.split("/")
                 lines.append(
                     f"step {step}: fast weights of {block.replace('_', ' ')} after {number.replace('_', ' ')} have norm "
-                    f"{value:.4g}, {value / median:.1f} times their recent median ({median:.4g})"
+                    f"{value:.4g}, {_times(value, median)} their recent median ({median:.4g})"
                 )
         return lines
 
@@ -89,3 +89,7 @@ class Spikes:
             f"{name} {times:.1f} times" + (f" on {self._here.describe_rank(rank)}" if several else "")
             for times, name, rank in sorted(found, reverse=True)[:PARAMETERS_NAMED]
         )
+
+
+def _times(value: float, median: float) -> str:
+    return f"{value / median if median else float('inf'):.1f} times"

@@ -12,17 +12,17 @@ from not_finite import PARAMETER, Case
 from processes import run_cases
 
 CASES = {
-    "stage 1, DP2": Case(data=2),
     "stage 1, TP2+SP": Case(tensor=2, sequence=True),
     "stage 1, PP2, tied": Case(pipeline=2, tied=True),
     "stage 1, DP2, bf16": Case(data=2, precision="bf16"),
     "stage 1, PP2, muon, finite but too large": Case(pipeline=2, optimizer="muon", large=True),
-    "stage 1, DP2, bf16, muon": Case(data=2, precision="bf16", optimizer="muon"),
     "stage 2, DP2, bf16": Case(level=2, data=2, precision="bf16"),
     "stage 3, DP2": Case(level=3, data=2),
     "stage 3, DP2, bf16, offload": Case(level=3, data=2, precision="bf16", offload=True),
 }
 WIDE = {
+    "stage 1, DP2, bf16, muon": Case(data=2, precision="bf16", optimizer="muon"),
+    "stage 1, DP2": Case(data=2),
     "stage 1, one process": Case(),
     "stage 1, DP2, offload": Case(data=2, offload=True),
     "stage 1, PP2, bf16": Case(pipeline=2, precision="bf16"),
