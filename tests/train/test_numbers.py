@@ -19,7 +19,7 @@ from powernap.train.metrics import read_metrics
 from powernap.train.skipped_steps import forget_broken
 
 STEPS = 14
-BAD = {4: "nan", 7: "nan", 13: "large"}
+BAD = {5: "nan", 7: "nan", 13: "large"}
 CARRY = ["sleep.carry=true", "sleep.every_window=true", "model.window=23", "train.global_batch_size=4", "data.lanes=4"]
 SAME = ["train.deterministic=true"]
 
@@ -91,7 +91,7 @@ def test_skipped_steps_are_marked_and_the_run_goes_on(folder, results):
         assert {code for code, _ in results[name]} == {0}, results[name]
         found = records(folder, name)
         assert [record["step"] for record in found] == list(range(1, STEPS + 1))
-        assert [record["step"] for record in found if record.get("skipped_step")] == [4, 7]
+        assert [record["step"] for record in found if record.get("skipped_step")] == [5, 7]
         assert found[-1]["loss"] < found[0]["loss"]
         # The learning rate goes by the step's number.
         assert [record["lr"] for record in found] == [record["lr"] for record in records(folder, "good")]
@@ -105,7 +105,7 @@ def test_a_skipped_step_names_the_parameter_and_the_rank(folder, results):
         for record in skipped(folder, name):
             assert record["not_finite"] == [{"rank": place, "parameters": 1, "first": [PARAMETER]}]
             assert record["ranks_not_finite"] == 1 and record["grad_norm"] in ("NaN", "Infinity")
-        assert "step 4 skipped: loss 2." in log(folder, name) and f"first in {place}: {PARAMETER}" in log(folder, name)
+        assert "step 5 skipped: loss 2." in log(folder, name) and f"first in {place}: {PARAMETER}" in log(folder, name)
 
 
 def test_a_skipped_step_names_the_samples_of_its_batch(folder, results, monkeypatch):
@@ -128,9 +128,9 @@ def test_a_skipped_step_names_the_samples_of_its_batch(folder, results, monkeypa
             expected[step].append(f"{shard.name}:{keys[shard.name][i]}")
     for name in ("bad", "bad_data", "bad_pipeline"):
         assert {record["step"]: record["samples"] for record in skipped(folder, name)} == {
-            step: expected[step] for step in (4, 7)
+            step: expected[step] for step in (5, 7)
         }
-        assert len(set(expected[4])) == 16
+        assert len(set(expected[5])) == 16
 
 
 def test_the_count_and_the_file_survive_a_resume(folder, results):
@@ -143,7 +143,7 @@ def test_the_count_and_the_file_survive_a_resume(folder, results):
     assert {code for code, _ in found["bad"]} == {0}, found
     assert (broken / "skipped_steps.jsonl").read_text() == (before / "skipped_steps.jsonl").read_text()
     state = json.loads((broken / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
-    assert state["data"]["skipped_steps"] == [4, 7]
+    assert state["data"]["skipped_steps"] == [5, 7]
     assert [r["loss"] for r in read_metrics(broken / "metrics.jsonl")] == [r["loss"] for r in records(folder, "bad")]
 
 
