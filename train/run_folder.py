@@ -26,6 +26,7 @@ FREE_ON_RESUME = {
     "train.log_every",
     "train.skip_budget",
     "train.spike_factor",
+    "train.deterministic",
     "train.checkpoint_every",
     "evaluation.every",
     "evaluation.passes",

@@ -1,6 +1,7 @@
 """Numbers that are not finite, or leave what they were: skipped steps, spikes, the module at fault, the same bits."""
 
 import json
+import os
 import re
 import shutil
 
@@ -15,6 +16,7 @@ from powernap.train.data.cache import cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards
+from powernap.train.deterministic import ENVIRONMENT, deterministic
 from powernap.train.metrics import read_metrics
 from powernap.train.skipped_steps import forget_broken
 
@@ -214,6 +216,18 @@ def test_two_deterministic_runs_agree_to_the_bit(folder, results):
         found = checkpoint(folder, one)
         assert len(found) >= 2 and equal(found, checkpoint(folder, other))
     assert records(folder, "good")[-1]["loss"] != records(folder, "good_data")[-1]["loss"]
+
+
+def test_deterministic_asks_torch_and_leaves_what_the_environment_says(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Tree"
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_lane_whose_fast_weights_broke_begins_anew_in_a_run(folder, results):
