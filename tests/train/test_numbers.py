@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -218,15 +219,14 @@ def test_two_deterministic_runs_agree_to_the_bit(folder, results):
     assert records(folder, "good")[-1]["loss"] != records(folder, "good_data")[-1]["loss"]
 
 
-def test_deterministic_asks_torch_and_leaves_what_the_environment_says(monkeypatch):
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NCCL_ALGO", "Tree")
-    with deterministic(False):
-        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with deterministic(True):
-        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Tree"
+def test_deterministic_asks_torch_and_leaves_what_the_environment_says():
+    without = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    with mock.patch.dict(os.environ, {**without, "NCCL_ALGO": "Tree"}, clear=True):
+        with deterministic(False):
+            assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        with deterministic(True):
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Tree"
     assert not torch.are_deterministic_algorithms_enabled()
 
 
