@@ -95,12 +95,12 @@ class HybridStage(MegatronModule):
         return self.embedding is not None and not self.is_first
 
     def global_name(self, name: str) -> str:
-        """A parameter's name in the whole model, from its name in this stage."""
+        """A parameter's or module's name in the whole model, from its name in this stage."""
         prefix = "decoder.layers."
         if not name.startswith(prefix):
             return name
-        index, rest = name.removeprefix(prefix).split(".", 1)
-        return f"{prefix}{int(index) + self.blocks.start}.{rest}"
+        index, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(index) + self.blocks.start}{dot}{rest}"
 
     @property
     def gdn_mixers(self) -> dict[int, torch.nn.Module]:

@@ -198,7 +198,8 @@ class StageStep:
 
     def _note(self, *step) -> None:
         self._steps_done += 1
-        self.here.progress.note(self._say, self._steps_done, Step(*step))
+        step = Step(*step)
+        self.here.progress.note(self._say, self._steps_done, step, brief=lambda: self._name(step))
 
     def _say(self, done: int, step: Step) -> str:
         """What this stage does, and if it has done that, what it waits for."""

@@ -83,6 +83,12 @@ class Topology:
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
+    def gather(self, value: object) -> list:
+        """What each rank has for `value`."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def merge_over_model(self, values: dict[str, float]) -> dict[str, float]:
         """The values of all stages and tensor ranks of this model; where several have one of a name, their mean."""
         found = [None] * self.groups.mp.size()

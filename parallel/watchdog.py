@@ -36,13 +36,15 @@ class Progress:
         self.step: int | None = None
         self.note("starting")
 
-    def note(self, doing: str | Callable[..., str], *details: object) -> None:
-        """`doing` is a text, or makes one from `details` if somebody asks."""
-        self._doing, self._details = doing, details
+    def note(self, doing: str | Callable[..., str], *details: object, brief: Callable[[], str] | None = None) -> None:
+        """`doing` is a text, or makes one from `details` if somebody asks; `brief` leaves out what comes next."""
+        self._doing, self._details, self._brief = doing, details, brief
         self.changed = time.monotonic()
 
-    def describe(self) -> str:
+    def describe(self, brief: bool = False) -> str:
         doing = self._doing(*self._details) if callable(self._doing) else self._doing
+        if brief and self._brief:
+            doing = self._brief()
         return doing if self.step is None else f"step {self.step}, {doing}"
 
 

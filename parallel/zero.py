@@ -129,6 +129,9 @@ class ZeroOptimizer:
         self.level = level
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._unused: dict[torch.nn.Parameter, None] = {}  # so far in this step, in order
+        self._loss: torch.Tensor | None = None
+        # [parameters of the stage], on the device: what this rank alone accumulated in the last step, in float32.
+        self.gradient_norms: torch.Tensor | None = None
         for parameter in stage.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: self._unused.pop(parameter, None))
         if stage.holds_tied_copy:
@@ -192,10 +195,26 @@ class ZeroOptimizer:
         with self.engine.coalesce_grad_reduction() if self.level > 1 else contextlib.nullcontext():
             yield
             self._complete()
+            with torch.no_grad():
+                gradients = [self._accumulated(parameter) for parameter in self.stage.parameters()]
+                self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
+                if self._loss is not None:
+                    _spoil(gradients[0].view(-1)[:1], self._loss)
+                    self._loss = None
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
 
+    def refuse_unless_finite(self, loss: torch.Tensor) -> None:
+        """Called in `accumulation`: the step is to be skipped, by all ranks, if this rank's `loss` is not finite."""
+        self._loss = loss.detach()
+
     def step(self) -> float:
-        """Average gradients over data-parallel ranks, clip, update, clear. Returns the norm before clipping."""
+        """Average gradients over data-parallel ranks, clip, update, clear. Returns the norm before clipping.
+
+        If that is not finite the step is skipped: nothing of the optimizer's state and no weight changes, on any rank.
+        The norm is of all ranks' gradients, so all decide alike and nothing more is sent. DeepSpeed does that in every
+        optimizer we use: a look at the norm before anything is stepped, as for float16's overflows. (0.19.8: `overflow`
+        in stage_1_and_2.py step, stage3.py step, bf16_optimizer.py step.)
+        """
         norm = self._average_and_clip() if self._clip_here else None
         self.engine.step()
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
@@ -237,6 +256,8 @@ class ZeroOptimizer:
         squares = torch.stack([g.pow(2).sum() for g in own]).sum()  # tensor-parallel Muon does not exist
         dist.all_reduce(squares, group=self.topology.groups.pp)
         norm = squares.sqrt()
+        # Muon's update would be finite, and a step made, where only the norm is too large for float32.
+        _spoil(flat, norm)
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
         for gradient, new in zip(gradients, averaged, strict=True):
@@ -342,3 +363,8 @@ class ZeroOptimizer:
 def _is_flat(value: object) -> bool:
     """Whether an optimizer's state is as large as the weights, and not a counter."""
     return torch.is_tensor(value) and value.ndim == 1
+
+
+def _spoil(gradient: torch.Tensor, witness: torch.Tensor) -> None:
+    """Make `gradient` NaN, in place, if the scalar `witness` is not finite; else add zero. Nobody waits for the device."""
+    gradient += (witness * 0).to(gradient.dtype)

@@ -94,6 +94,13 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
+    skip_budget: int = Field(
+        10, ge=0, description="steps a run may skip because loss or gradient is not finite; with one more it stops"
+    )
+    spike_factor: float | None = Field(
+        10.0, gt=1, description="a norm this many times its recent median is logged with its layers; null: never"
+    )
+    deterministic: bool = Field(False, description="the same bits in every run, from slower kernels where need be")
 
 
 class CheckpointConfig(Section):

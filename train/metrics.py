@@ -26,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         if resume_step is not None and path.exists():
-            _cut_after(path, resume_step)
+            cut_after(path, resume_step)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: holds the metrics of an earlier run: resume that run or choose another run.name")
         self._file = path.open("a", encoding="utf-8")
@@ -41,7 +41,7 @@ class MetricsLog:
         """
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "seconds": seconds}
         record |= more
-        self._file.write(json.dumps(_to_json(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
         self._file.flush()
         return record
 
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line + "\n", _from_json(record)
 
 
-def _cut_after(path: Path, step: int) -> None:
+def cut_after(path: Path, step: int) -> None:
     """Keep the lines up to `step`, byte for byte. A crash in here leaves either the old file or the new one."""
     shorter = path.with_name(path.name + ".tmp")
     with shorter.open("w", encoding="utf-8") as file:
@@ -96,11 +96,12 @@ def _cut_after(path: Path, step: int) -> None:
     os.replace(shorter, path)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """`value` with words for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

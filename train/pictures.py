@@ -1,5 +1,6 @@
 """Pictures of a run: accuracy by depth with its intervals, and loss."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,8 +89,10 @@ def draw_demo(
 
 
 def smooth(values: list[float], window: int = 20) -> list[float]:
-    """The mean of the last `window` values at each place."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    """The mean of the last `window` values at each place, without those that are not finite: of skipped steps."""
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    parts = [[value for value in part if math.isfinite(value)] for part in parts]
+    return [sum(part) / len(part) if part else math.nan for part in parts]
 
 
 def _band(axes, depths: list[str], interval: Mapping[str, tuple[float, float]], color) -> None:

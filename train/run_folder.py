@@ -36,6 +36,9 @@ FREE_ON_RESUME = {
     "checkpoint",
     "parallel",
     "zero",
+    "train.skip_budget",
+    "train.spike_factor",
+    "train.deterministic",
     "evaluation.every",
     "evaluation.passes",
     "evaluation.samples",
@@ -53,6 +56,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped_steps(self) -> Path:
+        return self.path / "skipped_steps.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -6,6 +6,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,47 +21,53 @@ from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
+from powernap.train.anomaly import anomalies_detected
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
 from powernap.train.data.sample import DataError
+from powernap.train.deterministic import deterministic
 from powernap.train.evaluate import evaluate, evaluation_passes
 from powernap.train.interruption import Signals
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from powernap.train.origin import versions
 from powernap.train.run_folder import RunFolder
 from powernap.train.run_log import RunLog
+from powernap.train.skipped_steps import SkippedSteps
+from powernap.train.spikes import Spikes
 
 
-class DivergedError(ValueError):
-    """Training left the realm of numbers, in one line."""
-
-
-def train(recipe: Recipe, signals: Signals, resume: bool = False) -> bool:
+def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly: bool = False) -> bool:
     """Run `recipe` in this process and its peers; with `resume`, from the newest whole checkpoint of the run's folder.
 
     Args:
         signals: when any rank's ask to stop, all stop after the same step, with a checkpoint of it.
+        detect_anomaly: the first number that is not finite ends the run: see anomaly.py.
 
     Returns:
         whether the run is done; False: it was asked to stop
     """
     parallel = recipe.parallel
-    with topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here:
+    with (
+        deterministic(recipe.train.deterministic),
+        topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here,
+    ):
         folder = RunFolder(recipe.run_folder)
         start, passed_over = find_checkpoint(folder, here) if resume else (None, [])
         here.raise_together(lambda: folder.create(recipe))
 
         stage, zero = build(recipe, here)
-        done, data_state, memory = 0, None, None
+        done, state, memory = 0, {"data": None, "skipped": 0, "skipped_steps": []}, None
         if start:
             start.load(stage, zero, here)
-            done, data_state = start.step, start.state["data"]
+            done, state = start.step, start.state
             if recipe.sleep.carry:
                 memory = start.load_memory(stage, here)
-        skipped = data_state["skipped"] if data_state else 0
-
+        skipped, data_state = state["skipped"], state["data"]
+        resume_step = done if resume else None
+        skipped_steps = SkippedSteps(recipe, folder, here, state["skipped_steps"], resume_step)
+        spikes = Spikes(recipe.train.spike_factor, stage, here)
         writer = checkpoint_writer(recipe, folder, here)
-        with RunLog(recipe, folder, here, done if resume else None) as log:
+        with RunLog(recipe, folder, here, resume_step) as log, anomalies_detected(stage, here, detect_anomaly):
             log.start(count_parameters(stage, here), passed_over)
             batches = read_batches(recipe, here, data_state)
             stop = agree_to_stop(signals, here)
@@ -72,6 +79,12 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False) -> bool:
                 here.progress.note("reading the batch")
                 batch, data_state = next(batches)
                 metrics, memory = train_step(recipe, stage, zero, batch, step, here, memory)
+                if "skipped_step" in metrics:
+                    line, memory = skipped_steps.add(step, metrics, batch, stage, zero.gradient_norms, memory)
+                    log.event("%s", line)
+                else:
+                    for line in spikes.look(step, metrics, zero.gradient_norms):
+                        log.event("%s", line)
                 for reason in metrics.pop("skipped", []):
                     skipped += 1
                     log.event("step %d, done without: %s", step, reason)
@@ -84,12 +97,14 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False) -> bool:
                     here.progress.note("evaluating")
                     metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
                 log.step(step, metrics)
+                skipped_steps.check_budget()
                 log.checkpoint(writer.news())
                 if last or stop or is_due(step, recipe.checkpoint.every):
                     here.progress.note("saving a checkpoint")
                     states = here.gather_over_data(data_state)
-                    data_state = {**merge_states(states), "skipped": skipped} if here.reads else None
-                    writer.save(step, stage, zero, {"data": data_state}, memory)
+                    data_state = merge_states(states) if here.reads else None
+                    state = {"data": data_state, "skipped": skipped, "skipped_steps": skipped_steps.steps}
+                    writer.save(step, stage, zero, state, memory)
             here.progress.note("waiting for the last checkpoint to be written")
             log.checkpoint(writer.finish())
             if skipped:
@@ -178,14 +193,15 @@ def train_step(
     step: int,
     here: Topology,
     memory: Memory | None = None,
-) -> tuple[dict[str, float], Memory | None]:
+) -> tuple[dict[str, Any], Memory | None]:
     """One optimizer step on this rank's share of the global batch.
 
     Args:
         memory: under sleep.carry what this stage's sequences left in the step before; None at the first.
 
     Returns:
-        the step's metrics over all ranks, and what the sequences leave for the next step, None without sleep.carry
+        the step's metrics over all ranks, with "skipped_step" if it changed nothing since loss or gradient are not
+        finite; and what the sequences leave for the next step, None without sleep.carry
     """
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
@@ -203,16 +219,12 @@ def train_step(
     scale = here.data_size / loss_tokens
     with zero.accumulation():
         loss = forward_backward(stage, micro_batches, scale, here, recompute=recipe.train.recompute, health=health)
+        zero.refuse_unless_finite(loss)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)
     here.progress.note("averaging gradients over data ranks and stepping the optimizer")
     grad_norm = zero.step()
     loss = float(here.sum_over_data(loss)) / loss_tokens
-    if not math.isfinite(loss + grad_norm):
-        raise DivergedError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; go on from the last checkpoint with a "
-            "lower optimizer.lr in a new run, or look at the fast weights' norms in metrics.jsonl"
-        )
     seconds = time.perf_counter() - start
     tokens = recipe.train.global_batch_size * (recipe.data.sequence_length - 1)
     metrics = {
@@ -224,6 +236,8 @@ def train_step(
         "passes": passes,
         "samples": f"{samples:x}",
     }
+    if not math.isfinite(grad_norm):
+        metrics["skipped_step"] = True
     if skipped:
         metrics["skipped"] = [reason for part in here.gather_over_data(batch.skipped) for reason in part]
     if health:

@@ -15,6 +15,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
+    parser.add_argument(
+        "--detect-anomaly",
+        action="store_true",
+        help="stop at the first number that is not finite and name the module that made it; slow",
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,5 +49,5 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     with heeding_signals() as signals:  # before the imports that take seconds
         from powernap.train.trainer import train
 
-        done = train(recipe, signals, resume=options.resume)
+        done = train(recipe, signals, resume=options.resume, detect_anomaly=options.detect_anomaly)
     return 0 if done else exit_codes.PREEMPTED

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from powernap.train.config import DataConfig
-from powernap.train.data.cache import cache_of
+from powernap.train.data.cache import ShardCache, cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard, fingerprint
@@ -39,6 +39,7 @@ class Batch:
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
     skipped: list[str] = field(default_factory=list)  # why samples could not be used: a line each
     counts: bool = True  # False: only there because another rank has a batch
+    places: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and its number there
 
 
 def training_batches(
@@ -145,6 +146,22 @@ def merge_states(states: list[State]) -> State:
     return merged
 
 
+def sample_names(places: list[tuple[str, int]], cache: ShardCache) -> list[str]:
+    """`shard.tar:key` of each of a batch's `places`; reads whole shards: for messages. What cannot be read is numbered."""
+    by_shard: dict[str, list[int]] = {}
+    for name, number in places:
+        by_shard.setdefault(name, []).append(number)
+    found: dict[tuple[str, int], str] = {}
+    for name, numbers in by_shard.items():
+        try:
+            keys = Shard.open(name, cache, keep_readable=True).keys(numbers)
+        except (DataError, OSError):
+            keys = [f"number {number}" for number in numbers]
+        shown = name.partition("?")[0]  # a signed URL ends in a secret
+        found |= {(name, number): f"{shown}:{key}" for number, key in zip(numbers, keys, strict=True)}
+    return [found[place] for place in places]
+
+
 def evaluation_batches(
     data: DataConfig, *, batch_size: int, vocab_size: int, rank: int, world_size: int, limit: int
 ) -> Iterator[Batch]:
@@ -224,7 +241,7 @@ class BatchStream(IterableDataset):
                 yield DataError(str(error))  # a plain one, which goes through torch's queue
 
     def _batch(self, numbers: range) -> tuple[Batch, list[dict[int, Cursor]]]:
-        samples, begins = [], []
+        samples, begins, places = [], [], []
         self._skipped: list[str] = []
         touched: list[dict[int, Cursor]] = [{} for _ in self.orders]
         for number in numbers:
@@ -243,7 +260,8 @@ class BatchStream(IterableDataset):
                 sample = _nothing(self.data.sequence_length)
             samples.append(sample)
             begins.append(shard.begins_document(i))
-        return _collate(samples, begins, self._skipped), touched
+            places.append((shard.name, i))
+        return replace(_collate(samples, begins, self._skipped), places=places), touched
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Sample `number` of the run: its dataset, its lane there, and its number in that lane."""
