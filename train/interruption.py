@@ -61,7 +61,9 @@ def heeding_signals() -> Iterator[Signals]:
         raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A process that stops as it was asked to must not be ended by a late copy before it has said so.
+            leaving = signals.stop and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
 
 def outlive_one_sigterm(_: int) -> None:

@@ -105,9 +105,8 @@ def _checkpoints(options: argparse.Namespace) -> list[Path]:
 
 
 def _layout(content: dict) -> str:
-    return " ".join(f"{name.split('.')[-1]}={size}" for name, size in content["layout"].items()).replace(
-        "stage", "zero"
-    )
+    short = {"parallel.data": "DP", "parallel.tensor": "TP", "parallel.pipeline": "PP", "zero.stage": "ZeRO"}
+    return " ".join(f"{short[name]}{size}" for name, size in content["layout"].items())
 
 
 def _describe(content: dict) -> list[str]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -41,3 +43,25 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="mine"), heeding_signals():
         raise RuntimeError("mine")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+HEEDING = """
+import sys, time
+from powernap.train.interruption import heeding_signals
+with heeding_signals() as signals:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+def test_a_second_signal_ends_it_at_once():
+    process = subprocess.Popen([sys.executable, "-c", HEEDING], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # within a second: the same request
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 128 + signal.SIGTERM
+    process.stdout.close()

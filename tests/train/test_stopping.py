@@ -1,0 +1,177 @@
+"""Runs that are asked to stop, lose a rank, find their checkpoints broken: real processes, real signals."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import runs
+from powernap.parallel import exit_codes
+from powernap.parallel.checkpoint.manifest import checkpoints, read_manifest
+from powernap.train.metrics import read_metrics
+
+LONG = ["train.steps=100000", "optimizer.warmup_steps=2", "checkpoint.every=100000", "evaluation.every=null"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopping")
+    runs.prepare(folder, parallel={"timeout_seconds": 20})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """One process, ten steps; what went on elsewhere from its fifth step has these losses."""
+    return runs.train_in_turn(folder, 1, {"one": []})["one"]
+
+
+def start(folder, name, *overrides):
+    """The command, when its run has come to its third step."""
+    command = [sys.executable, "-m", "powernap.launch.cli", "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def end(process, timeout=60):
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors
+
+
+def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(folder):
+    process = start(folder, "asked", "parallel.data=2", "data.workers=1")
+    os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: launcher, ranks and readers
+    code, errors = end(process)
+    assert code == exit_codes.PREEMPTED == 75, errors
+    assert "Traceback" not in errors
+    (checkpoint,) = checkpoints(folder / "runs" / "asked" / "checkpoints")
+    step = read_manifest(checkpoint)["step"]
+    assert [line["step"] for line in read_metrics(folder / "runs" / "asked" / "metrics.jsonl")] == list(
+        range(1, step + 1)
+    )
+    assert f"asked to stop: stopped after step {step} of 100000; go on with --resume" in errors
+    resumed = runs.powernap(
+        "train", "tiny.yaml", "run.name=asked", *LONG[1:], f"train.steps={step + 2}", "--resume", cwd=folder
+    )
+    assert (
+        resumed.returncode == 2 and "train.steps" in resumed.stderr
+    )  # the schedule of the learning rate depends on it
+
+
+def test_sigusr1_to_one_rank_is_enough(folder):
+    process = start(folder, "one-asked", "parallel.pipeline=2")
+    psutil.Process(process.pid).children()[1].send_signal(signal.SIGUSR1)
+    code, errors = end(process)
+    assert code == 75, errors
+    assert len(checkpoints(folder / "runs" / "one-asked" / "checkpoints")) == 1
+
+
+def test_copies_of_a_signal_do_not_hurry_it(folder):
+    process = start(folder, "copies")
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)  # launchers pass on what their processes got already
+        time.sleep(0.05)
+    code, errors = end(process)
+    assert code == 75, errors
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left_running(folder):
+    process = start(folder, "killed", "parallel.data=2")
+    ranks = psutil.Process(process.pid).children()
+    ranks[1].kill()
+    code, errors = end(process)
+    assert code not in (0, 75)
+    assert "rank 1 was ended by SIGKILL; go on with --resume" in errors or "another rank is gone" in errors
+    assert "step" in errors
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_resuming_passes_over_a_broken_checkpoint_and_says_why(folder, trained):
+    again = shutil.copytree(trained, folder / "again" / "one")
+    (again / "checkpoints" / "step_00000010" / "rank-00000.safetensors").write_bytes(b"x")
+    runs.train_in_turn(folder, 1, {"one": ["run.root=again", "--resume"]})
+    log = (again / "logs" / "train.log").read_text()
+    assert (
+        "passed over a checkpoint: again/one/checkpoints/step_00000010/rank-00000.safetensors: 1 bytes in place" in log
+    )
+    assert "resumed after step 5 of 10" in log
+    a, b = (read_metrics(run / "metrics.jsonl") for run in (trained, again))
+    assert [line["loss"] for line in a] == [line["loss"] for line in b]
+    assert [line["samples"] for line in a] == [line["samples"] for line in b]
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(folder, trained):
+    broken = shutil.copytree(trained, folder / "broken" / "one")
+    for checkpoint in checkpoints(broken / "checkpoints"):
+        (checkpoint / "manifest.json").unlink()
+    result = runs.powernap("train", "tiny.yaml", "run.name=one", "run.root=broken", "--resume", cwd=folder)
+    runs.assert_one_line(result, "no checkpoint of broken/one is whole", "manifest.json: missing", "start a new run")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder, trained):
+    """The one-process run taken up after its fifth step in other layouts."""
+    layouts = {"data": ["parallel.data=2", "zero.stage=3"], "pipeline": ["parallel.pipeline=2"]}
+    for name in layouts:
+        copy = shutil.copytree(trained, folder / name / "one")
+        shutil.rmtree(copy / "checkpoints" / "step_00000010")
+        fields += ["run.name=one", f"run.root={name}", "--resume"]
+    runs.train_in_turn(folder, 2, layouts)
+    return [folder / name / "one" for name in layouts]
+
+
+def test_a_run_goes_on_in_another_layout(trained, elsewhere):
+    expected = read_metrics(trained / "metrics.jsonl")
+    for run in elsewhere:
+        found = read_metrics(run / "metrics.jsonl")
+        assert [line["samples"] for line in found] == [line["samples"] for line in expected]
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+        weights = runs.weights(run)
+        assert all((weights[n] - w).abs().max() < 1e-5 for n, w in runs.weights(trained).items())
+
+
+def test_checkpoint_command(folder, trained, monkeypatch, capfd, here):
+    from powernap.launch import cli
+
+    monkeypatch.chdir(folder)
+    assert cli.main(["checkpoint", "inspect", "one"]) == 0
+    listed = capfd.readouterr().out
+    assert len(listed.splitlines()) == 4 and "DP1 TP1 PP1 ZeRO1" in listed
+    assert max(map(len, listed.splitlines()[:3])) <= 80
+    assert cli.main(["checkpoint", "inspect", "one", "--step", "5"]) == 0
+    assert "22,964 numbers" in capfd.readouterr().out
+    assert cli.main(["checkpoint", "verify", "one"]) == 0
+    assert capfd.readouterr().out.count("whole") == 2
+    assert cli.main(["checkpoint", "export", "one", "exported"]) == 0
+    assert sorted(path.name for path in (folder / "exported").iterdir()) == ["config.json", "model.safetensors"]
+    capfd.readouterr()
+    prompt = ["--prompt", "1 2. 2 3. 3 4. 4 5. 5 6. 6 1. [hop 1]", "--max-tokens", "6"]
+    said = []
+    for model in ("one", "exported"):
+        assert cli.main(["generate", model, *prompt]) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1] and said[0].strip()
+    runs.assert_refused(["checkpoint", "export", "one", "exported"], capfd, "exported exists", "new folder")
+    runs.assert_refused(["checkpoint", "verify", "one", "--step", "6"], capfd, "none of step 6", "5, 10")
+    copy = shutil.copytree(trained, folder / "runs" / "flipped")
+    file = copy / "checkpoints" / "step_00000005" / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    assert cli.main(["checkpoint", "verify", "flipped"]) == 1
+    told = capfd.readouterr().out
+    assert "step_00000005  BROKEN" in told and "step_00000010  whole" in told and str(file.relative_to(folder)) in told
