@@ -126,7 +126,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(folder, trained):
 def elsewhere(folder, trained):
     """The one-process run taken up after its fifth step in other layouts."""
     layouts = {"data": ["parallel.data=2", "zero.stage=3"], "pipeline": ["parallel.pipeline=2"]}
-    for name in layouts:
+    for name, fields in layouts.items():
         copy = shutil.copytree(trained, folder / name / "one")
         shutil.rmtree(copy / "checkpoints" / "step_00000010")
         fields += ["run.name=one", f"run.root={name}", "--resume"]
