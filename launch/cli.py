@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not _is_users_mistake(error):
             raise
         text = " ".join(str(error).split())
+        text = "".join(
+            letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text
+        )  # a terminal obeys some
         who = "" if text.startswith(f"rank {rank} ") else who
         sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
         return 2
@@ -62,8 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_users_mistake(error: Exception) -> bool:
-    """Our own errors name field or file in one line; a ValueError out of a library is a bug and keeps its traceback."""
-    return type(error).__module__.startswith("powernap.") or type(error) in (FileNotFoundError, PermissionError)
+    """Our own errors name field or file in one line, and the system's name a file: a disk is full, a name too long.
+
+    A ValueError out of a library is a bug and keeps its traceback.
+    """
+    return type(error).__module__.startswith("powernap.") or getattr(error, "filename", None) is not None
 
 
 if __name__ == "__main__":

@@ -9,18 +9,31 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 ATTENTION = "A"
 GATED_DELTA_NET = "G"
+LARGEST = 2**32  # of all whole numbers: what is computed from sizes must stay within a float
 
 
 class Section(BaseModel):
     """A section of a recipe: unknown keys are errors, values keep their type (no "4" for 4)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_this_world(cls, value: object) -> object:
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, int) and abs(part) > LARGEST:
+                raise ValueError(f"no whole number is larger than {LARGEST}")
+            if isinstance(part, str) and "\0" in part:
+                raise ValueError("a NUL character, which no file's name may have")
+        return value
 
 
 class ModelConfig(Section):
     """A stack of attention (A) and gated-delta-net (G) blocks, each followed by a SwiGLU MLP."""
 
-    pattern: str = Field("AGAG", min_length=1, description="one letter a block: A attention, G gated delta net")
+    pattern: str = Field(
+        "AGAG", min_length=1, max_length=256, description="one letter a block: A attention, G gated delta net"
+    )
     window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each")
     vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
     pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
@@ -63,10 +76,13 @@ class ModelConfig(Section):
         return len(self.pattern)
 
 
+Passes = Annotated[int, Field(ge=1, le=1024)]
+
+
 class SleepConfig(Section):
     """How a window is written into the fast weights before it is evicted (arXiv 2605.26099)."""
 
-    passes: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+    passes: Passes | Annotated[list[Passes], Field(min_length=1)] = Field(
         1, description="N, passes over a consolidation window; a list: N is drawn from it at every step"
     )
     eviction: Literal["hard", "sliding"] = Field(

@@ -9,6 +9,7 @@ from powernap.parallel.layout import consolidation_flops, format_layout, head_fl
 from powernap.parallel.memory import RESERVE, Memory, fits, parameters, stage_memory, stage_parameters
 from powernap.parallel.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
 from powernap.parallel.work import (
+    PlanError,
     Recipe,
     Segment,
     cut,
@@ -19,6 +20,7 @@ from powernap.parallel.work import (
     windows_slept_and_read,
 )
 
+MOST_STEPS = 2**20  # of all stages forward: half a minute's work
 COLOURS = (39, 208, 76, 170, 220, 44, 203, 141)  # of 256, one for each window in turn
 
 
@@ -166,9 +168,17 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
         recipe: it has refused what cannot run.
         predicts: for each window whether it holds loss tokens; None: only the last one does.
         memory_limit: bytes a rank may use.
+
+    Raises:
+        PlanError: if the schedule would take minutes to simulate.
     """
     model, sleep, parallel = recipe.model, recipe.sleep, recipe.parallel
     segments, passes, batches = cut(recipe, predicts), max(recipe.sleep.pass_choices), micro_batches(recipe)
+    if (steps := parallel.pipeline * batches * len(segments)) > MOST_STEPS:
+        raise PlanError(
+            f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "
+            f"simulate, more than {MOST_STEPS:,}: write a larger train.micro_batch_size or model.window"
+        )
     memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
     timeline = simulate(schedule(parallel.pipeline, batches, len(segments)), *step_times(recipe, segments))
     slept, read = windows_slept_and_read(segments)

@@ -11,11 +11,17 @@ from pydantic import Field, field_validator, model_validator
 from powernap.model.config import ModelConfig, Section, SleepConfig
 from powernap.parallel.layout import sequence_costs, split_layers
 
+MOST_SEGMENTS = 2**16  # of a sequence: windows and the passes over them
+
 
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(pattern=r"^[\w][\w.\-]*$", description="the run's folder below run.root: letters, digits, . _ -")
+    name: str = Field(
+        pattern=r"^[\w][\w.\-]*$",
+        max_length=60,  # a file's name may have 255 bytes, a letter four
+        description="the run's folder below run.root: letters, digits, . _ -",
+    )
     root: str = Field("runs", min_length=1, description="folder that holds all runs")
     experiment: str = Field("powernap", min_length=1, description="MLflow experiment")
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
@@ -51,8 +57,19 @@ class DataConfig(Section):
         min_length=1,
         description="folder for remote shards, taken for unchanged while there, and indexes",
     )
-    cache_limit_gb: float | None = Field(None, gt=0, description="most of remote shards to keep there; null: all")
+    cache_limit_gb: float | None = Field(
+        None, gt=0, le=1e9, description="most of remote shards to keep there; null: all"
+    )
     retries: int = Field(3, ge=0, description="how often fetching a remote shard is tried again")
+
+    @field_validator("cache")
+    @classmethod
+    def _some_home(cls, cache: str) -> str:
+        try:
+            Path(cache).expanduser()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        return cache
 
     @field_validator("train")
     @classmethod
@@ -87,7 +104,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(ge=1, description="optimizer steps")
-    global_batch_size: int = Field(ge=1, description="sequences per optimizer step, over all ranks")
+    global_batch_size: int = Field(ge=1, le=2**20, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences per forward pass; null: all of a rank, in a pipeline one part a stage"
     )
@@ -202,6 +219,11 @@ class Recipe(Section):
     def _sections_fit(self) -> Self:
         self.sleep.check_against(self.model)
         train, parallel = self.train, self.parallel
+        if self.windows * max(self.sleep.pass_choices) > MOST_SEGMENTS:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is {self.windows} windows of model.window="
+                f"{self.model.window}: with sleep.passes={self.sleep.passes} more than {MOST_SEGMENTS} segments"
+            )
         if train.global_batch_size % parallel.data:
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of parallel.data={parallel.data}"
@@ -323,10 +345,15 @@ class Recipe(Section):
         return Path(self.run.root) / self.run.name
 
     @property
+    def windows(self) -> int:
+        """In a sequence."""
+        return -(-(self.data.sequence_length - 1) // self.model.window)
+
+    @property
     def stage_blocks(self) -> list[range]:
         """The blocks of each pipeline stage."""
         parallel, passes = self.parallel, max(self.sleep.pass_choices)
-        windows = -(-(self.data.sequence_length - 1) // self.model.window)
+        windows = self.windows
         read = windows if self.sleep.every_window else 1
         costs = sequence_costs(self.model, passes, sleep=self.sleep, consolidated=max(1, windows - 1), predicted=read)
         return split_layers(self.model.pattern, parallel.pipeline, parallel.pipeline_layout, costs)

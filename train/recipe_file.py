@@ -81,7 +81,7 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     A field is taken whole: a mixture of datasets replaces that of the base.
     """
     derived = (*derived, path)
-    values = _read_yaml(path)
+    values = read_sections(path)
     base = values.pop("base", None)
     if base is None:
         return values
@@ -100,9 +100,10 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     return inherited
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_sections(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, unchecked."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -112,9 +113,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _parse_yaml(text: str) -> Any:
+    """Plain values. No aliases: with ten lines of them a value prints as gigabytes.
+
+    Raises:
+        yaml.YAMLError: if it is anything else.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("aliases such as *name are not read: write the value out, or derive with base:")
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except Exception as error:  # of many kinds where a value is not of its tag: of `!!bool x` a KeyError
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
 def _parse_value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _parse_yaml(text) if text else None
     except yaml.YAMLError:
         raise RecipeError(f"{key}={text}: the value is not YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text: it wants 1.0e-3

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
-from powernap.train.recipe_file import RecipeError, check, save_recipe
+from powernap.train.recipe_file import RecipeError, check, read_sections, save_recipe
 
 if TYPE_CHECKING:
     from powernap.parallel.checkpoint.reader import Checkpoint
@@ -88,7 +86,7 @@ class RunFolder:
         """The recipe this run was started with."""
         if not self.config.is_file():
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
-        return check(Recipe, yaml.safe_load(self.config.read_text()))
+        return check(Recipe, read_sections(self.config))
 
     def newest_checkpoint(self) -> "Checkpoint":
         """The newest whole checkpoint, to read with.

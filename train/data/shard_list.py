@@ -1,6 +1,8 @@
 """Which shards a recipe names, and the lanes they are dealt to. Nothing here imports torch."""
 
 import glob
+import math
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -8,6 +10,7 @@ from braceexpand import braceexpand
 
 from powernap.train.data.sample import DataError
 
+MOST_SHARDS = 1_000_000  # that an entry's braces stand for
 MOST_LANES = 64  # unless data.lanes says more: each is an open shard
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
@@ -38,7 +41,10 @@ def expand_shards(spec: str | list[str], field: str = "data.train") -> list[str]
 
 def local_path(shard: str) -> Path | None:
     """The file behind a shard's name, or None if it is a URL or a pipe."""
-    url = urlparse(shard)
+    try:
+        url = urlparse(shard)
+    except ValueError as error:
+        raise DataError(f"{shard}: no URL ({error})") from None
     if url.scheme == "file":
         return Path(unquote(url.path))
     return None if url.scheme else Path(shard)
@@ -59,16 +65,29 @@ def count_lanes(shards: int, lanes: int | None, field: str = "data.train") -> in
 
 
 def _expand_braces(entry: str, field: str) -> list[str]:
+    if _most_expansions(entry) > MOST_SHARDS:  # braceexpand may make all of them before the first
+        raise DataError(f"{field}={entry}: stands for more than {MOST_SHARDS:,} shards")
     try:
         return list(braceexpand(entry)) if entry else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{field}={entry}: braces do not match ({error})") from None
+
+
+def _most_expansions(entry: str) -> float:
+    """No fewer than braces stand for: {0..9} ten, commas shared out so that the product is largest."""
+    ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", entry)
+    lists = max(1, entry.count("{") - len(ranges))
+    sizes = [abs(int(stop) - int(start)) + 1 for start, stop in ranges]
+    return 2 ** min(100, sum(map(math.log2, sizes)) + lists * math.log2(1 + entry.count(",") / lists))
 
 
 def _expand_glob(url: str, field: str) -> list[str]:
     path = local_path(url)
-    if path is None or path.is_file():
-        return [url]
+    try:
+        if path is None or path.is_file():
+            return [url]
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"{field}={url}: cannot be read ({error.strerror})") from None
     if path.is_dir():
         raise DataError(f"{field}={url} is a folder: write the shards in it, such as {path / '*.tar'}")
     if glob.has_magic(str(path)):
