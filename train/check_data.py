@@ -1,7 +1,6 @@
 """Check a recipe's shards before any process starts: what is wrong is said at once, in one line, by one process."""
 
 import itertools
-import json
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from typing import Any
@@ -13,7 +12,7 @@ from powernap.train.data.cache import cache_of
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
-from powernap.train.data.shards import MANIFEST
+from powernap.train.data.shards import MANIFEST, read_manifest
 from powernap.train.tasks.sample import Sample
 
 SAMPLES = 64  # read from the first shard of each list
@@ -40,9 +39,10 @@ def check_data(recipe: Recipe) -> None:
         if recipe.sleep.carry:
             _check_documents(names[0], recipe)
         samples = _first_samples(names[0], recipe)
-        if manifest := _manifest(names[0]):
+        path = local_path(names[0])
+        if manifest := read_manifest(path) if path else {}:
             _check_manifest(manifest, names[0], samples, recipe)
-            vocabularies[field] = f"{manifest.get('task')}, {manifest.get('fields', {}).get('tokenizer')}"
+            vocabularies[field] = f"{manifest.get('task')}, {(manifest.get('fields') or {}).get('tokenizer')}"
         _check_windows(names[0], samples, recipe)
     _check_vocabularies(vocabularies)
 
@@ -106,17 +106,6 @@ def _predicts(samples: list[Sample], window: int) -> np.ndarray:
     targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
     starts = range(0, targets.shape[1], window)
     return np.stack([targets[:, start : start + window].any(axis=1) for start in starts], axis=1)
-
-
-def _manifest(shard: str) -> dict[str, Any]:
-    """What the builder of the shards left beside them, empty if it left nothing."""
-    path = local_path(shard)
-    if path is None or not (path.parent / MANIFEST).is_file():
-        return {}
-    try:
-        return {**json.loads((path.parent / MANIFEST).read_text())}
-    except (OSError, ValueError, TypeError):
-        raise DataError(f"{path.parent / MANIFEST}: not a manifest: delete it, or build the shards again") from None
 
 
 def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample], recipe: Recipe) -> None:

@@ -8,16 +8,18 @@ tokenizer.json       if the vocabulary is one of Hugging Face's
 import json
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.memory import parameters
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError
 from powernap.train.data.text import Text
@@ -92,6 +94,7 @@ def read_exported(folder: Path) -> Exported:
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         why = f" ({error})" if isinstance(error, RecipeError) else ""
         raise ExportError(f"{path}: not what powernap checkpoint export writes{why}") from None
+    _check_size(folder / WEIGHTS, model, sleep)
     return Exported(name, model, sleep, _read_vocabulary(folder, told))
 
 
@@ -115,6 +118,18 @@ def load_exported_weights(folder: Path, stage: HybridStage) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
+
+
+def _check_size(weights: Path, model: ModelConfig, sleep: SleepConfig) -> None:
+    """That a model of such sizes has as many weights as the file, before any memory is asked for."""
+    expected = sum(weight.size() for weight in parameters(model, sleep, range(model.num_layers)))
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{weights}: cannot be read ({' '.join(str(error).split())})") from None
+    if found != expected:
+        raise ExportError(f"{weights}: not the weights of the model in {CONFIG}: {found:,} numbers, not {expected:,}")
 
 
 def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -148,5 +163,5 @@ def _read_vocabulary(folder: Path, told: object) -> Vocabulary:
         if task is None:
             raise DataError(f"{folder / CONFIG}: its vocabulary is of an unknown task")
         return vocabulary_of(task)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         return Numbers(str(error))

@@ -121,11 +121,14 @@ class RunModel:
             raise GenerateError(
                 f"{path}: its windows slept {passes} passes each, not {self.passes}: write --passes {passes}"
             )
-        stream = self.stream(len(unread))
-        stream.decoder.load_state(state)
-        stream.unread = unread
-        for generator, numbers in zip(stream.random, random, strict=True):
-            generator.set_state(numbers)
+        try:
+            stream = self.stream(len(random))
+            stream.decoder.load_state(state)
+            stream.unread = [self.encode(tokens) for tokens in unread]
+            for generator, numbers, _ in zip(stream.random, random, unread, strict=True):
+                generator.set_state(numbers)
+        except Exception:  # of many kinds: nothing in the file need be what it should
+            raise GenerateError(f"{path}: damaged: write one with --save-state") from None
         return stream
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -143,6 +143,8 @@ def _open(shard: str) -> Iterator[BinaryIO]:
         source = gopen_schemes[scheme](shard, mode="rb", bufsize=1 << 16)
     except FileNotFoundError as error:  # WebDataset reads http: through curl, and others through other commands
         raise _Unreachable(f"the command {error.filename} is not installed", may_pass=False) from None
+    except Exception as error:  # hf: asks a server first
+        raise _Unreachable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
     assert isinstance(source, Pipe), shard
     try:
         yield source.stream

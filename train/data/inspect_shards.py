@@ -5,11 +5,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
+from powernap.model.config import Section
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.vocabulary import described_by, read_manifest
+from powernap.train.data.shards import read_manifest
+from powernap.train.data.vocabulary import described_by
 
 COLUMNS = 80
 
@@ -30,12 +32,18 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
     shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
     manifest = read_manifest(shards[0].path)
     task = described_by(manifest)
-    name_token = task.token_name if task else str
+    name_token = _names(task) if task else str
     window = window or manifest.get("window")
 
     samples = ((shard, number) for shard in shards for number in range(len(shard)))
     blocks = [_show(shard[number], name_token, window) for shard, number in itertools.islice(samples, show)]
     return "\n\n".join([*blocks, _statistics(shards, manifest)])
+
+
+def _names(task: Section) -> Callable[[int], str]:
+    """A task's names of its tokens; shards beside another's manifest may have more."""
+    size = task.vocab_size
+    return lambda token: task.token_name(token) if token < size else f"<{token}>"
 
 
 def _show(members: dict[str, object], name_token: Callable[[int], str], window: int | None) -> str:

@@ -41,6 +41,8 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
             f"{where} has {len(tokens)} tokens, data.sequence_length={sequence_length}: "
             f"write data.sequence_length={len(tokens)}"
         )
+    if not len(tokens):
+        raise DataError(f"{where}: tokens.npy is empty: build the shard again")
     if tokens.min() < 0:
         raise DataError(f"{where}: token {tokens.min()} is negative: build the shard again")
     if vocab_size is not None and tokens.max() >= vocab_size:
@@ -76,7 +78,7 @@ def _array(members: dict[str, object], name: str, where: _Where) -> np.ndarray:
         start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, behind a version 1.0 header
         shape, order, dtype = _read_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
-    except ValueError as error:
+    except Exception as error:  # of many kinds: NumPy parses a header as Python
         raise DataError(f"{where}: {name} is not a NumPy array ({' '.join(str(error).split())})") from None
 
 

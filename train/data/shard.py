@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,16 @@ from powernap.train.data.sample import MEMBERS, DataError
 from powernap.train.data.shard_list import local_path
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
-_PART = re.compile(r"(.*)-part(\d+)")  # a key as document and part
+LONGEST_HEADER = 1 << 14  # of those that carry a long name; tarfile would read as much as one claims
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+LARGEST_SAMPLE = 1 << 30  # bytes of all members, read at once
+_PART = re.compile(r"(.*)-part(\d{1,9})")  # a key as document and part
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key and its member's suffix, as WebDataset splits names
 
 
@@ -56,7 +66,7 @@ class Shard:
             path = cache.fetch(name)
             try:
                 kept = cache.index_file(path)
-                index = _load(kept)
+                index = _load(kept, path.stat().st_size)
                 if index is None:
                     index = index_tar(path, name)
                     _save(kept, index)
@@ -112,10 +122,10 @@ class Shard:
         """The names of samples; reads all headers again, once for all of them."""
         found = {number: f"number {number}" for number in numbers}
         owners = {int(offset): n for n in numbers if n < len(self) for offset in self._places[n, :, 0] if offset >= 0}
-        with suppress(OSError, tarfile.TarError, ValueError), tarfile.open(self.path) as tar:
-            for member in tar:
-                if member.offset_data in owners:
-                    found[owners[member.offset_data]] = _NAME.fullmatch(member.name)[1]
+        with suppress(OSError, _NotTar), open(self.path, "rb") as file:
+            for key, _, offset, _ in _Members(file):
+                if offset in owners:
+                    found[owners[offset]] = key
         return [found[number] for number in numbers]
 
     def __del__(self):
@@ -141,6 +151,53 @@ class _Damaged(DataError):
         self.index = index
 
 
+class _NotTar(Exception):
+    """Where a tar file breaks off, or is none."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where tarfile would go backwards or read without limit."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.size > LONGEST_HEADER and header.type in _EXTENDED):
+            raise tarfile.ReadError(f"a header claims {header.size} bytes")
+        return header
+
+
+class _Members:
+    """The (key, suffix, offset, size) of all files in a tar that a sample may be made of. Nothing is unpacked.
+
+    Raises:
+        _NotTar: where it breaks off.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.end = 0  # where the tar ends, once all members have been seen
+
+    def __iter__(self) -> Iterator[tuple[str, str, int, int]]:
+        total = self._file.seek(0, io.SEEK_END)
+        self._file.seek(0)
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:", tarinfo=_Header) as tar:
+                for member in tar:
+                    # An extended header may have changed the size.
+                    if not 0 <= member.offset < tar.offset or not 0 <= member.size <= total:
+                        raise tarfile.ReadError(f"a header claims {member.size} bytes")
+                    name = member.name if member.name.isprintable() else ascii(member.name)[1:-1]
+                    split = _NAME.fullmatch(name)
+                    if member.isfile() and not member.issparse() and split:
+                        yield split[1], split[2].lower(), member.offset_data, member.size
+                    tar.members = []  # tarfile would keep them all
+                self.end = tar.offset
+        except OSError:
+            raise
+        except Exception as error:  # TarError, and others that tarfile lets through, such as IndexError
+            raise _NotTar(" ".join(str(error).split())) from None
+
+
 def index_tar(path: Path, name: str) -> np.ndarray:
     """Where the samples of a tar file lie, and which documents they make up.
 
@@ -156,17 +213,14 @@ def index_tar(path: Path, name: str) -> np.ndarray:
     """
     members: list[tuple[str, str, int, int]] = []
     with open(path, "rb") as file:
+        found = _Members(file)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    split = _NAME.fullmatch(member.name)
-                    if member.isfile() and split:
-                        members.append((split[1], split[2].lower(), member.offset_data, member.size))
-                    tar.members = []  # tarfile would keep them all
-                end = tar.offset
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            reason = f"{name}: cannot be read (not a whole tar file: {' '.join(str(error).split())})"
+            for member in found:
+                members.append(member)
+        except _NotTar as error:
+            reason = f"{name}: cannot be read (not a whole tar file: {error})"
             raise _Damaged(reason, _index(members, name, whole=False)) from None
+        end = found.end
         total = file.seek(0, io.SEEK_END)
         file.seek(end)
         rest = iter(lambda: file.read(1 << 20), b"")
@@ -191,6 +245,8 @@ def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = Tr
             if suffix in found:
                 raise DataError(f"{name}: sample {key} has two members .{suffix}: build it again")
             found[suffix] = (offset, size)
+        if sum(size for _, size in found.values()) > LARGEST_SAMPLE:
+            raise DataError(f"{name}: sample {key} is larger than {LARGEST_SAMPLE:,} bytes: build it again")
         document, part = _document(key)
         if part and before != (document, part - 1):
             raise DataError(f"{name}: sample {key} does not follow part {part - 1} of its document: build it again")
@@ -226,12 +282,18 @@ def fingerprint(shards: list[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load(file: Path) -> np.ndarray | None:
+def _load(file: Path, shard_size: int) -> np.ndarray | None:
+    """A kept index, if there is one that can be of such a shard; whatever else lies there is passed over."""
     try:
-        index = np.load(file)
-    except (OSError, ValueError, EOFError):  # none yet, or half a file
+        # Mapped: nothing is allocated for numbers that the file does not hold, and objects cannot be.
+        index = np.array(np.lib.format.open_memmap(file, mode="r"))
+    except Exception:  # none yet, half a file, and what NumPy's parser of headers lets through
         return None
-    return index if index.ndim == 3 and index.shape[1:] == (len(MEMBERS) + 1, 2) else None
+    if index.dtype != np.int64 or index.shape[1:] != (len(MEMBERS) + 1, 2) or not len(index):
+        return None
+    offsets, sizes, parts = index[:, :-1, 0], index[:, :-1, 1], index[:, -1, 0]
+    fits = (offsets >= -1) & (offsets <= shard_size) & (sizes >= 0) & (sizes <= shard_size - offsets.clip(0))
+    return index if fits.all() and (parts >= 0).all() else None
 
 
 def _save(file: Path, index: np.ndarray) -> None:

@@ -94,5 +94,7 @@ def _expand_glob(url: str, field: str) -> list[str]:
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
             raise DataError(f"{field}={url}: no file matches: build the shards, or write where they are")
+        if others := [match for match in matches if not Path(match).is_file()]:  # a named pipe would be waited for
+            raise DataError(f"{field}={url}: {others[0]} is no file: match the shards alone")
         return matches
     raise DataError(f"{field}={url}: no such file: build the shards, or write where they are")

@@ -16,12 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from powernap.model.config import Section
+from powernap.model.config import LARGEST, Section
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.text import Text
 from powernap.train.tasks.sample import PAD, Sample
 
 MANIFEST = "manifest.json"
+# What is read of it again, and the types; all may be missing.
+_FIELDS = {"task": str, "fields": dict, "command": str, "vocab_size": int, "window": int, "context_length": int,
+           "pad_token_id": int}  # fmt: skip
 SPLITS = ("train", "test")
 
 
@@ -188,14 +191,38 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
     )
 
 
+def read_manifest(shard: Path) -> dict[str, Any]:
+    """What the builder of the shards left beside one; empty if it left nothing.
+
+    Raises:
+        DataError: if something else lies there.
+    """
+    path = shard.parent / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        valid = isinstance(manifest, dict) and all(
+            _is_field(manifest.get(name), kind) for name, kind in _FIELDS.items()
+        )
+    except (OSError, ValueError, RecursionError):
+        valid = False
+    if not valid:
+        raise DataError(f"{path}: not a manifest: delete it, or build the shards again")
+    return manifest
+
+
+def _is_field(value: object, kind: type) -> bool:
+    if isinstance(value, int):
+        return kind is int and 0 <= value <= LARGEST
+    return value is None or isinstance(value, kind)
+
+
 def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:
     """The manifest's splits if the folder holds these very shards already; None if it holds nothing."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        manifest = {}
+    manifest = read_manifest(folder / "train-000000.tar")
     if all(manifest.get(key) == value for key, value in about.items() if key != "command"):
         shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
         if shards == {path.name: path.stat().st_size for path in folder.glob("*.tar")}:

@@ -1,22 +1,21 @@
 """What the tokens of shards stand for: their manifest says which text or task they were built from. No torch here."""
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from powernap.model.config import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.shards import MANIFEST
+from powernap.train.data.shards import MANIFEST, read_manifest
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
-from powernap.train.recipe_file import check
+from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import TASKS
 
+MOST_WORDS = 2**20
 _WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one
 
 
@@ -135,21 +134,22 @@ def find_task(data: DataConfig) -> Section:
 
 
 def vocabulary_of(task: Section) -> Vocabulary:
-    """Raises DataError if a text's tokenizer cannot be read."""
+    """Raises DataError if a text's tokenizer cannot be read, or there are too many words."""
     if isinstance(task, Text):
         return TextVocabulary(task.vocabulary)
+    if task.vocab_size > MOST_WORDS:
+        raise DataError(f"{MANIFEST}: a vocabulary of {task.vocab_size:,} words")
     return Words([task.token_name(token) for token in range(task.vocab_size)])
 
 
-def read_manifest(shard: Path) -> dict:
-    """What lies beside a shard about how it was built; empty if nothing does."""
-    try:
-        return json.loads((shard.parent / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def described_by(manifest: dict) -> Section | None:
-    """The text or task that shards were built from; None if it is not known."""
+    """The text or task that shards were built from; None if it is not known.
+
+    Raises:
+        DataError: if such a task has no such fields.
+    """
     kind = (TASKS | {"text": Text}).get(manifest.get("task"))
-    return check(kind, manifest["fields"]) if kind else None
+    try:
+        return check(kind, manifest.get("fields")) if kind else None
+    except RecipeError as error:
+        raise DataError(f"{MANIFEST}: {error}") from None
