@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from powernap.model.config import Section
 from powernap.train.config import Recipe
 
+MOST_NESTED = 50  # sections and lists; a recipe has four
+
 
 class RecipeError(ValueError):
     """A recipe that cannot run: one line, naming field, value and what to write instead."""
@@ -114,21 +116,29 @@ def read_sections(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Plain values. No aliases: with ten lines of them a value prints as gigabytes.
+    """Plain values.
 
     Raises:
         yaml.YAMLError: if it is anything else.
     """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise yaml.YAMLError("aliases such as *name are not read: write the value out, or derive with base:")
+        _check_yaml(text)
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
     except Exception as error:  # of many kinds where a value is not of its tag: of `!!bool x` a KeyError
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def _check_yaml(text: str) -> None:
+    """No aliases, ten lines of which print as gigabytes, and no depth in which PyYAML loses itself."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases such as *name are not read: write the value out, or derive with base:")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise yaml.YAMLError("nested too deeply")
 
 
 def _parse_value(key: str, text: str) -> Any:

@@ -102,7 +102,7 @@ def _statistics(shards: list[Shard], manifest: dict) -> str:
             (f"  {depth}", f"{depths[depth]:>8,} {'#' * round(50 * depths[depth] / most)}") for depth in sorted(depths)
         ]
     if manifest:
-        rows.append(("built by", manifest.get("command", "an older version")))
+        rows.append(("built by", manifest.get("command") or "an older version"))
     lines = []
     for name, value in rows:
         lines += textwrap.wrap(
