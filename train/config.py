@@ -22,7 +22,8 @@ class RunSection(Section):
         max_length=60,  # a file's name may have 255 bytes, a letter four
         description="the run's folder below run.root: letters, digits, . _ -",
     )
-    root: str = Field("runs", min_length=1, description="folder that holds all runs")
+    # MLflow's database lies there, and ? and % would mean something else in its address.
+    root: str = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
     experiment: str = Field("powernap", min_length=1, description="MLflow experiment")
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
 

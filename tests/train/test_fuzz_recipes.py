@@ -97,7 +97,7 @@ def test_names_that_are_no_recipes(command, name):
     "override",
     [
         *(f"run.name={name}" for name in ("..", "a/../b", "../b", "/tmp/b", "'a\\0b'", '"a\\0b"', "x" * 300, "''", ".b", '"a\\n"')),
-        *(f"run.root={root}" for root in ('"a\\0b"', "''", "x" * 300, "tiny.yaml")),
+        *(f"run.root={root}" for root in ('"a\\0b"', "''", "x" * 300, "tiny.yaml", "../a?b", "a%20b")),
         *(f"sleep.passes={n}" for n in ("1000000000", "[1, 9999999999]", "9" * 400)),
         *(f"{field}={'9' * 400}" for field in FIELDS if field.endswith(("_size", "_dim", "_length", "window", "steps"))),
         *(f"{field}={n}" for field in ("optimizer.lr", "data.cache_limit_gb") for n in (".inf", ".nan", "1e999")),
