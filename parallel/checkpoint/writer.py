@@ -107,17 +107,17 @@ class Writer:
         parts = self._gather(sum(value.nbytes for value in tensors.values()))
         nbytes = sum(parts) if parts else 0
         error = self._broadcast(self._make_room(step, nbytes) if self._here.is_main else None)
-        if error is None and self._asynchronous:
-            try:
-                tensors = self._copy(tensors)
-            except (RuntimeError, MemoryError) as failed:
-                error = f"{self._here.describe()}: no memory for a copy of {nbytes:,} bytes ({_one_line(failed)})"
-            # Not to write with a copy missing, and not to leave the others waiting for this rank's part.
-            error = next(filter(None, self._all_gather(error)), None)
-        stall = time.monotonic() - start
         if error is not None:
+            stall = time.monotonic() - start
             self._end(Outcome(step, nbytes, error, stall, stall))
             return
+        failed = None  # here, which the other ranks learn when they have written
+        if self._asynchronous:
+            try:
+                tensors = self._copy(tensors)
+            except (RuntimeError, MemoryError) as error:
+                failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(error)})"
+        stall = time.monotonic() - start
         own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
@@ -125,7 +125,7 @@ class Writer:
         }  # fmt: skip
 
         def write() -> None:
-            outcome = self._write(step, tensors, own, content)
+            outcome = self._write(step, tensors, own, content, failed)
             waited = stall if self._asynchronous else time.monotonic() - start
             self._end(Outcome(step, nbytes, outcome[0], waited, time.monotonic() - start, outcome[1]))
 
@@ -234,15 +234,24 @@ class Writer:
         return None
 
     def _write(
-        self, step: int, tensors: dict[str, torch.Tensor], own: dict[str, Any], content: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        own: dict[str, Any],
+        content: dict[str, Any],
+        error: str | None,
     ) -> tuple[str | None, tuple[Path, ...]]:
-        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned."""
+        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned.
+
+        Args:
+            error: what has failed here already.
+        """
         name = f"rank-{self._here.rank:05d}.safetensors"
         path = self._unfinished(step) / name
         try:
             try:
-                own |= _write_file(path, tensors)
-                error = None
+                if not error:
+                    own |= _write_file(path, tensors)
             except (OSError, SafetensorError) as failed:
                 needed = sum(value.nbytes for value in tensors.values())
                 error = f"{path}: {_reason(failed)}, {needed:,} bytes needed"
@@ -292,13 +301,6 @@ class Writer:
             return [value]
         found = [None] * self._here.world_size if self._here.is_main else None
         dist.gather_object(value, found, dst=0, group=self._group)
-        return found
-
-    def _all_gather(self, value: Any) -> list:
-        if self._group is None:
-            return [value]
-        found = [None] * self._here.world_size
-        dist.all_gather_object(found, value, group=self._group)
         return found
 
     def _broadcast(self, value: Any) -> Any:
