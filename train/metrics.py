@@ -41,7 +41,7 @@ class MetricsLog:
         """
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "seconds": seconds}
         record |= more
-        self._file.write(json.dumps(_to_json(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
         self._file.flush()
         return record
 
@@ -96,11 +96,12 @@ def _cut_after(path: Path, step: int) -> None:
     os.replace(shorter, path)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """`value` with the numbers in it that JSON has no word for as strings, which `float` reads back."""
     if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -11,6 +11,7 @@ import yaml
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
 from powernap.train.recipe_file import RecipeError, check, save_recipe
+from powernap.train.secrets import mask_values
 
 # Fields that may differ when a run goes on: none changes the numbers of the steps to come, by more than rounding.
 FREE_ON_RESUME = {
@@ -68,7 +69,7 @@ class RunFolder:
         self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
 
     def recipe(self) -> Recipe:
-        """The recipe this run was started with."""
+        """The recipe this run was started with, without its secrets."""
         if not self.config.is_file():
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
         return check(Recipe, yaml.safe_load(self.config.read_text()))
@@ -82,7 +83,8 @@ class RunFolder:
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
-        before, now = flatten(self.recipe().model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+        # A secret that has been renewed, as in a signed URL, is no change.
+        before, now = (flatten(mask_values(one.model_dump(mode="json"))) for one in (self.recipe(), recipe))
         changed = [key for key in now if now[key] != before.get(key) and key not in FREE_ON_RESUME]
         if changed:
             key = changed[0]
