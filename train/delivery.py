@@ -78,6 +78,7 @@ class Delivery:
                 progress(len(lines) - len(refused))
             for start in self._position.aside if again else []:
                 line = next(self._spool.read(start))
+                line.record["running"] = False  # long ago
                 if not self._deliver([line]):
                     self._position.set(self._position.delivered, [at for at in self._position.aside if at != start])
                     progress(1)

@@ -8,6 +8,7 @@ import json
 import logging
 import numbers
 import os
+import shlex
 import sys
 import threading
 import time
@@ -118,7 +119,7 @@ class Tracker(NullTracker):
             logger.warning(
                 "%d records of this run wait for MLflow: `powernap sync %s` delivers them (%s)",
                 waiting,
-                self._given_folder,
+                shlex.quote(str(self._given_folder)),
                 why,
             )
         return waiting
@@ -136,10 +137,13 @@ class Tracker(NullTracker):
         pause = FLUSH_SECONDS
         while True:
             closing = self._closing.is_set()  # read first: what was written before close() is still delivered
-            if self._lock.acquire():
-                pause = FLUSH_SECONDS if self._deliver(closing) else min(2 * pause, RETRY_SECONDS)
-            else:
+            if not self._lock.acquire():
                 self._failure = "another process delivers this run's records"
+            elif self._deliver(closing):
+                pause = FLUSH_SECONDS
+            else:
+                pause = min(2 * pause, RETRY_SECONDS)
+                closing = self._closing.is_set()  # once is enough: the end of a run does not wait for two time-outs
             if closing:
                 break
             self._closing.wait(pause)
