@@ -58,8 +58,9 @@ class Delivery:
         self._told_refusal = False
 
     def waiting(self) -> int:
-        """How many records MLflow does not have yet."""
-        return sum(1 for _ in self._spool.read(self._position.delivered)) + len(self._position.aside)
+        """How many records MLflow does not have yet; any process and thread may ask."""
+        position = Position(self._folder)
+        return sum(1 for _ in self._spool.read(position.delivered)) + len(position.aside)
 
     def deliver(self, again: bool = False, progress: Callable[[int], None] = lambda records: None) -> None:
         """Deliver all records that wait; those that were set aside only with `again`.
@@ -71,6 +72,7 @@ class Delivery:
         """
         try:
             if self._run_id is None:
+                self._position = Position(self._folder)  # another process may have delivered meanwhile
                 self._run_id = self._open_run()
             for lines in _batches(self._spool.read(self._position.delivered)):
                 refused = self._deliver(lines)
@@ -162,7 +164,7 @@ class Delivery:
         """Find this run's MLflow run or create it; returns its id."""
         from mlflow import MlflowClient
 
-        begin = next((line.record for line in self._spool.read() if line.record["type"] == "start"), None)
+        begin = self._spool.begin()
         if begin is None:
             raise DeliveryError(f"{self._spool.path} does not say which run it belongs to")
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or store_uri(self._folder.parent))

@@ -49,9 +49,11 @@ class Spool:
 
     def read(self, start: int = 0) -> Iterator[Line]:
         """The lines from byte `start` on. One that is no record, or has no end yet, is left out."""
-        if not self.path.exists():
+        try:
+            file = self.path.open("rb")
+        except OSError:  # there is none yet, or none for us
             return
-        with self.path.open("rb") as file:
+        with file:
             file.seek(start)
             for text in file:
                 end = start + len(text)
@@ -62,6 +64,10 @@ class Spool:
                     if isinstance(record, dict) and "type" in record:
                         yield Line(start, end, record)
                 start = end
+
+    def begin(self) -> dict[str, Any] | None:
+        """The first record of type "start", which says which MLflow run all belong to."""
+        return next((line.record for line in self.read() if line.record["type"] == "start"), None)
 
     def close(self) -> None:
         if self._file is not None:
@@ -88,7 +94,9 @@ class Position:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "mlflow_spool.position"
         self.delivered, self.aside = 0, []
-        with suppress(OSError, ValueError, KeyError):  # none yet: what is delivered twice does not appear twice
+        with suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # none yet: what is delivered twice does not appear twice
             found = json.loads(self._path.read_text())
             # After a power failure the spool may have lost lines that had been delivered.
             self.delivered = min(found["delivered"], (folder / SPOOL).stat().st_size)

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow's work stays a small share of the process
-RETRY_SECONDS = 60.0  # the longest pause before a server that did not answer is tried again
+# The first and the longest pause before a server that did not answer is tried again; each is twice the one before.
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 
 
 class NullTracker:
@@ -73,7 +74,7 @@ class Tracker(NullTracker):
         self._delivery = Delivery(self._folder)
         self._lock = DeliveryLock(self._folder)
         self._closing = threading.Event()
-        earlier = next((line.record for line in self._spool.read() if line.record["type"] == "start"), None)
+        earlier = self._spool.begin()
         self._put(
             type="start",
             key=earlier["key"] if earlier else uuid.uuid4().hex,
@@ -134,15 +135,15 @@ class Tracker(NullTracker):
 
     def _work(self) -> None:
         """The thread."""
-        pause = FLUSH_SECONDS
+        pause = retry = FIRST_RETRY_SECONDS
         while True:
             closing = self._closing.is_set()  # read first: what was written before close() is still delivered
             if not self._lock.acquire():
                 self._failure = "another process delivers this run's records"
             elif self._deliver(closing):
-                pause = FLUSH_SECONDS
+                pause, retry = FLUSH_SECONDS, FIRST_RETRY_SECONDS
             else:
-                pause = min(2 * pause, RETRY_SECONDS)
+                pause, retry = retry, min(2 * retry, LAST_RETRY_SECONDS)
                 closing = self._closing.is_set()  # once is enough: the end of a run does not wait for two time-outs
             if closing:
                 break
