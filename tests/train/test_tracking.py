@@ -178,24 +178,27 @@ def lose_an_answer(monkeypatch, method, number):
 
 
 @pytest.mark.parametrize(
-    ("method", "number", "least"),
+    ("method", "number"),
     [
-        ("create_experiment", 1, 1),  # found when looked for again
-        ("create_run", 1, 1),
-        ("log_batch", 1, 4),  # parameters; else there are 3
-        ("log_batch", 2, 4),  # tags
-        ("log_batch", 3, 4),  # metrics
-        ("set_terminated", 1, 2),
+        ("create_experiment", 1),
+        ("create_run", 1),
+        ("log_batch", 1),  # parameters
+        ("log_batch", 2),  # tags
+        ("log_batch", 3),  # metrics
+        ("set_terminated", 1),
     ],
 )
-def test_what_is_sent_again_after_a_lost_answer_is_there_once(run_folder, monkeypatch, method, number, least):
+def test_what_is_sent_again_after_a_lost_answer_is_there_once(run_folder, monkeypatch, method, number):
     calls = lose_an_answer(monkeypatch, method, number)
     tracker = Tracker(run_folder, "sleep", CONFIG, resume_step=3)
     for step in range(1, 6):
         tracker.log_metrics(step, {"loss": 0.5, "nothing": float("nan"), "much": float("inf")})
     if tracker.close() > 0:
         sync_run(run_folder)
-    assert len(calls) >= least
+    if method.startswith("create"):
+        assert len(calls) == 1  # it is looked for before another is made
+    else:
+        assert len(calls) > number
     client = open_client(run_folder)
     experiment = client.get_experiment_by_name("sleep")
     (run,) = client.search_runs([experiment.experiment_id])

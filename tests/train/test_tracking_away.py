@@ -1,8 +1,10 @@
 """A real MLflow server that is frozen, killed and started again while runs go on, and nothing of them is missing."""
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -34,6 +36,12 @@ class Server:
             command = ui_command(self._folder, self._port)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         wait_for(self._answers, 60)
+
+    def arrivals(self, run):
+        """The steps of a run's loss in the order in which they came."""
+        query = "select step from metrics where run_uuid = ? and key = 'loss' order by rowid"
+        with contextlib.closing(sqlite3.connect(self._folder / "mlflow.db")) as database:
+            return [step for (step,) in database.execute(query, [run.info.run_id])]
 
     def signal(self, number):
         os.killpg(self._process.pid, number)
@@ -81,7 +89,7 @@ def the_run(client, experiment):
 
 
 def steps_of(client, run, name="loss"):
-    """In the order of their arrival."""
+    """(step, value) in the order of their time."""
     return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
 
 
@@ -106,6 +114,7 @@ def test_a_frozen_server_holds_up_nobody_who_logs(server, client, tmp_path, monk
     server.signal(signal.SIGCONT)
     assert tracker.close() == 0 or cli.main(["sync", str(tmp_path)]) == 0
     assert steps_of(client, the_run(client, "frozen")) == [(step, 1 / step) for step in range(1, 1501)]
+    assert server.arrivals(the_run(client, "frozen")) == list(range(1, 1501))
 
 
 class Training:
@@ -178,6 +187,7 @@ def test_a_run_whose_server_comes_and_goes_is_complete_and_the_same(server, clie
     assert found.info.run_id == run_id and found.info.status == "KILLED"
     stopped = [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
     assert steps_of(client, found) == stopped
+    assert server.arrivals(found) == [step for step, _ in stopped]
     assert cli.main(["sync", "away"]) == 0 and "nothing waits" in capfd.readouterr().out
 
     both = {"away": ["--resume"], "undisturbed": ["run.experiment=undisturbed"]}
@@ -186,7 +196,7 @@ def test_a_run_whose_server_comes_and_goes_is_complete_and_the_same(server, clie
     assert found.info.run_id == run_id and found.info.status == "FINISHED"
     first = int(found.data.tags["resumed_at_steps"]) + 1
     again = [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
-    # Steps done again are there twice, with the same loss; MLflow sorts what it gives by time.
+    # Steps done again are there twice.
     assert steps_of(client, found) == stopped + again[first - 1 :]
     report, equal = compare(undisturbed, run)
     assert equal, report
