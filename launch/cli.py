@@ -8,10 +8,11 @@ import os
 import sys
 import warnings
 
-from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, train, ui
+from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, sync, train, ui
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, ui, demo)  # in the order of the help
+# In the order of the help.
+COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, sync, ui, demo)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_users_mistake(error):
             raise
-        text = " ".join(str(error).split())
+        from powernap.train.secrets import mask_secrets
+
+        text = mask_secrets(" ".join(str(error).split()))
         who = "" if text.startswith(f"rank {rank} ") else who
         sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
         return 2

@@ -97,7 +97,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """`value` with words for numbers that are not finite."""
+    """`value` with the numbers in it that JSON has no word for as strings, which `float` reads back."""
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -12,6 +12,7 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.metrics import MetricsLog
 from powernap.train.run_folder import RunFolder
+from powernap.train.secrets import mask_secrets
 from powernap.train.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
@@ -138,6 +139,13 @@ class RunLog:
         )  # fmt: skip
 
 
+class _Formatter(logging.Formatter):
+    """Without secrets: errors, with their tracebacks, name shards by their whole URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
 class _BarHandler(logging.StreamHandler):
     """Writes above the progress bar instead of through it."""
 
@@ -152,13 +160,13 @@ def _console_handler() -> logging.Handler:
         handler.addFilter(lambda record: record.name != step_logger.name)
     # A failure's traceback is the interpreter's to print; here it is for the file.
     handler.addFilter(lambda record: not record.exc_info)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     return handler
 
 
 def _file_handler(folder: RunFolder) -> logging.Handler:
     handler = logging.FileHandler(folder.logs / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
