@@ -4,6 +4,7 @@ Every import that costs time waits until its subcommand runs: help answers at on
 """
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -13,6 +14,9 @@ from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of the help.
 COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, sync, ui, demo)
+
+# What disks and folders do to anybody.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_users_mistake(error: Exception) -> bool:
     """Our own errors name field or file in one line; a ValueError out of a library is a bug and keeps its traceback."""
+    if isinstance(error, OSError) and error.filename and error.errno in DISK_ERRORS:
+        return True
     return type(error).__module__.startswith("powernap.") or type(error) in (FileNotFoundError, PermissionError)
 
 

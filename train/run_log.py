@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -122,7 +123,8 @@ class RunLog:
         self._metrics.close()
         for handler in self._handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
     def _is_due(self, step: int) -> bool:
         return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
@@ -164,8 +166,19 @@ def _console_handler() -> logging.Handler:
     return handler
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk is told once: a line is not worth a traceback, and not a run."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"powernap: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def _file_handler(folder: RunFolder) -> logging.Handler:
-    handler = logging.FileHandler(folder.logs / "train.log", encoding="utf-8")
+    handler = _LogFile(folder.logs / "train.log", encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 

@@ -87,7 +87,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._outcome: Outcome | None = None
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._error: str | None = None  # the last one's
 
     def save(
         self, step: int, stage: HybridStage, zero: ZeroOptimizer, state: dict[str, Any], memory: Memory | None = None
@@ -149,16 +150,17 @@ class Writer:
             CheckpointError: if the last checkpoint could not be written.
         """
         self._join()
-        outcome = self.news()
         if self._failures:
-            raise CheckpointError(outcome.describe() if outcome else "the last checkpoint could not be written")
-        return outcome
+            raise CheckpointError(f"the last checkpoint could not be written: {self._error}")
+        return self.news()
 
     def _settle(self) -> None:
         self._join()
         if self._failures >= FAILURES:
-            error = self._outcome.error if self._outcome else "see the log"
-            raise CheckpointError(f"{self._failures} checkpoints in a row could not be written, the last: {error}")
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written, the last: {self._error}; make room, and go "
+                "on with --resume"
+            )
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -167,6 +169,7 @@ class Writer:
 
     def _end(self, outcome: Outcome) -> None:
         self._failures = self._failures + 1 if outcome.error else 0
+        self._error = outcome.error
         self._outcome = outcome
 
     def _collect(
