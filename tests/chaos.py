@@ -118,6 +118,8 @@ class Chaos:
         starts = 1
         resumed_at = "done already"
         if any(code != 0 for code in codes):
+            if list((where / "checkpoints").glob("*.tmp")):
+                happened += ", cut a write short"
             self._damage(trial, where)
             resume = ["--resume"] if (where / "config.yaml").is_file() else []
             codes = self._wait(None, self._start(name, trial.then, resume), 120)
