@@ -35,6 +35,15 @@ FAILURES = 3  # saves in a row that may fail before training stops: what it goes
 MARGIN = 2**20  # bytes free beyond a checkpoint's, for manifest and folder
 
 
+def _file_mode() -> int:
+    umask = os.umask(0)  # there is no way to ask only; at import no other thread makes files
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+FILE_MODE = _file_mode()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one save ended."""
@@ -334,6 +343,7 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Write and flush; size and SHA-256."""
     # safetensors wants memory of its own for every tensor: a fragment is part of a partition.
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    path.chmod(FILE_MODE)  # safetensors gives no rights to others
     _sync(path)
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
