@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
@@ -17,6 +19,7 @@ from powernap.train.secrets import mask_values
 
 if TYPE_CHECKING:
     from powernap.parallel.checkpoint.reader import Checkpoint
+    from powernap.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,28 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @contextmanager
+    def locked(self, here: "Topology") -> Iterator[None]:
+        """Inside, no other process trains this run; the main rank holds the lock, which ends with its process.
+
+        Raises:
+            RecipeError: on all ranks, if another one does, such as a job that was started again too early.
+        """
+        lock = FileLock(self.path / "lock")
+
+        def acquire() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise RecipeError(f"{self.path}: another process is training this run: wait for its end") from None
+
+        here.raise_together(acquire)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def create(self, recipe: Recipe) -> None:
         """Make the folders, write the resolved recipe and where the run's numbers come from."""

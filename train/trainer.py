@@ -51,6 +51,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
     with (
         deterministic(recipe.train.deterministic),
         topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here,
+        RunFolder(recipe.run_folder).locked(here),
     ):
         folder = RunFolder(recipe.run_folder)
         start, passed_over = find_checkpoint(folder, here) if resume else (None, [])

@@ -90,6 +90,15 @@ def test_copies_of_a_signal_do_not_hurry_it(folder):
     assert code == 75, errors
 
 
+def test_a_run_that_is_training_is_not_started_again(folder):
+    process = start(folder, "twice")
+    second = runs.powernap("train", "tiny.yaml", "run.name=twice", *LONG, "--resume", cwd=folder)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    runs.assert_one_line(second, "runs/twice: another process is training this run")
+
+
 def test_a_killed_rank_is_named_and_nothing_is_left_running(folder):
     process = start(folder, "killed", "parallel.data=2")
     ranks = psutil.Process(process.pid).children()
