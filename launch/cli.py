@@ -4,14 +4,19 @@ Every import that costs time waits until its subcommand runs: help answers at on
 """
 
 import argparse
+import errno
 import os
 import sys
 import warnings
 
-from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, train, ui
+from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, sync, train, ui
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, ui, demo)  # in the order of the help
+# In the order of the help.
+COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, sync, ui, demo)
+
+# What disks and folders do to anybody.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,10 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_users_mistake(error):
             raise
-        text = " ".join(str(error).split())
-        text = "".join(
-            letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text
-        )  # a terminal obeys some
+        from powernap.train.secrets import mask_secrets
+
+        text = mask_secrets(" ".join(str(error).split()))
+        # What is not printable, a terminal may obey.
+        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
         who = "" if text.startswith(f"rank {rank} ") else who
         sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
         return 2
@@ -65,11 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_users_mistake(error: Exception) -> bool:
-    """Our own errors name field or file in one line, and the system's name a file: a disk is full, a name too long.
-
-    A ValueError out of a library is a bug and keeps its traceback.
-    """
-    return type(error).__module__.startswith("powernap.") or getattr(error, "filename", None) is not None
+    """Our own errors name field or file in one line; a ValueError out of a library is a bug and keeps its traceback."""
+    if isinstance(error, OSError) and error.filename and error.errno in DISK_ERRORS:
+        return True
+    return type(error).__module__.startswith("powernap.") or type(error) in (FileNotFoundError, PermissionError)
 
 
 if __name__ == "__main__":

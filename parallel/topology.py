@@ -116,12 +116,12 @@ class Topology:
         return int(values)
 
     def raise_together(self, call: Callable[[], None]) -> None:
-        """`call` on the main rank; where it raises an OSError, every rank does, and none waits for it."""
+        """`call` on the main rank; where it raises an OSError or ValueError, every rank does, and none waits for it."""
         error = None
         if self.is_main:
             try:
                 call()
-            except OSError as raised:
+            except (OSError, ValueError) as raised:
                 error = raised
         if error := self.from_main(error):
             raise error

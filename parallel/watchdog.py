@@ -74,7 +74,7 @@ class Watchdog(threading.Thread):
             since = self._progress.changed
             if time.monotonic() - since > self._limit:
                 self.noticed = True
-                reports = self._exchange()
+                reports = self._ask()
                 if self._progress.changed == since and not self._over.is_set():
                     # One write: print() makes two, and the lines of ranks that leave together would mix.
                     sys.stderr.write(f"powernap: error: {self._explain(reports)}\n")
@@ -83,10 +83,18 @@ class Watchdog(threading.Thread):
                     os._exit(exit_codes.HUNG)
                 self.noticed = False
 
-    def _exchange(self) -> dict[int, dict]:
+    def _ask(self) -> dict[int, dict]:
         """What the ranks that noticed wrote: rank -> {doing, waiting}."""
-        ranks = range(self._world_size) if self._world_size <= ASK_AT_MOST else (0, self._rank)
         reports: dict[int, dict] = {}
+        # In a thread that may be left behind: the rank that is stopped may be the one that keeps the store, and some of the
+        # store's questions know no time-out.
+        asking = threading.Thread(target=self._exchange, args=(reports,), daemon=True)
+        asking.start()
+        asking.join(self._patience)
+        return dict(reports)
+
+    def _exchange(self, reports: dict[int, dict]) -> None:
+        ranks = range(self._world_size) if self._world_size <= ASK_AT_MOST else (0, self._rank)
         deadline = time.monotonic() + self._patience
         try:
             own = {"doing": self._progress.describe(), "waiting": self._waits()}
@@ -98,7 +106,6 @@ class Watchdog(threading.Thread):
                 time.sleep(0.1)
         except (RuntimeError, OSError):  # the store lives with one of the ranks, which may be the one that is gone
             pass
-        return reports
 
     def _explain(self, reports: dict[int, dict]) -> str:
         silent = [rank for rank in range(self._world_size) if rank not in reports and rank != self._rank]

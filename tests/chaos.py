@@ -118,6 +118,8 @@ class Chaos:
         starts = 1
         resumed_at = "done already"
         if any(code != 0 for code in codes):
+            if list((where / "checkpoints").glob("*.tmp")):
+                happened += ", cut a write short"
             self._damage(trial, where)
             resume = ["--resume"] if (where / "config.yaml").is_file() else []
             codes = self._wait(None, self._start(name, trial.then, resume), 120)
@@ -293,13 +295,14 @@ def _weights(where: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
+    parser.add_argument("--numbers", help="these trials alone, such as 3,17")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    numbers = [int(number) for number in options.numbers.split(",")] if options.numbers else range(options.trials)
     start, failed = time.monotonic(), 0
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(folder, options.seed)
-    for number in range(options.first, options.first + options.trials):
+    for number in numbers:
         began = time.monotonic()
         try:
             told = chaos.run(number)
@@ -307,9 +310,8 @@ def main() -> int:
         except Failed as error:
             failed += 1
             print(f"{number:3} FAILED  {Trial.draw(options.seed, number).describe()}: {error}", flush=True)
-    print(
-        f"{options.trials - failed} of {options.trials} trials in {time.monotonic() - start:.0f} s, seed {options.seed}"
-    )
+    seconds = time.monotonic() - start
+    print(f"{len(numbers) - failed} of {len(numbers)} trials in {seconds:.0f} s, seed {options.seed}")
     if not failed:
         shutil.rmtree(folder)
     return bool(failed)

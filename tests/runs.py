@@ -66,22 +66,23 @@ def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: st
     )  # fmt: skip
 
 
-def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]]) -> dict[str, Path]:
+def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]], **environment: str) -> dict[str, Path]:
     """Train folder/tiny.yaml once for each of `runs`, name -> overrides; name -> the run's folder.
 
     The same processes join for one run after the other, since libraries take longer to import than a tiny run trains.
     """
     runs = {name: [f"run.name={name}", *overrides] for name, overrides in runs.items()}
-    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), [_free_port() for _ in runs])
+    ports = [_free_port() for _ in runs]
+    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), ports, environment)
     return {name: folder / "runs" / name for name in runs}
 
 
-def _train_in_turn(rank, store, processes, folder, runs, ports):
+def _train_in_turn(rank, store, processes, folder, runs, ports, environment):
     os.chdir(folder)
     for overrides, port in zip(runs, ports, strict=True):
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
         }  # fmt: skip
         assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
 

@@ -16,10 +16,12 @@ from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
+from powernap.train.data.shard_list import local_path
 from powernap.train.intervals import Tally
 from powernap.train.pictures import draw_accuracy, draw_loss
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run_folder import RunFolder
+from powernap.train.secrets import MASK, mask_secrets, mask_values
 from powernap.train.tables import format_accuracy, with_intervals
 from powernap.train.tracking import Tracker
 
@@ -95,22 +97,25 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
     )
 
 
-def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | None = None) -> str:
+def evaluate_run(
+    path: Path, passes: list[int] | None = None, samples: int | None = None, test: list[str] | None = None
+) -> str:
     """Evaluate a run's newest checkpoint in this process; returns the table for people.
 
     Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run. `passes` and
-    `samples` default to the recipe's.
+    `samples` default to the recipe's. test: data.test with the secrets that config.yaml leaves out, if it has any.
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
     if recipe.data.test is None:
         raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
+    to_read = _with_secrets(recipe, test, folder.config)
     newest = folder.newest_checkpoint()
     with topology.joined() as here:
         stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
         newest.load_weights(stage, recipe.train.precision)
         result = evaluate(
-            stage, recipe, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
+            stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
         )
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
@@ -119,11 +124,11 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
         draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
     else:
         draw_loss(result.loss, title=title, to=picture)
-    tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"))
+    tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"), running=False)
     tracker.log_metrics(newest.step, result.metrics())
     for file in (table, picture):
         tracker.log_artifact(file)
-    tracker.close()
+    tracker.close(status=None)
     lines = [title]
     if result.floor:
         by_row = [{f"N={n}": row for n, row in values.items()} for values in (result.accuracy, result.interval)]
@@ -133,6 +138,21 @@ def evaluate_run(path: Path, passes: list[int] | None = None, samples: int | Non
         )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
     return "\n".join([*lines, f"{table} and {picture.name} written"])
+
+
+def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:
+    """The recipe that a run's `config` holds, with `test` for data.test; RecipeError unless they are the same shards."""
+    known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
+    if test and mask_values(test) != mask_values(known):
+        given = mask_secrets(" ".join(test))
+        raise RecipeError(f"--test {given}: not the shards of the run: data.test is {' '.join(known)} in {config}")
+    for shard in test or known:
+        if MASK in shard and local_path(shard) is None:
+            raise RecipeError(
+                f"data.test={shard}: {config} keeps no secrets: give the shards with theirs in --test, or keep them where "
+                "the command that reads looks by itself, such as ~/.netrc"
+            )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": test or known})})
 
 
 def evaluation_passes(recipe: Recipe) -> list[int]:

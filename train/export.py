@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.parallel.memory import parameters
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError
@@ -57,6 +58,7 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     try:
         weights = {name: checkpoint.whole(name).to(dtype).contiguous() for name in checkpoint.parameters}
         save_file(weights, unfinished / WEIGHTS, {"format": "pt"})
+        (unfinished / WEIGHTS).chmod(FILE_MODE)
         config = {
             "format": FORMAT,
             "name": recipe.run.name,
@@ -137,9 +139,9 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         task = find_task(recipe.data)
     except DataError:
         return None
-    fields = task.model_dump(mode="json")
     if not isinstance(task, Text):
-        return {"task": _task_name(task), "fields": fields}
+        return {"task": _task_name(task), "fields": task.model_dump(mode="json")}
+    fields = {"inputs": "-", "tokenizer": task.tokenizer}  # which text it was is nobody's business here
     if (tokenizer := Path(task.tokenizer)).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         fields["tokenizer"] = TOKENIZER

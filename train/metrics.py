@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,12 +42,16 @@ class MetricsLog:
         """
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "seconds": seconds}
         record |= more
-        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # which does not say which file
+            raise OSError(error.errno, error.strerror, str(self._file.name)) from None
         return record
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, told by the write before
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +102,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """`value` with words for numbers that are not finite."""
+    """`value` with the numbers in it that JSON has no word for as strings, which `float` reads back."""
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

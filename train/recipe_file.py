@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from powernap.model.config import Section
 from powernap.train.config import Recipe
+from powernap.train.secrets import mask_values
 
 MOST_NESTED = 50  # sections and lists; a recipe has four
 
@@ -42,8 +43,8 @@ def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) ->
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe: every field, in order."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    """Write the resolved recipe: every field, in order; secrets masked."""
+    path.write_text(yaml.safe_dump(mask_values(recipe.model_dump(mode="json")), sort_keys=False))
 
 
 def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:

@@ -2,20 +2,27 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
 from powernap.train.recipe_file import RecipeError, check, read_sections, save_recipe
+from powernap.train.secrets import mask_values
 
 if TYPE_CHECKING:
     from powernap.parallel.checkpoint.reader import Checkpoint
+    from powernap.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+RUN_ID_FILE = "mlflow_run_id"  # a resumed run goes on in the same MLflow run
 
 # Fields, and sections, that may differ when a run goes on: none changes the numbers of the steps to come, by more than
 # rounding.
@@ -68,12 +75,44 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def mlflow_run_id(self) -> str | None:
+        """The id of the run in MLflow, where it has one; kept in checkpoints too, which may be all that is left."""
+        path = self.path / RUN_ID_FILE
+        return path.read_text().strip() if path.is_file() else None
+
+    def restore_mlflow_run_id(self, run_id: str | None) -> None:
+        if run_id and self.mlflow_run_id is None:
+            (self.path / RUN_ID_FILE).write_text(run_id + "\n")
+
+    @property
     def origin(self) -> Path:
         return self.path / "origin.json"
 
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @contextmanager
+    def locked(self, here: "Topology") -> Iterator[None]:
+        """Inside, no other process trains this run; the main rank holds the lock, which ends with its process.
+
+        Raises:
+            RecipeError: on all ranks, if another one does, such as a job that was started again too early.
+        """
+        lock = FileLock(self.path / "lock")
+
+        def acquire() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise RecipeError(f"{self.path}: another process is training this run: wait for its end") from None
+
+        here.raise_together(acquire)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def create(self, recipe: Recipe) -> None:
         """Make the folders, write the resolved recipe and where the run's numbers come from."""
@@ -83,7 +122,7 @@ class RunFolder:
         self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
 
     def recipe(self) -> Recipe:
-        """The recipe this run was started with."""
+        """The recipe this run was started with, without its secrets."""
         if not self.config.is_file():
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
         return check(Recipe, read_sections(self.config))
@@ -117,7 +156,8 @@ class RunFolder:
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
-        before, now = flatten(self.recipe().model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+        # A secret that has been renewed, as in a signed URL, is no change.
+        before, now = (flatten(mask_values(one.model_dump(mode="json"))) for one in (self.recipe(), recipe))
         changed = [key for key in now if now[key] != before.get(key) and not _is_free(key)]
         if changed:
             key = changed[0]

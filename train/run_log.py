@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.metrics import MetricsLog
 from powernap.train.run_folder import RunFolder
+from powernap.train.secrets import mask_secrets
 from powernap.train.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
@@ -121,7 +123,8 @@ class RunLog:
         self._metrics.close()
         for handler in self._handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
     def _is_due(self, step: int) -> bool:
         return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
@@ -138,6 +141,13 @@ class RunLog:
         )  # fmt: skip
 
 
+class _Formatter(logging.Formatter):
+    """Without secrets: errors, with their tracebacks, name shards by their whole URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
 class _BarHandler(logging.StreamHandler):
     """Writes above the progress bar instead of through it."""
 
@@ -152,13 +162,24 @@ def _console_handler() -> logging.Handler:
         handler.addFilter(lambda record: record.name != step_logger.name)
     # A failure's traceback is the interpreter's to print; here it is for the file.
     handler.addFilter(lambda record: not record.exc_info)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     return handler
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk is told once: a line is not worth a traceback, and not a run."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"powernap: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def _file_handler(folder: RunFolder) -> logging.Handler:
-    handler = logging.FileHandler(folder.logs / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = _LogFile(folder.logs / "train.log", encoding="utf-8")
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 

@@ -32,6 +32,7 @@ from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from powernap.train.origin import versions
 from powernap.train.run_folder import RunFolder
 from powernap.train.run_log import RunLog
+from powernap.train.secrets import mask_values
 from powernap.train.skipped_steps import SkippedSteps
 from powernap.train.spikes import Spikes
 
@@ -50,6 +51,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
     with (
         deterministic(recipe.train.deterministic),
         topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here,
+        RunFolder(recipe.run_folder).locked(here),
     ):
         folder = RunFolder(recipe.run_folder)
         start, passed_over = find_checkpoint(folder, here) if resume else (None, [])
@@ -60,6 +62,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
         if start:
             start.load(stage, zero, here)
             done, state = start.step, start.state
+            here.raise_together(lambda: folder.restore_mlflow_run_id(state["mlflow_run_id"]))
             if recipe.sleep.carry:
                 memory = start.load_memory(stage, here)
         skipped, data_state = state["skipped"], state["data"]
@@ -103,7 +106,12 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                     here.progress.note("saving a checkpoint")
                     states = here.gather_over_data(data_state)
                     data_state = merge_states(states) if here.reads else None
-                    state = {"data": data_state, "skipped": skipped, "skipped_steps": skipped_steps.steps}
+                    state = {
+                        "data": data_state,
+                        "skipped": skipped,
+                        "skipped_steps": skipped_steps.steps,
+                        "mlflow_run_id": folder.mlflow_run_id,
+                    }
                     writer.save(step, stage, zero, state, memory)
             here.progress.note("waiting for the last checkpoint to be written")
             log.checkpoint(writer.finish())
@@ -132,7 +140,7 @@ def find_checkpoint(folder: RunFolder, here: Topology) -> tuple[Checkpoint | Non
 
 
 def checkpoint_writer(recipe: Recipe, folder: RunFolder, here: Topology) -> Writer:
-    about = {"versions": versions(), "config": recipe.model_dump(mode="json")}
+    about = {"versions": versions(), "config": mask_values(recipe.model_dump(mode="json"))}
     wanted = recipe.checkpoint
     return Writer(
         folder.checkpoints,

@@ -110,6 +110,7 @@ def _layout(content: dict) -> str:
 
 
 def _describe(content: dict) -> list[str]:
+    import textwrap
     from math import prod
 
     parameters = content["parameters"]
@@ -119,7 +120,7 @@ def _describe(content: dict) -> list[str]:
     lines = [
         f"step        {content['step']:,}, written {content['written']}",
         f"layout      {_layout(content)}",
-        f"versions    {versions}",
+        *textwrap.wrap(f"versions    {versions}", 80, subsequent_indent=" " * 12, drop_whitespace=True),
         f"parameters  {len(parameters)} tensors, {sum(prod(told['shape']) for told in parameters.values()):,} numbers",
         f"optimizer   float32 master weights, {', '.join(states) or 'no states yet'}",
         f"lanes       {lanes['count']} with fast weights of blocks {', '.join(lanes['blocks'])}"

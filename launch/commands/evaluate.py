@@ -16,6 +16,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run_name", metavar="RUN", help=RUN)
     parser.add_argument("--passes", type=numbers, help="values of N, such as 1,2,4,8 (default: the trained ones)")
     parser.add_argument("--samples", type=count, help="test samples to read (default: the recipe's)")
+    parser.add_argument(
+        "--test", nargs="+", metavar="SHARDS", help="data.test with its passwords and tokens, which a run does not keep"
+    )
     parser.set_defaults(run=run)
 
 
@@ -26,5 +29,5 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     local.run_alone()
     from powernap.train.evaluate import evaluate_run
 
-    print(evaluate_run(folder, options.passes, options.samples))
+    print(evaluate_run(folder, options.passes, options.samples, options.test))
     return 0

@@ -1,8 +1,12 @@
 """powernap train: check a recipe, start its processes or join them, run it."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from powernap.launch.commands.arguments import add_recipe
+
+if TYPE_CHECKING:
+    from powernap.train.interruption import Signals
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -24,9 +28,15 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from powernap.train.interruption import heeding_signals
+
+    with heeding_signals() as signals:  # from the start: imports take seconds
+        return _run(options, arguments, signals)
+
+
+def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") -> int:
     from powernap.launch import local
     from powernap.parallel import exit_codes
-    from powernap.train.interruption import heeding_signals
     from powernap.train.recipe_file import load_recipe
     from powernap.train.run_folder import RunFolder
 
@@ -42,12 +52,13 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         from powernap.train.check_data import check_data
 
         check_data(recipe)
+        if signals.stop:
+            return exit_codes.PREEMPTED
         if processes > 1:
             return local.start(arguments, processes)
         local.run_alone()
 
-    with heeding_signals() as signals:  # before the imports that take seconds
-        from powernap.train.trainer import train
+    from powernap.train.trainer import train
 
-        done = train(recipe, signals, resume=options.resume, detect_anomaly=options.detect_anomaly)
+    done = train(recipe, signals, resume=options.resume, detect_anomaly=options.detect_anomaly)
     return 0 if done else exit_codes.PREEMPTED

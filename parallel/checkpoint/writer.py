@@ -35,6 +35,15 @@ FAILURES = 3  # saves in a row that may fail before training stops: what it goes
 MARGIN = 2**20  # bytes free beyond a checkpoint's, for manifest and folder
 
 
+def _file_mode() -> int:
+    umask = os.umask(0)  # there is no way to ask only; at import no other thread makes files
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+FILE_MODE = _file_mode()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one save ended."""
@@ -87,7 +96,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._outcome: Outcome | None = None
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._error: str | None = None  # the last one's
 
     def save(
         self, step: int, stage: HybridStage, zero: ZeroOptimizer, state: dict[str, Any], memory: Memory | None = None
@@ -107,17 +117,17 @@ class Writer:
         parts = self._gather(sum(value.nbytes for value in tensors.values()))
         nbytes = sum(parts) if parts else 0
         error = self._broadcast(self._make_room(step, nbytes) if self._here.is_main else None)
-        if error is None and self._asynchronous:
-            try:
-                tensors = self._copy(tensors)
-            except (RuntimeError, MemoryError) as failed:
-                error = f"{self._here.describe()}: no memory for a copy of {nbytes:,} bytes ({_one_line(failed)})"
-            # Not to write with a copy missing, and not to leave the others waiting for this rank's part.
-            error = next(filter(None, self._all_gather(error)), None)
-        stall = time.monotonic() - start
         if error is not None:
+            stall = time.monotonic() - start
             self._end(Outcome(step, nbytes, error, stall, stall))
             return
+        failed = None  # here, which the other ranks learn when they have written
+        if self._asynchronous:
+            try:
+                tensors = self._copy(tensors)
+            except (RuntimeError, MemoryError) as error:
+                failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(error)})"
+        stall = time.monotonic() - start
         own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
@@ -125,7 +135,7 @@ class Writer:
         }  # fmt: skip
 
         def write() -> None:
-            outcome = self._write(step, tensors, own, content)
+            outcome = self._write(step, tensors, own, content, failed)
             waited = stall if self._asynchronous else time.monotonic() - start
             self._end(Outcome(step, nbytes, outcome[0], waited, time.monotonic() - start, outcome[1]))
 
@@ -149,16 +159,17 @@ class Writer:
             CheckpointError: if the last checkpoint could not be written.
         """
         self._join()
-        outcome = self.news()
         if self._failures:
-            raise CheckpointError(outcome.describe() if outcome else "the last checkpoint could not be written")
-        return outcome
+            raise CheckpointError(f"the last checkpoint could not be written: {self._error}")
+        return self.news()
 
     def _settle(self) -> None:
         self._join()
         if self._failures >= FAILURES:
-            error = self._outcome.error if self._outcome else "see the log"
-            raise CheckpointError(f"{self._failures} checkpoints in a row could not be written, the last: {error}")
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written, the last: {self._error}; make room, and go "
+                "on with --resume"
+            )
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -167,6 +178,7 @@ class Writer:
 
     def _end(self, outcome: Outcome) -> None:
         self._failures = self._failures + 1 if outcome.error else 0
+        self._error = outcome.error
         self._outcome = outcome
 
     def _collect(
@@ -234,15 +246,24 @@ class Writer:
         return None
 
     def _write(
-        self, step: int, tensors: dict[str, torch.Tensor], own: dict[str, Any], content: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        own: dict[str, Any],
+        content: dict[str, Any],
+        error: str | None,
     ) -> tuple[str | None, tuple[Path, ...]]:
-        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned."""
+        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned.
+
+        Args:
+            error: what has failed here already.
+        """
         name = f"rank-{self._here.rank:05d}.safetensors"
         path = self._unfinished(step) / name
         try:
             try:
-                own |= _write_file(path, tensors)
-                error = None
+                if not error:
+                    own |= _write_file(path, tensors)
             except (OSError, SafetensorError) as failed:
                 needed = sum(value.nbytes for value in tensors.values())
                 error = f"{path}: {_reason(failed)}, {needed:,} bytes needed"
@@ -294,13 +315,6 @@ class Writer:
         dist.gather_object(value, found, dst=0, group=self._group)
         return found
 
-    def _all_gather(self, value: Any) -> list:
-        if self._group is None:
-            return [value]
-        found = [None] * self._here.world_size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
-
     def _broadcast(self, value: Any) -> Any:
         if self._group is None:
             return value
@@ -329,6 +343,7 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Write and flush; size and SHA-256."""
     # safetensors wants memory of its own for every tensor: a fragment is part of a partition.
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    path.chmod(FILE_MODE)  # safetensors gives no rights to others
     _sync(path)
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -30,6 +30,7 @@ COMMANDS = [
     "data build",
     "data inspect",
     "compare",
+    "sync",
     "ui",
     "demo",
 ]
@@ -106,6 +107,7 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
         (["eval", "nobody"], ["no run 'nobody'"]),
         (["generate", "nobody", "--prompt", "a"], ["no run 'nobody'"]),
         (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
+        (["sync", "nobody"], ["no run 'nobody'"]),
         (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, rule110"]),
         (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),
         (["data", "build", "depo", "x", "--seed", "1", "nods=8"], ["nods", "did you mean nodes?"]),

@@ -170,7 +170,8 @@ def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, here, t
         patch.setattr(writer, "_write_file", fail)
         one.save(2, *trained, {})
         with pytest.raises(
-            CheckpointError, match=r"no checkpoint of step 2: .*Input/output error, [\d,]+ bytes needed"
+            CheckpointError,
+            match=r"the last checkpoint could not be written: .*Input/output error, [\d,]+ bytes needed",
         ):
             one.finish()
         one.save(3, *trained, {})

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
 import runs
 from powernap.parallel import exit_codes
-from powernap.parallel.checkpoint.manifest import checkpoints, read_manifest
+from powernap.parallel.checkpoint.manifest import checkpoints, newest_valid, read_manifest
 from powernap.train.metrics import read_metrics
 
 LONG = ["train.steps=100000", "optimizer.warmup_steps=2", "checkpoint.every=100000", "evaluation.every=null"]
@@ -31,14 +32,14 @@ def trained(folder):
     return runs.train_in_turn(folder, 1, {"one": []})["one"]
 
 
-def start(folder, name, *overrides):
+def start(folder, name, *overrides, watch=None):
     """The command, when its run has come to its third step."""
     command = [sys.executable, "-m", "powernap.launch.cli", "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    metrics = folder / "runs" / name / "metrics.jsonl"
+    metrics = (watch or folder / "runs" / name) / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.communicate()[1]
@@ -89,6 +90,15 @@ def test_copies_of_a_signal_do_not_hurry_it(folder):
     assert code == 75, errors
 
 
+def test_a_run_that_is_training_is_not_started_again(folder):
+    process = start(folder, "twice")
+    second = runs.powernap("train", "tiny.yaml", "run.name=twice", *LONG, "--resume", cwd=folder)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    runs.assert_one_line(second, "runs/twice: another process is training this run")
+
+
 def test_a_killed_rank_is_named_and_nothing_is_left_running(folder):
     process = start(folder, "killed", "parallel.data=2")
     ranks = psutil.Process(process.pid).children()
@@ -120,6 +130,44 @@ def test_no_whole_checkpoint_is_no_fresh_start(folder, trained):
         (checkpoint / "manifest.json").unlink()
     result = runs.powernap("train", "tiny.yaml", "run.name=one", "run.root=broken", "--resume", cwd=folder)
     runs.assert_one_line(result, "no checkpoint of broken/one is whole", "manifest.json: missing", "start a new run")
+
+
+@pytest.fixture
+def small_disk(folder):
+    """A file system of 4 MB at folder/small."""
+    place = folder / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_costs_the_steps_since_the_last_checkpoint(folder, trained, small_disk):
+    process = start(
+        folder, "full", "run.root=small", "checkpoint.every=2", "checkpoint.keep_last=1", watch=small_disk / "full"
+    )
+    deadline = time.monotonic() + 30
+    while not checkpoints(small_disk / "full" / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with suppress(OSError), (small_disk / "others").open("wb") as others:
+        while True:
+            others.write(bytes(4096))
+            others.flush()
+    code, errors = end(process)
+    assert code not in (0, 75) and "Traceback" not in errors, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("powernap: error: ")]
+    assert "small/full" in line and ("No space left" in line or "bytes needed" in line)
+    whole = newest_valid(small_disk / "full" / "checkpoints")
+    assert whole.folder is not None
+    (small_disk / "others").unlink()
+    last = whole.manifest["step"]
+    process = start(folder, "full", "run.root=small", "--resume", watch=small_disk / "full")
+    while "resumed after" not in (small_disk / "full" / "logs" / "train.log").read_text() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, errors = end(process)
+    assert code == 75 and f"resumed after step {last} of" in errors, errors
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
+from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
 from powernap.train.data.shards import TextSource, build
 from powernap.train.data.text import Text
 from powernap.train.evaluate import evaluate
@@ -78,6 +79,33 @@ def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
     with safe_open(again / "checkpoints" / "step_00000010" / "rank-00001.safetensors", "pt") as saved:
         state = saved.get_tensor("fast_weights/1")
     assert state.shape == (8, 2, 16, 16) and state.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_what_is_carried_goes_on_in_another_layout(folder, trained):
+    """Written by two pipeline stages, read by one process and by two data-parallel ranks: every row's fast weights."""
+    copies, again = {}, {}
+    for name in ("alone", "zero3", "forgotten"):
+        copies[name] = shutil.copytree(trained["pipeline"], folder / f"elsewhere-{name}" / "pipeline")
+        shutil.rmtree(copies[name] / "checkpoints" / "step_00000020")
+        again[name] = ["run.name=pipeline", f"run.root=elsewhere-{name}", "--resume"]
+    forget(copies["forgotten"] / "checkpoints" / "step_00000010")
+    runs.train_in_turn(folder, 2, {"zero3": [*LAYOUTS["zero3"], *again.pop("zero3")]})
+    runs.train_in_turn(folder, 1, again)
+    unbroken = read_metrics(trained["pipeline"] / "metrics.jsonl")
+    found = {name: read_metrics(run / "metrics.jsonl") for name, run in copies.items()}
+    for name in ("alone", "zero3"):
+        assert [line["samples"] for line in found[name]] == [line["samples"] for line in unbroken]
+        losses = [line["loss"] for line in found[name]]
+        assert losses[10:13] == pytest.approx([line["loss"] for line in unbroken][10:13], rel=1e-5)
+        assert losses[10:] == pytest.approx([line["loss"] for line in unbroken][10:], rel=5e-3)
+    assert abs(found["forgotten"][10]["loss"] / unbroken[10]["loss"] - 1) > 1e-4
+
+
+def forget(checkpoint):
+    """Take the fast weights out of a checkpoint, as if nothing had been carried."""
+    content = read_manifest(checkpoint)
+    content["lanes"] = None
+    write_manifest(checkpoint, {key: value for key, value in content.items() if key not in ("format", "sha256")})
 
 
 def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here):

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 import socket
 import subprocess
 import time
@@ -8,6 +10,8 @@ import urllib.request
 
 import pytest
 
+from powernap.launch import cli
+from powernap.train.delivery import sync_run
 from powernap.train.run_folder import flatten
 from powernap.train.tracking import NullTracker, Tracker, ui_command
 
@@ -140,20 +144,10 @@ def test_a_server_that_does_not_answer_neither_slows_nor_stops(run_folder, monke
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     failures = [line for line in warnings if "tracking to MLflow failed" in line]
     assert len(failures) == (1 if server is dead_server else 0)  # the silent one has not failed yet
-    assert "did not get 203 of 203 records" in warnings[-1]
+    assert "203 records of this run wait for MLflow: `powernap sync " in warnings[-1]
     assert len(warnings) == len(failures) + 1  # nothing from the HTTP library
     assert "secret" not in caplog.text
     assert "\n" not in "".join(warnings)
-
-
-def test_a_full_queue_drops_and_counts(run_folder, monkeypatch):
-    dead_server(monkeypatch)
-    monkeypatch.setattr("powernap.train.tracking.QUEUE_SIZE", 5)
-    tracker = Tracker(run_folder, "sleep", CONFIG)
-    for step in range(1, 21):
-        tracker.log_metrics(step, {"loss": 1.0})
-    assert tracker._queue.qsize() == 5
-    assert tracker.close(timeout=1.0) == 23
 
 
 def test_an_artifact_that_is_missing_costs_only_itself(run_folder, caplog):
@@ -164,6 +158,165 @@ def test_an_artifact_that_is_missing_costs_only_itself(run_folder, caplog):
     run = open_client(run_folder).get_run((run_folder / "mlflow_run_id").read_text().strip())
     assert run.data.metrics == {"loss": 0.5}
     assert "never_written.png" in caplog.text
+
+
+def lose_an_answer(monkeypatch, method, number):
+    """Call `number` of an MlflowClient's `method` is done, but its answer does not arrive; returns all calls."""
+    from mlflow import MlflowClient
+
+    real, calls = getattr(MlflowClient, method), []
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        result = real(*arguments, **options)
+        if len(calls) == number:
+            raise ConnectionError("no answer")
+        return result
+
+    monkeypatch.setattr(MlflowClient, method, call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("create_experiment", 1),
+        ("create_run", 1),
+        ("log_batch", 1),  # parameters
+        ("log_batch", 2),  # tags
+        ("log_batch", 3),  # metrics
+        ("set_terminated", 1),
+    ],
+)
+def test_what_is_sent_again_after_a_lost_answer_is_there_once(run_folder, monkeypatch, method, number):
+    calls = lose_an_answer(monkeypatch, method, number)
+    tracker = Tracker(run_folder, "sleep", CONFIG, resume_step=3)
+    for step in range(1, 6):
+        tracker.log_metrics(step, {"loss": 0.5, "nothing": float("nan"), "much": float("inf")})
+    if tracker.close() > 0:
+        sync_run(run_folder)
+    if method.startswith("create"):
+        assert len(calls) == 1  # it is looked for before another is made
+    else:
+        assert len(calls) > number
+    client = open_client(run_folder)
+    experiment = client.get_experiment_by_name("sleep")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == (run_folder / "mlflow_run_id").read_text().strip()
+    assert run.info.status == "FINISHED" and run.data.tags["resumed_at_steps"] == "3"
+    for name in ("loss", "nothing", "much"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_created_twice_by_a_frozen_server_is_one_in_the_end(run_folder):
+    from mlflow.entities import ViewType
+
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert tracker.close() == 0
+    client = open_client(run_folder)
+    run = client.get_run((run_folder / "mlflow_run_id").read_text().strip())
+    # The server wakes up and does what was asked of it before.
+    late = client.create_run(run.info.experiment_id, tags={"powernap_key": run.data.tags["powernap_key"]})
+    other = client.create_run(run.info.experiment_id, tags={"powernap_key": "another run's"})
+    assert Tracker(run_folder, "sleep", CONFIG, resume_step=1).close() == 0
+    active = {run.info.run_id for run in client.search_runs([run.info.experiment_id])}
+    assert active == {run.info.run_id, other.info.run_id}
+    deleted = client.search_runs([run.info.experiment_id], run_view_type=ViewType.DELETED_ONLY)
+    assert [run.info.run_id for run in deleted] == [late.info.run_id]
+
+
+def test_a_refused_record_does_not_hold_up_the_others(run_folder, caplog, capfd):
+    tracker = Tracker(run_folder, "sleep", CONFIG | {"odd#key": 1})
+    for step in (1, 2, 3):
+        tracker.log_metrics(step, {"loss": 0.5, "acc": 0.1} | ({"odd#name": 1.0} if step == 2 else {}))
+    assert tracker.close() == 2  # the parameters and step 2, without what could not be stored
+    client = open_client(run_folder)
+    run = client.get_run((run_folder / "mlflow_run_id").read_text().strip())
+    assert run.info.status == "FINISHED" and run.data.params["train.steps"] == "100"
+    assert "odd#key" not in run.data.params
+    for name in ("loss", "acc"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [1, 2, 3]
+    assert caplog.text.count("set aside") == 1 and "odd#" in caplog.text
+    assert cli.main(["sync", str(run_folder)]) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("powernap: error: ") and "2 records still wait for MLflow: it does not take them" in error
+
+
+def test_a_line_cut_short_by_a_crash_costs_only_itself(run_folder):
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert tracker.close(status=None) == 0
+    with (run_folder / "mlflow_spool.jsonl").open("a") as spool:
+        spool.write('{"type": "metrics", "step": 2, "val')
+    tracker = Tracker(run_folder, "sleep", CONFIG, resume_step=1)
+    tracker.log_metrics(2, {"loss": 0.25})
+    assert tracker.close() == 0
+    client = open_client(run_folder)
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_full_disk_is_one_warning(run_folder, monkeypatch, caplog):
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    real, room = os.write, [True, False, False, True]
+
+    def write(file, line):
+        if b'"metrics"' not in line or room.pop(0):
+            return real(file, line)
+        if len(room) == 2:  # a part of the line still fits
+            return real(file, line[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("powernap.train.spool.os.write", write)
+    for step in (1, 2, 3, 4):
+        tracker.log_metrics(step, {"loss": 0.5})
+    assert tracker.close() == 0
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    assert [m.step for m in open_client(run_folder).get_metric_history(run_id, "loss")] == [1, 4]
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_a_server_that_has_lost_the_run_gets_all_of_it_again(run_folder, caplog):
+    tracker = Tracker(run_folder, "sleep", CONFIG)
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert tracker.close("KILLED") == 0
+    first = (run_folder / "mlflow_run_id").read_text().strip()
+    open_client(run_folder).delete_run(first)
+    tracker = Tracker(run_folder, "sleep", CONFIG, resume_step=1)
+    tracker.log_metrics(2, {"loss": 0.25})
+    assert tracker.close() == 0
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    assert run_id != first
+    assert [m.step for m in open_client(run_folder).get_metric_history(run_id, "loss")] == [1, 2]
+
+
+def test_an_evaluation_beside_the_trainer_leaves_delivery_and_status_to_it(run_folder, capfd):
+    trainer = Tracker(run_folder, "sleep", CONFIG)
+    wait_for(lambda: (run_folder / "mlflow_run_id").exists())
+    evaluation = Tracker(run_folder, "sleep", CONFIG, running=False)
+    evaluation.log_metrics(7, {"accuracy": 0.75})
+    evaluation.close(status=None)
+    assert cli.main(["sync", str(run_folder)]) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("powernap: error: ") and "still training" in error
+    run_id = (run_folder / "mlflow_run_id").read_text().strip()
+    assert open_client(run_folder).get_run(run_id).info.status == "RUNNING"
+    assert trainer.close("KILLED") == 0
+    run = open_client(run_folder).get_run(run_id)
+    assert run.info.status == "KILLED" and run.data.metrics["accuracy"] == 0.75
+    evaluation = Tracker(run_folder, "sleep", CONFIG, running=False)
+    evaluation.log_metrics(7, {"accuracy": 0.5})
+    assert evaluation.close(status=None) == 0
+    run = open_client(run_folder).get_run(run_id)
+    assert run.info.status == "KILLED" and run.data.metrics["accuracy"] == 0.5
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_other_ranks_track_nothing():

@@ -159,7 +159,8 @@ def test_sliding_windows_train_and_evaluate(trained):
 def test_what_a_run_leaves_behind(trained):
     one_process = trained["one"]
     assert {path.name for path in one_process.iterdir()} == {
-        "config.yaml", "origin.json", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id",
+        "config.yaml", "origin.json", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id", "lock",
+        "mlflow_spool.jsonl", "mlflow_spool.position", "mlflow_spool.lock",
     }  # fmt: skip
     config = yaml.safe_load((one_process / "config.yaml").read_text())
     origin = json.loads((one_process / "origin.json").read_text())

@@ -1,0 +1,51 @@
+"""Passwords and tokens in shards' URLs and commands, kept out of what others read: MLflow, config.yaml, logs, errors."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+
+_QUERY_FIELD = r"[\w.\-]*(?:token|secret|signature|password|passwd|credential)[\w.\-]*|[\w.\-]*key(?:id)?|sig|pwd|auth(?:orization)?"
+_HEADER = r"(?:proxy-)?authorization|cookie|(?:private|job)-token|x-[\w\-]*(?:token|key|secret|auth)[\w\-]*"
+_OPTION = r"--(?:[\w\-]*-)?(?:password|passwd|token|secret|api-key|access-key|secret-key|oauth2-bearer)"
+_VARIABLE = r"\b[A-Z0-9_]*(?:SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY)[A-Z0-9_]*="
+_WORD = r"(?:\"[^\"]*\"|'[^']*'|[^\s\"']+)"  # of a shell
+
+# Each keeps its first group and masks what follows.
+_SECRETS = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?i)(\bhttps?://)[^/?#\s\"']+(?=@)",  # here a user alone may be a token, too
+        r"(\w://)[^/?#\s\"':@]*:(?!\d+/)[^?#\s\"'@]+(?=@)",  # user:password, S3's of which may hold a slash; not host:80/a@b
+        rf"(?i)([?&](?:{_QUERY_FIELD})=)[^&#\s\"']+",
+        rf"(?i)((?<![\w\-])(?:{_HEADER}):\s*)[^\"'\n]+",
+        r"(?i)(\bbearer\s+)[\w.~+/=\-]{8,}",
+        rf"({_VARIABLE}){_WORD}",
+        rf"({_OPTION}[= ]\s*){_WORD}",
+        r"((?<!\S)(?:-u|--user|--proxy-user)[= ]?\s*[\"']?)[^\s\"':]+:[^\s\"']+",  # curl's
+        r"(\b)(?:AKIA|ASIA)[0-9A-Z]{16}\b",  # an AWS access key
+    )
+]
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with MASK in place of every credential: in URLs, HTTP headers, options and variables of a command.
+
+    Known by where it stands or what it is called, so a secret in a place of its own is not found. Masking twice is masking
+    once.
+    """
+    for pattern in _SECRETS:
+        text = pattern.sub(rf"\g<1>{MASK}", text)
+    return text
+
+
+def mask_values(values: Any) -> Any:
+    """The same structure of mappings and lists, with every string in it masked."""
+    if isinstance(values, str):
+        return mask_secrets(values)
+    if isinstance(values, Mapping):
+        return {key: mask_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [mask_values(value) for value in values]
+    return values
