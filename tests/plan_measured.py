@@ -31,7 +31,7 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         "stage": here.stage,
         "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
         "gradients": gradients[0],
-        "optimizer": unique(tensors_of([zero._partitions(), zero._base_state()])),
+        "optimizer": unique(tensors_of([[p, zero._state(p)] for p in zero._partitions()])),
         "segments": kept.peak,
         "total": live.peak,
     }

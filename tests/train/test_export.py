@@ -80,7 +80,12 @@ def test_what_is_no_export_is_answered_in_one_line(exported, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["output_layer.weight"] = weights["output_layer.weight"][1:].clone()
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ExportError, match="output_layer.weight differs"):
+    with pytest.raises(ExportError, match="not the weights of the model in config.json: 38,868 numbers, not 38,900"):
+        load_run(folder)
+    weights["other"] = weights.pop("output_layer.weight")
+    weights["other"] = torch.zeros(264, 32)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ExportError, match="not the weights of the model in config.json: other differs"):
         load_run(folder)
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ExportError, match="model.safetensors: cannot be read"):
