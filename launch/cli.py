@@ -7,9 +7,11 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 import warnings
 
 from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, sync, train, ui
+from powernap.parallel import exit_codes
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of the help.
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options, arguments) or 0
     except BrokenPipeError:  # somebody's `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
-        return 1
+        return exit_codes.FAILED
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_users_mistake(error):
             raise
@@ -43,11 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
         who = "" if text.startswith(f"rank {rank} ") else who
         sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
-        return 2
+        return exit_codes.FAILED if isinstance(error, RuntimeError) else exit_codes.WRONG_USE
     except KeyboardInterrupt:
         if rank == "0":
             print("powernap: interrupted", file=sys.stderr, flush=True)
-        return 130
+        return exit_codes.INTERRUPTED
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -77,5 +79,23 @@ def _is_users_mistake(error: Exception) -> bool:
     return type(error).__module__.startswith("powernap.") or type(error) in (FileNotFoundError, PermissionError)
 
 
+def entry_point() -> None:
+    """The process `powernap`.
+
+    A rank that failed leaves without tidying up: it must not wait for the others, and what its libraries do when their
+    threads still wait may abort the process, which would then end with another exit code than the one it has.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = exit_codes.FAILED
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

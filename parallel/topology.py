@@ -5,8 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class Topology:
     device: torch.device
     groups: ProcessGroupCollection
     timeout_seconds: float  # a collective that waits longer raises
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
 
     @property
     def is_main(self) -> bool:
@@ -44,9 +45,7 @@ class Topology:
         return self.describe_rank(self.rank)
 
     def describe_rank(self, rank: int) -> str:
-        """Any rank's place: Megatron-core counts tensor ranks first, then data, then stages."""
-        tensor, data = rank % self.tensor_size, rank // self.tensor_size % self.data_size
-        return f"rank {rank} (data {data}, stage {rank // (self.tensor_size * self.data_size)}, tensor {tensor})"
+        return describe_rank(rank, self.tensor_size, self.data_size)
 
     def rank_of_stage(self, stage: int) -> int:
         """The rank in this rank's pipeline that runs `stage`."""
@@ -97,12 +96,6 @@ class Topology:
         same = {name: [part[name] for part in found if name in part] for name in names}
         return {name: sum(values) / len(values) for name, values in same.items()}
 
-    def gather_over_world(self, value: object) -> list:
-        """What each rank has for `value`."""
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     def from_main(self, value: object) -> object:
         """What the main rank has for `value`, on all ranks."""
         values = [value]
@@ -130,12 +123,25 @@ class Topology:
         dist.barrier()
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0, **process_group) -> Topology:
+def describe_rank(rank: int, tensor_size: int, data_size: int) -> str:
+    """A rank's place: Megatron-core counts tensor ranks first, then data, then stages."""
+    tensor, data = rank % tensor_size, rank // tensor_size % data_size
+    return f"rank {rank} (data {data}, stage {rank // (tensor_size * data_size)}, tensor {tensor})"
+
+
+def initialize(
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_seconds: float = 600.0,
+    progress: Progress | None = None,
+    **process_group,
+) -> Topology:
     """Join the processes that torchrun or srun described in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     Args:
         tensor, pipeline: ranks per tensor-parallel group, pipeline stages; data parallelism takes what is left.
         timeout_seconds: a collective that waits longer raises instead of hanging.
+        progress: where this rank notes what it does.
         process_group: passed to torch.distributed.init_process_group in place of the environment (tests).
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # set, since DeepSpeed insists on it
@@ -165,6 +171,7 @@ def initialize(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.
         stages=pipeline,
         device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
         timeout_seconds=timeout_seconds,
+        progress=progress or Progress(),
         groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "mp", "cp", "dp", "embd"]),
     )
 
@@ -179,30 +186,40 @@ class RankLostError(RuntimeError):
     """Another rank went away while this one waited for it, in one line."""
 
 
+# What gloo and the ranks' common store say when a process at the other end has ended.
+_GONE = re.compile(r"gloo.*Connection (closed|reset) by peer|Did the remote server shutdown or crash", re.DOTALL)
+
+
 @contextmanager
 def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
     """`initialize`, watched by a watchdog if there are other ranks, and leave the process groups at the end.
 
-    Not after an error: a rank that failed must not wait for the others, it exits and takes them down.
+    Not after an error, where there are others: a rank that failed must not wait for them, it exits and takes them down.
 
     Raises:
         RankLostError: if another rank closed its connections.
     """
-    # The watchdog speaks first, since it knows what it waited for.
-    here = initialize(tensor, pipeline, timeout_seconds + 60.0)
-    watchdog = None
-    if here.world_size > 1:
-        watchdog = Watchdog(here.progress, here.describe_rank, here.rank, here.world_size, timeout_seconds)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    who = partial(describe_rank, tensor_size=tensor, data_size=world_size // (tensor * pipeline))
+    progress, watchdog = Progress(), None
+    progress.note("joining the other ranks")
+    if world_size > 1:
+        watchdog = Watchdog(progress, who, rank, world_size, timeout_seconds)
         watchdog.start()
     try:
-        yield here
+        # The watchdog speaks first, since it knows what it waited for.
+        yield initialize(tensor, pipeline, timeout_seconds + 60.0, progress)
     except RuntimeError as error:
         if watchdog and watchdog.noticed:
             watchdog.join()  # it ends this process
-        if re.search(r"gloo.*(Connection closed by peer|Connection reset by peer)", " ".join(str(error).split())):
+        if _GONE.search(str(error)):
             raise RankLostError(
-                f"{here.describe()}: another rank is gone, and said why if it could; {here.progress.describe()}"
+                f"{who(rank)}: another rank is gone, and said why if it could; {progress.describe()}"
             ) from None
+        raise
+    except ValueError:
+        if world_size == 1:  # left to the interpreter's end, threads of the group may abort the process
+            shutdown()
         raise
     if watchdog:
         watchdog.stop()

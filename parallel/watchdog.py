@@ -60,7 +60,6 @@ class Watchdog(threading.Thread):
         self._patience = min(5.0, timeout_seconds / 5)  # for the others to write down where they stand
         self._limit = timeout_seconds - self._patience - LINGER
         self._timeout = timeout_seconds
-        self._store = _connect()
         self._main_thread = threading.main_thread().ident
         self._over = threading.Event()
         self.noticed = False  # it is about to say why and to leave: an error in the main thread now is a consequence
@@ -97,12 +96,13 @@ class Watchdog(threading.Thread):
         ranks = range(self._world_size) if self._world_size <= ASK_AT_MOST else (0, self._rank)
         deadline = time.monotonic() + self._patience
         try:
+            store = _connect()
             own = {"doing": self._progress.describe(), "waiting": self._waits()}
-            self._store.set(f"stuck/{self._rank}", json.dumps(own))
+            store.set(f"stuck/{self._rank}", json.dumps(own))
             while len(reports) < len(ranks) and time.monotonic() < deadline:
                 for rank in ranks:
-                    if rank not in reports and self._store.check([f"stuck/{rank}"]):
-                        reports[rank] = json.loads(self._store.get(f"stuck/{rank}"))
+                    if rank not in reports and store.check([f"stuck/{rank}"]):
+                        reports[rank] = json.loads(store.get(f"stuck/{rank}"))
                 time.sleep(0.1)
         except (RuntimeError, OSError):  # the store lives with one of the ranks, which may be the one that is gone
             pass

@@ -46,7 +46,8 @@ class Fragment(NamedTuple):
     start: int  # in the shard
     stop: int
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return self.stop - self.start
 
 
@@ -288,13 +289,11 @@ class ZeroOptimizer:
         found = {}
         for name, value in {MASTER: partition.detach(), **kinds}.items():
             if name != MASTER and self._keeps_whole_matrices(fragment.partition):
-                found[name] = (
-                    0,
-                    value.narrow(0, self._offset_of_matrix(parameter, fragment.partition), parameter.numel()),
-                )
+                offset = self._offset_of_matrix(parameter, fragment.partition)
+                found[name] = (0, value.narrow(0, offset, parameter.numel()))
             else:
                 assert value.shape == partition.shape
-                found[name] = (fragment.start, value.narrow(0, fragment.offset, len(fragment)))
+                found[name] = (fragment.start, value.narrow(0, fragment.offset, fragment.size))
         return found
 
     def group_of(self, partition: int) -> int:

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,7 @@ class Trial:
     layout: str
     fault: str
     rank: int
-    step: int  # it happens when this one is done
+    step: int  # it happens when this one is done; 0: while the run starts
     delay: float  # seconds later
     then: str  # the layout to go on in
     by_command: bool  # `powernap train` starts the processes, torchrun inside
@@ -62,7 +63,7 @@ class Trial:
     def draw(cls, seed: int, number: int) -> "Trial":
         chance = random.Random(f"{seed}/{number}")
         layout = chance.choice(list(LAYOUTS))
-        return cls(
+        trial = cls(
             number,
             layout,
             FAULTS[number % len(FAULTS)],
@@ -72,11 +73,15 @@ class Trial:
             chance.choice(list(LAYOUTS)) if chance.random() < 0.3 else layout,
             chance.random() < 0.1,
         )
+        if not trial.by_command and chance.random() < 0.1:
+            return replace(trial, step=0, delay=chance.uniform(0, 3))
+        return trial
 
     def describe(self) -> str:
         who = "powernap train" if self.by_command else f"rank {self.rank}"
         then = f", goes on as {self.then}" if self.then != self.layout else ""
-        return f"{self.layout}: {self.fault} to {who} after step {self.step}{then}"
+        when = f"after step {self.step}" if self.step else f"{self.delay:.1f} s after its start"
+        return f"{self.layout}: {self.fault} to {who} {when}{then}"
 
 
 def size(layout: str) -> int:
@@ -182,11 +187,11 @@ class Chaos:
         """Wait for the moment and do it; what was done."""
         metrics = where / "metrics.jsonl"
         deadline = time.monotonic() + 120
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < trial.step:
+        while trial.step and (not metrics.exists() or metrics.read_bytes().count(b"\n") < trial.step):
             if time.monotonic() > deadline or not all(process.is_running() for process in processes):
                 raise Failed("did not come to its step")
             time.sleep(0.002)
-        if trial.fault == "SIGKILL during save":
+        if trial.fault == "SIGKILL during save" and trial.step:
             while not list((where / "checkpoints").glob("*.tmp")) and time.monotonic() < deadline:
                 if metrics.read_bytes().count(b"\n") == STEPS:
                     break
@@ -199,8 +204,8 @@ class Chaos:
             victim.send_signal(getattr(signal, trial.fault.split()[0].strip(",")))
         except psutil.NoSuchProcess:
             return "was done already"
-        last = metrics.read_bytes().count(b"\n")
-        return f"came during step {last + 1}"
+        last = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return f"came during step {last + 1}" if last else "came before step 1 was done"
 
     def _wait(self, trial: Trial | None, processes: list[psutil.Process], limit: float = LEAVE) -> list[int]:
         """Exit codes of all; a rank that was frozen is killed when the others have left."""
@@ -219,9 +224,10 @@ class Chaos:
                     break
                 if time.monotonic() > deadline:
                     for process in processes:
-                        for child in process.children():
-                            child.kill()
-                        process.kill()
+                        with suppress(psutil.NoSuchProcess):
+                            for child in process.children():
+                                child.kill()
+                            process.kill()
                     raise Failed(f"rank {index} had not left after {limit} s")
                 time.sleep(0.01)
         return [codes[index] for index in range(len(processes))]

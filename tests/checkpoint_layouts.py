@@ -49,7 +49,7 @@ class Loading(Saving):
 
 
 def run(case: Saving, **process_group) -> dict:
-    """Losses of the ten steps after the checkpoint, and the largest difference of what was loaded from what was saved."""
+    """Losses of the ten steps after the checkpoint; what this rank's sequences carry, and what they should; the manifest."""
     layout = case.layout
     here = topology.initialize(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
@@ -84,13 +84,31 @@ def run(case: Saving, **process_group) -> dict:
             zero_layouts.train_step(layout, stage, engine, here, step)
     about = {"versions": {}, "config": {}}
     writer = Writer(folder, here, about, asynchronous=layout.tensor == 1)
-    writer.save(BEFORE, stage, engine, {"data": {"samples": 7}})
+    expected = memory = carried(stage, model, here)
+    if isinstance(case, Loading):
+        memory = found.load_memory(stage, here)
+    writer.save(BEFORE, stage, engine, {"data": {"samples": 7}}, memory)
     found = [zero_layouts.train_step(layout, stage, engine, here, BEFORE + step)[0] for step in range(1, AFTER + 1)]
     writer.finish()
     engine.engine.destroy()
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
-    return {"losses": found, "manifest": json.loads((folder / "step_00000003" / "manifest.json").read_text())}
+    return {
+        "losses": found,
+        "memory": memory,
+        "expected": expected,
+        "manifest": json.loads((folder / "step_00000003" / "manifest.json").read_text()),
+    }
+
+
+def carried(stage, model, here) -> tuple[torch.Tensor, ...]:
+    """This rank's part of what eight lanes carry: rows by data rank, heads by tensor rank, blocks by stage."""
+    memory = []
+    for block in stage.gdn_mixers:
+        generator = torch.Generator().manual_seed(block)
+        whole = torch.randn(8, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim, generator=generator)
+        memory.append(whole[here.data_rank :: here.data_size].chunk(here.tensor_size, 1)[here.tensor_rank].contiguous())
+    return tuple(memory)
 
 
 def differences(one: str, other: str) -> dict[str, float]:

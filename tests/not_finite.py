@@ -23,22 +23,12 @@ PARAMETER = "mlp.linear_fc1.weight"
 
 
 @dataclass(frozen=True)
-class Case:
-    level: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    sequence: bool = False
-    offload: bool = False
+class Case(zero_layouts.Case):
     precision: str = "fp32"
     optimizer: str = "adamw"
     tied: bool = False
     large: bool = False  # in place of a NaN a gradient whose norm is too large for float32
     control: bool = False  # leave out what skips
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
 
 
 def compare(case: Case, **process_group) -> dict:

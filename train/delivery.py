@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from powernap.train.run_folder import RUN_ID_FILE
 from powernap.train.secrets import mask_secrets
-from powernap.train.spool import SPOOL, DeliveryLock, Line, Position, Spool
+from powernap.train.spool import SPOOL, Line, Position, Spool, delivery_lock
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class DeliveryError(ValueError):
 class Delivery:
     """Takes the spool of the run in `folder` to MLFLOW_TRACKING_URI, or to the database beside the run.
 
-    Only the holder of the run's DeliveryLock may call `deliver`. A request whose answer was lost is sent again, which
+    Only the holder of the run's delivery lock may call `deliver`. A request whose answer was lost is sent again, which
     leaves no trace: MLflow keeps one of several equal metrics (same name, step, timestamp and value), and creating a run
     is preceded by looking for one with this run's key.
     """
@@ -244,7 +244,7 @@ def sync_run(folder: Path, progress: bool = False) -> int:
     Raises:
         DeliveryError: if records are left, or another process delivers them.
     """
-    lock = DeliveryLock(folder)
+    lock = delivery_lock(folder)
     if not lock.acquire():
         raise DeliveryError(f"{folder}: in use, such as still training: the process that uses it delivers its records")
     try:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
+from powernap.train.process_lock import ProcessLock
 from powernap.train.recipe_file import RecipeError, check, read_sections, save_recipe
 from powernap.train.secrets import mask_values
 
@@ -99,14 +98,12 @@ class RunFolder:
         Raises:
             RecipeError: on all ranks, if another one does, such as a job that was started again too early.
         """
-        lock = FileLock(self.path / "lock")
+        lock = ProcessLock(self.path / "lock")
 
         def acquire() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                raise RecipeError(f"{self.path}: another process is training this run: wait for its end") from None
+            if not lock.acquire():
+                raise RecipeError(f"{self.path}: another process is training this run: wait for its end")
 
         here.raise_together(acquire)
         try:

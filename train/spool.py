@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from powernap.train.process_lock import ProcessLock
+
 SPOOL = "mlflow_spool.jsonl"
 
 
@@ -110,29 +112,6 @@ class Position:
             os.replace(new, self._path)
 
 
-class DeliveryLock:
-    """Lets one process at a time deliver a run's spool. To be taken and released by one thread."""
-
-    def __init__(self, folder: Path) -> None:
-        from filelock import FileLock
-
-        self._lock = FileLock(folder / "mlflow_spool.lock")
-        self.held = False
-
-    def acquire(self) -> bool:
-        """Whether it is held now; never waits."""
-        from filelock import Timeout
-
-        if not self.held:
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout:
-                return False
-            except (OSError, NotImplementedError):  # a file system without locks: better twice than never
-                pass
-            self.held = True
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-        self.held = False
+def delivery_lock(folder: Path) -> ProcessLock:
+    """Lets one process at a time deliver a run's spool."""
+    return ProcessLock(folder / "mlflow_spool.lock")

@@ -21,7 +21,7 @@ from powernap.train.delivery import THREAD_NAME, Delivery, one_line, prepare_mlf
 from powernap.train.metrics import to_json
 from powernap.train.run_folder import flatten
 from powernap.train.secrets import mask_values
-from powernap.train.spool import DeliveryLock, Spool
+from powernap.train.spool import Spool, delivery_lock
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Tracker(NullTracker):
         self._failure: str | None = None  # why what waits now waits
         self._spool = Spool(self._folder)
         self._delivery = Delivery(self._folder)
-        self._lock = DeliveryLock(self._folder)
+        self._lock = delivery_lock(self._folder)
         self._closing = threading.Event()
         earlier = self._spool.begin()
         self._put(

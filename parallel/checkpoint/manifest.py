@@ -21,7 +21,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ _FIELDS = {"format": str, "step": int, "written": str, "layout": dict, "versions
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written, in one line."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest checkpoint that is whole, and why newer ones are not."""
-
-    folder: Path | None
-    manifest: dict[str, Any] = field(default_factory=dict)
-    passed_over: list[str] = field(default_factory=list)  # a line each
 
 
 def folder_name(step: int) -> str:
@@ -140,15 +130,21 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
     return manifest
 
 
-def newest_valid(folder: Path) -> Found:
-    """The newest checkpoint in `folder` that is whole, checked by this process alone."""
-    passed_over = []
-    for candidate in reversed(checkpoints(folder)):
+def newest_valid(
+    candidates: list[Path], verify: Callable[[Path], dict[str, Any]] = verify
+) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest of the checkpoints that is whole, its manifest, and why newer ones are not, a line each.
+
+    Args:
+        verify: what reads one, and raises CheckpointError.
+    """
+    passed_over: list[str] = []
+    for candidate in sorted(candidates, key=step_of, reverse=True):
         try:
-            return Found(candidate, verify(candidate), passed_over)
+            return candidate, verify(candidate), passed_over
         except CheckpointError as error:
             passed_over.append(str(error))
-    return Found(None, {}, passed_over)
+    return None, {}, passed_over
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:

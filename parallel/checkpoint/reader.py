@@ -5,7 +5,7 @@ stretch; only where the number of tensor ranks has changed, whole parameters are
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from powernap.model.fast_weights import Memory
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
-from powernap.parallel.checkpoint.manifest import CheckpointError, Found
+from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.shards import Split, cut, join, shard_shape, split_of, whole_shape
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import MASTER, ZeroOptimizer
@@ -66,8 +66,12 @@ class Checkpoint:
         Args:
             here: the ranks that share the reading; None: this process alone.
         """
-        found = newest_valid_for_all(folder, here) if here and here.world_size > 1 else manifest.newest_valid(folder)
-        return (cls(found.folder, found.manifest) if found.folder else None), found.passed_over
+        candidates, verify = manifest.checkpoints(folder), manifest.verify
+        if here and here.world_size > 1:
+            # File systems may not show all ranks the same.
+            candidates, verify = here.from_main(candidates), partial(verify_together, here=here)
+        found, content, passed_over = manifest.newest_valid(candidates, verify)
+        return (cls(found, content) if found else None), passed_over
 
     @property
     def parameters(self) -> list[str]:
@@ -186,18 +190,16 @@ def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
     return weights.bfloat16().float() if precision == "bf16" else weights
 
 
-def newest_valid_for_all(folder: Path, here: Topology) -> Found:
-    """The newest checkpoint that is whole, each rank checking its share of the files; the same on all ranks."""
-    passed_over: list[str] = []
-    for candidate in reversed(here.from_main(manifest.checkpoints(folder) if here.is_main else None)):
-        content, problem = here.from_main(_try_manifest(candidate) if here.is_main else None)
-        if problem is None:
-            problems = here.gather_over_world(next(_problems(candidate, content, here), None))
-            problem = next(filter(None, problems), None)
-        if problem is None:
-            return Found(candidate, content, passed_over)
-        passed_over.append(problem)
-    return Found(None, {}, passed_over)
+def verify_together(candidate: Path, here: Topology) -> dict[str, Any]:
+    """`manifest.verify` by all ranks, each of which reads its share of the files; they return, or raise, the same."""
+    content, problem = here.from_main(_try_manifest(candidate) if here.is_main else None)
+    if problem is None:
+        own = list(content["files"])[here.rank :: here.world_size]
+        problems = (manifest.check_file(candidate, name, content["files"][name]) for name in own)
+        problem = next(filter(None, here.gather(next(filter(None, problems), None))), None)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return content
 
 
 def _try_manifest(candidate: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -205,10 +207,3 @@ def _try_manifest(candidate: Path) -> tuple[dict[str, Any] | None, str | None]:
         return manifest.read_manifest(candidate), None
     except CheckpointError as error:
         return None, str(error)
-
-
-def _problems(candidate: Path, content: dict[str, Any], here: Topology) -> Iterator[str]:
-    """What is wrong with this rank's share of the files."""
-    for name in list(content["files"])[here.rank :: here.world_size]:
-        if problem := manifest.check_file(candidate, name, content["files"][name]):
-            yield problem

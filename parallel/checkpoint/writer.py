@@ -127,12 +127,12 @@ class Writer:
                 tensors = self._copy(tensors)
             except (RuntimeError, MemoryError) as error:
                 failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(error)})"
-        stall = time.monotonic() - start
         own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
             "groups": zero.groups(), **self._describe(stage, zero, memory),
         }  # fmt: skip
+        stall = time.monotonic() - start
 
         def write() -> None:
             outcome = self._write(step, tensors, own, content, failed)
@@ -193,7 +193,7 @@ class Writer:
                 continue
             found["fragments"][name] = [fragment.start, fragment.stop]
             for kind, (start, value) in zero.values(parameter, fragment).items():
-                tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, len(fragment))
+                tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, fragment.size)
         if memory is not None:
             found["blocks"] = [str(block) for block in stage.gdn_mixers]
             states = zip(found["blocks"], memory, strict=True)

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from disks import small_disk
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest, writer
@@ -42,13 +44,16 @@ def save(trained, here, tmp_path):
     """save(step, ...) writes a checkpoint into tmp_path and tells how it ended."""
 
     def save(step, folder=tmp_path, **options):
-        folder.mkdir(exist_ok=True)
         one = Writer(folder, here, ABOUT, **options)
         one.save(step, *trained, {"data": step})
         one._join()
         return one.news()
 
     return save
+
+
+def newest(folder):
+    return newest_valid(checkpoints(folder))
 
 
 def test_a_checkpoint_says_what_it_is_and_nothing_is_pickled(save, trained, tmp_path):
@@ -87,20 +92,20 @@ def test_every_file_damaged_in_turn_is_named_and_the_checkpoint_before_is_used(s
     for file, how, data in list(damaged(newer)):
         original = file.read_bytes()
         file.unlink() if data is None else file.write_bytes(data)
-        found = newest_valid(tmp_path)
-        assert found.folder == older, how
-        assert len(found.passed_over) == 1 and str(file) in found.passed_over[0], (how, found.passed_over)
+        found, _, passed_over = newest(tmp_path)
+        assert found == older, how
+        assert len(passed_over) == 1 and str(file) in passed_over[0], (how, passed_over)
         file.write_bytes(original)
         tried += 1
     assert tried == 2 * (4 + 14 + 1)
-    assert newest_valid(tmp_path).folder == newer  # the control
+    assert newest(tmp_path)[0] == newer  # the control
 
 
 def test_none_is_whole(save, tmp_path):
     save(1)
     (tmp_path / "step_00000001" / "rank-00000.safetensors").unlink()
-    found = newest_valid(tmp_path)
-    assert found.folder is None and "rank-00000.safetensors: missing" in found.passed_over[0]
+    found, _, passed_over = newest(tmp_path)
+    assert found is None and "rank-00000.safetensors: missing" in passed_over[0]
 
 
 def test_folders_that_are_no_checkpoints_are_not_looked_at(save, tmp_path):
@@ -108,9 +113,9 @@ def test_folders_that_are_no_checkpoints_are_not_looked_at(save, tmp_path):
     for name in ("step_00000002.tmp", "step_00000003.deleted", "step_x", "other"):
         shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
     shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000009")  # renamed by somebody
-    found = newest_valid(tmp_path)
-    assert found.folder.name == "step_00000001"
-    assert len(found.passed_over) == 1 and "the folder has been renamed" in found.passed_over[0]
+    found, _, passed_over = newest(tmp_path)
+    assert found.name == "step_00000001"
+    assert len(passed_over) == 1 and "the folder has been renamed" in passed_over[0]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_what_is_kept(save, tmp_path, keep, left):
     assert [manifest.step_of(path) for path in checkpoints(tmp_path)] == left
     if keep == {"keep_last": 1}:
         assert [path.name for path in outcome.pruned] == ["step_00000009"]
-    assert newest_valid(tmp_path).folder.name == "step_00000010"
+    assert newest(tmp_path)[0].name == "step_00000010"
 
 
 def test_broken_checkpoints_do_not_count_as_kept_ones(save, tmp_path):
@@ -180,7 +185,7 @@ def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, here, t
         assert "step_00000004.tmp" in one.news().error
         with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written"):
             one.save(5, *trained, {})
-    assert newest_valid(tmp_path).folder.name == "step_00000001"
+    assert newest(tmp_path)[0].name == "step_00000001"
     again = Writer(tmp_path, here, ABOUT)
     again.save(6, *trained, {})
     assert again.finish().error is None
@@ -188,67 +193,60 @@ def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, here, t
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip("no right to mount a small file system here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as place:
+        yield place
 
 
-def test_a_full_disk_is_seen_before_writing(save, small_disk):
-    assert save(1, small_disk).error is None
-    (small_disk / "others").write_bytes(bytes(4 * 2**20 - 2**19 - 2**17))
-    outcome = save(2, small_disk)
-    assert f"{small_disk}: " in outcome.error and "bytes needed" in outcome.error and "free" in outcome.error
-    assert not list(small_disk.glob("*.tmp"))
-    assert newest_valid(small_disk).folder.name == "step_00000001"
+def test_a_full_disk_is_seen_before_writing(save, disk):
+    assert save(1, disk).error is None
+    (disk / "others").write_bytes(bytes(4 * 2**20 - 2**19 - 2**17))
+    outcome = save(2, disk)
+    assert f"{disk}: " in outcome.error and "bytes needed" in outcome.error and "free" in outcome.error
+    assert not list(disk.glob("*.tmp"))
+    assert newest(disk)[0].name == "step_00000001"
 
 
-def test_a_disk_that_fills_while_writing(save, small_disk, monkeypatch):
-    assert save(1, small_disk).error is None
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "others").write_bytes(bytes(free - 40_000))
+def test_a_disk_that_fills_while_writing(save, disk, monkeypatch):
+    assert save(1, disk).error is None
+    free = shutil.disk_usage(disk).free
+    (disk / "others").write_bytes(bytes(free - 40_000))
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 0, 2**30))
-    outcome = save(2, small_disk)
+    outcome = save(2, disk)
     assert "rank-00000.safetensors" in outcome.error and "bytes needed" in outcome.error, outcome
-    (small_disk / "others").unlink()
-    assert newest_valid(small_disk).folder.name == "step_00000001"
-    assert save(3, small_disk).error is None and not list(small_disk.glob("*.tmp"))
+    (disk / "others").unlink()
+    assert newest(disk)[0].name == "step_00000001"
+    assert save(3, disk).error is None and not list(disk.glob("*.tmp"))
 
 
-def test_a_folder_that_is_gone_or_read_only(save, tmp_path):
-    gone = save(1, tmp_path / "a")
-    assert gone.error is None
-    shutil.rmtree(tmp_path / "a")
-    one = tmp_path / "a"
-    outcome = _save_without_making(save, one)
-    assert f"{one}: gone" in outcome.error and "bytes needed" in outcome.error
-    if os.getuid() == 0:  # root may write anywhere but on a read-only file system
-        one.mkdir()
-        bound = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=8m", "none", str(one)], capture_output=True)
-        if bound.returncode:
-            pytest.skip("no right to mount here")
+def test_a_folder_that_is_gone(save, tmp_path):
+    outcome = save(1, tmp_path / "a")
+    assert f"{tmp_path / 'a'}: gone" in outcome.error and "bytes needed" in outcome.error
+    assert not (tmp_path / "a").exists()  # whoever deleted it meant it
+
+
+def test_a_read_only_disk(save, tmp_path):
+    with small_disk(tmp_path / "a", "ro,size=8m") as place:
+        outcome = save(1, place)
+    assert "step_00000001.tmp: Read-only file system" in outcome.error and "bytes needed" in outcome.error
+
+
+def test_a_folder_without_the_permission_to_write(save):
+    """As somebody whom the folder does not belong to; root may write anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        assert save(1, place).error is None
+        place.chmod(0o555)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
         try:
-            outcome = _save_without_making(save, one)
+            outcome = save(2, place)
         finally:
-            subprocess.run(["umount", str(one)], check=True)
-    else:
-        one.mkdir(mode=0o500)
-        outcome = _save_without_making(save, one)
-    assert "step_00000002.tmp" in outcome.error and "bytes needed" in outcome.error
-
-
-def _save_without_making(save, folder):
-    make = type(folder).mkdir
-    type(folder).mkdir = lambda self, *a, **k: None if self == folder else make(self, *a, **k)
-    try:
-        return save(2, folder)
-    finally:
-        type(folder).mkdir = make
+            os.seteuid(before)
+        assert "step_00000002.tmp: Permission denied" in outcome.error and "bytes needed" in outcome.error
+        assert newest(place)[0].name == "step_00000001"
+        place.chmod(0o755)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

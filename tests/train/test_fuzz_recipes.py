@@ -66,7 +66,7 @@ def no_processes():
         yield
 
 
-def both(command, recipe, *overrides):
+def assert_answered(command, recipe, *overrides):
     assert {command("plan", str(recipe), *overrides), command("train", str(recipe), *overrides)} <= {0, 2}
 
 
@@ -153,14 +153,14 @@ def write(value, path: Path) -> None:
 @given(st.binary(max_size=60) | yaml_text)
 def test_any_bytes(command, tmp_path, data):
     (tmp_path / "recipe.yaml").write_bytes(data)
-    both(command, tmp_path / "recipe.yaml")
+    assert_answered(command, tmp_path / "recipe.yaml")
 
 
 @fuzz
 @given(values | st.dictionaries(st.sampled_from(["base", *Recipe.model_fields]), values, max_size=4))
 def test_any_structure(command, tmp_path, value):
     write(value, tmp_path / "recipe.yaml")
-    both(command, tmp_path / "recipe.yaml")
+    assert_answered(command, tmp_path / "recipe.yaml")
 
 
 @fuzz
@@ -170,7 +170,7 @@ def test_a_recipe_with_any_value_in_a_field(command, tmp_path, field, value):
     section, name = field.split(".")
     recipe.setdefault(section, {})[name] = value
     write(recipe, tmp_path / "recipe.yaml")
-    both(command, tmp_path / "recipe.yaml")
+    assert_answered(command, tmp_path / "recipe.yaml")
 
 
 overrides = st.text(max_size=15).filter(lambda text: not text.startswith("-")) | st.builds(
@@ -183,4 +183,4 @@ overrides = st.text(max_size=15).filter(lambda text: not text.startswith("-")) |
 @fuzz
 @given(st.lists(overrides, max_size=3))
 def test_any_overrides(command, given):
-    both(command, "tiny.yaml", *given)
+    assert_answered(command, "tiny.yaml", *given)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import runs
+from disks import small_disk
 from powernap.parallel import exit_codes
 from powernap.parallel.checkpoint.manifest import checkpoints, newest_valid, read_manifest
 from powernap.train.metrics import read_metrics
@@ -133,24 +134,19 @@ def test_no_whole_checkpoint_is_no_fresh_start(folder, trained):
 
 
 @pytest.fixture
-def small_disk(folder):
-    """A file system of 4 MB at folder/small."""
-    place = folder / "small"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+def disk(folder):
+    with small_disk(folder / "small") as place:
+        yield place
 
 
-def test_a_disk_that_fills_costs_the_steps_since_the_last_checkpoint(folder, trained, small_disk):
+def test_a_disk_that_fills_costs_the_steps_since_the_last_checkpoint(folder, trained, disk):
     process = start(
-        folder, "full", "run.root=small", "checkpoint.every=2", "checkpoint.keep_last=1", watch=small_disk / "full"
+        folder, "full", "run.root=small", "checkpoint.every=2", "checkpoint.keep_last=1", watch=disk / "full"
     )
     deadline = time.monotonic() + 30
-    while not checkpoints(small_disk / "full" / "checkpoints") and time.monotonic() < deadline:
+    while not checkpoints(disk / "full" / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.01)
-    with suppress(OSError), (small_disk / "others").open("wb") as others:
+    with suppress(OSError), (disk / "others").open("wb") as others:
         while True:
             others.write(bytes(4096))
             others.flush()
@@ -158,16 +154,33 @@ def test_a_disk_that_fills_costs_the_steps_since_the_last_checkpoint(folder, tra
     assert code not in (0, 75) and "Traceback" not in errors, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("powernap: error: ")]
     assert "small/full" in line and ("No space left" in line or "bytes needed" in line)
-    whole = newest_valid(small_disk / "full" / "checkpoints")
-    assert whole.folder is not None
-    (small_disk / "others").unlink()
-    last = whole.manifest["step"]
-    process = start(folder, "full", "run.root=small", "--resume", watch=small_disk / "full")
-    while "resumed after" not in (small_disk / "full" / "logs" / "train.log").read_text() and process.poll() is None:
+    whole, content, _ = newest_valid(checkpoints(disk / "full" / "checkpoints"))
+    assert whole is not None
+    (disk / "others").unlink()
+    last = content["step"]
+    process = start(folder, "full", "run.root=small", "--resume", watch=disk / "full")
+    while "resumed after" not in (disk / "full" / "logs" / "train.log").read_text() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     code, errors = end(process)
     assert code == 75 and f"resumed after step {last} of" in errors, errors
+
+
+def test_a_run_folder_that_is_deleted_is_told_at_the_next_step_and_in_the_end(folder):
+    process = start(folder, "deleted", "checkpoint.every=2")
+    shutil.rmtree(folder / "runs" / "deleted")
+    code, errors = end(process)
+    assert code == exit_codes.WRONG_USE and "Traceback" not in errors, errors
+    assert "no checkpoint of step" in errors and "runs/deleted/checkpoints: gone" in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("powernap: error: ")]
+    assert "3 checkpoints in a row could not be written" in line and "bytes needed there" in line
+    assert not (folder / "runs" / "deleted").exists()
+
+
+def test_a_run_cannot_start_on_a_read_only_disk(folder):
+    with small_disk(folder / "fixed", "ro,size=4m"):
+        result = runs.powernap("train", "tiny.yaml", "run.root=fixed", cwd=folder)
+    runs.assert_one_line(result, "Read-only file system", "fixed/tiny")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def cache(tmp_path):
     return ShardCache(tmp_path / "cache")
 
 
-def read_all(shard, cache):
+def assert_read_or_refused(shard, cache):
     """Everything that is ever read of a shard; the samples, or None if one is refused. Nothing but the cache is written."""
     before = sorted(shard.parent.parent.glob("[!c]*/**/*"))
     samples = None
@@ -78,7 +78,7 @@ def refresh(shard, data):
 @given(st.binary(max_size=2000))
 def test_any_bytes(shard, cache, data):
     refresh(shard, data)
-    assert not read_all(shard, cache)
+    assert not assert_read_or_refused(shard, cache)
 
 
 changes = st.lists(
@@ -97,7 +97,7 @@ def test_any_changes_of_headers(shard, cache, changes, right_checksum):
             header = data[512 * block : 512 * block + 512]
             data[512 * block + 148 : 512 * block + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
     refresh(shard, data)
-    read_all(shard, cache)
+    assert_read_or_refused(shard, cache)
 
 
 names = st.sampled_from(["../../x.tokens.npy", "/x.tokens.npy", "a.tokens.npy", "a.loss_mask.npy", "b.answers.npy"])
@@ -126,7 +126,7 @@ def test_any_members(shard, cache, members, data):
         archive.write(info.tobuf(tarfile.PAX_FORMAT if extended else tarfile.GNU_FORMAT) + data)
         archive.write(bytes(-archive.tell() % 512))
     refresh(shard, archive.getvalue() + shard.read_bytes())
-    read_all(shard, cache)
+    assert_read_or_refused(shard, cache)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
@@ -137,7 +137,7 @@ def test_a_header_that_claims_much_gets_nothing(shard, cache, kind, size):
     refresh(shard, info.tobuf(tarfile.GNU_FORMAT) + shard.read_bytes())
     tracemalloc.start()
     try:
-        assert read_all(shard, cache) is None
+        assert assert_read_or_refused(shard, cache) is None
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -147,7 +147,7 @@ def test_a_chain_of_headers_ends(shard, cache):
     info = tarfile.TarInfo("x")
     info.type = tarfile.XHDTYPE
     refresh(shard, 5000 * info.tobuf() + shard.read_bytes())
-    assert read_all(shard, cache) is None
+    assert assert_read_or_refused(shard, cache) is None
 
 
 def npy(header: str | bytes, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
@@ -214,10 +214,10 @@ def test_nothing_is_unpickled(shard, cache, tmp_path):
         for name in MEMBERS:
             with pytest.raises(DataError, match="not a NumPy array"):
                 decode({"__url__": "a.tar", "__key__": "a", **SAMPLE, name: data})
-        assert len(read_all(shard, cache)) == 3
+        assert len(assert_read_or_refused(shard, cache)) == 3
         (kept,) = (cache.folder / "index").iterdir()
         kept.write_bytes(data)
-        assert len(read_all(shard, cache)) == 3
+        assert len(assert_read_or_refused(shard, cache)) == 3
     assert not pwned.exists()
     np.load(io.BytesIO(pickled_arrays(pwned)[0]), allow_pickle=True)
     assert pwned.exists()  # it would
@@ -241,7 +241,7 @@ def test_any_kept_index(shard, cache, data):
     Shard.open(str(shard), cache)
     for kept in (cache.folder / "index").iterdir():
         kept.write_bytes(data)
-    read_all(shard, cache)
+    assert_read_or_refused(shard, cache)
 
 
 json_values = st.recursive(
@@ -269,4 +269,4 @@ manifest_fields = {
 )
 def test_any_manifest(shard, cache, data):
     (shard.parent / "manifest.json").write_bytes(data)
-    read_all(shard, cache)
+    assert_read_or_refused(shard, cache)

@@ -1,0 +1,29 @@
+"""A lock that one process at a time holds, and that ends with it."""
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class ProcessLock:
+    """A lock on a file. To be taken and released by one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path)
+        self._held = False
+
+    def acquire(self) -> bool:
+        """Whether it is held now; never waits."""
+        if not self._held:
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                return False
+            except (OSError, NotImplementedError):
+                pass  # a file system without locks: a cluster's may be one, and nothing else is wrong with it
+            self._held = True
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+        self._held = False
