@@ -8,7 +8,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint"]
+ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint", "tracking"]
 ON_DEMAND = ["demo", "trend", "device"]  # a quarter of an hour; hours; a CUDA device
 
 
