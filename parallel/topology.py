@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.parallel import cpu
-from powernap.parallel.watchdog import Progress, Watchdog
+from powernap.parallel.watchdog import JOINING, Progress, Watchdog
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,10 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
         watchdog.start()
     try:
         # The watchdog speaks first, since it knows what it waited for.
-        yield initialize(tensor, pipeline, timeout_seconds + 60.0, progress)
+        here = initialize(tensor, pipeline, timeout_seconds + JOINING, progress)
+        progress.joined = True
+        progress.note("starting")
+        yield here
     except RuntimeError as error:
         if watchdog and watchdog.noticed:
             watchdog.join()  # it ends this process

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from powernap.parallel import exit_codes
 
 LINGER = 2.0  # seconds: the first to leave takes the others down, who shall speak first
+JOINING = 60.0  # seconds at least for ranks to meet: one that still reads libraries from a busy disk is not lost
 ASK_AT_MOST = 512  # ranks; more would flood the store
 
 # A main thread that stands in one of these waits for other ranks.
@@ -34,6 +35,7 @@ class Progress:
 
     def __init__(self):
         self.step: int | None = None
+        self.joined = False  # whether all ranks have met
         self.note("starting")
 
     def note(self, doing: str | Callable[..., str], *details: object, brief: Callable[[], str] | None = None) -> None:
@@ -58,8 +60,7 @@ class Watchdog(threading.Thread):
         self._progress, self._who = progress, who
         self._rank, self._world_size = rank, world_size
         self._patience = min(5.0, timeout_seconds / 5)  # for the others to write down where they stand
-        self._limit = timeout_seconds - self._patience - LINGER
-        self._timeout = timeout_seconds
+        self._timeout_seconds = timeout_seconds
         self._main_thread = threading.main_thread().ident
         self._over = threading.Event()
         self.noticed = False  # it is about to say why and to leave: an error in the main thread now is a consequence
@@ -71,7 +72,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(min(1.0, self._patience / 4)):
             since = self._progress.changed
-            if time.monotonic() - since > self._limit:
+            if time.monotonic() - since > self._timeout - self._patience - LINGER:
                 self.noticed = True
                 reports = self._ask()
                 if self._progress.changed == since and not self._over.is_set():
@@ -117,6 +118,10 @@ class Watchdog(threading.Thread):
         if not silent and not busy:
             parts.append("every rank waits for another")
         return "; ".join(parts)
+
+    @property
+    def _timeout(self) -> float:
+        return self._timeout_seconds if self._progress.joined else max(JOINING, self._timeout_seconds)
 
     def _waits(self) -> bool:
         """Whether the main thread stands in communication rather than in computing or reading."""

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from powernap.parallel.watchdog import JOINING
+
 STEPS, EVERY = 16, 3
 TIMEOUT = 8  # seconds, parallel.timeout_seconds
 LEAVE = TIMEOUT + 12  # seconds until every rank but a frozen one must have left
@@ -117,8 +119,11 @@ class Chaos:
         where = self.folder / "runs" / name
         start = self._start_by_command if trial.by_command else self._start
         processes = start(name, trial.layout, [])
-        happened = self._interfere(trial, where, processes)
-        codes = self._wait(trial, processes)
+        try:
+            happened = self._interfere(trial, where, processes)
+            codes = self._wait(trial, processes)
+        finally:
+            _end_all(processes)
         self._check_codes(trial, codes)
         starts = 1
         resumed_at = "done already"
@@ -210,8 +215,11 @@ class Chaos:
     def _wait(self, trial: Trial | None, processes: list[psutil.Process], limit: float = LEAVE) -> list[int]:
         """Exit codes of all; a rank that was frozen is killed when the others have left."""
         frozen = trial.rank if trial and trial.fault == "SIGSTOP" and not trial.by_command else None
-        # torchrun gives processes that are left, such as a frozen one, 30 s.
-        deadline = time.monotonic() + limit + (35 if trial and trial.by_command else 0)
+        if trial and trial.by_command:
+            limit += 35  # torchrun gives processes that are left, such as a frozen one, 30 s
+        if trial and not trial.step:
+            limit += JOINING - TIMEOUT
+        deadline = time.monotonic() + limit
         codes: dict[int, int] = {}
         order = [i for i in range(len(processes)) if i != frozen] + ([frozen] if frozen is not None else [])
         for index in order:
@@ -223,11 +231,7 @@ class Chaos:
                     codes[index] = os.waitstatus_to_exitcode(status)
                     break
                 if time.monotonic() > deadline:
-                    for process in processes:
-                        with suppress(psutil.NoSuchProcess):
-                            for child in process.children():
-                                child.kill()
-                            process.kill()
+                    _end_all(processes)
                     raise Failed(f"rank {index} had not left after {limit} s")
                 time.sleep(0.01)
         return [codes[index] for index in range(len(processes))]
@@ -282,10 +286,19 @@ class Chaos:
         if layout not in self._unbroken:
             name = f"unbroken-{layout.replace(' ', '-')}"
             codes = self._wait(None, self._start(name, layout, []), 120)
-            assert not any(codes), codes
+            if any(codes):
+                raise Failed(f"the unbroken run ended with {codes}")
             where = self.folder / "runs" / name
             self._unbroken[layout] = (_lines(where), _weights(where))
         return self._unbroken[layout]
+
+
+def _end_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            for child in process.children():
+                child.kill()
+            process.kill()
 
 
 def _lines(where: Path) -> list[dict]:

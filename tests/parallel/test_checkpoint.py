@@ -9,6 +9,7 @@ import torch
 import checkpoint_layouts
 from checkpoint_layouts import MUON, Loading, Saving
 from processes import run_cases
+from tiny import WINDOW
 from zero_layouts import Case, Problem
 
 SP = dict(tensor=2, sequence=True)
@@ -18,7 +19,8 @@ SAVED = {
     "DP2, ZeRO 3": Case(level=3, data=2),
     "PP2xDP2": Case(pipeline=2, data=2),
 }
-# Every legal layout of up to four ranks: micro-batches come in groups of the stages, so three stages do not fit.
+# Every legal layout of up to four ranks: micro-batches come in groups of the stages, so three stages do not fit, and four
+# tensor ranks do not share the six tokens of a window.
 LAYOUTS = {
     f"TP{tensor}{'+SP' * sequence}xPP{pipeline}xDP{data}, ZeRO {level}": Case(
         level=level, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence
@@ -26,7 +28,9 @@ LAYOUTS = {
     for data, tensor, pipeline, sequence, level in itertools.product(
         (1, 2, 4), (1, 2, 4), (1, 2, 4), (False, True), (1, 2, 3)
     )
-    if data * tensor * pipeline <= 4 and (tensor > 1 or not sequence) and (pipeline == 1 or level == 1)
+    if data * tensor * pipeline <= 4
+    and (not sequence or (tensor > 1 and WINDOW % tensor == 0))
+    and (pipeline == 1 or level == 1)
 } | {"DP2, offload": Case(data=2, offload=True)}
 GRID = [(saved, loaded) for saved in SAVED for loaded in LAYOUTS if SAVED[saved] != LAYOUTS[loaded]]
 # Every way of cutting a parameter, into every other.
