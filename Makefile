@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all chaos bench ui install clean
+.PHONY: help demo test test-faults test-all chaos bench ui install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -11,11 +11,14 @@ help:  ## this list
 demo: install  ## train with and without sleep, compare, draw (minutes)
 	$(BIN)/powernap demo
 
-test: install  ## lint and the whole test suite
+test: install  ## lint and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: install  ## and the whole grid of parallel layouts
+test-faults: install  ## runs that are stopped, killed, damaged and taken up in other layouts
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not wide"
+
+test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
 
 chaos: install  ## 100 runs killed, stopped or damaged at random moments, resumed and compared
