@@ -70,6 +70,13 @@ class JobDescription(Section):
             parse_mount(mount)
         return mounts
 
+    @field_validator("env", mode="before")
+    @classmethod
+    def _numbers_as_text(cls, env: object) -> object:
+        if not isinstance(env, dict):
+            return env
+        return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
+
     @field_validator("env", "secrets")
     @classmethod
     def _names(cls, names: dict[str, str] | list[str]) -> dict[str, str] | list[str]:

@@ -32,11 +32,13 @@ def read_secret_file(name: str, file: str) -> str:
         mode = path.stat().st_mode
         value = path.read_text().rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"secrets.{name}={file}: cannot be read ({error})") from None
+        raise JobError(
+            f"{file}, where the profile has {name}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        ) from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JobError(f"secrets.{name}={file}: others may read it: chmod 600 {file}")
+        raise JobError(f"{file}, where the profile has {name}: others may read it: chmod 600 {file}")
     if not value or "\n" in value or "\0" in value:
-        raise JobError(f"secrets.{name}={file}: write the value alone, in one line")
+        raise JobError(f"{file}, where the profile has {name}: write the value alone, in one line")
     return value
 
 

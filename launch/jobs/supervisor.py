@@ -3,6 +3,7 @@
 It runs the command of FOLDER/local.yaml until it is done, hopeless, cancelled, or has failed too often.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from powernap.train.process_lock import ProcessLock
 STATE = "state.json"
 LOCK = "supervisor.lock"
 TURN = "local.lock"  # beside all runs
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def is_supervised(folder: Path) -> bool:
@@ -78,7 +80,9 @@ class Supervisor:
         """Run the command once; its exit code, 128 + N for one that signal N ended."""
         secrets = {name: read_secret_file(name, file) for name, file in self._plan["secrets"].items() if file}
         environment = os.environ | self._plan["env"] | secrets
-        self._child = subprocess.Popen(self._plan["command"], env=environment, stdin=subprocess.DEVNULL)
+        self._child = subprocess.Popen(
+            self._plan["command"], env=environment, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
         if self._cancelled:  # since before it was there to be told
             self._end()
         code = self._child.wait()
@@ -106,6 +110,11 @@ class Supervisor:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self._state) + "\n")
         os.replace(part, path)
+
+
+def _end_with_parent() -> None:
+    """Have Linux ask this process to save and end when its supervisor dies, which nobody could restart it for."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:
