@@ -163,11 +163,12 @@ class SlurmCluster:
         shutil.rmtree(self.folder)
 
     def processes(self) -> set[psutil.Process]:
-        """All of this cluster: daemons, jobs, and what looks after jobs. They inherit the environment."""
+        """All of this cluster: daemons, jobs, and slurmstepd, which looks after jobs and has overwritten its environment."""
         found = set()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                environment, place = process.environ().get("SLURM_CONF"), process.cwd()
+                if environment == self.environment["SLURM_CONF"] or place == str(self.folder):
                     found |= {process, *process.children(recursive=True)}
         return found
 
@@ -244,6 +245,7 @@ class SlurmCluster:
                 # A daemon is told to end when this process ends, however it ends.
                 ["setpriv", "--pdeathsig", "TERM", _which(program), *arguments],
                 env=self.environment | environment,
+                cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -47,11 +47,11 @@ def _state(cluster: SlurmCluster, job: str) -> str:
 
 
 def _processes(words: str) -> list[int]:
-    """Whose command line or environment has these words."""
+    """Whose command line, environment or working directory has these words."""
     found = []
     for process in psutil.process_iter():
         try:
-            if words in " ".join(process.cmdline() + list(process.environ().values())):
+            if words in " ".join([*process.cmdline(), *process.environ().values(), process.cwd()]):
                 found.append(process.pid)
         except psutil.Error:
             pass
