@@ -249,7 +249,7 @@ class SlurmCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is for pytest, which stops the daemons in their order
+                start_new_session=True,  # a Ctrl-C is for pytest alone
             )
 
     def _wait(self, what: str, there: Callable[[], object], seconds: float = SECONDS) -> None:
