@@ -1,5 +1,6 @@
-"""Clusters that jobs are submitted to."""
+"""Clusters that jobs are submitted to: make test-clusters installs and starts them."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,8 @@ def slurm_with_accounting() -> Iterator[SlurmCluster]:
 
 
 def _cluster(accounting: bool) -> Iterator[SlurmCluster]:
+    if not os.environ.get("POWERNAP_TEST_CLUSTERS"):
+        pytest.skip("make test-clusters runs this on a real SLURM")
     if SlurmCluster.missing(accounting):
         pytest.skip("SLURM is not installed: .ci/install-slurm")
     with SlurmCluster(accounting=accounting) as cluster:
