@@ -58,6 +58,7 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
         local.check_world_size(processes, grid)
     else:
+        local.share_of_this_machine(processes)
         from powernap.train.check_data import check_data
 
         check_data(recipe)
