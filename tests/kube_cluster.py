@@ -82,10 +82,14 @@ class KubeCluster:
         self.stop()
 
     def clients(self, user: str = "admin"):
-        """The official client's ApiClient of one user, for CoreV1Api and friends."""
-        from kubernetes import config
+        """The official client's ApiClient of one user, for CoreV1Api and friends. It tries once: by itself it would
+        sleep as long as a server that is starting asks it to."""
+        from kubernetes import client, config
 
-        return config.new_client_from_config(config_file=str(self.kubeconfigs[user]))
+        configuration = client.Configuration()
+        config.load_kube_config(str(self.kubeconfigs[user]), client_configuration=configuration)
+        configuration.retries = False
+        return client.ApiClient(configuration)
 
     def restart(self) -> None:
         """End the API server, with every watch that is open, and start it again."""

@@ -153,7 +153,7 @@ def test_preemption_is_uncounted_and_a_crash_is_counted(custom, core, controller
     assert (status["terminalState"], status["restarts"], status["restartsCountTowardsMax"]) == ("Completed", 2, 1)
     assert (controller.claims / "runs" / "twice" / "1").read_text() == "attempt\n" * 3
     pods = core.list_namespaced_pod(NAMESPACE, label_selector="jobset.sigs.k8s.io/jobset-name=twice").items
-    log = core.read_namespaced_pod_log(pods[0].metadata.name, NAMESPACE)
+    log = core.read_namespaced_pod_log(pods[0].metadata.name, NAMESPACE, _preload_content=False).data.decode()
     assert log == f"n=3 127.0.0.1 in {controller.claims}/runs/here\n"
 
 
