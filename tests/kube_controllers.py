@@ -9,6 +9,7 @@ volume is a local folder: both are replaced in arguments, environment and mounte
 
 import base64
 import json
+import math
 import os
 import re
 import secrets
@@ -30,6 +31,7 @@ from urllib3.exceptions import HTTPError
 from kube_cluster import NAMESPACE, KubeCluster, end_with_parent, free_port
 
 KIND = ("jobset.x-k8s.io", "v1alpha2", NAMESPACE, "jobsets")
+TRAIN_JOBS = ("trainer.kubeflow.org", "v1alpha1", NAMESPACE, "trainjobs")
 LABEL = "jobset.sigs.k8s.io/"
 INDEX = "batch.kubernetes.io/job-completion-index"
 
@@ -233,7 +235,7 @@ class Kubelet:
 
 
 class JobSetController:
-    """Plays all controllers in a thread; use as a context manager. Arguments as for Kubelet.
+    """Plays all controllers in a thread, Kubeflow Trainer's too; use as a context manager. Arguments as for Kubelet.
 
     Attributes:
         claims: folder that holds the PersistentVolumeClaims' folders.
@@ -250,6 +252,7 @@ class JobSetController:
         self.claims = folder / "claims"
         self.api, self.jobsets = self.kubelet.api, client.CustomObjectsApi(self.kubelet.api.api_client)
         self.verdicts: dict[tuple, str] = {}  # attempt of a job -> why it fails, once its other pods are gone
+        self.started: dict[tuple, float] = {}
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
 
@@ -276,6 +279,7 @@ class JobSetController:
     def _work(self) -> None:
         while not self.ending.wait(0.05):
             with suppress(client.ApiException, HTTPError, OSError):  # the server is away, or somebody was faster
+                self._make_jobsets()
                 self.kubelet.step(self._pods())
                 pods = self._pods()
                 alive = set()
@@ -288,6 +292,26 @@ class JobSetController:
                             self.kubelet.remove(pod)
                     elif _owner(pod) not in alive:  # deleted in the background
                         self._delete([pod])
+
+    def _make_jobsets(self) -> None:
+        """What Trainer does: a JobSet for each TrainJob, of its TrainingRuntime; the conditions of the one for the other."""
+        known = {one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*KIND)["items"]}
+        trained = {
+            one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*TRAIN_JOBS)["items"]
+        }
+        for name, train_job in trained.items():
+            if name not in known:
+                runtime = train_job["spec"]["runtimeRef"]["name"]
+                runtime = self.jobsets.get_namespaced_custom_object(*TRAIN_JOBS[:3], "trainingruntimes", runtime)
+                self.jobsets.create_namespaced_custom_object(*KIND, _jobset_of(train_job, runtime["spec"]))
+            elif conditions := known[name].get("status", {}).get("conditions"):
+                renamed = [one | {"type": one["type"].replace("Completed", "Complete")} for one in conditions]
+                if renamed != train_job.get("status", {}).get("conditions"):
+                    body = {"status": {"conditions": renamed}}
+                    self.jobsets.patch_namespaced_custom_object_status(*TRAIN_JOBS, name, body)
+        for name, jobset in known.items():
+            if "trainer.kubeflow.org/trainjob" in jobset["metadata"].get("annotations", {}) and name not in trained:
+                self.jobsets.delete_namespaced_custom_object(*KIND, name)
 
     def _pods(self) -> list[dict]:
         # As the server writes it: the client's objects rename fields.
@@ -313,11 +337,12 @@ class JobSetController:
         if finished := conditions.get("Completed") or conditions.get("Failed"):
             self._delete([pod for pod in pods if not _ended(pod)])
             since = datetime.now(UTC) - datetime.fromisoformat(finished["lastTransitionTime"])
-            if since.total_seconds() > spec.get("ttlSecondsAfterFinished", float("inf")):
+            if since.total_seconds() > spec.get("ttlSecondsAfterFinished", math.inf):
                 self.jobsets.delete_namespaced_custom_object(*KIND, jobset["metadata"]["name"])
             return
         if spec.get("suspend"):
             self._delete([pod for pod in pods if not _ended(pod)])
+            self.started.pop((jobset["metadata"]["uid"], status.get("restarts", 0)), None)
             if "Suspended" not in conditions:
                 self._set(jobset, "Suspended", "SuspendedJobs", "jobset is suspended")
             return
@@ -340,6 +365,8 @@ class JobSetController:
                 self.verdicts[key] = "PodFailurePolicy"
             elif len(rules) - rules.count("Ignore") > job.get("backoffLimit", 6):
                 self.verdicts[key] = "BackoffLimitExceeded"
+            elif time.monotonic() - self.started.get(key, math.inf) > job.get("activeDeadlineSeconds", math.inf):
+                self.verdicts[key] = "DeadlineExceeded"
         if key in self.verdicts:  # the Job has failed when its other pods have ended
             left = [pod for pod in pods if not _ended(pod)]
             if self._delete(left):
@@ -351,6 +378,7 @@ class JobSetController:
             self._set(jobset, "Completed", "AllJobsCompleted", message, terminalState="Completed")
             return
         there = {pod["metadata"]["annotations"][INDEX] for pod in pods if pod["status"]["phase"] != "Failed"}
+        self.started.setdefault(key, time.monotonic())
         for index in range(job["completions"]):
             if str(index) not in there:
                 self.api.create_namespaced_pod(NAMESPACE, self._pod(jobset, replicated, index, restarts))
@@ -423,6 +451,33 @@ class JobSetController:
         if status:
             change = self.jobsets.patch_namespaced_custom_object_status
         change(*KIND, jobset["metadata"]["name"], body)
+
+
+def _jobset_of(train_job: dict, runtime: dict) -> dict:
+    """What the torch plugin makes: the template, with the TrainJob's trainer and torchrun's PET_* in its container."""
+    name, trainer = train_job["metadata"]["name"], train_job["spec"].get("trainer", {})
+    spec = runtime["template"]["spec"]
+    (replicated,) = spec["replicatedJobs"]
+    assert replicated["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    job = replicated["template"]["spec"]
+    job["parallelism"] = job["completions"] = trainer.get("numNodes", runtime.get("mlPolicy", {}).get("numNodes", 1))
+    job.setdefault("completionMode", "Indexed")
+    (container,) = [one for one in job["template"]["spec"]["containers"] if one["name"] == "node"]
+    container |= {key: trainer[key] for key in ("image", "command", "args") if key in trainer}
+    container["resources"] = trainer.get("resourcesPerNode", container.get("resources", {}))
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
+    torchrun = [
+        {"name": "PET_NNODES", "value": str(job["completions"])},
+        {"name": "PET_NPROC_PER_NODE", "value": str(trainer.get("numProcPerNode", "auto"))},
+        {"name": "PET_NODE_RANK", "valueFrom": index},
+        {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
+        {"name": "PET_MASTER_PORT", "value": "29500"},
+    ]
+    given = {entry["name"]: entry for entry in [*container.get("env", []), *trainer.get("env", [])]}
+    container["env"] = [*given.values(), *(torchrun if "torch" in runtime.get("mlPolicy", {}) else [])]
+    spec["suspend"] = train_job["spec"].get("suspend", False)
+    metadata = {"name": name, "annotations": {"trainer.kubeflow.org/trainjob": name}}
+    return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
 
 
 def _matching_rule(job: dict, pod: dict) -> str:

@@ -196,6 +196,42 @@ def test_suspended_and_deleted(custom, core, controller):
     )
 
 
+def test_a_time_limit_is_its_own_reason(custom, controller):
+    script = "trap 'exit 75' TERM; f=$RUN-$JOB_COMPLETION_INDEX; echo >> $f; [ $(wc -l < $f) = 2 ] || while :; do sleep 0.05; done"
+    spec = jobset("late", script)
+    spec["spec"]["replicatedJobs"][0]["template"]["spec"]["activeDeadlineSeconds"] = 1
+    spec["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] = ["DeadlineExceeded"]
+    custom.create_namespaced_custom_object(*KIND, spec)
+    status = finished(custom, "late")
+    assert (status["terminalState"], status["restarts"], status["restartsCountTowardsMax"]) == ("Completed", 1, 0)
+
+
+def test_a_train_job_becomes_a_jobset(custom, core, controller):
+    from kube_controllers import TRAIN_JOBS
+
+    trainer = TRAIN_JOBS[:3]
+    template = jobset("trained", "echo $PET_NODE_RANK of $PET_NNODES at $PET_MASTER_ADDR")
+    template["spec"]["replicatedJobs"][0]["template"]["metadata"] = {
+        "labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    }
+    runtime = {"mlPolicy": {"numNodes": 1, "torch": {}}, "template": {"spec": template["spec"]}}
+    kind = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "metadata": {"name": "trained"}}
+    body = {"kind": "TrainingRuntime", **kind, "spec": runtime}
+    custom.create_namespaced_custom_object(*trainer, "trainingruntimes", body)
+    reference = {"name": "trained", "kind": "TrainingRuntime"}
+    body = {"kind": "TrainJob", **kind, "spec": {"runtimeRef": reference, "trainer": {"numNodes": 2}}}
+    custom.create_namespaced_custom_object(*TRAIN_JOBS, body)
+
+    def condition():
+        found = custom.get_namespaced_custom_object(*TRAIN_JOBS, "trained").get("status", {}).get("conditions")
+        return found and found[-1]["type"]
+
+    assert wait_for(condition) == "Complete"
+    pods = core.list_namespaced_pod(NAMESPACE, label_selector="jobset.sigs.k8s.io/jobset-name=trained").items
+    logs = [core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE, _preload_content=False).data for pod in pods]
+    assert sorted(logs) == [b"0 of 2 at 127.0.0.1\n", b"1 of 2 at 127.0.0.1\n"]
+
+
 def test_a_restarted_server_ends_watches_and_forgets(kube, custom):
     from kubernetes import client, watch
 
