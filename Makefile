@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-faults test-all chaos bench ui install clean
+.PHONY: help demo test test-faults test-clusters test-all chaos bench ui install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -17,6 +17,11 @@ test: install  ## lint and the test suite
 
 test-faults: install  ## runs that are stopped, killed, damaged and taken up in other layouts
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not wide"
+
+test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server; gets what is missing of them
+	.ci/install-slurm
+	.ci/build-kube-apiserver
+	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m clusters tests/launch
 
 test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"

@@ -8,6 +8,8 @@ import pytest
 import kube_schema
 from kube_cluster import NAMESPACE
 
+pytestmark = pytest.mark.clusters
+
 KIND = ("jobset.x-k8s.io", "v1alpha2", NAMESPACE, "jobsets")
 
 

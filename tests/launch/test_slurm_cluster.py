@@ -8,6 +8,8 @@ import pytest
 
 from slurm_cluster import SlurmCluster
 
+pytestmark = pytest.mark.clusters
+
 
 def test_a_step_has_ranks_on_two_nodes_and_gpus_for_them(slurm):
     said = slurm.run(
