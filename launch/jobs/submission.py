@@ -95,11 +95,10 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
         _check_layout(job)
         if cluster.kind != "kubernetes":  # whose volume is not mounted here
             check_data(job.recipe)
-    wanted = [job for job in jobs if _may_start(job, resume) or not is_sweep]
+    wanted = [job for job in jobs if _may_start(job, resume)]
     if not wanted:
-        raise JobError(f"all {len(jobs)} runs of the sweep {base.name} have ended well: powernap status {base.name}")
-    if not is_sweep and not _may_start(jobs[0], resume):
-        raise JobError(f"{base.name} has ended well: powernap status {base.name}; or choose another run.name")
+        who = f"all {len(jobs)} runs of the sweep {base.name} have" if is_sweep else f"{base.name} has"
+        raise JobError(f"{who} ended well: powernap status {base.name}; or choose another run.name")
     return Submission(folder, jobs, wanted, cluster, backend)
 
 
