@@ -73,6 +73,7 @@ def start(arguments: list[str], processes: int) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # or it looks for its own host name, which a container need not know
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",

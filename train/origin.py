@@ -1,5 +1,6 @@
 """What a run's numbers depend on beside its recipe: machine, versions, commit. Nothing that names the machine or its folders."""
 
+import json
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, where this is one
 CODE = ("launch", "model", "parallel", "train")
+IMAGE_COMMIT = Path(__file__).with_name("commit.json")  # what `commit` found when this code was put into an image
 
 
 def origin() -> dict:
@@ -41,7 +43,9 @@ def versions() -> dict[str, str]:
 
 
 def commit(paths: Sequence[str] = CODE) -> dict:
-    """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout."""
+    """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout and no image."""
+    if IMAGE_COMMIT.is_file():
+        return json.loads(IMAGE_COMMIT.read_text())
 
     def git(*arguments: str) -> str | None:
         try:
