@@ -7,10 +7,14 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import psutil
 
 from powernap.parallel import exit_codes
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 class LaunchError(ValueError):
@@ -83,7 +87,7 @@ def start(arguments: list[str], processes: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "powernap.launch.cli", *arguments)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            rank, failure = _cause(error)
             if failure.exitcode >= 0:
                 return failure.exitcode or exit_codes.FAILED
             name = signal.Signals(-failure.exitcode).name
@@ -92,6 +96,13 @@ def start(arguments: list[str], processes: int) -> int:
         except SignalException as stopped:
             return 128 + stopped.sigval
     return 0
+
+
+def _cause(error: "ChildFailedError") -> "tuple[int, ProcessFailure]":
+    """The rank that failed first: of several that torchrun found at once, not one that left because another was gone."""
+    failures = error.failures
+    rank = min(failures, key=lambda rank: (failures[rank].exitcode == exit_codes.FAILED, failures[rank].timestamp))
+    return rank, failures[rank]
 
 
 @contextmanager
