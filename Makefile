@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all chaos bench ui image test-image install clean
+.PHONY: help demo test test-faults test-clusters test-all chaos bench ui image test-image install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -11,11 +11,19 @@ help:  ## this list
 demo: install  ## train with and without sleep, compare, draw (minutes)
 	$(BIN)/powernap demo
 
-test: install  ## lint and the whole test suite
+test: install  ## lint and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: install  ## and the whole grid of parallel layouts
+test-faults: install  ## runs that are stopped, killed, damaged and taken up in other layouts
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not wide"
+
+test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server; gets what is missing of them
+	.ci/install-slurm
+	.ci/build-kube-apiserver
+	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m clusters tests/launch
+
+test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
 
 chaos: install  ## 100 runs killed, stopped or damaged at random moments, resumed and compared

@@ -10,12 +10,48 @@ import sys
 import traceback
 import warnings
 
-from powernap.launch.commands import checkpoint, compare, data, demo, evaluate, generate, plan, report, sync, train, ui
+from powernap.launch.commands import (
+    cancel,
+    checkpoint,
+    compare,
+    data,
+    demo,
+    evaluate,
+    generate,
+    list_jobs,
+    logs,
+    plan,
+    report,
+    status,
+    submit,
+    sync,
+    train,
+    ui,
+    wait,
+)
 from powernap.parallel import exit_codes
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of the help.
-COMMANDS = (train, plan, evaluate, report, generate, checkpoint, data, compare, sync, ui, demo)
+COMMANDS = (
+    train,
+    plan,
+    submit,
+    status,
+    logs,
+    wait,
+    cancel,
+    list_jobs,
+    evaluate,
+    report,
+    generate,
+    checkpoint,
+    data,
+    compare,
+    sync,
+    ui,
+    demo,
+)
 
 # What disks and folders do to anybody.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE}

@@ -1,4 +1,8 @@
-"""Processes on this machine: start the ones a layout needs, or recognise that torchrun or srun already did."""
+"""Processes on this machine: start the ones a layout needs, or recognise that torchrun or srun already did.
+
+On several machines that one command each was started on, such as the pods of a Kubernetes job, torchrun's own variables
+say which this one is: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT.
+"""
 
 import logging
 import os
@@ -15,6 +19,8 @@ from powernap.parallel import exit_codes
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+MEETING_SECONDS = 900  # for machines that start after each other, such as while one still fetches the image
 
 
 class LaunchError(ValueError):
@@ -51,13 +57,35 @@ def check_world_size(wanted: int, layout: str) -> None:
         )
 
 
+def share_of_this_machine(world_size: int) -> int:
+    """How many of the layout's processes run here: all, or an equal share where several machines were started.
+
+    Raises:
+        LaunchError: if the machines cannot meet or do not divide the layout.
+    """
+    machines = os.environ.get("PET_NNODES", "1")
+    if not machines.isdigit() or not int(machines):
+        raise LaunchError(f"PET_NNODES={machines}: write how many machines there are")
+    if int(machines) > 1:
+        rank = os.environ.get("PET_NODE_RANK", "")
+        if not rank.isdigit() or int(rank) >= int(machines):
+            raise LaunchError(f"PET_NODE_RANK={rank}: with PET_NNODES={machines} write 0 to {int(machines) - 1}")
+        for name in ("PET_MASTER_ADDR", "PET_MASTER_PORT"):
+            if not os.environ.get(name):
+                raise LaunchError(f"{name} is missing: with PET_NNODES={machines} all machines meet there")
+    processes, left = divmod(world_size, int(machines))
+    if left:
+        raise LaunchError(f"the layout's {world_size} processes do not share PET_NNODES={machines} machines")
+    return processes
+
+
 def run_alone() -> None:
     """Describe a world of one process, this one."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
-def start(arguments: list[str], processes: int) -> int:
-    """Run `powernap ARGUMENTS` in several local processes under torchrun; return the exit code of the first to fail.
+def start(arguments: list[str], world_size: int) -> int:
+    """Run `powernap ARGUMENTS` in this machine's processes under torchrun; return the exit code of the first to fail.
 
     torchrun ends the others as soon as one fails. SIGTERM and SIGUSR1 are passed on to all: it is for them to agree on a
     step to stop after.
@@ -66,18 +94,31 @@ def start(arguments: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    processes = share_of_this_machine(world_size)
+    machines = world_size // processes
     # Without this every process starts a thread per core and they fight over them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # The process that failed has said why; torchrun's tables would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if machines == 1:
+        meeting = {
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "127.0.0.1:0",
+            "local_addr": "127.0.0.1",  # or it asks for its own host's name, which a container need not know
+        }
+    else:
+        meeting = {
+            "run_id": "powernap",
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
+            "rdzv_configs": {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": MEETING_SECONDS},
+        }
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines,
+        max_nodes=machines,
         nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # or it looks for its own host name, which a container need not know
+        **meeting,
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",

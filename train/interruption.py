@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SAME = 1.0  # seconds: schedulers signal a launcher and its processes, and the launcher passes its own on
+# Schedulers signal again before the time they grant is over (SLURM at a time limit and in a grace time), and then kill.
+SCHEDULED = "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"
 
 
 class Signals:
@@ -26,6 +28,7 @@ class Signals:
         self.stop: str | None = None
         self._asked = 0.0  # when
         self._interrupted = False
+        self._scheduled = any(name in os.environ for name in SCHEDULED)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C came."""
@@ -38,7 +41,7 @@ class Signals:
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if self.stop and now - self._asked > SAME:  # somebody is in a hurry
+        if self.stop and now - self._asked > SAME and not self._scheduled:  # somebody is in a hurry
             os._exit(128 + number)
         if not self.stop:
             self.stop, self._asked = signal.Signals(number).name, now

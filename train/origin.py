@@ -42,25 +42,36 @@ def versions() -> dict[str, str]:
     }
 
 
+def code_changes(paths: Sequence[str] = CODE) -> str:
+    """What `paths` have that the commit has not, as a patch that `git apply` takes; new files too. Of an image, nothing."""
+    if IMAGE_COMMIT.is_file() or not commit(paths)["uncommitted_changes"]:
+        return ""
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *paths).splitlines()
+    # Of a file and nothing, which git calls a difference by its exit code.
+    added = [_git("diff", "--binary", "--no-index", "/dev/null", path, differs=True) for path in new]
+    return "".join([_git("diff", "--binary", "HEAD", "--", *paths), *added])
+
+
 def commit(paths: Sequence[str] = CODE) -> dict:
     """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout and no image."""
     if IMAGE_COMMIT.is_file():
         return json.loads(IMAGE_COMMIT.read_text())
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # an unpacked archive, or no git here
-
     # Installed, the code may lie in somebody else's checkout.
-    ours = git("ls-files", "--error-unmatch", "--", "train/origin.py") is not None
-    found = git("rev-parse", "HEAD") if ours else None
+    ours = _git("ls-files", "--error-unmatch", "--", "train/origin.py") is not None
+    found = _git("rev-parse", "HEAD") if ours else None
     return {
-        "commit": found or "unknown",
-        "uncommitted_changes": bool(found and git("status", "--porcelain", "--", *paths)),
+        "commit": found.strip() if found else "unknown",
+        "uncommitted_changes": bool(found and _git("status", "--porcelain", "--", *paths)),
     }
+
+
+def _git(*arguments: str, differs: bool = False) -> str | None:
+    """What git prints; None from an unpacked archive, or where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == differs else None
 
 
 def _cpu_model() -> str:

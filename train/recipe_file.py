@@ -147,7 +147,7 @@ def _parse_value(key: str, text: str) -> Any:
         value = _parse_yaml(text) if text else None
     except yaml.YAMLError:
         raise RecipeError(f"{key}={text}: the value is not YAML") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text: it wants 1.0e-3
+    if value == text.strip():  # without quotes; YAML 1.1 reads 1e-3 as text: it wants 1.0e-3
         try:
             return float(value)
         except ValueError:

@@ -1,8 +1,9 @@
 """What several commands take, read from the command line. Nothing here imports torch."""
 
 import argparse
-import re
 from pathlib import Path
+
+from powernap.launch.jobs.units import parse_duration, parse_size
 
 OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.passes=[1,2,4]"
 RUN = "a run's folder, or its name below runs/"
@@ -12,6 +13,16 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE key=value ..."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+
+
+def add_jobs(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    """NAME ..., in options.runs"""
+    if several:
+        parser.add_argument(
+            "runs", metavar="NAME", nargs="+", help="a run or sweep: its name below runs/, or its folder"
+        )
+    else:
+        parser.add_argument("job", metavar="NAME", help="a run: its name below runs/, or its folder")
 
 
 def run_folder(name: str, files: tuple[str, ...] = ("config.yaml", "metrics.jsonl")) -> Path:
@@ -37,11 +48,18 @@ def numbers(text: str) -> list[int]:
 
 def size(text: str) -> int:
     """80GB -> bytes"""
-    units = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MGT]I?B)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"'{text}': write a size such as 80GB or 79GiB")
-    return int(float(match[1]) * units[match[2].upper()])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
+
+
+def duration(text: str) -> int:
+    """12h -> seconds"""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
 
 
 def count(text: str) -> int:

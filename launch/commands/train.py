@@ -18,7 +18,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="example: powernap train demo run.name=mine train.steps=200 parallel.data=2",
     )
     add_recipe(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
+    going_on.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="the same where the run has begun: for schedulers that start it again",
+    )
     parser.add_argument(
         "--detect-anomaly",
         action="store_true",
@@ -41,7 +47,10 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
     from powernap.train.run_folder import RunFolder
 
     recipe = load_recipe(options.recipe, options.overrides)
-    RunFolder(recipe.run_folder).check_start(recipe, options.resume)
+    folder = RunFolder(recipe.run_folder)
+    # All ranks see the same: the folder is made once they have met.
+    resume = options.resume or (options.auto_resume and folder.config.is_file())
+    folder.check_start(recipe, resume)
     joining = local.already_started()
     processes = recipe.parallel.world_size
     if joining:
@@ -49,6 +58,7 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
         local.check_world_size(processes, grid)
     else:
+        local.share_of_this_machine(processes)
         from powernap.train.check_data import check_data
 
         check_data(recipe)
@@ -60,5 +70,5 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
 
     from powernap.train.trainer import train
 
-    done = train(recipe, signals, resume=options.resume, detect_anomaly=options.detect_anomaly)
+    done = train(recipe, signals, resume=resume, detect_anomaly=options.detect_anomaly)
     return 0 if done else exit_codes.PREEMPTED

@@ -208,3 +208,47 @@ def test_srun_is_recognised(monkeypatch):
     local.check_world_size(4, "parallel.data=4")
     with pytest.raises(local.LaunchError, match=r"parallel.data=2 needs 2 processes, 4 were started"):
         local.check_world_size(2, "parallel.data=2")
+
+
+def test_two_machines_train_as_one(folder):
+    """Each is a command of its own, as in the pods of a job."""
+    port = str(runs._free_port())
+    environment = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "powernap.launch.cli",
+        "train",
+        "tiny.yaml",
+        "parallel.data=4",
+        "train.steps=3",
+        "data.lanes=1",
+    ]
+    machines = [
+        subprocess.Popen(
+            [*command, "run.name=machines"], cwd=folder, env=os.environ | environment | {"PET_NODE_RANK": rank}
+        )
+        for rank in "10"
+    ]
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    assert runs.powernap(*command[3:], "run.name=one-machine", cwd=folder).returncode == 0
+    assert runs.powernap("compare", "machines", "one-machine", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"PET_NNODES": "two"}, ["PET_NNODES=two"]),
+        ({"PET_NNODES": "2"}, ["PET_NODE_RANK=", "0 to 1"]),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "2"}, ["PET_NODE_RANK=2", "0 to 1"]),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ["PET_MASTER_ADDR is missing"]),
+        (
+            {"PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "1"},
+            ["2 processes do not share PET_NNODES=3"],
+        ),
+    ],
+)
+def test_machines_that_cannot_meet_say_so(folder, environment, words):
+    result = runs.powernap("train", "tiny.yaml", "parallel.data=2", "run.name=never", cwd=folder, **environment)
+    runs.assert_one_line(result, *words)
+    assert not (folder / "runs" / "never").exists()

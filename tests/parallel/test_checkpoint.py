@@ -12,6 +12,8 @@ from processes import run_cases
 from tiny import WINDOW
 from zero_layouts import Case, Problem
 
+pytestmark = pytest.mark.faults
+
 SP = dict(tensor=2, sequence=True)
 SAVED = {
     "TP2xPP2": Case(tensor=2, pipeline=2),

@@ -11,6 +11,8 @@ import not_finite
 from not_finite import PARAMETER, Case
 from processes import run_cases
 
+pytestmark = pytest.mark.faults
+
 CASES = {
     "stage 1, TP2+SP": Case(tensor=2, sequence=True),
     "stage 1, PP2, tied": Case(pipeline=2, tied=True),

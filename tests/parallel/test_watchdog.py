@@ -12,6 +12,8 @@ import pytest
 
 import runs
 
+pytestmark = pytest.mark.faults
+
 TIMEOUT = 10
 
 

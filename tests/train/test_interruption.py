@@ -55,13 +55,19 @@ with heeding_signals() as signals:
 """
 
 
-def test_a_second_signal_ends_it_at_once():
-    process = subprocess.Popen([sys.executable, "-c", HEEDING], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("scheduler", [None, "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"])
+def test_a_second_signal_ends_it_at_once_unless_a_scheduler_sends_it(scheduler):
+    environment = os.environ | ({scheduler: "1"} if scheduler else {})
+    process = subprocess.Popen([sys.executable, "-c", HEEDING], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)  # within a second: the same request
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 128 + signal.SIGTERM
+    if scheduler:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.2)
+        process.kill()
+    assert process.wait(5) == (-signal.SIGKILL if scheduler else 128 + signal.SIGTERM)
     process.stdout.close()

@@ -23,6 +23,8 @@ from powernap.train.deterministic import ENVIRONMENT, deterministic
 from powernap.train.metrics import read_metrics
 from powernap.train.skipped_steps import forget_broken
 
+pytestmark = pytest.mark.faults
+
 STEPS = 14
 BAD = {5: "nan", 7: "nan", 13: "large"}
 CARRY = ["sleep.carry=true", "sleep.every_window=true", "model.window=23", "train.global_batch_size=4", "data.lanes=4"]

@@ -17,6 +17,8 @@ from powernap.parallel import exit_codes
 from powernap.parallel.checkpoint.manifest import checkpoints, newest_valid, read_manifest
 from powernap.train.metrics import read_metrics
 
+pytestmark = pytest.mark.faults
+
 LONG = ["train.steps=100000", "optimizer.warmup_steps=2", "checkpoint.every=100000", "evaluation.every=null"]
 
 

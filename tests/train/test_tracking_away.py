@@ -18,6 +18,8 @@ from powernap.train.compare import compare
 from powernap.train.metrics import read_metrics
 from powernap.train.tracking import Tracker, ui_command
 
+pytestmark = pytest.mark.faults
+
 STEPS = 300  # of some 15 ms
 
 

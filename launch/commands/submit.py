@@ -1,0 +1,48 @@
+"""powernap submit: a run as a job on this machine, SLURM or Kubernetes."""
+
+import argparse
+import json
+import sys
+
+from powernap.launch.commands.arguments import add_recipe
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "submit",
+        help="train a recipe as a job: local, SLURM, Kubernetes",
+        description="Train a recipe as a job that is started again when it was pre-empted or failed. job.NAME=VALUE says "
+        "what it asks of the cluster; values separated by commas make a sweep. The same command after a failure goes on "
+        "with the run. What was submitted is kept in runs/NAME/jobs/.",
+        epilog="examples: powernap submit demo --on local run.name=mine; powernap submit demo --on slurm job.nodes=2 "
+        "job.time=2h sleep.passes=1,2,4 run.seed=0,1",
+    )
+    add_recipe(parser)
+    parser.add_argument(
+        "--on", metavar="CLUSTER", required=True, help="a profile: clusters/CLUSTER.yaml, its file, or local"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, submit nothing")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was started without submit")
+    parser.add_argument("--json", action="store_true", help="print the submitted jobs as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.launch.jobs.submission import prepare, submit
+
+    submission = prepare(options.recipe, options.overrides, options.on, options.resume)
+    if options.dry_run:
+        for group, files in submission.rendered():
+            for name, text in files.items():
+                print(f"# {submission.folder_of(group).path / name}", file=sys.stderr, flush=True)
+                print(text, end="" if text.endswith("\n") else "\n", flush=True)
+        return 0
+    records = submit(submission)
+    if options.json:
+        print(json.dumps([{"run": record.run, "id": record.id} for record in records], indent=2))
+        return 0
+    for record in records:
+        print(f"{record.run}: job {record.id} on {options.on}")
+    name = submission.folder.name
+    print(f"powernap status {name} says how it stands, powernap logs -f {records[0].run} follows it")
+    return 0

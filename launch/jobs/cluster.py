@@ -1,0 +1,168 @@
+"""A cluster's profile: what its scheduler wants to hear, once for all jobs. `--on NAME` reads clusters/NAME.yaml.
+
+Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters, then among those shipped in launch/clusters.
+"""
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from powernap.launch.jobs.description import VARIABLE, JobError
+from powernap.launch.jobs.units import parse_size
+from powernap.model.config import Section
+from powernap.train.recipe_file import RecipeError, check, read_sections
+
+NAME = r"[\w][\w.\-]*"
+Word = Annotated[
+    str, Field(pattern=r"^[\w][\w.\-:,=/&|*@+\[\]()!]*$", max_length=200)
+]  # nothing that a shell would take apart
+
+
+class Network(Section):
+    """How ranks of several nodes talk."""
+
+    interface: str | None = Field(
+        None, pattern=r"^[\w.\-^=,]+$", description="network interface of NCCL and gloo, such as ib0; null: they choose"
+    )
+    nccl: dict[str, str] = Field({}, description="NCCL's settings, such as {NCCL_IB_HCA: mlx5}")
+    port: int | None = Field(None, ge=1024, le=65535, description="where ranks meet; null: by the job's number")
+
+    @field_validator("nccl")
+    @classmethod
+    def _names(cls, settings: dict[str, str]) -> dict[str, str]:
+        for name in settings:
+            if not re.fullmatch(r"NCCL_[A-Z0-9_]+", name):
+                raise ValueError(f"'{name}' is no setting of NCCL: they begin with NCCL_")
+        return settings
+
+    @property
+    def environment(self) -> dict[str, str]:
+        names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        return ({name: self.interface for name in names} if self.interface else {}) | self.nccl
+
+
+class Profile(Section):
+    """What all kinds of cluster share."""
+
+    job: dict[str, Any] = Field({}, description="the job.* fields that jobs here have if the command line says nothing")
+    device_memory: str | None = Field(
+        None, description="memory of a GPU, such as 80GB: layouts that do not fit are refused; null: not checked"
+    )
+    network: Network = Network()
+
+    @field_validator("device_memory")
+    @classmethod
+    def _size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
+        return text
+
+
+class _SecretsInFiles(Profile):
+    secrets: dict[str, str] = Field(
+        {},
+        description="variable -> file that holds its value and that nobody else may read; those not named here are taken "
+        "from the submitting shell's environment",
+    )
+
+    @field_validator("secrets")
+    @classmethod
+    def _names(cls, secrets: dict[str, str]) -> dict[str, str]:
+        for name in secrets:
+            if not re.fullmatch(VARIABLE, name):
+                raise ValueError(f"'{name}' is no name for an environment variable")
+        return secrets
+
+
+class LocalCluster(_SecretsInFiles):
+    """This machine: torchrun under a process of its own, which outlives the terminal."""
+
+    kind: Literal["local"]
+
+
+class SlurmCluster(_SecretsInFiles):
+    """SLURM: sbatch."""
+
+    kind: Literal["slurm"]
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    reservation: Word | None = None
+    constraint: Word | None = Field(None, description="features of nodes, such as 'h100&nvlink'")
+    gpu_type: Word | None = Field(None, description="type in --gpus-per-node=TYPE:COUNT; null: any")
+    exclusive: bool = Field(False, description="whole nodes")
+    container: Literal["none", "pyxis", "apptainer"] = "none"
+    accounting: bool | None = Field(None, description="whether sacct answers; null: ask it")
+    setup: list[str] = Field([], description="lines of shell before srun, such as 'module load cuda/12.4'")
+    directives: list[str] = Field([], description="further sbatch options, such as --switches=1")
+
+    @field_validator("directives")
+    @classmethod
+    def _options(cls, options: list[str]) -> list[str]:
+        for option in options:
+            if not re.fullmatch(r"--[a-z][a-z\-]*(=[\w.\-:,=/&|*@+\[\]()%]+)?", option):
+                raise ValueError(f"'{option}': write --option or --option=value, without blanks and quotes")
+        return options
+
+
+class SecretKey(Section):
+    """A key of a Kubernetes Secret."""
+
+    secret: str = Field(pattern=r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$")
+    key: str = Field(pattern=r"^[\w.\-]+$")
+
+
+class Storage(Section):
+    """The volume that holds runs and shards on every node."""
+
+    claim: str = Field(pattern=r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$", description="PersistentVolumeClaim, ReadWriteMany")
+    path: str = Field("/workspace", pattern=r"^/[\w./\-]*$", description="where it is mounted; jobs run in it")
+
+
+class KubernetesCluster(Profile):
+    """Kubernetes: a JobSet, or Kubeflow's TrainJob."""
+
+    kind: Literal["kubernetes"]
+    context: str | None = Field(None, description="of the kubeconfig; null: the current one")
+    namespace: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9\-]*[a-z0-9])?$", max_length=63)
+    form: Literal["jobset", "trainjob"] = "jobset"
+    storage: Storage
+    secrets: dict[str, SecretKey] = Field({}, description="variable -> the Secret and key that hold its value")
+
+
+Cluster = LocalCluster | SlurmCluster | KubernetesCluster
+KINDS: dict[str, type[Profile]] = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster}
+
+
+def find_cluster(name: str) -> Cluster:
+    """The profile called `name`, or in the file `name`.
+
+    Raises:
+        JobError: if there is none, or its fields are wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _known_clusters().get(name)
+    if path is None or not path.is_file():
+        raise JobError(f"no cluster '{name}': known are {', '.join(_known_clusters())}; or write clusters/{name}.yaml")
+    try:
+        return parse_cluster(read_sections(path))
+    except (RecipeError, JobError) as error:
+        raise JobError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def parse_cluster(values: dict[str, Any]) -> Cluster:
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise JobError(f"kind={kind}: write one of {', '.join(KINDS)}")
+    return check(KINDS[kind], values)
+
+
+def _known_clusters() -> dict[str, Path]:
+    """Name -> file; the nearest wins."""
+    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    shipped = Path(str(resources.files("powernap.launch.clusters")))
+    folders = (shipped, settings / "powernap" / "clusters", Path("clusters"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}

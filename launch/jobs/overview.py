@@ -1,0 +1,55 @@
+"""Submitted jobs by name, and how they stand."""
+
+import json
+from pathlib import Path
+
+from powernap.launch.jobs.description import JobError
+from powernap.launch.jobs.job import Record, newest_record, sweep_file
+from powernap.launch.jobs.status import Row, read_progress
+from powernap.launch.jobs.submission import status_of
+from powernap.train.recipe_file import RecipeError, read_sections
+
+
+def find_jobs(name: str) -> list[Record]:
+    """The job of a run, or those of a sweep, by folder or by name below runs/.
+
+    Raises:
+        JobError: if nothing of that name was submitted.
+    """
+    for folder in (Path(name), Path("runs") / name):
+        if found := newest_record(folder):
+            return [found]
+        if (path := sweep_file(folder)).is_file():
+            return [record for run in json.loads(path.read_text()) if (record := newest_record(Path(run)))]
+    raise JobError(f"no job '{name}': powernap list shows those submitted from here")
+
+
+def all_jobs(root: Path) -> list[Record]:
+    """Every run's last submission, in the order they were made."""
+    records = [record for folder in root.glob("*/") if (record := newest_record(folder))]
+    return sorted(records, key=lambda record: record.own_folder.record.stat().st_mtime)
+
+
+def rows_of(records: list[Record]) -> list[Row]:
+    rows = []
+    for record in records:
+        record, status = status_of(record)
+        rows.append(
+            Row(
+                run=record.run,
+                cluster=record.cluster["kind"],
+                id=record.id,
+                attempt=record.attempt,
+                status=status,
+                progress=read_progress(Path(record.work) / record.run_folder),
+                steps=_steps(record),
+            )
+        )
+    return rows
+
+
+def _steps(record: Record) -> int | None:
+    try:
+        return read_sections(record.own_folder.recipe)["train"]["steps"]
+    except (RecipeError, KeyError):
+        return None

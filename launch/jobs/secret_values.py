@@ -1,0 +1,60 @@
+"""Secrets by name: where their values are, never what they are."""
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from powernap.launch.jobs.description import JobError
+from powernap.train.config import Recipe
+from powernap.train.run_folder import flatten
+from powernap.train.secrets import MASK, mask_values
+
+_REFERENCE = re.compile(r"\$\w+|\$\{\w+\}")  # a command's own look at its environment
+
+
+def check_sources(names: list[str], files: Mapping[str, str]) -> None:
+    """Raise JobError unless each secret has a value: in its file, or in the environment here."""
+    for name in names:
+        if name in files:
+            read_secret_file(name, files[name])
+        elif not os.environ.get(name):
+            raise JobError(
+                f"job.secrets={name}: neither does the cluster's profile name a file for it under secrets, nor is it set here"
+            )
+
+
+def read_secret_file(name: str, file: str) -> str:
+    """The value in a file that nobody else may read."""
+    path = Path(file).expanduser()
+    try:
+        mode = path.stat().st_mode
+        value = path.read_text().rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(
+            f"{file}, where the profile has {name}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        ) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise JobError(f"{file}, where the profile has {name}: others may read it: chmod 600 {file}")
+    if not value or "\n" in value or "\0" in value:
+        raise JobError(f"{file}, where the profile has {name}: write the value alone, in one line")
+    return value
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Raise JobError if a field holds a credential itself: a job's files would show it."""
+    values = flatten(recipe.model_dump(mode="json"))
+    for field, value in values.items():
+        bare = _without_references(value)
+        if mask_values(bare) != bare:
+            raise JobError(
+                f"{field} holds a credential, which a job's files would show: put it into job.secrets and have the command "
+                'read its variable, such as pipe:curl -H "Authorization: Bearer $TOKEN" ...'
+            )
+
+
+def _without_references(value: object) -> object:
+    if isinstance(value, str):
+        return _REFERENCE.sub(MASK, value)
+    return [_without_references(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,103 @@
+"""How a job stands, in the same words on every cluster."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["pending", "running", "stopping", "succeeded", "failed", "cancelled", "lost"]
+OVER = ("succeeded", "failed", "cancelled", "lost")
+
+
+@dataclass(frozen=True)
+class Status:
+    """
+    Attributes:
+        state: pending: it waits for its nodes, or to be started again; stopping: it was asked to end and saves;
+            lost: the scheduler does not know it any more.
+        reason: why it waits or how it ended, in the scheduler's words.
+        restarts: starts after the first, whatever their reason.
+    """
+
+    state: State
+    reason: str = ""
+    restarts: int = 0
+    exit_code: int | None = None
+    nodes: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last line of a run's metrics.jsonl."""
+
+    step: int | None = None
+    loss: float | None = None
+
+
+def read_progress(run_folder: Path) -> Progress:
+    """How far a run has come, where its folder can be seen from here."""
+    try:
+        with (run_folder / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 2**20))
+            lines = file.read().splitlines()
+    except OSError:
+        return Progress()
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+            return Progress(int(values["step"]), float(values["loss"]))
+        except (ValueError, KeyError, TypeError):  # half written
+            continue
+    return Progress()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job in the table of `powernap status` and `powernap list`."""
+
+    run: str
+    cluster: str
+    id: str | None
+    attempt: int
+    status: Status
+    progress: Progress
+    steps: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("run", "cluster", "id", "attempt", "steps")
+        return {name: getattr(self, name) for name in names} | asdict(self.status) | asdict(self.progress)
+
+
+def as_json(rows: list[Row]) -> str:
+    return json.dumps([row.as_dict() for row in rows], indent=2)
+
+
+def as_table(rows: list[Row]) -> list[str]:
+    """Lines of at most 80 columns; a reason that does not fit stands below its job."""
+    heads = ("run", "job", "state", "step", "loss", "restarts")
+    cells = [heads] + [
+        (
+            row.run,
+            row.id or "-",
+            row.status.state,
+            f"{row.progress.step or 0}/{row.steps or '?'}",
+            f"{row.progress.loss:.4g}" if row.progress.loss is not None else "-",
+            str(row.status.restarts),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    lines = []
+    for line, row in zip(cells, [None, *rows], strict=True):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        reason = row.status.reason if row else "reason"
+        if row and len(text) + 2 + len(reason) > 80:
+            lines += [text, f"    {reason}"]
+        else:
+            lines.append(f"{text}  {reason}".rstrip())
+    return lines

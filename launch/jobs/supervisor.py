@@ -1,0 +1,129 @@
+"""The process behind a job on this machine: python -m powernap.launch.jobs.supervisor FOLDER.
+
+It runs the command of FOLDER/local.yaml until it is done, hopeless, cancelled, or has failed too often.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+from powernap.launch.jobs.exits import verdict
+from powernap.launch.jobs.job import JobFolder
+from powernap.launch.jobs.secret_values import read_secret_file
+from powernap.train.process_lock import ProcessLock
+
+STATE = "state.json"
+LOCK = "supervisor.lock"
+TURN = "local.lock"  # beside all runs
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def is_supervised(folder: Path) -> bool:
+    """Whether a job's supervisor lives."""
+    lock = ProcessLock(folder / LOCK)
+    if free := lock.acquire():
+        lock.release()
+    return not free
+
+
+class Supervisor:
+    def __init__(self, folder: Path) -> None:
+        self._folder = JobFolder(folder)
+        self._plan = yaml.safe_load((folder / "local.yaml").read_text())
+        self._state = {"token": self._plan["token"], "pid": os.getpid(), "restarts": 0, "exit_code": None, "reason": ""}
+        self._child: subprocess.Popen | None = None
+        self._killer: threading.Timer | None = None
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        if not self._wait_for_turn():
+            return self._write("cancelled", "cancelled")
+        failures = 0
+        while True:
+            self._write("running")
+            code = self._start()
+            if self._cancelled:
+                return self._write("cancelled", "cancelled", code)
+            match verdict(code):
+                case "done":
+                    return self._write("succeeded", "", code)
+                case "hopeless":
+                    return self._write("failed", f"exit code {code}, which starting it again would not help", code)
+                case "retry":
+                    failures += 1
+                    if failures > self._plan["retries"]:
+                        return self._write("failed", f"exit code {code} after {failures} failed starts", code)
+            print(f"powernap: ended with exit code {code}: starting it again", flush=True)
+            self._state["restarts"] += 1
+
+    def _wait_for_turn(self) -> bool:
+        """Jobs of one machine run one after the other, or they would share its GPUs. False: cancelled meanwhile."""
+        root = self._folder.path.parent.parent.parent
+        self._turn = ProcessLock(root / TURN)
+        while not self._turn.acquire():
+            if self._cancelled:
+                return False
+            self._write("pending", "another job on this machine is running")
+            time.sleep(0.5)
+        return True
+
+    def _start(self) -> int:
+        """Run the command once; its exit code, 128 + N for one that signal N ended."""
+        secrets = {name: read_secret_file(name, file) for name, file in self._plan["secrets"].items() if file}
+        environment = os.environ | self._plan["env"] | secrets
+        self._child = subprocess.Popen(
+            self._plan["command"], env=environment, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
+        if self._cancelled:  # since before it was there to be told
+            self._end()
+        code = self._child.wait()
+        if self._killer:
+            self._killer.cancel()
+        return code if code >= 0 else 128 - code
+
+    @property
+    def _cancelled(self) -> bool:
+        return self._folder.cancelled.exists()
+
+    def _end(self, *_: object) -> None:
+        """Have the run save and end, within its grace."""
+        self._folder.cancelled.touch()
+        if self._child is None or self._killer:
+            return
+        self._write("stopping")
+        self._child.terminate()
+        self._killer = threading.Timer(self._plan["grace_seconds"], self._child.kill)
+        self._killer.start()
+
+    def _write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
+        self._state |= {"state": state, "reason": reason, "exit_code": exit_code}
+        path = self._folder.path / STATE
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self._state) + "\n")
+        os.replace(part, path)
+
+
+def _end_with_parent() -> None:
+    """Have Linux ask this process to save and end when its supervisor dies, which nobody could restart it for."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    lock = ProcessLock(folder / LOCK)
+    if not lock.acquire():
+        sys.exit(f"{folder}: has a supervisor already")
+    Supervisor(folder).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""A real SLURM cluster of child processes on loopback: a controller, a few nodes with make-believe CPUs and GPUs.
+
+Two partitions share all nodes: "main", and "urgent", whose jobs pre-empt those of "main" by requeueing them. Everything is
+in a folder of its own, and ports are whatever is free: several clusters may run side by side.
+"""
+
+import getpass
+import os
+import random
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+ACCOUNTING_PROGRAMS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db")
+DATABASE_SECONDS = 60
+SECONDS = 30  # for everything else to start or to end; some two seconds on a quiet machine
+
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its old credential has expired: 120 s by default, 5 at least.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmdSpoolDir={folder}/%n
+MpiDefault=none
+
+# Neither cgroups nor as many CPUs as the nodes claim are needed.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+
+# Sooner than on a real cluster, which looks every half minute and gives a job half a minute between SIGTERM and SIGKILL.
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1,requeue_delay=1
+KillWait=5
+MinJobAge=600
+ReturnToService=2
+
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=8 RealMemory=8000 Gres=gpu:8
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={accounting_port}
+AccountingStoragePass={folder}/munge.socket
+"""
+
+ACCOUNTING_DAEMON = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={accounting_port}
+SlurmUser={user}
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+"""
+
+
+class ClusterError(RuntimeError):
+    """The cluster did not start, with what its daemons said last, or did not end."""
+
+
+class SlurmCluster:
+    """Starts on entering, ends with everything it ran on leaving.
+
+    Args:
+        nodes: named n1, n2, ...; each has 8 CPUs, 8 GPUs and 8000 MB by its own account.
+        accounting: keep ended jobs in a database too, for sacct; takes some seconds more to start.
+
+    Attributes:
+        folder: configuration, and what each daemon said: NAME.out.
+    """
+
+    def __init__(self, nodes: int = 3, accounting: bool = False) -> None:
+        self.nodes = nodes
+        self.accounting = accounting
+        self.folder = Path()
+        self._daemons: dict[str, subprocess.Popen] = {}
+
+    @staticmethod
+    def missing(accounting: bool = False) -> list[str]:
+        """The programs that are not installed."""
+        programs = PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ())
+        return [program for program in programs if not _which(program)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, plus the one variable that makes SLURM's commands talk to this cluster."""
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def __enter__(self) -> "SlurmCluster":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self, *command: str, check: bool = True, seconds: float = SECONDS) -> str:
+        """What one of SLURM's commands prints; CalledProcessError if it fails and `check`."""
+        ended = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=seconds)
+        if check:
+            ended.check_returncode()
+        return ended.stdout
+
+    def start(self) -> None:
+        """Return when every node is idle. ClusterError after half a minute."""
+        # Not pytest's folder: the path of a Unix socket has 107 letters at most, and munge wants to be reachable by all.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.folder.chmod(0o755)
+        try:
+            self._configure()
+            self._start_munge()
+            if self.accounting:
+                self._start_database()
+                self._start_accounting()
+            self._start_slurm()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End all daemons and jobs at once and remove the folder; ClusterError if a process is left."""
+        end = time.monotonic() + SECONDS
+        while left := self.processes():
+            for process in left:  # several rounds: a daemon may just have started another one
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            for daemon in self._daemons.values():
+                daemon.wait()
+            if time.monotonic() > end:
+                raise ClusterError(f"processes are left: {left}")
+            time.sleep(0.02)
+        self._daemons.clear()
+        shutil.rmtree(self.folder)
+
+    def processes(self) -> set[psutil.Process]:
+        """All of this cluster: daemons, jobs, and slurmstepd, which looks after jobs and has overwritten its environment."""
+        found = set()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment, place = process.environ().get("SLURM_CONF"), process.cwd()
+                if environment == self.environment["SLURM_CONF"] or place == str(self.folder):
+                    found |= {process, *process.children(recursive=True)}
+        return found
+
+    def _configure(self) -> None:
+        controller, accounting, *nodes = _free_ports(2 + self.nodes)
+        values = {
+            "folder": self.folder,
+            "user": getpass.getuser(),
+            "host": socket.gethostname().split(".")[0],
+            "nodes": self.nodes,
+            "controller_port": controller,
+            "accounting_port": accounting,
+            "node_ports": ",".join(map(str, nodes)),
+        }
+        configuration = CONFIGURATION + (ACCOUNTING if self.accounting else "")
+        (self.folder / "slurm.conf").write_text(configuration.format(**values))
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-{self.nodes}] Name=gpu File={self.folder}/gpu[0-7]\n")
+        for number in range(8):  # SLURM wants devices
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")
+        (self.folder / "slurmdbd.conf").write_text(ACCOUNTING_DAEMON.format(**values))
+        (self.folder / "slurmdbd.conf").chmod(0o600)
+        (self.folder / "munge.key").write_bytes(os.urandom(64))
+        (self.folder / "munge.key").chmod(0o400)
+        for name in ("state", *self._node_names()):
+            (self.folder / name).mkdir()
+
+    def _node_names(self) -> list[str]:
+        return [f"n{number}" for number in range(1, self.nodes + 1)]
+
+    def _start_munge(self) -> None:
+        files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+        options = [f"--{option}={self.folder}/munge.{file}" for option, file in files.items()]
+        self._daemon("munged", "munged", "--foreground", "--force", *options)
+        self._wait("munge's socket", (self.folder / "munge.socket").exists)
+
+    def _start_database(self) -> None:
+        data, user = f"--datadir={self.folder}/database", f"--user={getpass.getuser()}"
+        subprocess.run(
+            [_which("mariadb-install-db"), "--no-defaults", data, user, "--skip-test-db"],
+            check=True,
+            capture_output=True,
+        )
+        # Durable it need not be.
+        lean = ("--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=16M", "--innodb-buffer-pool-size=64M")
+        options = ("--no-defaults", "--skip-networking", data, user, f"--socket={self.folder}/database.socket", *lean)
+        self._daemon("database", "mariadbd", *options)
+        self._wait("the database", (self.folder / "database.socket").exists, DATABASE_SECONDS)
+
+    def _start_accounting(self) -> None:
+        # The library that slurmdbd talks to the database with reads this.
+        self._daemon("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=f"{self.folder}/database.socket")
+
+        def registered() -> bool:
+            command = ["sacctmgr", "--immediate", "add", "cluster", "test"]
+            return subprocess.run(command, env=self.environment, capture_output=True).returncode == 0
+
+        self._wait("slurmdbd", registered, DATABASE_SECONDS)
+
+    def _start_slurm(self) -> None:
+        self._daemon("slurmctld", "slurmctld", "-D", "-i")
+        for name in self._node_names():
+            self._daemon(name, "slurmd", "-D", "-N", name)
+
+        def idle() -> bool:
+            states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t", check=False).split()
+            return states == ["idle"] * self.nodes
+
+        self._wait("idle nodes", idle)
+
+    def _daemon(self, name: str, program: str, *arguments: str, **environment: str) -> None:
+        with (self.folder / f"{name}.out").open("wb") as output:
+            self._daemons[name] = subprocess.Popen(
+                # A daemon is told to end when this process ends, however it ends.
+                ["setpriv", "--pdeathsig", "TERM", _which(program), *arguments],
+                env=self.environment | environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for pytest alone
+            )
+
+    def _wait(self, what: str, there: Callable[[], object], seconds: float = SECONDS) -> None:
+        """Ask until it is there; ClusterError if that takes too long or a daemon ended."""
+        end = time.monotonic() + seconds
+        while not there():
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > end:
+                names = ended or list(self._daemons)
+                said = "\n".join(f"{name}: {(self.folder / f'{name}.out').read_text()[-2000:]}" for name in names)
+                raise ClusterError(f"waited for {what} in vain; {'ended' if ended else 'running'}:\n{said}")
+            time.sleep(0.05)
+
+
+def _which(program: str) -> str | None:
+    """Daemons are in folders that a user's PATH may lack."""
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Below those that the kernel gives to whoever asks for any, so that they stay free until they are used."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(20000, 32000)
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
