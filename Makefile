@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-faults test-clusters test-all chaos bench ui install clean
+.PHONY: help demo test test-faults test-clusters test-all chaos bench ui image test-image install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -34,6 +34,13 @@ bench: install  ## measure speed and memory on this machine, into benchmarks/res
 
 ui: install  ## browse the runs in MLflow on http://127.0.0.1:5000
 	$(BIN)/powernap ui
+
+# Asked for on the command line: BASE_IMAGE, IMAGE (its name), EXTRAS, BUILDER (docker, podman or buildah); docker/README.md.
+image:  ## the image for clusters, with docker, podman or buildah
+	@docker/build
+
+test-image:  ## the same image on a plain Debian base, built without a daemon and tried; as root, with apt-get
+	@.ci/build-image
 
 install: .venv/installed  ## the virtual environment alone
 

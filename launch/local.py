@@ -11,10 +11,16 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import psutil
 
 from powernap.parallel import exit_codes
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from powernap.train.interruption import Signals
 
 MEETING_SECONDS = 900  # for machines that start after each other, such as while one still fetches the image
 
@@ -80,11 +86,11 @@ def run_alone() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
-def start(arguments: list[str], world_size: int) -> int:
+def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     """Run `powernap ARGUMENTS` in this machine's processes under torchrun; return the exit code of the first to fail.
 
     torchrun ends the others as soon as one fails. SIGTERM and SIGUSR1 are passed on to all: it is for them to agree on a
-    step to stop after.
+    step to stop after. Before they listen, `signals` has what came meanwhile, and nothing is lost by leaving at once.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -97,7 +103,12 @@ def start(arguments: list[str], world_size: int) -> int:
     # The process that failed has said why; torchrun's tables would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
-        meeting = {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+        meeting = {
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "127.0.0.1:0",
+            "local_addr": "127.0.0.1",  # or it asks for its own host's name, which a container need not know
+        }
     else:
         meeting = {
             "run_id": "powernap",
@@ -115,33 +126,55 @@ def start(arguments: list[str], world_size: int) -> int:
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
         shutdown_timeout=10,  # seconds between asking the processes that are left to end, and ending them
     )
-    with _passing_on(signal.SIGTERM, signal.SIGUSR1):
+    with _passing_on(signal.SIGTERM, signal.SIGUSR1) as passed_on:
+        if signals.stop:  # while torch was imported
+            return exit_codes.PREEMPTED
         try:
             elastic_launch(config, sys.executable)("-m", "powernap.launch.cli", *arguments)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            rank, failure = _cause(error)
             if failure.exitcode >= 0:
                 return failure.exitcode or exit_codes.FAILED
+            if -failure.exitcode in passed_on:  # a rank that did not listen yet: none has trained
+                return exit_codes.PREEMPTED
             name = signal.Signals(-failure.exitcode).name
             print(f"powernap: error: rank {rank} was ended by {name}; go on with --resume", file=sys.stderr)
             return 128 - failure.exitcode
+        except _AskedToStopError:
+            return exit_codes.PREEMPTED
         except SignalException as stopped:
             return 128 + stopped.sigval
     return 0
 
 
+def _cause(error: "ChildFailedError") -> "tuple[int, ProcessFailure]":
+    """The rank that failed first: of several that torchrun found at once, not one that left because another was gone."""
+    failures = error.failures
+    rank = min(failures, key=lambda rank: (failures[rank].exitcode == exit_codes.FAILED, failures[rank].timestamp))
+    return rank, failures[rank]
+
+
+class _AskedToStopError(Exception):
+    """Before there was a process to ask."""
+
+
 @contextmanager
-def _passing_on(*numbers: signal.Signals) -> Iterator[None]:
-    """Inside, these signals go to the processes that this one started."""
+def _passing_on(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Inside, these signals go to the processes that this one started, and into the list; without any, an error is raised."""
+    passed_on: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children and not passed_on:
+            raise _AskedToStopError
+        passed_on.append(number)
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

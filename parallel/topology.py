@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.parallel import cpu
+from powernap.parallel.heartbeat import beating
 from powernap.parallel.watchdog import JOINING, Progress, Watchdog
 
 
@@ -211,7 +212,8 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
         here = initialize(tensor, pipeline, timeout_seconds + JOINING, progress)
         progress.joined = True
         progress.note("starting")
-        yield here
+        with beating(progress, rank):
+            yield here
     except RuntimeError as error:
         if watchdog and watchdog.noticed:
             watchdog.join()  # it ends this process

@@ -1,5 +1,6 @@
 """What a run's numbers depend on beside its recipe: machine, versions, commit. Nothing that names the machine or its folders."""
 
+import json
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, where this is one
 CODE = ("launch", "model", "parallel", "train")
+IMAGE_COMMIT = Path(__file__).with_name("commit.json")  # what `commit` found when this code was put into an image
 
 
 def origin() -> dict:
@@ -41,8 +43,8 @@ def versions() -> dict[str, str]:
 
 
 def code_changes(paths: Sequence[str] = CODE) -> str:
-    """What `paths` have that the commit has not, as a patch that `git apply` takes; new files too."""
-    if not commit(paths)["uncommitted_changes"]:
+    """What `paths` have that the commit has not, as a patch that `git apply` takes; new files too. Of an image, nothing."""
+    if IMAGE_COMMIT.is_file() or not commit(paths)["uncommitted_changes"]:
         return ""
     new = _git("ls-files", "--others", "--exclude-standard", "--", *paths).splitlines()
     # Of a file and nothing, which git calls a difference by its exit code.
@@ -51,7 +53,9 @@ def code_changes(paths: Sequence[str] = CODE) -> str:
 
 
 def commit(paths: Sequence[str] = CODE) -> dict:
-    """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout."""
+    """The commit of this code and whether `paths` differ from it; "unknown" where it is no checkout and no image."""
+    if IMAGE_COMMIT.is_file():
+        return json.loads(IMAGE_COMMIT.read_text())
     # Installed, the code may lie in somebody else's checkout.
     ours = _git("ls-files", "--error-unmatch", "--", "train/origin.py") is not None
     found = _git("rev-parse", "HEAD") if ours else None

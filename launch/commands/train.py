@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:
-            return local.start(arguments, processes)
+            return local.start(arguments, processes, signals)
         local.run_alone()
 
     from powernap.train.trainer import train
