@@ -86,7 +86,7 @@ class Kubelet:
         name = pod["metadata"]["name"]
         (container,) = pod["spec"]["containers"]
         home = self.folder / "pods" / name
-        home.mkdir(parents=True)
+        home.mkdir(parents=True, exist_ok=True)  # tried again, as while the ConfigMap is not there yet
         local = self._replacements(pod)
         for mount, path in self._mounts(pod, container, home):
             local.append((rf"(?<![\w/.-]){re.escape(mount)}(?=$|[^\w.-])", str(path)))
@@ -508,9 +508,9 @@ def _attempt(pod: dict) -> tuple:
 
 
 def _replace(text: str, local: list[tuple[str, str]]) -> str:
-    for pattern, value in local:
-        text = re.sub(pattern, lambda _, value=value: value, text)
-    return text
+    """All at once: what one puts in is not for another to replace. The first that fits wins."""
+    patterns = "|".join(f"(?P<local{number}>{pattern})" for number, (pattern, _) in enumerate(local))
+    return re.sub(patterns, lambda found: local[int(found.lastgroup.removeprefix("local"))][1], text)
 
 
 def _expand(text: str, environment: dict[str, str]) -> str:

@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from powernap.launch.jobs.description import VARIABLE, JobError
-from powernap.launch.jobs.units import parse_size
+from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
 from powernap.train.recipe_file import RecipeError, check, read_sections
 
 NAME = r"[\w][\w.\-]*"
+LABEL_KEY = r"^([a-z0-9]([a-z0-9.\-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$"
 Word = Annotated[
     str, Field(pattern=r"^[\w][\w.\-:,=/&|*@+\[\]()!]*$", max_length=200)
 ]  # nothing that a shell would take apart
@@ -112,15 +115,24 @@ class SlurmCluster(_SecretsInFiles):
 class SecretKey(Section):
     """A key of a Kubernetes Secret."""
 
-    secret: str = Field(pattern=r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$")
+    secret: str = Field(pattern=DNS_NAME)
     key: str = Field(pattern=r"^[\w.\-]+$")
 
 
 class Storage(Section):
     """The volume that holds runs and shards on every node."""
 
-    claim: str = Field(pattern=r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$", description="PersistentVolumeClaim, ReadWriteMany")
+    claim: str = Field(pattern=DNS_NAME, description="PersistentVolumeClaim, ReadWriteMany")
     path: str = Field("/workspace", pattern=r"^/[\w./\-]*$", description="where it is mounted; jobs run in it")
+
+
+class Toleration(Section):
+    """A taint of nodes that jobs accept."""
+
+    key: str | None = Field(None, pattern=LABEL_KEY)
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = Field(None, pattern=LABEL_VALUE)
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
 class KubernetesCluster(Profile):
@@ -129,9 +141,46 @@ class KubernetesCluster(Profile):
     kind: Literal["kubernetes"]
     context: str | None = Field(None, description="of the kubeconfig; null: the current one")
     namespace: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9\-]*[a-z0-9])?$", max_length=63)
-    form: Literal["jobset", "trainjob"] = "jobset"
+    form: Literal["jobset", "trainjob"] = Field("jobset", description="what is created: JobSet's or Kubeflow Trainer's")
     storage: Storage
+    queue: str | None = Field(None, pattern=DNS_NAME, description="Kueue's LocalQueue; null: none")
+    priority_class: str | None = Field(None, pattern=DNS_NAME)
+    service_account: str | None = Field(None, pattern=DNS_NAME, description="null: the namespace's default")
+    image_pull_secrets: list[Annotated[str, Field(pattern=DNS_NAME)]] = []
+    gpu_resource: str = Field("nvidia.com/gpu", pattern=LABEL_KEY, description="what a GPU is called")
+    fabric: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[int, Field(ge=1)]] = Field(
+        {}, description="network devices of a node's pod, such as {rdma/hca_shared_devices_a: 1}"
+    )
+    shared_memory: str = Field("8GiB", description="/dev/shm of a pod, part of its memory: NCCL and readers use it")
+    host_network: bool = Field(False, description="pods use the node's network, as some fabrics want")
+    node_selector: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[str, Field(pattern=LABEL_VALUE)]] = {}
+    tolerations: list[Toleration] = []
+    spread: str | None = Field(
+        None,
+        pattern=LABEL_KEY,
+        description="label of nodes over which pods are spread evenly, such as kubernetes.io/hostname",
+    )
+    together: str | None = Field(
+        None,
+        pattern=LABEL_KEY,
+        description="label of nodes within one value of which a job stays, alone, such as a rack's",
+    )
+    user: int = Field(1000, ge=1, description="user and group that pods run as, and that own the volume's new files")
+    read_only_root: bool = Field(True, description="the image's file system is not written to")
+    keep: str = Field("7d", description="how long an ended job stays known")
     secrets: dict[str, SecretKey] = Field({}, description="variable -> the Secret and key that hold its value")
+
+    @field_validator("shared_memory")
+    @classmethod
+    def _shared_memory_is_a_size(cls, text: str) -> str:
+        parse_size(text)
+        return text
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_is_a_duration(cls, text: str) -> str:
+        parse_duration(text)
+        return text
 
 
 Cluster = LocalCluster | SlurmCluster | KubernetesCluster

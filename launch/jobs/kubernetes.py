@@ -1,0 +1,301 @@
+"""Jobs on Kubernetes, through the official client. kubernetes_objects.py says what they are made of."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import urllib3
+import yaml
+
+from powernap.launch.jobs.cluster import KubernetesCluster
+from powernap.launch.jobs.description import JobError
+from powernap.launch.jobs.job import Job, Record
+from powernap.launch.jobs.kubernetes_objects import CONTAINER, JOBSET, RUNTIME, TOKEN, TRAINJOB, check, objects
+from powernap.launch.jobs.status import Status
+
+try:
+    import kubernetes
+    from kubernetes.client.exceptions import ApiException
+except ImportError:
+    raise JobError("jobs on Kubernetes need its client: pip install 'powernap[kubernetes]'") from None
+
+ANSWERS_WITHIN = (5, 30)  # seconds to connect, and to answer
+PATIENCE = 40.0  # seconds that a server may be away while it is only asked
+LOOK_AGAIN = 1.0  # seconds
+KINDS = {"JobSet": JOBSET, "TrainJob": TRAINJOB, "TrainingRuntime": RUNTIME}
+GONE = (urllib3.exceptions.HTTPError, OSError)
+
+
+class _Plain(yaml.SafeDumper):
+    """What appears twice is written twice: people read it."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+class Kubernetes:
+    arrays = False
+
+    def __init__(self, cluster: KubernetesCluster) -> None:
+        self._cluster = cluster
+        self._kind = JOBSET if cluster.form == "jobset" else TRAINJOB
+        self._client: kubernetes.client.ApiClient | None = None
+
+    def check(self, jobs: list[Job]) -> None:
+        check(jobs)
+
+    def render(self, jobs: list[Job]) -> dict[str, str]:
+        (job,) = jobs
+        return {f"{self._cluster.form}.yaml": yaml.dump_all(objects(job), Dumper=_Plain, sort_keys=False)}
+
+    def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
+        """The job first: what belongs to it can then name its owner, and its pods wait for their recipe."""
+        (text,) = rendered.values()
+        main, *others = yaml.safe_load_all(text)
+        name = main["metadata"]["name"]
+        try:
+            made = self._create(main)
+        except JobError:
+            # It may have arrived all the same; what another submission made has another token.
+            if self._with_token(jobs[0].token):
+                self._delete(name)
+            raise
+        owner = {key: made[key] for key in ("apiVersion", "kind")} | {"name": name, "uid": made["metadata"]["uid"]}
+        try:
+            for other in others:
+                self._create(other | {"metadata": other["metadata"] | {"ownerReferences": [owner]}})
+        except JobError:
+            self._delete(name)
+            raise
+        return [name]
+
+    def find(self, record: Record) -> str | None:
+        return self._with_token(record.token)
+
+    def status(self, record: Record) -> Status:
+        found = self._get(record.id)
+        if found is None or found["metadata"].get("labels", {}).get(TOKEN) != record.token:
+            if record.own_folder.cancelled.exists():
+                return Status("cancelled", "cancelled")
+            return Status(
+                "lost", f"{self._kind['plural']}/{record.id} is gone: deleted, or longer over than it is kept"
+            )
+        jobset = found if self._kind is JOBSET else self._get(record.id, JOBSET) or {}
+        return self._status(found, jobset.get("status", {}), record)
+
+    def logs(self, record: Record, follow: bool) -> Iterator[str]:
+        """The first node's, which speaks for all. Pods are deleted when a job starts again, so earlier starts are gone; all is
+        in runs/NAME/logs/train.log on the volume."""
+        shown: set[str] = set()
+        while True:
+            over = not follow or self.status(record).is_over  # asked first: what it printed last is read after
+            for pod in self._pods(record):
+                if pod.metadata.uid not in shown and _is_first(pod) and pod.status.phase != "Pending":
+                    shown.add(pod.metadata.uid)
+                    yield from self._log_of(pod, follow)
+            if over:
+                return
+            time.sleep(LOOK_AGAIN)
+
+    def cancel(self, record: Record) -> None:
+        """Pods get their grace to save. Whoever holds the object (a finalizer) lets it go when they have ended."""
+        record.own_folder.cancelled.touch()
+        self._delete(record.id)
+
+    def _status(self, found: dict[str, Any], jobset: dict[str, Any], record: Record) -> Status:
+        conditions = {
+            condition["type"]: condition
+            for condition in found.get("status", {}).get("conditions", [])
+            if condition.get("status") == "True"
+        }
+        restarts = jobset.get("restarts", 0)
+        if "Completed" in conditions or "Complete" in conditions:
+            return Status("succeeded", "", restarts, 0)
+        if failed := conditions.get("Failed"):
+            code = self._exit_code(record)
+            reason = f"{failed.get('reason', '')}: {failed.get('message', '')}".strip(": ")
+            return Status("failed", reason, restarts, code)
+        pods = self._pods(record)
+        nodes = ",".join(sorted({pod.spec.node_name for pod in pods if pod.spec.node_name}))
+        if "deletionTimestamp" in found["metadata"]:
+            return Status("stopping", "it saves and ends", restarts, nodes=nodes)
+        if suspended := conditions.get("Suspended"):
+            return Status("pending", suspended.get("message") or "waits in its queue", restarts)
+        wanted = record.job.nodes
+        if sum(pod.status.phase == "Running" for pod in pods) == wanted:
+            return Status("running", "", restarts, nodes=nodes)
+        return Status("pending", _why_pending(pods) or "its pods are being made", restarts, nodes=nodes)
+
+    def _exit_code(self, record: Record) -> int | None:
+        codes = [
+            state.terminated.exit_code
+            for pod in self._pods(record)
+            for container in pod.status.container_statuses or []
+            if (state := container.state) and state.terminated and state.terminated.exit_code
+        ]
+        return codes[0] if codes else None
+
+    def _log_of(self, pod: Any, follow: bool) -> Iterator[str]:
+        """A pod's log; where the server or the pod goes away in the middle, from there on once more if it can be had."""
+        position = 0
+        name = pod.metadata.name
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            skip = position  # it always begins at the beginning
+            try:
+                answer = self._core.read_namespaced_pod_log(
+                    name, self._cluster.namespace, container=CONTAINER, follow=follow, _preload_content=False
+                )
+                for piece in answer.stream(decode_content=True):
+                    new = piece[skip:]
+                    skip = max(0, skip - len(piece))
+                    position += len(new)
+                    deadline = time.monotonic() + PATIENCE
+                    yield new.decode(errors="replace")
+                return
+            except ApiException as error:
+                if error.status == 404 or time.monotonic() > deadline:  # the pod has made room for the next start
+                    return
+            except GONE:
+                if time.monotonic() > deadline:
+                    return
+            time.sleep(LOOK_AGAIN)
+
+    def _pods(self, record: Record) -> list[Any]:
+        where = f"{TOKEN}={record.token}"
+        return self._asked(lambda: self._core.list_namespaced_pod(self._cluster.namespace, label_selector=where)).items
+
+    def _get(self, name: str, kind: dict[str, str] | None = None) -> dict[str, Any] | None:
+        kind = kind or self._kind
+        where = {**kind, "namespace": self._cluster.namespace, "name": name}
+        return self._asked(lambda: self._custom.get_namespaced_custom_object(**where), missing=None)
+
+    def _with_token(self, token: str) -> str | None:
+        where = {**self._kind, "namespace": self._cluster.namespace, "label_selector": f"{TOKEN}={token}"}
+        items = self._asked(lambda: self._custom.list_namespaced_custom_object(**where))["items"]
+        return items[0]["metadata"]["name"] if items else None
+
+    def _create(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Once: whether a create that was not answered arrived is for find() to say."""
+        namespace = self._cluster.namespace
+        try:
+            if body["kind"] == "ConfigMap":
+                made = self._core.create_namespaced_config_map(namespace, body, _request_timeout=ANSWERS_WITHIN)
+                return self._api.sanitize_for_serialization(made)
+            return self._custom.create_namespaced_custom_object(
+                **KINDS[body["kind"]],
+                namespace=namespace,
+                body=body,
+                field_validation="Strict",
+                _request_timeout=ANSWERS_WITHIN,
+            )
+        except ApiException as error:
+            raise JobError(self._refusal(error, f"create {body['kind']}")) from None
+        except GONE as error:
+            raise JobError(self._away(error)) from None
+
+    def _delete(self, name: str) -> None:
+        where = {**self._kind, "namespace": self._cluster.namespace, "name": name}
+        self._asked(
+            lambda: self._custom.delete_namespaced_custom_object(**where, propagation_policy="Foreground"), missing=None
+        )
+
+    def _asked(self, call: Callable[[], Any], **missing: Any) -> Any:
+        """The answer, from a server that may be away for a while; `missing` if there is no such object."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return call()
+            except ApiException as error:
+                if error.status == 404 and missing and _is_of_an_object(error):
+                    return missing["missing"]
+                if error.status not in (429, 500, 502, 503, 504) or time.monotonic() > deadline:
+                    raise JobError(self._refusal(error, "look")) from None
+            except GONE as error:
+                refused = self._client is None or isinstance(
+                    getattr(error, "reason", error), urllib3.exceptions.SSLError
+                )
+                if refused or time.monotonic() > deadline:
+                    raise JobError(self._away(error)) from None
+            time.sleep(LOOK_AGAIN)
+
+    def _refusal(self, error: ApiException, doing: str) -> str:
+        """What the server said, in one line."""
+        body = _body(error)
+        message = body.get("message") or error.reason or f"status {error.status}"
+        if error.status == 401:
+            return "Kubernetes does not know this token: log in again, or see context in the cluster's profile"
+        if error.status == 403:
+            return f"Kubernetes does not allow that: {message}"
+        if error.status == 404 and not body:
+            need = "JobSet" if self._kind is JOBSET else "Kubeflow Trainer"
+            return f"this cluster has no {need}: have it installed, or see form in the cluster's profile"
+        if error.status == 409:
+            return f"{message}: another submission has this name; choose another run.name"
+        causes = (body.get("details") or {}).get("causes") or []
+        if causes:
+            message = "; ".join(f"{cause.get('field', '')}: {cause.get('message', '')}" for cause in causes[:3])
+        return f"Kubernetes refuses to {doing}: {message}"
+
+    def _away(self, error: Exception) -> str:
+        reason = getattr(error, "reason", None) or error
+        said = str(reason).rpartition("object at ")[2].partition(">: ")[2] or str(reason)
+        return f"Kubernetes does not answer at {self._api.configuration.host}: {said}"
+
+    @property
+    def _api(self) -> "kubernetes.client.ApiClient":
+        if self._client is None:
+            configuration = kubernetes.client.Configuration()
+            try:
+                kubernetes.config.load_kube_config(context=self._cluster.context, client_configuration=configuration)
+            except (kubernetes.config.ConfigException, OSError, yaml.YAMLError, TypeError, KeyError) as error:
+                try:
+                    kubernetes.config.load_incluster_config(client_configuration=configuration)
+                except kubernetes.config.ConfigException:
+                    raise JobError(
+                        f"no access to Kubernetes: {error}: see KUBECONFIG, and context in the profile"
+                    ) from None
+            configuration.retries = False  # its own would sleep for as long as a server that starts asks for
+            self._client = kubernetes.client.ApiClient(configuration)
+        return self._client
+
+    @property
+    def _custom(self) -> "kubernetes.client.CustomObjectsApi":
+        return kubernetes.client.CustomObjectsApi(self._api)
+
+    @property
+    def _core(self) -> "kubernetes.client.CoreV1Api":
+        return kubernetes.client.CoreV1Api(self._api)
+
+
+def _body(error: ApiException) -> dict[str, Any]:
+    try:
+        body = json.loads(error.body)
+    except (TypeError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _is_of_an_object(error: ApiException) -> bool:
+    """A missing namespace or custom resource is another matter than a missing object."""
+    details = _body(error).get("details") or {}
+    return bool(details.get("name")) and details.get("kind") != "namespaces"
+
+
+def _is_first(pod: Any) -> bool:
+    return (pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index") == "0"
+
+
+def _why_pending(pods: list[Any]) -> str:
+    """What keeps the first pod that does not run: its image, or no node for it."""
+    for pod in pods:
+        for container in pod.status.container_statuses or []:
+            waiting = container.state and container.state.waiting
+            if waiting and waiting.reason and waiting.reason != "ContainerCreating":
+                return f"{waiting.reason}: {waiting.message or ''}".strip(": ")
+        for condition in pod.status.conditions or []:
+            if condition.type == "PodScheduled" and condition.status == "False":
+                return condition.message or condition.reason or ""
+    return ""
