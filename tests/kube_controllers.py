@@ -332,7 +332,10 @@ class JobSetController:
         conditions = {one["type"]: one for one in status.get("conditions", []) if one["status"] == "True"}
         if "deletionTimestamp" in jobset["metadata"]:
             if self._delete(pods):  # in the foreground: it goes when all it owns has gone
-                self._patch(jobset, {"metadata": {"finalizers": []}})
+                # The garbage collector's own; others hold the object until they are taken away.
+                others = [one for one in jobset["metadata"].get("finalizers", []) if one != "foregroundDeletion"]
+                if len(others) < len(jobset["metadata"].get("finalizers", [])):
+                    self._patch(jobset, {"metadata": {"finalizers": others}})
             return
         if finished := conditions.get("Completed") or conditions.get("Failed"):
             self._delete([pod for pod in pods if not _ended(pod)])

@@ -1,8 +1,10 @@
 """Jobs on Kubernetes, through the official client. kubernetes_objects.py says what they are made of."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ ANSWERS_WITHIN = (5, 30)  # seconds to connect, and to answer
 PATIENCE = 40.0  # seconds that a server may be away while it is only asked
 LOOK_AGAIN = 1.0  # seconds
 KINDS = {"JobSet": JOBSET, "TrainJob": TRAINJOB, "TrainingRuntime": RUNTIME}
+_LET_IN: set[str] = set()  # servers that have answered this process
 GONE = (urllib3.exceptions.HTTPError, OSError)
 
 
@@ -33,6 +36,10 @@ class _Plain(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+
+class _UnansweredError(JobError):
+    """Nobody knows whether what was asked was done."""
 
 
 class Kubernetes:
@@ -57,10 +64,10 @@ class Kubernetes:
         name = main["metadata"]["name"]
         try:
             made = self._create(main)
-        except JobError:
-            # It may have arrived all the same; what another submission made has another token.
-            if self._with_token(jobs[0].token):
-                self._delete(name)
+        except _UnansweredError:  # it may have arrived all the same
+            with suppress(JobError):
+                if self._with_token(jobs[0].token):  # and is not another submission's
+                    self._delete(name)
             raise
         owner = {key: made[key] for key in ("apiVersion", "kind")} | {"name": name, "uid": made["metadata"]["uid"]}
         try:
@@ -193,8 +200,10 @@ class Kubernetes:
             )
         except ApiException as error:
             raise JobError(self._refusal(error, f"create {body['kind']}")) from None
-        except GONE as error:
+        except urllib3.exceptions.NewConnectionError as error:
             raise JobError(self._away(error)) from None
+        except GONE as error:
+            raise _UnansweredError(self._away(error)) from None
 
     def _delete(self, name: str) -> None:
         where = {**self._kind, "namespace": self._cluster.namespace, "name": name}
@@ -249,7 +258,9 @@ class Kubernetes:
         if self._client is None:
             configuration = kubernetes.client.Configuration()
             try:
-                kubernetes.config.load_kube_config(context=self._cluster.context, client_configuration=configuration)
+                kubernetes.config.load_kube_config(
+                    os.environ.get("KUBECONFIG"), self._cluster.context, client_configuration=configuration
+                )
             except (kubernetes.config.ConfigException, OSError, yaml.YAMLError, TypeError, KeyError) as error:
                 try:
                     kubernetes.config.load_incluster_config(client_configuration=configuration)

@@ -54,9 +54,9 @@ def nodes(kube, tmp_path_factory):
         **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
     }
     with JobSetController(kube, tmp_path_factory.mktemp("nodes"), environment) as nodes:
-        runs.prepare(nodes.claims / "work", data={"lanes": 4}) if (nodes.claims / "work").mkdir(
-            parents=True
-        ) is None else 0
+        work = nodes.claims / "work"
+        work.mkdir(parents=True)
+        runs.prepare(work)
         yield nodes
 
 
@@ -136,8 +136,8 @@ def objects(kube) -> int:
 
 
 @pytest.mark.parametrize("form", ["kube", "trainer"])
-def test_a_job_trains_like_a_local_run_through_an_eviction(form, submit, command, kube, nodes, local, folder):
-    name = f"evicted-{form}"
+def test_a_job_trains_like_a_local_run_through_a_preemption(form, submit, command, kube, nodes, local, folder):
+    name = f"pre-empted-{form}"
     id = submit(name, on=form)
     again = command("submit", "tiny.yaml", "--on", form, f"run.name={name}", "parallel.data=4")
     runs.assert_one_line(again, f"{name} is", f"powernap cancel {name}")
@@ -146,7 +146,10 @@ def test_a_job_trains_like_a_local_run_through_an_eviction(form, submit, command
         cwd=folder, env=os.environ | {"KUBECONFIG": str(kube.kubeconfigs["submitter"])}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: steps(nodes, name) > 2)
-    nodes.evict(pods(kube, id)[1])
+    if form == "kube":
+        nodes.evict(pods(kube, id)[1])
+    else:  # of which Kubernetes knows nothing but the exit code
+        nodes.kubelet.processes[pods(kube, id)[1]].terminate()
     done = command("wait", name, "--timeout", "3m")
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(nodes.claims / "work", name) == local
@@ -161,9 +164,9 @@ def test_a_job_trains_like_a_local_run_through_an_eviction(form, submit, command
 def test_a_crash_is_counted_and_the_last_one_fails_the_job(submit, command, kube, nodes, local):
     id = submit("crashed", "job.retries=1", "train.steps=100000")
     for restarts in (0, 1):
-        wait_for(lambda: len(pods(kube, id)) == 2 and row(command, "crashed")["restarts"] == restarts)
+        wait_for(lambda n=restarts: len(pods(kube, id)) == 2 and row(command, "crashed")["restarts"] == n)
         before = steps(nodes, "crashed")
-        wait_for(lambda: steps(nodes, "crashed") > before)
+        wait_for(lambda n=before: steps(nodes, "crashed") > n)
         (pod,) = [pod for pod in pods(kube, id) if "-0-1-" in pod]
         os.kill(nodes.kubelet.processes[pod].pid, 9)
         wait_for(lambda pod=pod: pod not in pods(kube, id) or row(command, "crashed")["state"] == "failed")
