@@ -174,14 +174,14 @@ class Slurm:
         folder, id = record.own_folder, record.id
         folder.cancelled.touch()
         line = self._scontrol(record)
-        if line is None or STATES.get(line["JobState"]) in OVER:
+        if line is None or STATES.get(line.state) in OVER:
             return
         _call("scontrol", "update", f"JobId={id}", "Requeue=0")  # refused while it ends: then it is not started again
-        if line["JobState"] == "RUNNING":
+        if line.state == "RUNNING":
             done = _call("scancel", "--batch", "--signal=USR1", id)
         else:
             done = _call("scancel", id)
-        if done.returncode and (still := self._scontrol(record)) and STATES.get(still["JobState"]) not in OVER:
+        if done.returncode and (still := self._scontrol(record)) and STATES.get(still.state) not in OVER:
             raise JobError(f"job {id}: scancel: {_said(done)}")
 
     def _options(self, jobs: list[Job]) -> list[str]:
@@ -270,7 +270,7 @@ class Slurm:
                 return line.id.partition("_")[0]
         return None
 
-    def _scontrol(self, record: Record) -> dict[str, str] | None:
+    def _scontrol(self, record: Record) -> JobLine | None:
         """What SLURM's controller has of a job; None once it has forgotten it, minutes after its end."""
         done = _call("scontrol", "show", "job", "-o", record.id)
         if done.returncode:
@@ -281,9 +281,9 @@ class Slurm:
         line = done.stdout.splitlines()[0]
         if f"Comment=powernap:{place['token'] if place else record.token} " not in line + " ":
             return None  # numbers begin anew where the controller has lost its state
-        return _fields(line)
+        return _parse_line(record.id, line)
 
-    def _sacct(self, id: str) -> dict[str, str] | None:
+    def _sacct(self, id: str) -> JobLine | None:
         """The same from accounting, where it is on."""
         if self._cluster.accounting is False or not shutil.which("sacct"):
             return None
@@ -293,7 +293,7 @@ class Slurm:
                 raise JobError(f"sacct does not answer, as the profile's accounting=true says: {_said(done)}")
             return None
         found = [line for line in parse_jobs(done.stdout) if line.id == id]
-        return _from_json(found[-1]) if found else None
+        return found[-1] if found else None
 
 
 def _warning(job: Job) -> int:
@@ -377,41 +377,42 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _fields(line: str) -> dict[str, str]:
-    """A line of `scontrol show job -o`, of which values may hold blanks: those of interest do not."""
+def _parse_line(id: str, line: str) -> JobLine:
+    """A line of `scontrol show job -o`, of which values may hold blanks."""
     names = ("JobState", "Reason", "Restarts", "ExitCode", "NodeList")
     found = {name: re.search(rf" {name}=(.*?)(?= [\w/:&]+=|$)", line) for name in names}
-    return {name: match[1] for name, match in found.items() if match}
-
-
-def _from_json(line: JobLine) -> dict[str, str]:
-    code = line.exit_code or 0
-    return {"JobState": line.state, "Reason": line.reason, "ExitCode": f"{code}:0", "NodeList": line.nodes}
+    value = {name: match[1] if match else "" for name, match in found.items()}
+    code, _, signal = value["ExitCode"].partition(":")
+    state = value["JobState"].split()[0]  # also "CANCELLED by 1000"
+    return JobLine(
+        id=id,
+        state=state,
+        reason="" if value["Reason"] == "None" else value["Reason"],
+        exit_code=(128 + int(signal) if int(signal) else int(code)) if STATES.get(state) in OVER else None,
+        nodes="" if value["NodeList"] == "(null)" else value["NodeList"],
+        comment="",
+        restarts=int(value["Restarts"] or 0),
+    )
 
 
 def _as_it_said(own: dict[str, Any]) -> Status:
     return Status(own["state"], own["reason"], own["restarts"], own["exit_code"], own["nodes"])
 
 
-def _status(fields: dict[str, str], own: dict[str, Any], folder: JobFolder) -> Status:
+def _status(line: JobLine, own: dict[str, Any], folder: JobFolder) -> Status:
     """
     Args:
-        fields: what SLURM says.
+        line: what SLURM says.
         own: what the script said last.
     """
-    word = fields["JobState"].split()[0]  # "CANCELLED by 1000"
-    state = STATES.get(word, "pending")
+    state, reason = STATES.get(line.state, "pending"), line.reason
     if state in OVER and own.get("state") in OVER:
         return _as_it_said(own)  # knows how often it failed
-    reason = fields["Reason"] if fields["Reason"] not in ("None", "") else ""
-    if state == "failed":
-        reason = word if word != "FAILED" else reason
-    elif state == "pending" and word != "PENDING":
-        reason = f"{word} {reason}".strip()
+    if state == "failed" and line.state != "FAILED":
+        reason = line.state
+    elif state == "pending" and line.state != "PENDING":
+        reason = f"{line.state} {reason}".strip()
     if folder.cancelled.exists():
         state = "cancelled" if state == "failed" else "stopping" if state not in OVER else state
-    code, _, signal = fields["ExitCode"].partition(":")
-    ended = int(code) or (128 + int(signal) if signal != "0" else 0) if state in OVER else None
-    nodes = fields.get("NodeList", "")
-    restarts = int(fields.get("Restarts", own.get("restarts", 0)))
-    return Status(state, reason, restarts, ended, "" if nodes == "(null)" else nodes)
+    restarts = own.get("restarts", 0) if line.restarts is None else line.restarts
+    return Status(state, reason, restarts, line.exit_code, line.nodes)

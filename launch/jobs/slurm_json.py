@@ -15,7 +15,8 @@ class JobLine:
     Attributes:
         id: 37, or 37_1 for an element of an array; 37 alone too for elements that wait together.
         state, reason: SLURM's words, such as PENDING and Resources.
-        exit_code: 128 + N if signal N ended it; None if it has not ended.
+        exit_code: 128 + N if signal N ended it; None if it has not ended, or failed and SLURM does not say how.
+        restarts: None where SLURM does not say.
     """
 
     id: str
@@ -24,6 +25,7 @@ class JobLine:
     exit_code: int | None
     nodes: str
     comment: str
+    restarts: int | None = None
 
 
 def parse_jobs(text: str) -> list[JobLine]:
@@ -42,13 +44,15 @@ def _job(job: dict[str, Any]) -> JobLine:
     if isinstance(state, list):  # flags follow, such as COMPLETING
         state = "COMPLETING" if "COMPLETING" in state else state[0]
     comment = job.get("comment") or ""
+    code = _exit_code(job.get("exit_code"))
     return JobLine(
         id=_id(job),
         state=state,
         reason="" if reason in ("None", None) else reason,
-        exit_code=None if state in ("PENDING", "RUNNING", "COMPLETING") else _exit_code(job.get("exit_code")),
+        exit_code=code or (0 if state == "COMPLETED" else None),  # sacct 22.05 says 0 also of what failed
         nodes=job.get("nodes") or "",
         comment=(comment.get("job") or "") if isinstance(comment, dict) else comment,
+        restarts=_number(job.get("restart_cnt")),
     )
 
 
