@@ -44,7 +44,7 @@ def _job(job: dict[str, Any]) -> JobLine:
     if isinstance(state, list):  # flags follow, such as COMPLETING
         state = "COMPLETING" if "COMPLETING" in state else state[0]
     comment = job.get("comment") or ""
-    code = _exit_code(job.get("exit_code"))
+    code = None if state == "COMPLETING" else _exit_code(job.get("exit_code"))
     return JobLine(
         id=_id(job),
         state=state,
