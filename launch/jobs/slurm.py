@@ -265,7 +265,7 @@ class Slurm:
     def _queued(self, token: str) -> str | None:
         """The number of the job, or of the whole array, that was submitted with a token and that SLURM still knows."""
         done = _answered("squeue", "--json")
-        for line in parse_jobs(done.stdout):
+        for line in _jobs(done.stdout):
             if line.comment == f"powernap:{token}":
                 return line.id.partition("_")[0]
         return None
@@ -292,7 +292,7 @@ class Slurm:
             if self._cluster.accounting:
                 raise JobError(f"sacct does not answer, as the profile's accounting=true says: {_said(done)}")
             return None
-        found = [line for line in parse_jobs(done.stdout) if line.id == id]
+        found = [line for line in _jobs(done.stdout) if line.id == id]
         return found[-1] if found else None
 
 
@@ -362,6 +362,13 @@ def _answered(*command: str) -> subprocess.CompletedProcess:
     if done.returncode:
         raise JobError(f"SLURM does not answer: {_said(done)}")
     return done
+
+
+def _jobs(text: str) -> list[JobLine]:
+    try:
+        return parse_jobs(text)
+    except ValueError as error:
+        raise JobError(f"SLURM's answer cannot be read: {error}") from None
 
 
 def _said(done: subprocess.CompletedProcess) -> str:

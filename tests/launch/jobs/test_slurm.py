@@ -240,7 +240,7 @@ def test_an_element_that_is_started_again_leaves_the_others_alone(jobs):
 @pytest.mark.parametrize(("exits", "restarts", "reason"), [(1, 1, "after 2 failed starts"), (2, 0, "would not help")])
 def test_what_fails_for_good_is_not_tried_for_ever(jobs, exits, restarts, reason):
     name = f"hopeless{exits}"
-    environment = jobs.fake(name, f"[ $SLURM_PROCID = 1 ] && exit {exits}; trap '' TERM; sleep 60")
+    environment = jobs.fake(name, f"[ $SLURM_PROCID = 1 ] && exit {exits}; exec sleep 60")
     jobs.submit(name, "parallel.data=2", "job.retries=1", environment)
     assert jobs.wait(name) == 1
     row = jobs.status(name)
