@@ -2,8 +2,9 @@
 
 import json
 import os
-import shutil
+import platform
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,11 +292,15 @@ def test_what_is_asked_of_sbatch(recipe, play, profile, description, options):
     assert subprocess.run(["bash", "-n"], input="\n".join(lines), text=True).returncode == 0
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="no package of shellcheck for it")
 def test_shellcheck_finds_nothing(recipe, play):
     (play.folder / "script").write_text(render(job(recipe, play, env={"NASTY": NASTY})))
     # A function that a trap calls, and a script within quotes.
-    command = ["shellcheck", "--exclude=SC2016,SC2329,SC2317", str(play.folder / "script")]
+    command = [
+        str(Path(sys.executable).parent / "shellcheck"),
+        "--exclude=SC2016,SC2329,SC2317",
+        str(play.folder / "script"),
+    ]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
 
