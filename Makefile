@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# A file of tests on each core, in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-faults test-clusters test-all chaos bench ui image test-image install clean
 
@@ -13,15 +15,15 @@ demo: install  ## train with and without sleep, compare, draw (minutes)
 
 test: install  ## lint and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TWO)
 
 test-faults: install  ## runs that are stopped, killed, damaged and taken up in other layouts
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not wide"
+	$(BIN)/python -m pytest $(TWO) -m "faults and not wide"
 
 test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server; gets what is missing of them
 	.ci/install-slurm
 	.ci/build-kube-apiserver
-	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m clusters tests/launch
+	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest $(TWO) -m clusters tests/launch
 
 test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"

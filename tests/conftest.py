@@ -8,6 +8,16 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 import torch
 
+# Files that take longest, longest first: begun last, one of them would keep a single core busy at the end.
+FIRST = (
+    "test_trainer", "test_text_run", "test_layouts", "test_demo", "test_zero_layouts", "test_plan_measured",
+    "test_stopping", "test_checkpoint", "test_chaos", "test_tracking_away",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
 
 @pytest.fixture(scope="session")
 def here():
