@@ -19,6 +19,10 @@ class JobError(ValueError):
     """A job that cannot be submitted, found or changed: one line that says what to write or do instead."""
 
 
+class UnknownOutcomeError(JobError):
+    """The scheduler did not answer: it may have the job. What was written down stays, so that it is found by its token."""
+
+
 class Mount(NamedTuple):
     """A folder of the node inside a container."""
 

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import urllib3
 import yaml
 
 from powernap.launch.jobs.cluster import KubernetesCluster
-from powernap.launch.jobs.description import JobError
+from powernap.launch.jobs.description import JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, Record
 from powernap.launch.jobs.kubernetes_objects import CONTAINER, JOBSET, RUNTIME, TOKEN, TRAINJOB, check, objects
 from powernap.launch.jobs.status import Status
@@ -25,6 +24,7 @@ except ImportError:
 
 ANSWERS_WITHIN = (5, 30)  # seconds to connect, and to answer
 PATIENCE = 40.0  # seconds that a server may be away while it is only asked
+STARTING = 10.0  # seconds that one which has never let us in may forbid it
 LOOK_AGAIN = 1.0  # seconds
 KINDS = {"JobSet": JOBSET, "TrainJob": TRAINJOB, "TrainingRuntime": RUNTIME}
 _LET_IN: set[str] = set()  # servers that have answered this process
@@ -36,10 +36,6 @@ class _Plain(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
-
-
-class _UnansweredError(JobError):
-    """Nobody knows whether what was asked was done."""
 
 
 class Kubernetes:
@@ -64,18 +60,23 @@ class Kubernetes:
         name = main["metadata"]["name"]
         try:
             made = self._create(main)
-        except _UnansweredError:  # it may have arrived all the same
-            with suppress(JobError):
-                if self._with_token(jobs[0].token):  # and is not another submission's
+        except UnknownOutcomeError as error:
+            try:
+                if self._with_token(jobs[0].token):
                     self._delete(name)
-            raise
+            except JobError:
+                raise error from None
+            raise JobError(str(error)) from None
         owner = {key: made[key] for key in ("apiVersion", "kind")} | {"name": name, "uid": made["metadata"]["uid"]}
         try:
             for other in others:
                 self._create(other | {"metadata": other["metadata"] | {"ownerReferences": [owner]}})
-        except JobError:
-            self._delete(name)
-            raise
+        except JobError as error:
+            try:
+                self._delete(name)
+            except JobError:
+                raise UnknownOutcomeError(str(error)) from None
+            raise JobError(str(error)) from None
         return [name]
 
     def find(self, record: Record) -> str | None:
@@ -203,7 +204,7 @@ class Kubernetes:
         except urllib3.exceptions.NewConnectionError as error:
             raise JobError(self._away(error)) from None
         except GONE as error:
-            raise _UnansweredError(self._away(error)) from None
+            raise UnknownOutcomeError(self._away(error)) from None
 
     def _delete(self, name: str) -> None:
         where = {**self._kind, "namespace": self._cluster.namespace, "name": name}
@@ -213,20 +214,23 @@ class Kubernetes:
 
     def _asked(self, call: Callable[[], Any], **missing: Any) -> Any:
         """The answer, from a server that may be away for a while; `missing` if there is no such object."""
-        deadline = time.monotonic() + PATIENCE
+        host, began = self._api.configuration.host, time.monotonic()
         while True:
+            waited = time.monotonic() - began
             try:
-                return call()
+                answer = call()
+                _LET_IN.add(host)
+                return answer
             except ApiException as error:
                 if error.status == 404 and missing and _is_of_an_object(error):
                     return missing["missing"]
-                if error.status not in (429, 500, 502, 503, 504) or time.monotonic() > deadline:
-                    raise JobError(self._refusal(error, "look")) from None
+                # A server that has just started forbids everything until it has read who may do what.
+                starting = error.status in (401, 403) and (host in _LET_IN or waited < STARTING)
+                if not (starting or error.status in (429, 500, 502, 503, 504)) or waited > PATIENCE:
+                    raise JobError(self._refusal(error, "answer")) from None
             except GONE as error:
-                refused = self._client is None or isinstance(
-                    getattr(error, "reason", error), urllib3.exceptions.SSLError
-                )
-                if refused or time.monotonic() > deadline:
+                is_wrong = isinstance(getattr(error, "reason", error), urllib3.exceptions.SSLError)
+                if is_wrong or waited > PATIENCE:
                     raise JobError(self._away(error)) from None
             time.sleep(LOOK_AGAIN)
 

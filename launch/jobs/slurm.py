@@ -7,12 +7,11 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from powernap.launch.jobs.cluster import SlurmCluster
-from powernap.launch.jobs.description import JobError, Mount, parse_mount
+from powernap.launch.jobs.description import JobError, Mount, UnknownOutcomeError, parse_mount
 from powernap.launch.jobs.exits import HOPELESS
 from powernap.launch.jobs.job import Job, JobFolder, Record
 from powernap.launch.jobs.log_file import read_log
@@ -134,10 +133,12 @@ class Slurm:
         secrets = {name: os.environ[name] for name in jobs[0].description.secrets if name not in self._cluster.secrets}
         try:
             done = _call(*command, more=secrets)
-        except JobError:  # it may have arrived all the same
-            with suppress(JobError):
+        except UnknownOutcomeError as error:
+            try:
                 self._withdraw(jobs[0])
-            raise
+            except JobError:
+                raise error from None
+            raise JobError(str(error)) from None
         if done.returncode:
             raise JobError(self._refusal(_said(done)))
         id = done.stdout.strip().partition(";")[0]
@@ -354,7 +355,9 @@ def _call(*command: str, more: dict[str, str] | None = None) -> subprocess.Compl
     except FileNotFoundError:
         raise JobError(f"SLURM's {command[0]} is not here: use a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise JobError(f"SLURM does not answer: {command[0]} took more than {ANSWERS_WITHIN:.0f} s") from None
+        raise UnknownOutcomeError(
+            f"SLURM does not answer: {command[0]} took more than {ANSWERS_WITHIN:.0f} s"
+        ) from None
 
 
 def _answered(*command: str) -> subprocess.CompletedProcess:

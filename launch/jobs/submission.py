@@ -10,7 +10,7 @@ from pathlib import Path
 
 from powernap.launch.jobs.backend import Backend, backend_of
 from powernap.launch.jobs.cluster import Cluster, find_cluster
-from powernap.launch.jobs.description import JobDescription, JobError
+from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, JobFolder, Record, newest_record, next_attempt, sweep_file
 from powernap.launch.jobs.secret_values import refuse_secrets
 from powernap.launch.jobs.status import Status
@@ -128,6 +128,8 @@ def submit(submission: Submission) -> list[Record]:
                 for job, id in zip(group, ids, strict=True):
                     records.append(job.record(id))
                     records[-1].save()
+        except UnknownOutcomeError as error:
+            raise JobError(f"{error}; whether it was submitted: powernap status {submission.folder.name}") from None
         except (JobError, OSError):
             for record in records:
                 submission.backend.cancel(record)

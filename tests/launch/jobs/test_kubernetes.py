@@ -208,7 +208,7 @@ def test_waiting_and_following_survive_a_server_that_restarts_and_forgets(submit
     threads = [threading.Thread(target=run) for run in (wait, follow)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: steps(nodes, "patient") > 2)
+    wait_for(lambda: steps(nodes, "patient") > 4)
     kube.restart()
     kube.forget_history()
     for thread in threads:

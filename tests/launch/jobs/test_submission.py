@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 import runs
-from powernap.launch.jobs.description import JobDescription, JobError
+from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
+from powernap.launch.jobs.job import newest_record
+from powernap.launch.jobs.local import Local
 from powernap.launch.jobs.secret_values import read_secret_file
+from powernap.launch.jobs.submission import status_of
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import format_duration, parse_duration, parse_size
 from powernap.train.recipe_file import RecipeError
@@ -117,6 +120,21 @@ def test_submitting_that_was_cut_off_is_found_again_or_lost(tmp_path):
     assert row["state"] == "lost" and "interrupted" in row["reason"]
     record.write_text("{")
     runs.assert_one_line(runs.powernap("status", "tiny", cwd=tmp_path), "record.json: cannot be read")
+
+
+def test_a_scheduler_that_does_not_answer_may_have_the_job_so_it_is_looked_for(tmp_path, monkeypatch, capfd):
+    runs.prepare(tmp_path, train_samples=64, data={"lanes": 1})
+    monkeypatch.chdir(tmp_path)
+
+    def silence(*_):
+        raise UnknownOutcomeError("nobody answers")
+
+    monkeypatch.setattr(Local, "submit", silence)
+    runs.assert_refused(["submit", "tiny.yaml", "--on", "local"], capfd, "nobody answers", "powernap status tiny")
+    looked_for = []
+    monkeypatch.setattr(Local, "find", lambda self, record: looked_for.append(record.token))
+    record, status = status_of(newest_record(tmp_path / "runs/tiny"))
+    assert status.state == "lost" and looked_for == [record.token]
 
 
 def test_what_was_submitted_can_be_repeated(tmp_path, monkeypatch):
