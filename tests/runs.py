@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,11 +58,24 @@ def prepare(folder: Path, train_samples: int = 256, seed: int = 0, **sections: d
     return path
 
 
+# In a process of its own.
+COMMAND = [sys.executable, "-m", "powernap.launch.cli"]
+
+
+def wait_for(condition, seconds: float = 90):
+    """What `condition` returns as soon as it is true; it must be in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
 def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run one command; a run that does not end in `timeout` seconds fails the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment}
     return subprocess.run(
-        [sys.executable, "-m", "powernap.launch.cli", *arguments],
+        [*COMMAND, *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

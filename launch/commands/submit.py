@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 
 from powernap.launch.commands.arguments import add_recipe
@@ -33,8 +34,11 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     submission = prepare(options.recipe, options.overrides, options.on, options.resume)
     if options.dry_run:
         for group, files in submission.rendered():
+            folder = submission.folder_of(group).path
+            if command := submission.backend.command(group, folder):
+                print(f"# {shlex.join(command)}", file=sys.stderr)
             for name, text in files.items():
-                print(f"# {submission.folder_of(group).path / name}", file=sys.stderr, flush=True)
+                print(f"# {folder / name}", file=sys.stderr, flush=True)
                 print(text, end="" if text.endswith("\n") else "\n", flush=True)
         return 0
     records = submit(submission)

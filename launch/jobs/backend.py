@@ -20,6 +20,9 @@ class Backend(Protocol):
     def render(self, jobs: list[Job]) -> dict[str, str]:
         """File name -> text, exactly what `submit` submits; reads and writes nothing. Several jobs only with `arrays`."""
 
+    def command(self, jobs: list[Job], folder: Path) -> list[str]:
+        """What `submit` runs, for people to read; empty where the files say it all."""
+
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
         """Submit what `render` said and `folder` holds, all or nothing; an id for each job."""
 
@@ -28,6 +31,9 @@ class Backend(Protocol):
 
     def status(self, record: Record) -> Status:
         """How a job with an id stands."""
+
+    def pause(self, record: Record, seconds: float) -> None:
+        """Let at most so much time pass; less, where the cluster can tell that the job has changed."""
 
     def logs(self, record: Record, follow: bool) -> Iterator[str]:
         """What it printed, in pieces; with `follow` until it is over."""

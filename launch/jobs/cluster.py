@@ -16,7 +16,6 @@ from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
 from powernap.train.recipe_file import RecipeError, check, read_sections
 
-NAME = r"[\w][\w.\-]*"
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.\-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$"
@@ -142,7 +141,7 @@ class KubernetesCluster(Profile):
     context: str | None = Field(None, description="of the kubeconfig; null: the current one")
     namespace: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9\-]*[a-z0-9])?$", max_length=63)
     form: Literal["jobset", "trainjob"] = Field("jobset", description="what is created: JobSet's or Kubeflow Trainer's")
-    storage: Storage
+    storage: Storage = Field(description="the volume that holds runs and shards: {claim: NAME, path: /workspace}")
     queue: str | None = Field(None, pattern=DNS_NAME, description="Kueue's LocalQueue; null: none")
     priority_class: str | None = Field(None, pattern=DNS_NAME)
     service_account: str | None = Field(None, pattern=DNS_NAME, description="null: the namespace's default")

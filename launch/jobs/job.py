@@ -44,14 +44,14 @@ class JobFolder:
         return self.path / "log.txt"
 
     @property
+    def state(self) -> Path:
+        """What watches the job from beside it, the supervisor here, the batch script on SLURM, said last."""
+        return self.path / "state.json"
+
+    @property
     def cancelled(self) -> Path:
         """There once somebody asked to cancel: what starts a job again looks for it first."""
         return self.path / "cancelled"
-
-    @property
-    def failures(self) -> Path:
-        """How many starts have failed, for job.retries."""
-        return self.path / "failures"
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,14 @@ class Record(Section):
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
         os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where the file is not there, or is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def read_record(path: Path) -> Record:

@@ -18,6 +18,7 @@ from powernap.launch.jobs.status import Status
 
 try:
     import kubernetes
+    import kubernetes.watch
     from kubernetes.client.exceptions import ApiException
 except ImportError:
     raise JobError("jobs on Kubernetes need its client: pip install 'powernap[kubernetes]'") from None
@@ -26,6 +27,7 @@ ANSWERS_WITHIN = (5, 30)  # seconds to connect, and to answer
 PATIENCE = 40.0  # seconds that a server may be away while it is only asked
 STARTING = 10.0  # seconds that one which has never let us in may forbid it
 LOOK_AGAIN = 1.0  # seconds
+GONE_VERSION = 410  # a status: etcd has forgotten what was when the watch should begin
 KINDS = {"JobSet": JOBSET, "TrainJob": TRAINJOB, "TrainingRuntime": RUNTIME}
 _LET_IN: set[str] = set()  # servers that have answered this process
 GONE = (urllib3.exceptions.HTTPError, OSError)
@@ -52,6 +54,9 @@ class Kubernetes:
     def render(self, jobs: list[Job]) -> dict[str, str]:
         (job,) = jobs
         return {f"{self._cluster.form}.yaml": yaml.dump_all(objects(job), Dumper=_Plain, sort_keys=False)}
+
+    def command(self, jobs: list[Job], folder: Path) -> list[str]:
+        return []
 
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
         """The job first: what belongs to it can then name its owner, and its pods wait for their recipe."""
@@ -92,6 +97,27 @@ class Kubernetes:
             )
         jobset = found if self._kind is JOBSET else self._get(record.id, JOBSET) or {}
         return self._status(found, jobset.get("status", {}), record)
+
+    def pause(self, record: Record, seconds: float) -> None:
+        """Watches the job. Whatever ends a watch early, a server that restarts or has forgotten the version it begins at, costs
+        nothing: who asked looks again."""
+        found = self._get(record.id)
+        if found is None:
+            return
+        try:
+            for _ in kubernetes.watch.Watch().stream(
+                self._custom.list_namespaced_custom_object,
+                **self._kind,
+                namespace=self._cluster.namespace,
+                field_selector=f"metadata.name={record.id}",
+                resource_version=found["metadata"]["resourceVersion"],
+                timeout_seconds=max(1, round(seconds)),
+            ):
+                return
+        except ApiException as error:
+            time.sleep(LOOK_AGAIN if error.status == GONE_VERSION else seconds)
+        except GONE:
+            time.sleep(LOOK_AGAIN)
 
     def logs(self, record: Record, follow: bool) -> Iterator[str]:
         """The first node's, which speaks for all. Pods are deleted when a job starts again, so earlier starts are gone; all is

@@ -1,6 +1,5 @@
 """Jobs on this machine: a supervisor starts the run, and starts it again as a scheduler would."""
 
-import json
 import subprocess
 import sys
 import time
@@ -13,11 +12,11 @@ import yaml
 
 from powernap.launch.jobs.cluster import LocalCluster
 from powernap.launch.jobs.description import JobError
-from powernap.launch.jobs.job import Job, Record
+from powernap.launch.jobs.job import Job, Record, read_json
 from powernap.launch.jobs.log_file import read_log
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.status import OVER, Status
-from powernap.launch.jobs.supervisor import STATE, is_supervised
+from powernap.launch.jobs.supervisor import is_supervised
 
 STARTS_WITHIN = 20.0  # seconds until a supervisor must have written its first state
 
@@ -52,14 +51,17 @@ class Local:
         }
         return {"local.yaml": yaml.safe_dump(plan, sort_keys=False)}
 
+    def command(self, jobs: list[Job], folder: Path) -> list[str]:
+        return [sys.executable, "-m", "powernap.launch.jobs.supervisor", str(folder)]
+
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
         with open(folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "powernap.launch.jobs.supervisor", str(folder)],
+                self.command(jobs, folder),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + STARTS_WITHIN
-        while not (state := _read_state(folder)) and process.poll() is None and time.monotonic() < deadline:
+        while not (state := read_json(jobs[0].folder.state)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if not state:
             process.kill()
@@ -68,19 +70,22 @@ class Local:
         return [str(process.pid)]
 
     def find(self, record: Record) -> str | None:
-        state = _read_state(record.own_folder.path)
+        state = read_json(record.own_folder.state)
         return str(state["pid"]) if state and state["token"] == record.token else None
 
     def status(self, record: Record) -> Status:
         folder = record.own_folder.path
-        state = _read_state(folder)
+        state = read_json(record.own_folder.state)
         if state is None:
             return Status("lost", "its supervisor has left nothing")
         if state["state"] not in OVER and not is_supervised(folder):
-            state = _read_state(folder)  # it may have ended in between
+            state = read_json(record.own_folder.state)  # it may have ended in between
             if state["state"] not in OVER:
                 return Status("lost", "its supervisor is gone, as after a restart of the machine", state["restarts"])
         return Status(state["state"], state["reason"], state["restarts"], state["exit_code"], "this machine")
+
+    def pause(self, record: Record, seconds: float) -> None:
+        time.sleep(seconds)
 
     def logs(self, record: Record, follow: bool) -> Iterator[str]:
         return read_log(record.own_folder.log, follow, lambda: self.status(record).is_over)
@@ -88,15 +93,8 @@ class Local:
     def cancel(self, record: Record) -> None:
         folder = record.own_folder
         folder.cancelled.touch()
-        state = _read_state(folder.path)
+        state = read_json(folder.state)
         with suppress(psutil.NoSuchProcess):
             # The number may belong to somebody else by now: the lock tells whether the supervisor still lives.
             if state and is_supervised(folder.path):
                 psutil.Process(state["pid"]).terminate()
-
-
-def _read_state(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / STATE).read_text())
-    except FileNotFoundError:
-        return None

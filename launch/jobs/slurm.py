@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from powernap.launch.jobs.cluster import SlurmCluster
 from powernap.launch.jobs.description import JobError, Mount, UnknownOutcomeError, parse_mount
 from powernap.launch.jobs.exits import HOPELESS
-from powernap.launch.jobs.job import Job, JobFolder, Record
+from powernap.launch.jobs.job import Job, JobFolder, Record, read_json
 from powernap.launch.jobs.log_file import read_log
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.slurm_json import JobLine, parse_jobs
@@ -22,7 +23,6 @@ from powernap.launch.jobs.units import format_duration
 from powernap.parallel import exit_codes
 
 SCRIPT = "job.sbatch"
-STATE = "state.json"  # what the script itself says, in the job's folder
 ARRAY = "array.json"  # an element's place in its array
 ANSWERS_WITHIN = 60.0  # seconds; a controller that is down takes sbatch 9 and scontrol 18 to notice
 EARLY = 60  # seconds that SLURM may send a warning too early
@@ -118,21 +118,21 @@ class Slurm:
         )
         return {SCRIPT: text}
 
+    def command(self, jobs: list[Job], folder: Path) -> list[str]:
+        # Paths stand here and not in the script, where they would need SLURM's own quoting; in one of a file, % begins a variable.
+        work, log = jobs[0].work, "log-%a.txt" if len(jobs) > 1 else "log.txt"
+        output = str(work / folder).replace("%", "%%") + f"/{log}"
+        return ["sbatch", "--parsable", f"--chdir={work}", f"--output={output}", str(folder / SCRIPT)]
+
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
-        log = "log.txt"
         if len(jobs) > 1:
-            log = "log-%a.txt"
             for index, job in enumerate(jobs):
                 place = {"token": jobs[0].token, "index": index}
                 (job.folder.path / ARRAY).write_text(json.dumps(place) + "\n")
                 job.folder.log.symlink_to(os.path.relpath(folder / f"log-{index}.txt", job.folder.path))
-        work = jobs[0].work
-        # In a file name, % begins a variable.
-        output = str(work / folder).replace("%", "%%") + f"/{log}"
-        command = ["sbatch", "--parsable", f"--chdir={work}", f"--output={output}", str(folder / SCRIPT)]
         secrets = {name: os.environ[name] for name in jobs[0].description.secrets if name not in self._cluster.secrets}
         try:
-            done = _call(*command, more=secrets)
+            done = _call(*self.command(jobs, folder), more=secrets)
         except UnknownOutcomeError as error:
             try:
                 self._withdraw(jobs[0])
@@ -147,15 +147,15 @@ class Slurm:
 
     def find(self, record: Record) -> str | None:
         folder = record.own_folder
-        if state := _read(folder.path / STATE):
+        if state := read_json(folder.state):
             return state["id"]
-        place = _read(folder.path / ARRAY)
+        place = read_json(folder.path / ARRAY)
         id = self._queued(place["token"] if place else record.token)
         return f"{id}_{place['index']}" if id and place else id
 
     def status(self, record: Record) -> Status:
         folder, id = record.own_folder, record.id
-        own = _read(folder.path / STATE) or {}
+        own = read_json(folder.state) or {}
         line = self._scontrol(record)
         if line is None and own.get("state") not in OVER:
             line = self._sacct(id)
@@ -166,6 +166,9 @@ class Slurm:
                 return Status("cancelled", restarts=own.get("restarts", 0))
             return Status("lost", f"SLURM does not know job {id} any more", own.get("restarts", 0))
         return _status(line, own, folder)
+
+    def pause(self, record: Record, seconds: float) -> None:
+        time.sleep(seconds)
 
     def logs(self, record: Record, follow: bool) -> Iterator[str]:
         return read_log(record.own_folder.log, follow, lambda: self.status(record).is_over)
@@ -278,7 +281,7 @@ class Slurm:
             if "Invalid job id" in done.stderr:
                 return None
             raise JobError(f"SLURM does not answer: {_said(done)}")
-        place = _read(record.own_folder.path / ARRAY)
+        place = read_json(record.own_folder.path / ARRAY)
         line = done.stdout.splitlines()[0]
         if f"Comment=powernap:{place['token'] if place else record.token} " not in line + " ":
             return None  # numbers begin anew where the controller has lost its state
@@ -378,13 +381,6 @@ def _said(done: subprocess.CompletedProcess) -> str:
     """The last thing that a command complained about."""
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
     return re.sub(r"^(\w+: )?((error|fatal): )?(Batch job submission failed: )?", "", lines[-1]).strip()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _parse_line(id: str, line: str) -> JobLine:

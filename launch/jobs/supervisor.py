@@ -20,7 +20,6 @@ from powernap.launch.jobs.job import JobFolder
 from powernap.launch.jobs.secret_values import read_secret_file
 from powernap.train.process_lock import ProcessLock
 
-STATE = "state.json"
 LOCK = "supervisor.lock"
 TURN = "local.lock"  # beside all runs
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -106,7 +105,7 @@ class Supervisor:
 
     def _write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         self._state |= {"state": state, "reason": reason, "exit_code": exit_code}
-        path = self._folder.path / STATE
+        path = self._folder.state
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self._state) + "\n")
         os.replace(part, path)

@@ -176,15 +176,7 @@ def test_a_shard_that_breaks_during_the_run_ends_every_process(folder):
 
 
 def test_a_stopped_run_says_so_and_leaves_nothing_running(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "powernap.launch.cli",
-        "train",
-        "tiny.yaml",
-        "run.name=stopped",
-        "train.steps=9999",
-    ]
+    command = [*runs.COMMAND, "train", "tiny.yaml", "run.name=stopped", "train.steps=9999"]
     command += ["data.lanes=1", "data.workers=1"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = folder / "runs" / "stopped" / "metrics.jsonl"
@@ -220,24 +212,17 @@ def test_two_machines_train_as_one(folder):
     """Each is a command of its own, as in the pods of a job."""
     port = str(runs._free_port())
     environment = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "powernap.launch.cli",
-        "train",
-        "tiny.yaml",
-        "parallel.data=4",
-        "train.steps=3",
-        "data.lanes=1",
-    ]
+    train = ["train", "tiny.yaml", "parallel.data=2", "train.steps=3", "data.lanes=1"]
     machines = [
         subprocess.Popen(
-            [*command, "run.name=machines"], cwd=folder, env=os.environ | environment | {"PET_NODE_RANK": rank}
+            [*runs.COMMAND, *train, "run.name=machines"],
+            cwd=folder,
+            env=os.environ | environment | {"PET_NODE_RANK": rank},
         )
         for rank in "10"
     ]
     assert [machine.wait(120) for machine in machines] == [0, 0]
-    assert runs.powernap(*command[3:], "run.name=one-machine", cwd=folder).returncode == 0
+    assert runs.powernap(*train, "run.name=one-machine", cwd=folder).returncode == 0
     assert runs.powernap("compare", "machines", "one-machine", cwd=folder).returncode == 0
 
 

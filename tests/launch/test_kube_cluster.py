@@ -187,10 +187,11 @@ def test_suspended_and_deleted(custom, core, controller):
     spec = jobset("queued", "echo up; sleep 100", suspend=True)
     custom.create_namespaced_custom_object(*KIND, spec)
     wait_for(lambda: custom.get_namespaced_custom_object(*KIND, "queued").get("status"))
+    label = "jobset.sigs.k8s.io/jobset-name=queued"
+    assert not core.list_namespaced_pod(NAMESPACE, label_selector=label).items
     custom.patch_namespaced_custom_object(*KIND, "queued", {"spec": {"suspend": False}})
     pods_of(core, "queued")
     custom.delete_namespaced_custom_object(*KIND, "queued", propagation_policy="Foreground")
-    label = "jobset.sigs.k8s.io/jobset-name=queued"
     wait_for(lambda: not core.list_namespaced_pod(NAMESPACE, label_selector=label).items)
     wait_for(
         lambda: "queued"

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import kubernetes.watch
 import pytest
 import yaml
 from kubernetes import client
@@ -15,6 +16,9 @@ from kubernetes import client
 import runs
 from kube_cluster import NAMESPACE
 from kube_controllers import JobSetController
+from powernap.launch.jobs.backend import backend_of
+from powernap.launch.jobs.job import newest_record
+from runs import wait_for
 
 pytestmark = pytest.mark.clusters
 
@@ -109,14 +113,6 @@ def row(command, name: str) -> dict:
     return json.loads(done.stdout)[0]
 
 
-def wait_for(condition, seconds: float = 90):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
 def steps(nodes, name: str) -> int:
     path = nodes.claims / "work" / "runs" / name / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
@@ -142,7 +138,7 @@ def test_a_job_trains_like_a_local_run_through_a_preemption(form, submit, comman
     again = command("submit", "tiny.yaml", "--on", form, f"run.name={name}", "parallel.data=4")
     runs.assert_one_line(again, f"{name} is", f"powernap cancel {name}")
     follower = subprocess.Popen(
-        [sys.executable, "-m", "powernap.launch.cli", "logs", "-f", name],
+        [*runs.COMMAND, "logs", "-f", name],
         cwd=folder, env=os.environ | {"KUBECONFIG": str(kube.kubeconfigs["submitter"])}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: steps(nodes, name) > 2)
@@ -216,6 +212,69 @@ def test_waiting_and_following_survive_a_server_that_restarts_and_forgets(submit
     assert ends["wait"].returncode == 0, ends["wait"].stderr
     assert ends["logs"].returncode == 0 and f"step {STEPS}/{STEPS}" in ends["logs"].stdout
     assert numbers(nodes.claims / "work", "patient") == local
+
+
+def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, submit, monkeypatch):
+    id = submit("watched", on="queued")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("KUBECONFIG", str(kube.kubeconfigs["submitter"]))
+    record = newest_record(Path("runs/watched"))
+    backend = backend_of(record.profile)
+    custom = client.CustomObjectsApi(kube.clients())
+
+    def pause(seconds: float, change=lambda: None) -> float:
+        """How long it took, if `change` is made after a second."""
+        timer = threading.Timer(1.0, change)
+        timer.start()
+        began = time.monotonic()
+        backend.pause(record, seconds)
+        took = time.monotonic() - began
+        timer.join()
+        return took
+
+    time.sleep(1.0)  # the controller has had its say
+    assert pause(2.0) >= 2.0
+    label = {"metadata": {"labels": {"changed": "yes"}}}
+    assert 1.0 <= pause(20.0, lambda: custom.patch_namespaced_custom_object(*JOBSETS, id, label)) < 10.0
+    assert pause(30.0, kube.restart) < 20.0  # in mid-watch
+    wait_for(lambda: backend.status(record).state == "pending")
+    old = backend._get(id)
+    custom.patch_namespaced_custom_object(*JOBSETS, id, {"metadata": {"labels": {"changed": "again"}}})
+    kube.forget_history()
+    seen = []
+    stream = kubernetes.watch.Watch.stream
+
+    def watch(*arguments, **fields):
+        try:
+            yield from stream(*arguments, **fields)
+        except client.ApiException as error:
+            seen.append(error.status)
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kubernetes.watch.Watch, "stream", watch)
+        patch.setattr(backend, "_get", lambda name: old)
+        assert pause(20.0) < 5.0 and seen == [410]
+    assert pause(2.0) >= 2.0  # and the next one is from a version that is known
+
+
+def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, command):
+    sweep = ["submit", "tiny.yaml", "--on", "queued", "parallel.data=4", "sleep.passes=1,2", "run.name=sweep"]
+    custom = client.CustomObjectsApi(kube.clients())
+    body = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": "sweep-passes2-1"}}
+    custom.create_namespaced_custom_object(*JOBSETS, body | {"spec": {"suspend": True, "replicatedJobs": []}})
+    before = objects(kube)
+    runs.assert_one_line(command(*sweep), '"sweep-passes2-1" already exists')
+    wait_for(lambda: objects(kube) == before)  # the first one is gone again
+    custom.delete_namespaced_custom_object(*JOBSETS, "sweep-passes2-1")
+    done = command(*sweep)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(command("status", "sweep", "--json").stdout)
+    assert [(row["run"], row["id"], row["state"]) for row in rows] == [
+        (f"sweep-passes{n}", f"sweep-passes{n}-1", "pending") for n in (1, 2)
+    ]
+    assert command("cancel", "sweep").returncode == 0
+    assert command("wait", "sweep", "--timeout", "1m").returncode == 3
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import psutil
 import pytest
 
 import runs
+from runs import wait_for
 
 STEPS = 12
 pytestmark = pytest.mark.faults
@@ -44,14 +43,6 @@ def status(folder: Path, name: str) -> dict:
     return row
 
 
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
 def steps(folder: Path, name: str) -> list[dict]:
     path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -75,7 +66,7 @@ def test_a_killed_rank_costs_a_retry_and_the_losses_are_those_of_an_unbroken_run
 def test_cancel_saves_leaves_no_process_and_the_same_submit_goes_on(folder):
     with submitted(folder, "stopped", "parallel.data=2", "train.steps=100000") as supervisor:
         follower = subprocess.Popen(
-            [sys.executable, "-m", "powernap.launch.cli", "logs", "-f", "stopped"],
+            [*runs.COMMAND, "logs", "-f", "stopped"],
             cwd=folder, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         wait_for(lambda: len(steps(folder, "stopped")) > 2)

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     (clusters / "nokind.yaml").write_text("partition: a\n")
     (clusters / "typo.yaml").write_text("kind: slurm\npartiton: a\n")
     (clusters / "injection.yaml").write_text("kind: slurm\npartition: 'a; rm -rf /'\n")
+    (clusters / "nostorage.yaml").write_text("kind: kubernetes\n")
     (clusters / "key.yaml").write_text("kind: local\nsecrets: {TOKEN: nowhere/token}\njob: {secrets: [TOKEN]}\n")
     return folder
 
@@ -47,6 +48,7 @@ def here(folder, monkeypatch):
         ("nokind", [], ["clusters/nokind.yaml", "kind=None", "local, slurm, kubernetes"]),
         ("typo", [], ["clusters/typo.yaml", "partiton", "did you mean partition?"]),
         ("injection", [], ["clusters/injection.yaml", "partition=a; rm -rf /"]),
+        ("nostorage", [], ["clusters/nostorage.yaml", "storage is missing", "the volume that holds runs"]),
         ("local", ["job.nods=2"], ["job.nods", "did you mean job.nodes?"]),
         ("local", ["job.nodes=2"], ["job.nodes=2", "1 x 1"]),
         ("local", ["job.nodes=2", "parallel.data=2"], ["job.nodes=2 on this machine"]),
@@ -80,6 +82,7 @@ def test_a_profile_fills_in_what_the_command_line_leaves_open(here, capfd):
     assert cli.main(["submit", "tiny.yaml", "--on", "gpus", "job.device=cpu", "--dry-run"]) == 0
     printed = capfd.readouterr()
     assert yaml.safe_load(printed.out)["retries"] == 7 and "runs/tiny/jobs/1/local.yaml" in printed.err
+    assert "supervisor runs/tiny/jobs/1" in printed.err
     assert not (here / "runs").exists()
 
 
