@@ -82,6 +82,18 @@ class JobSetController:
                             self.kubelet.remove(pod)
                     elif owner_of(pod) not in alive:  # deleted in the background
                         self._delete([pod])
+                self._collect_garbage()
+
+    def _collect_garbage(self) -> None:
+        """ConfigMaps go with the job that owns them."""
+        configs = self.api.list_namespaced_config_map(NAMESPACE).items  # before their owners, which are made first
+        owners = set()
+        for kind in (KIND, TRAIN_JOBS):
+            found = self.jobsets.list_namespaced_custom_object(*kind)["items"]
+            owners |= {one["metadata"]["uid"] for one in found}
+        for config in configs:
+            if any(owner.uid not in owners for owner in config.metadata.owner_references or []):
+                self.api.delete_namespaced_config_map(config.metadata.name, NAMESPACE)
 
     def _make_jobsets(self) -> None:
         """What Trainer does: a JobSet for each TrainJob, of its TrainingRuntime; the conditions of the one for the other."""

@@ -223,14 +223,15 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
     custom = client.CustomObjectsApi(kube.clients())
 
     def pause(seconds: float, change=lambda: None) -> float:
-        """How long it took, if `change` is made after a second."""
-        timer = threading.Timer(1.0, change)
-        timer.start()
+        """How long it took, if `change` is made after a second: here, since a server ends with the thread that starts it."""
+        ends = []
+        thread = threading.Thread(target=lambda: ends.append((backend.pause(record, seconds), time.monotonic())))
         began = time.monotonic()
-        backend.pause(record, seconds)
-        took = time.monotonic() - began
-        timer.join()
-        return took
+        thread.start()
+        time.sleep(1.0)
+        change()
+        thread.join()
+        return ends[0][1] - began
 
     time.sleep(1.0)  # the controller has had its say
     assert pause(2.0) >= 2.0
@@ -258,7 +259,7 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
     assert pause(2.0) >= 2.0  # and the next one is from a version that is known
 
 
-def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, command):
+def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, nodes, command):
     sweep = ["submit", "tiny.yaml", "--on", "queued", "parallel.data=4", "sleep.passes=1,2", "run.name=sweep"]
     custom = client.CustomObjectsApi(kube.clients())
     body = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": "sweep-passes2-1"}}

@@ -206,8 +206,9 @@ def test_cancel_saves_leaves_no_process_and_the_same_submit_goes_on(jobs):
     assert jobs.wait("stopped") == 3
     row = jobs.status("stopped")
     assert (row["state"], row["exit_code"], row["restarts"]) == ("cancelled", 75, 0)
-    jobs.until(lambda: not {p for p in jobs.cluster.processes() - before if p.pid != follower.pid}, 10)
-    assert "go on with --resume" in follower.communicate(timeout=20)[0]
+    assert "go on with --resume" in follower.communicate(timeout=60)[0]
+    left = jobs.cluster.processes() - before
+    assert not psutil.wait_procs(left, timeout=20)[1], [(p, cmdline(p)) for p in left if p.is_running()]
     assert jobs.cluster.run("squeue", "--noheader", "--jobs", id, check=False).strip() == ""
     reached = len(jobs.records("stopped"))
     jobs.submit("stopped", *fields)
