@@ -7,14 +7,10 @@ Step time. A step with W consolidation windows runs W (N-1) whole passes more th
 where `pass` is timed by itself: one segment forward, recomputed, backward, as the schedule runs it.
 
 Memory. Checkpointing keeps the inputs of each segment: hidden states [L, B, D] and fast weights. Live tensor bytes are
-counted at every operation, so the peak is exact and the same on every machine. A step is at its peak in the backward pass
-of one segment: saved inputs of the segments still to come, gradients of the parameters once there are any, and that
-segment recomputed. What is recomputed is largest in a whole pass. With one micro-batch and one answer window, N = 1 has no
-whole pass with gradients beside it: the answer is back-propagated first, before there are any, and the other segments
-only write, so they stop within the last block. Every N > 1 has one. So the step from N = 1 to 2 also shows the part of a
-pass that only writing leaves out; from 2 on only saved inputs grow. With two micro-batches, or two answer windows, a whole
-pass meets gradients for every N, and what grows is what sleep needs. In bf16 training that holds for one of each as well:
-DeepSpeed's float32 gradients are there from the start. That is measured in whole steps, with the optimizer's.
+counted at every operation of a whole training step, so the peak is exact and the same on every machine. It is in the
+backward pass of one segment: gradients of all parameters, saved inputs of the segments still to come, and that segment
+recomputed. Gradients lie in one buffer that stays: so a peak is the same whether a segment is the first to be
+back-propagated or the last, and only saved inputs grow with N.
 
 Wake latency. One prediction window answered from fast weights that N passes have written.
 """
@@ -22,6 +18,7 @@ Wake latency. One prediction window answered from fast weights that N passes hav
 import argparse
 import weakref
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +61,7 @@ def main(options: argparse.Namespace, command: str) -> None:
     time_numbers, time_report, time_targets = step_time(
         stage, here, tokens, loss_mask, rounds=3 if options.quick else 9
     )
-    memory_numbers, memory_report, memory_targets = memory(stage, here)
+    memory_numbers, memory_report, memory_targets = memory(here)
     wake_numbers, wake_report, wake_targets = wake_latency(stage, rounds=30 if options.quick else 300)
     judged, verdict = verdicts(time_targets + memory_targets + wake_targets)
     size = (
@@ -123,21 +120,14 @@ def step_time(stage: HybridStage, here: Topology, tokens: torch.Tensor, loss_mas
     return numbers, report, [("step time over ideal, worst N", worst, "<=", 1.1)]
 
 
-def step(
-    stage: HybridStage,
-    here: Topology,
-    tokens: torch.Tensor,
-    loss_mask: torch.Tensor,
-    passes: int,
-    micro_batches: int = 1,
-):
-    """The forward and backward part of a training step, the same batch in every micro-batch."""
+def step(stage: HybridStage, here: Topology, tokens: torch.Tensor, loss_mask: torch.Tensor, passes: int):
+    """The forward and backward part of a training step."""
     segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), passes)
-    scale = 1.0 / (micro_batches * int(loss_mask.sum()))
+    scale = 1.0 / int(loss_mask.sum())
 
     def run():
         stage.zero_grad(set_to_none=True)
-        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, here, recompute=True)
+        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, here, recompute=True)
 
     return run
 
@@ -196,73 +186,79 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def memory(stage: HybridStage, here: Topology):
+def memory(here: Topology):
     print("sleep: memory", flush=True)
-    hidden = MODEL.window * BATCH * MODEL.hidden_size * stage.embedding.weight.element_size()
-    states = fw.nbytes(stage.empty_memory(BATCH))
-    forms = {"1 micro-batch, 1 answer": (1, 1), "2 micro-batches, 1 answer": (2, 1), "1 micro-batch, 2 answers": (1, 2)}
-    peaks = {
-        name: {n: peak_bytes(stage, step(stage, here, *batch(BATCH, answers), n, micro_batches)) for n in PASSES}
-        for name, (micro_batches, answers) in forms.items()
+    steps = {
+        "fp32, 1 micro-batch, 1 answer": ("fp32", 1, 1),
+        "fp32, 2 micro-batches, 1 answer": ("fp32", 2, 1),
+        "fp32, 1 micro-batch, 2 answers": ("fp32", 1, 2),
+        "bf16, 1 micro-batch, 1 answer": ("bf16", 1, 1),
     }
-    # Pass 1 starts from tokens, the others from hidden states; every pass starts from fast weights.
-    saved = {n: CONSOLIDATION_WINDOWS * (n - 1) * (hidden + states) for n in PASSES}
-    growth = {name: {n: peak[n] - peak[1] for n in PASSES} for name, peak in peaks.items()}
-    numbers = {
-        "hidden_bytes": hidden,
-        "fast_weight_bytes": states,
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in stage.parameters()),
-        "growth_of_saved_inputs": saved,
-        "by_step": {name: {"peak_bytes": peaks[name], "growth": growth[name]} for name in forms},
-    }
-    mib = 2**20
-    in_bf16 = {n: peak_bytes(*training_step(here, n)) for n in PASSES}
-    saved_in_bf16 = {n: CONSOLIDATION_WINDOWS * (n - 1) * (hidden // 2 + states) for n in PASSES}
-    growth_in_bf16 = {n: peak - in_bf16[1] for n, peak in in_bf16.items()}
-    numbers["training_in_bf16"] = {"peak_bytes": in_bf16, "growth": growth_in_bf16, "saved": saved_in_bf16}
-    bf16_rows = [[n, saved_in_bf16[n] / mib, in_bf16[n] / mib, growth_in_bf16[n] / mib] for n in PASSES]
-    rows = [[n, saved[n] / mib, *(x[name][n] / mib for name in forms for x in (peaks, growth))] for n in PASSES]
+    mib, rows, targets, numbers = 2**20, [], [], {}
+    for name, form in steps.items():
+        found = {n: training_step(here, n, *form) for n in PASSES}
+        peaks = {n: peak_bytes(each.run, each.weights_and_states) for n, each in found.items()}
+        saved = {n: CONSOLIDATION_WINDOWS * (n - 1) * found[n].input_bytes for n in PASSES}
+        growth = {n: peaks[n] - peaks[1] for n in PASSES}
+        numbers[name] = {"peak_bytes": peaks, "growth": growth, "growth_of_saved_inputs": saved}
+        rows += [[name, n, peaks[n] / mib, growth[n] / mib, saved[n] / mib] for n in PASSES]
+        # Every segment also keeps a scalar of 4 bytes.
+        targets.append((f"memory growth / saved, {name}", growth[8] / saved[8], "<=", 1.0))
+    gradients = sum(4 * p.numel() for p in found[1].stage.parameters())
+    numbers["gradient_bytes"] = gradients
     report = [
-        "Peak memory of a step in MiB, parameters left out, and its growth from N=1.",
-        f"A segment's saved inputs are hidden states ({hidden / mib:.3g}) and fast weights ({states / mib:.3g}); all "
-        f"gradients are {numbers['gradient_bytes'] / mib:.3g}.",
-        "One micro-batch with one answer: at N=1 no whole pass is recomputed with gradients beside it, from N=2 on one is.",
+        "Peak memory of a training step with ZeRO and AdamW in MiB, weights and optimizer states left out, and its growth",
+        "from N=1. A segment's saved inputs are hidden states and fast weights. Pass 1 starts from tokens, the others from",
+        f"hidden states; every pass starts from fast weights. Gradients, {gradients / mib:.3g} MiB, are in every peak.",
         "",
-        *table(["N", "saved inputs", *(column for name in forms for column in (name, "growth"))], rows),
-        "",
-        "A training step in bf16 with ZeRO and AdamW, 1 micro-batch, 1 answer: float32 gradients are there all the time.",
-        "",
-        *table(["N", "saved inputs", "step", "growth"], bf16_rows),
+        *table(["step", "N", "peak", "growth", "growth of saved inputs"], rows),
         "",
     ]
-    # Every segment also keeps a scalar of 4 bytes.
-    targets = [(f"memory growth / saved, {name}", growth[name][8] / saved[8], "<=", 1.0) for name in forms]
-    targets.append(("memory growth / saved, bf16 training step", growth_in_bf16[8] / saved_in_bf16[8], "<=", 1.0))
     return numbers, report, targets
 
 
-def training_step(here: Topology, passes: int) -> tuple[HybridStage, Callable[[], object]]:
-    """A model in bf16 under ZeRO, and a whole step of it with one micro-batch that has one answer window."""
+class TrainingStep(NamedTuple):
+    """A model under ZeRO, and a step of it.
+
+    Attributes:
+        input_bytes: of one segment that starts from hidden states.
+    """
+
+    stage: HybridStage
+    zero: ZeroOptimizer
+    run: Callable[[], object]
+    input_bytes: int
+
+    def weights_and_states(self) -> list[torch.Tensor]:
+        optimizer = self.zero.zero.optimizer
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return [*self.stage.parameters(), *masters, *states]
+
+
+def training_step(here: Topology, passes: int, precision: str, micro_batches: int, answers: int) -> TrainingStep:
     stage = HybridStage(MODEL, SleepConfig(), here.groups)
     optimizer = build_optimizer(stage, OptimizerConfig())
-    zero = ZeroOptimizer(stage, optimizer, here, precision="bf16", clip=1.0, micro_batch_size=BATCH)
-    tokens, loss_mask = batch(BATCH)
+    zero = ZeroOptimizer(stage, optimizer, here, precision=precision, clip=1.0, micro_batch_size=BATCH)
+    tokens, loss_mask = batch(BATCH, answers)
     segments = plan_segments(tokens, loss_mask, MODEL, SleepConfig(), passes)
+    scale = 1.0 / (micro_batches * int(loss_mask.sum()))
+    hidden = MODEL.window * BATCH * MODEL.hidden_size * stage.embedding.weight.element_size()
 
     def run():
         with zero.accumulation():
-            micro_batch = MicroBatch(segments, tokens, loss_mask)
-            forward_backward(stage, [micro_batch], 1.0 / int(loss_mask.sum()), here, recompute=True)
+            forward_backward(
+                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, here, recompute=True
+            )
         zero.step()
 
-    return stage, run
+    return TrainingStep(stage, zero, run, hidden + fw.nbytes(stage.empty_memory(BATCH)))
 
 
-def peak_bytes(stage: HybridStage, run: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once in a step, parameters left out."""
-    run()  # rotary tables are made outside the count
-    stage.zero_grad(set_to_none=True)
-    with LiveBytes(stage.parameters()) as live:
+def peak_bytes(run: Callable[[], object], known: Callable[[], Iterable[torch.Tensor]]) -> int:
+    """The most bytes of tensors alive at once in `run`, those that are `known` after a first one left out."""
+    run()  # rotary tables and optimizer states are made outside the count
+    with LiveBytes(known()) as live:
         run()
     return live.peak
 

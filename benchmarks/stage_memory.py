@@ -12,8 +12,9 @@ from benchmarks import sleep
 from benchmarks.common import in_processes, table, verdicts, write
 from benchmarks.pipeline import GLOBAL_BATCH, MICRO_BATCH_SIZE, build
 from powernap.model import fast_weights as fw
+from powernap.model.stage import HybridStage
 from powernap.parallel import timeline, topology
-from powernap.parallel.schedule import forward_backward
+from powernap.parallel.schedule import MicroBatch, forward_backward
 
 
 def main(options: argparse.Namespace, command: str) -> None:
@@ -56,8 +57,13 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
     peaks = {}
     for n in passes:
         stage, batches = build(here, n)
-        peaks[n] = sleep.peak_bytes(stage, lambda: forward_backward(stage, batches, 1e-3, here, recompute=True))  # noqa: B023
+        peaks[n] = sleep.peak_bytes(lambda: step(stage, batches, here), lambda: stage.parameters())  # noqa: B023
     states = fw.nbytes(stage.empty_memory(MICRO_BATCH_SIZE))
     hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
     topology.shutdown()
     return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}
+
+
+def step(stage: HybridStage, batches: list[MicroBatch], here: topology.Topology) -> None:
+    stage.zero_grad(set_to_none=False)  # gradients have a place that stays, as in parallel/zero.py
+    forward_backward(stage, batches, 1e-3, here, recompute=True)

@@ -133,9 +133,10 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
     (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition, in fp32 as well.
 
     Gradients are float32 and whole in every stage: each segment adds to all of them, so none can be reduced before the
-    last backward pass of a step. Beside them ZeRO 1 has a float32 bucket, in bf16 only as it reduces (setup_buckets;
-    engine.py: allreduce_bucket); ZeRO 2 a bucket and its partition as it reduces; ZeRO 3 both all the time (stage3.py:
-    _setup_for_real_optimizer), and every parameter that it gathered and counts on soon to need again.
+    last backward pass of a step. Beside them ZeRO 1 has a float32 bucket as it reduces (allreduce_bucket), in fp32 then its
+    partition; offloaded in fp32 it has the bucket all the time (setup_buckets); ZeRO 2 a bucket and its partition as it
+    reduces; ZeRO 3 both all the time (stage3.py: _setup_for_real_optimizer), and every parameter that it gathered and counts
+    on soon to need again.
     """
     ranks, stage, size = recipe.parallel.data, recipe.zero.stage, bytes_per_number(recipe)
     whole = sum(w.size(recipe.parallel.tensor) for w in weights)
@@ -153,7 +154,9 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
         return States(size * padded, gradients, optimizer, 0, FP32 * held + bucket)
     if size == BF16:
         return States(size * padded, FP32 * padded, optimizer, 0, bucket)
-    return States(size * padded, gradients, optimizer, bucket, bucket)
+    if recipe.zero.offload:
+        return States(size * padded, gradients, optimizer, bucket, bucket)
+    return States(size * padded, gradients, optimizer, 0, max(bucket, FP32 * held))
 
 
 def bytes_per_number(recipe: Recipe) -> int:

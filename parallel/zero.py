@@ -98,6 +98,25 @@ class ModelParallelUnit:
         return self._groups.pp.size()
 
 
+class _Gradients:
+    """All gradients of a stage in one buffer that stays from step to step.
+
+    DeepSpeed's bf16 optimizer has its own that way. Nothing grows in the midst of a step, and no allocator pieces it together.
+    """
+
+    def __init__(self, stage: torch.nn.Module):
+        self._parameters = list(stage.parameters())
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._flat = self._parameters[0].new_zeros(sum(sizes))
+        self._parts = self._flat.split(sizes)
+
+    def attach(self) -> None:
+        """Every parameter's gradient is zero, and lies here."""
+        self._flat.zero_()
+        for parameter, part in zip(self._parameters, self._parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
 class ZeroOptimizer:
     """One ZeRO engine around a stage.
 
@@ -142,6 +161,10 @@ class ZeroOptimizer:
         # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
         zero = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+        keep_gradients = precision == "fp32" and level == 1
+        if keep_gradients:
+            # DeepSpeed's buffer to reduce them in, as large again, would be there in all backward passes.
+            zero["contiguous_gradients"] = False
         if level == 3:
             # A prefetcher learns one order of layers; ours changes with N.
             zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
@@ -177,6 +200,7 @@ class ZeroOptimizer:
         if precision == "bf16":
             for parameter in stage.parameters():
                 parameter.grad_dtype = torch.float32
+        self._gradients = _Gradients(stage) if keep_gradients else None
         if level == 3 and stage.model.tie_embeddings:
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
 
@@ -193,6 +217,8 @@ class ZeroOptimizer:
     def accumulation(self) -> Iterator[None]:
         """Around all backward passes of a step; at its end every rank's gradients are whole, but for averaging."""
         self._unused = dict.fromkeys(self.stage.parameters())
+        if self._gradients:
+            self._gradients.attach()
         with self.engine.coalesce_grad_reduction() if self.level > 1 else contextlib.nullcontext():
             yield
             self._complete()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from benchmarks import sleep
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
@@ -113,6 +114,28 @@ def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(here):
         assert zero_once.step() == pytest.approx(zero_twice.step(), rel=1e-4)
     a, b = ({n: p.detach() for n, p in stage.named_parameters()} for stage in (once, twice))
     assert tiny.largest_difference(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(here, precision):
+    """N=1 has no whole pass to recompute after the answer's: without gradients from the start its peak would be lower."""
+    one, four = (sleep.training_step(here, passes, precision, micro_batches=1, answers=1) for passes in (1, 4))
+    grown = sleep.peak_bytes(four.run, four.weights_and_states) - sleep.peak_bytes(one.run, one.weights_and_states)
+    segments = 3 * sleep.CONSOLIDATION_WINDOWS
+    assert 0 <= grown - segments * four.input_bytes <= 8 * segments  # each also keeps scalars
+
+
+def test_float32_gradients_lie_in_one_place_and_begin_at_zero(here):
+    stage, zero = zero_for(here, OptimizerConfig())
+    places = []
+    for step in range(2):
+        tokens, loss_mask = tiny.batch(seed=step)
+        with zero.accumulation():
+            assert not any(p.grad.any() for p in stage.parameters())
+            tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+            places.append({p.grad.untyped_storage().data_ptr() for p in stage.parameters()})
+        zero.step()
+    assert places[0] == places[1] and len(places[0]) == 1
 
 
 @pytest.mark.parametrize("offload", [False, True])
