@@ -86,7 +86,7 @@ def test_sigusr1_to_one_rank_is_enough(folder):
 
 def test_copies_of_a_signal_do_not_hurry_it(folder):
     process = start(folder, "copies")
-    while process.poll() is None:
+    for _ in range(6):
         process.send_signal(signal.SIGTERM)  # launchers pass on what their processes got already
         time.sleep(0.05)
     code, errors = end(process)
