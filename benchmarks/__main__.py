@@ -8,6 +8,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+from benchmarks import common
+
 ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint", "tracking"]
 ON_DEMAND = ["demo", "trend", "device"]  # a quarter of an hour; hours; a CUDA device
 
@@ -18,11 +20,13 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default), {', '.join(ON_DEMAND)}"
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
     parser.add_argument("--folder", type=Path, help="trend: where its runs are kept (default: runs/trend)")
     options = parser.parse_args()
     if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")
+    common.RESULTS = options.results
     for name in options.names or ON_CPU:
         flags = [f"--{flag}" for flag in ("quick", "tiny") if getattr(options, flag)]
         importlib.import_module(f"benchmarks.{name}").main(options, " ".join(["python -m benchmarks", name, *flags]))

@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import RESULTS, table, verdicts, write
+from benchmarks import common
+from benchmarks.common import table, verdicts, write
 
 SEEDS = 3
 HOP = "4"  # the bars are on the deepest questions
@@ -28,9 +29,9 @@ def main(options: argparse.Namespace, command: str) -> None:
             run = [sys.executable, "-m", "powernap.launch.cli", "demo", "--seed", str(seed), "--folder", str(place)]
             subprocess.run([*run, *overrides], check=True)
             results[seed] = json.loads((place / "results.json").read_text())
-        RESULTS.mkdir(exist_ok=True)
+        common.RESULTS.mkdir(exist_ok=True)
         if not options.quick:
-            shutil.copy(Path(folder) / str(seeds[0]) / "demo.png", RESULTS / "demo.png")
+            shutil.copy(Path(folder) / str(seeds[0]) / "demo.png", common.RESULTS / "demo.png")
 
     rows, worst = [], {"4": 1.0, "1": 0.0}
     for seed, result in results.items():

@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
 
 import torch
 
@@ -30,6 +29,7 @@ from powernap.model.config import ATTENTION, ModelConfig
 from powernap.model.segments import Segment, plan_segments
 from powernap.train import trainer
 from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch
 
 PASSES = (1, 4)
 WINDOW = 1024
@@ -150,13 +150,13 @@ def build_recipe(size: str) -> Recipe:
     )
 
 
-def synthetic_batch(recipe: Recipe) -> SimpleNamespace:
+def synthetic_batch(recipe: Recipe) -> Batch:
     """Random tokens, every token of the last window a target."""
     shape = (recipe.train.global_batch_size, recipe.data.sequence_length)
     tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     loss_mask[:, -recipe.model.window :] = True
-    return SimpleNamespace(tokens=tokens, loss_mask=loss_mask)
+    return Batch(tokens, loss_mask, begins=torch.ones(len(tokens), dtype=torch.bool), answers=[])
 
 
 def step_flops(model: ModelConfig, segments: list[Segment], sequences: int) -> float:

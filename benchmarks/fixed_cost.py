@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 
+from powernap.model.config import SleepConfig
 from powernap.model.segments import Segment
 from powernap.parallel import topology
 from powernap.parallel.schedule import MicroBatch, forward_backward
@@ -100,6 +101,7 @@ class FixedCostStage:
 
     sequence_shards = 1
     model = SimpleNamespace(hidden_size=HIDDEN_SIZE)
+    sleep = SleepConfig()
 
     def __init__(self, case: Case, stage: int):
         self.config = TransformerConfig(num_layers=1, hidden_size=HIDDEN_SIZE, num_attention_heads=1)

@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -34,6 +33,7 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.train import trainer
 from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch
 from powernap.train.optimizer import build_optimizer
 from powernap.train.recipe_file import load_recipe
 
@@ -162,7 +162,7 @@ class FormClock:
         return timed
 
 
-def synthetic_batch(recipe: Recipe) -> SimpleNamespace:
+def synthetic_batch(recipe: Recipe) -> Batch:
     """Random tokens with the loss on every other token of the last window."""
     generator = torch.Generator().manual_seed(1)
     shape = (recipe.train.global_batch_size, recipe.data.sequence_length)
@@ -170,10 +170,10 @@ def synthetic_batch(recipe: Recipe) -> SimpleNamespace:
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     last = (shape[1] - 2) // recipe.model.window * recipe.model.window
     loss_mask[:, last + 1 :: 2] = True
-    return SimpleNamespace(tokens=tokens, loss_mask=loss_mask)
+    return Batch(tokens, loss_mask, begins=torch.ones(len(tokens), dtype=torch.bool), answers=[])
 
 
-def powernap_step(recipe: Recipe, here: Topology, batch: SimpleNamespace, clock: FormClock):
+def powernap_step(recipe: Recipe, here: Topology, batch: Batch, clock: FormClock):
     stage, zero = trainer.build(recipe, here)
     zero_step = zero.step
 
@@ -191,7 +191,7 @@ def powernap_step(recipe: Recipe, here: Topology, batch: SimpleNamespace, clock:
     return run
 
 
-def plain_step(network: nn.Module, recipe: Recipe, batch: SimpleNamespace, recompute: bool, clock: FormClock):
+def plain_step(network: nn.Module, recipe: Recipe, batch: Batch, recompute: bool, clock: FormClock):
     """The loop one would write without a framework."""
     config = recipe.optimizer
     optimizer = build_optimizer(network, config)

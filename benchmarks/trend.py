@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, table, write
+from benchmarks import common
+from benchmarks.common import ROOT, table, write
 from powernap.launch.commands.demo import powernap
 from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
@@ -117,8 +118,8 @@ def main(options: argparse.Namespace, command: str) -> None:
         print("\n".join(report))
         return
     models, report = measure(options.folder or FOLDER, [], SEEDS)
-    draw_accuracy(models, RESULTS / "trend.png")
-    draw_loss(models, RESULTS / "trend_loss.png")
+    draw_accuracy(models, common.RESULTS / "trend.png")
+    draw_loss(models, common.RESULTS / "trend_loss.png")
     numbers = {task: [asdict(model) for model in trained] for task, trained in models.items()}
     write("trend", command, numbers, report, clock="seconds on the clock of a shared machine")
 
