@@ -230,10 +230,8 @@ class TrainingStep(NamedTuple):
     input_bytes: int
 
     def weights_and_states(self) -> list[torch.Tensor]:
-        optimizer = self.zero.zero.optimizer
-        masters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        return [*self.stage.parameters(), *masters, *states]
+        states = [[partition, self.zero._state(partition)] for partition in self.zero._partitions()]
+        return [*self.stage.parameters(), *(leaf for leaf in tree_leaves(states) if torch.is_tensor(leaf))]
 
 
 def training_step(here: Topology, passes: int, precision: str, micro_batches: int, answers: int) -> TrainingStep:

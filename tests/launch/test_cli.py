@@ -208,6 +208,7 @@ def test_srun_is_recognised(monkeypatch):
         local.check_world_size(2, "parallel.data=2")
 
 
+@pytest.mark.wide  # make test-clusters does it with pods
 def test_two_machines_train_as_one(folder):
     """Each is a command of its own, as in the pods of a job."""
     port = str(runs._free_port())

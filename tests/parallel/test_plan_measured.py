@@ -62,11 +62,7 @@ CASES = {
 } | {
     "one process, fp32, keep": recipe("fp32", False),
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
-    "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
     "PP2, carried": recipe(sleep=CARRY, pipeline=2),
-    "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
-    "PP2, last write alone": recipe(sleep={"passes": 3, "write": "last"}, pipeline=2),
-    "one process, embeddings again, keep": recipe(recompute=False, sleep={"passes": 3, "pass_input": "embeddings"}),
 }
 WIDE = {
     f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
@@ -77,6 +73,10 @@ WIDE = {
     "one process, carried": recipe(sleep=CARRY),
     "one process, last write alone, truncated": recipe(sleep={"passes": 3, "write": "last", "backprop_passes": 1}),
     "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
+    "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
+    "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
+    "PP2, last write alone": recipe(sleep={"passes": 3, "write": "last"}, pipeline=2),
+    "one process, embeddings again, keep": recipe(recompute=False, sleep={"passes": 3, "pass_input": "embeddings"}),
 }
 
 
