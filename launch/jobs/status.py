@@ -85,8 +85,8 @@ def as_table(rows: list[Row]) -> list[str]:
             row.run,
             row.id or "-",
             row.status.state,
-            f"{row.progress.step or 0}/{row.steps or '?'}",
-            f"{row.progress.loss:.4g}" if row.progress.loss is not None else "-",
+            f"{_shown(row.progress.step)}/{_shown(row.steps)}",
+            _shown(row.progress.loss),
             str(row.status.restarts),
         )
         for row in rows
@@ -101,3 +101,7 @@ def as_table(rows: list[Row]) -> list[str]:
         else:
             lines.append(f"{text}  {reason}".rstrip())
     return lines
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}" if isinstance(number, float) else str(number)
