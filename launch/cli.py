@@ -29,6 +29,7 @@ from powernap.launch.commands import (
     ui,
     wait,
 )
+from powernap.model.errors import PowernapError
 from powernap.parallel import exit_codes
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # somebody's `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
         return exit_codes.FAILED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (PowernapError, OSError) as error:
         if not _is_users_mistake(error):
             raise
         from powernap.train.secrets import mask_secrets
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
         who = "" if text.startswith(f"rank {rank} ") else who
         sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
-        return exit_codes.FAILED if isinstance(error, RuntimeError) else exit_codes.WRONG_USE
+        return getattr(error, "exit_code", exit_codes.WRONG_USE)
     except KeyboardInterrupt:
         if rank == "0":
             print("powernap: interrupted", file=sys.stderr, flush=True)
@@ -109,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_users_mistake(error: Exception) -> bool:
-    """Our own errors name field or file in one line; a ValueError out of a library is a bug and keeps its traceback."""
-    if isinstance(error, OSError) and error.filename and error.errno in DISK_ERRORS:
+    """Our own errors say what is wrong in one line, and so do missing files; another OSError is a bug with a traceback."""
+    if isinstance(error, PowernapError) or type(error) in (FileNotFoundError, PermissionError):
         return True
-    return type(error).__module__.startswith("powernap.") or type(error) in (FileNotFoundError, PermissionError)
+    return bool(error.filename) and error.errno in DISK_ERRORS
 
 
 def entry_point() -> None:

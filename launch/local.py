@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from powernap.model.errors import PowernapError
 from powernap.parallel import exit_codes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 MEETING_SECONDS = 900  # for machines that start after each other, such as while one still fetches the image
 
 
-class LaunchError(ValueError):
+class LaunchError(PowernapError):
     """A layout and the started processes do not fit, in one line."""
 
 

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.errors import PowernapError
 
 
-class SegmentError(ValueError):
+class SegmentError(PowernapError):
     """A batch that cannot be cut into segments, in one line."""
 
 

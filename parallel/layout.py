@@ -6,12 +6,13 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.errors import PowernapError
 
 # Longest chunk of the delta rule (model/delta_rule.py: MAX_CHUNK, which cannot be imported without torch).
 DELTA_RULE_CHUNK = 32
 
 
-class LayoutError(ValueError):
+class LayoutError(PowernapError):
     """A pipeline layout that does not fit the model: one line that says what to write instead."""
 
 

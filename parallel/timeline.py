@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from powernap.model.errors import PowernapError
+
 FORWARD, BACKWARD = "F", "B"
 
 
-class ScheduleError(ValueError):
+class ScheduleError(PowernapError):
     """A number of micro-batches the schedule cannot run: one line that says what to write instead."""
 
 

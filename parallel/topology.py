@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from powernap.parallel import cpu
+from powernap.model.errors import PowernapError
+from powernap.parallel import cpu, exit_codes
 from powernap.parallel.heartbeat import beating
 from powernap.parallel.watchdog import JOINING, Progress, Watchdog
 
@@ -183,8 +184,10 @@ def alone() -> ProcessGroupCollection:
     return ProcessGroupCollection(tp=own, pp=own, mp=own, cp=own, dp=own, embd=own)
 
 
-class RankLostError(RuntimeError):
+class RankLostError(PowernapError):
     """Another rank went away while this one waited for it, in one line."""
+
+    exit_code = exit_codes.FAILED
 
 
 # What gloo and the ranks' common store say when a process at the other end has ended.
@@ -222,7 +225,7 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
                 f"{who(rank)}: another rank is gone, and said why if it could; {progress.describe()}"
             ) from None
         raise
-    except ValueError:
+    except ValueError:  # ours, too
         if world_size == 1:  # left to the interpreter's end, threads of the group may abort the process
             shutdown()
         raise

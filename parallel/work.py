@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from powernap.model.errors import PowernapError
 from powernap.parallel.layout import (
     Costs,
     consolidation_flops,
@@ -17,7 +18,7 @@ from powernap.parallel.layout import (
 Recipe = Any  # a train.config.Recipe: this package cannot import it, train/ imports this one
 
 
-class PlanError(ValueError):
+class PlanError(PowernapError):
     """What no layout can do: one line that says what to write instead."""
 
 

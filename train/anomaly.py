@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from powernap.model.errors import PowernapError
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 
 
-class AnomalyError(ValueError):
+class AnomalyError(PowernapError):
     """A number that is not finite, and the module that made it, in one line."""
 
 

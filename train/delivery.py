@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from powernap.model.errors import PowernapError
 from powernap.train.run_folder import RUN_ID_FILE
 from powernap.train.secrets import mask_secrets
 from powernap.train.spool import SPOOL, Line, Position, Spool, delivery_lock
@@ -37,7 +38,7 @@ ENVIRONMENT = {
 }
 
 
-class DeliveryError(ValueError):
+class DeliveryError(PowernapError):
     """Why records still wait, in one line."""
 
 

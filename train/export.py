@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.errors import PowernapError
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import FILE_MODE
@@ -31,7 +32,7 @@ FORMAT = "powernap-model-1"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
-class ExportError(ValueError):
+class ExportError(PowernapError):
     """A model that cannot be exported or read, in one line."""
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from powernap.model.decoder import Decoder
+from powernap.model.errors import PowernapError
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.train.data.vocabulary import Vocabulary, find_vocabulary
@@ -28,7 +29,7 @@ from powernap.train.sampling import draw, token_probabilities
 Prompt = str | Sequence[int]  # text, or tokens
 
 
-class GenerateError(ValueError):
+class GenerateError(PowernapError):
     """A prompt, an option or a saved state that cannot be used, in one line."""
 
 

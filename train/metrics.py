@@ -12,7 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from powernap.model.errors import PowernapError
+
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsError(PowernapError):
+    """A metrics.jsonl that cannot be read or gone on with, in one line that names the file and the line in it."""
 
 
 class MetricsLog:
@@ -22,14 +28,16 @@ class MetricsLog:
     it starts over): lines of later steps, which the checkpoint knows nothing of, and a last line cut short by a crash are
     removed first.
 
-    Raises ValueError if a new run finds metrics in its file, or a resumed one a line that is no record.
+    Raises MetricsError if a new run finds metrics in its file, or a resumed one a line that is no record.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         if resume_step is not None and path.exists():
             cut_after(path, resume_step)
         elif path.exists() and path.stat().st_size:
-            raise ValueError(f"{path}: holds the metrics of an earlier run: resume that run or choose another run.name")
+            raise MetricsError(
+                f"{path}: holds the metrics of an earlier run: resume that run or choose another run.name"
+            )
         self._file = path.open("a", encoding="utf-8")
 
     def write(
@@ -64,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl, in the order of the file.
 
     A last line without a line end that is no complete record is left out: its writer may be in the middle of it.
-    Raises ValueError, naming file and line, for anything else that is no record or if the file cannot be read.
+    Raises MetricsError, naming file and line, for anything else that is no record or if the file cannot be read.
     """
     return [record for _, record in _lines(path)]
 
@@ -75,7 +83,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         # Undecodable bytes become replacement characters, which no record of ours contains outside of a string.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise MetricsError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, start=1):
         last = number == len(lines)  # what follows the last line end: empty, or a line cut short
         if last and not line:
@@ -87,7 +95,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             if last:
                 return
-            raise ValueError(f'{path}, line {number}: not a JSON object with a whole number "step"')
+            raise MetricsError(f'{path}, line {number}: not a JSON object with a whole number "step"')
         yield line + "\n", _from_json(record)
 
 

@@ -12,13 +12,14 @@ import yaml
 from pydantic import ValidationError
 
 from powernap.model.config import Section
+from powernap.model.errors import PowernapError
 from powernap.train.config import Recipe
 from powernap.train.secrets import mask_values
 
 MOST_NESTED = 50  # sections and lists; a recipe has four
 
 
-class RecipeError(ValueError):
+class RecipeError(PowernapError):
     """A recipe that cannot run: one line, naming field, value and what to write instead."""
 
 

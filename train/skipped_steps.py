@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from powernap.model.errors import PowernapError
 from powernap.model.fast_weights import Memory, begin_anew
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
@@ -23,7 +24,7 @@ PARAMETERS_NAMED = 3  # of a rank, in the model's order
 RANKS_NAMED = 8
 
 
-class DivergedError(ValueError):
+class DivergedError(PowernapError):
     """More steps than a run may skip were not finite, in one line."""
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
+from powernap.model.errors import PowernapError
 from powernap.train.secrets import mask_secrets
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -15,7 +16,7 @@ VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 OURS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK"}
 
 
-class JobError(ValueError):
+class JobError(PowernapError):
     """A job that cannot be submitted, found or changed: one line that says what to write or do instead."""
 
 

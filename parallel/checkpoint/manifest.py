@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from powernap.model.errors import PowernapError
+
 FORMAT = "powernap-checkpoint-1"
 NAME = "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})$")
@@ -35,7 +37,7 @@ _FIELDS = {"format": str, "step": int, "written": str, "layout": dict, "versions
            "groups": list, "parameters": dict, "files": dict, "sha256": str}  # fmt: skip
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PowernapError):
     """A checkpoint that cannot be used or written, in one line."""
 
 

@@ -6,12 +6,13 @@ from typing import Literal
 
 import numpy as np
 
+from powernap.model.errors import PowernapError
 from powernap.train.tasks.sample import Sample
 
 MEMBERS = ("tokens.npy", "loss_mask.npy", "answers.npy")
 
 
-class DataError(ValueError):
+class DataError(PowernapError):
     """Shards that cannot be read or do not fit the recipe: one line naming shard, field and what to write."""
 
 

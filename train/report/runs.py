@@ -9,6 +9,7 @@ from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
 
+from powernap.model.errors import PowernapError
 from powernap.parallel.memory import parameters
 from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
@@ -23,7 +24,7 @@ from powernap.train.run_folder import FREE_ON_RESUME, RunFolder, flatten
 OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}
 
 
-class ReportError(ValueError):
+class ReportError(PowernapError):
     """Runs that cannot be put side by side, in one line."""
 
 

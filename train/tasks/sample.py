@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from powernap.model.errors import PowernapError
+
 PAD = 0
 HELD_OUT_ONE_IN = 5  # a fifth of all problems is never trained on
 MAX_DRAWS = 1000
@@ -14,7 +16,7 @@ MAX_DRAWS = 1000
 Problem = TypeVar("Problem")
 
 
-class TaskError(ValueError):
+class TaskError(PowernapError):
     """Sizes of a task that allow no sample: one line."""
 
 
