@@ -11,13 +11,60 @@ Layout of every form, the field's own: q, k [B, T, H, K], v [B, T, H, V], g, bet
 """
 
 import functools
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
+
+from powernap.model.config import GATED_DELTA_NET, ModelConfig
+from powernap.model.errors import PowernapError
 
 # Longest chunk of the chunked form. Inside a chunk work grows with the square of its length, between chunks the loop
 # costs Python time; benchmarks/delta_rule.py measured the balance.
 MAX_CHUNK = 32
+
+FLA_LARGEST_KEY_DIM = 256
+# FLA 0.6.0 refuses its backward pass (chunk_bwd_dqkwg) on Hopper with Triton in [first, second): wrong gradients.
+HOPPER = 9  # major compute capability
+TRITON_WRONG_ON_HOPPER = ("3.4.0", "3.7.1")
+
+
+class KernelError(PowernapError):
+    """A model that the installed kernels cannot train on this device, in one line."""
+
+
+def check_kernels(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise KernelError if training `model` in `dtype` on `device` needs FLA's kernels and they would fail.
+
+    Without this the first segment fails: in a queue, after the weights were built.
+    """
+    if device.type != "cuda" or GATED_DELTA_NET not in model.pattern or not _fla_is_precise_enough_for(dtype):
+        return
+    if find_spec("fla") is None:
+        raise KernelError(f"{_name(dtype)} on CUDA needs FLA's kernels: pip install 'powernap[cuda]'")
+    if model.gdn_key_dim > FLA_LARGEST_KEY_DIM:
+        raise KernelError(
+            f"model.gdn_key_dim={model.gdn_key_dim}: FLA's kernels on CUDA take at most {FLA_LARGEST_KEY_DIM}; "
+            "use more heads, or train.precision=fp32, which needs no kernel of FLA's"
+        )
+    try:
+        triton = TorchVersion(version("triton"))
+    except PackageNotFoundError:
+        raise KernelError("FLA's kernels need Triton: pip install 'powernap[cuda]'") from None
+    first, fixed = TRITON_WRONG_ON_HOPPER
+    if torch.cuda.get_device_capability(device)[0] == HOPPER and first <= triton < fixed:
+        raise KernelError(
+            f"Triton {triton} computes wrong gradients on Hopper GPUs and FLA refuses it: pip install 'triton>={fixed}', "
+            "which torch 2.13 brings"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "train.precision=bf16", torch.float32: "train.precision=fp32 with TF32"}.get(
+        dtype, str(dtype)
+    )
 
 
 def gated_delta_rule(
@@ -145,9 +192,7 @@ def _fla_is_precise_enough_for(dtype: torch.dtype) -> bool:
 def _fla(q, k, v, g, beta, state):
     """FLA 0.6.0: q, k, v of one dtype; g, beta and the state in float32; d_k at most 256, in 16 bits d_k and d_v even.
     The final state is float32, and gradients pass through both states."""
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # imported late: it takes seconds
-    except ImportError as error:
-        raise RuntimeError("training on CUDA needs FLA's kernels: pip install 'powernap[cuda]'") from error
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # imported late: it takes seconds
+
     g, beta, state = g.float(), beta.float(), state.float()
     return chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0, initial_state=state, output_final_state=True)

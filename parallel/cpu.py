@@ -4,11 +4,9 @@ Everything else is the same code as on CUDA, with gloo for NCCL.
 """
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 
@@ -24,24 +22,11 @@ def prepare() -> None:
     # Megatron-core asks for the current CUDA device where it makes a buffer: sequence-parallel gathers, pipeline links.
     torch.cuda.current_device = lambda: torch.device("cpu")
 
-    # Its schedule drops what it sends once the sending has begun. NCCL holds on to the memory until it is sent; gloo
-    # holds on to the tensor, but sends what its storage is by then. A second tensor on the same storage keeps that.
-    if not hasattr(dist.isend, "keeps_storage"):
-        dist.isend = dist.distributed_c10d.isend = _isend_keeping_storage(dist.isend)
-
     import deepspeed.ops
 
     # On CPUs DeepSpeed compiles a shared-memory all-reduce when it starts: a minute and a C++ compiler, for collectives
     # that gloo has already.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _isend_keeping_storage(isend: Callable) -> Callable:
-    def keeping(tensor: torch.Tensor, *arguments, **options):
-        return isend(tensor.detach(), *arguments, **options)
-
-    keeping.keeps_storage = True
-    return keeping
 
 
 def in_place_of_cuda() -> AbstractContextManager:

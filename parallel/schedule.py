@@ -129,6 +129,7 @@ class StageStep:
         self._anchor = torch.zeros((), device=stage.like.device, requires_grad=True)
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> memory for its next segment
         self._steps_done = 0
+        self._sent: list[torch.Tensor] = []
 
     def forward(
         self, number: int, index: int, received: torch.Tensor | None, link_length: int | None = None
@@ -168,7 +169,19 @@ class StageStep:
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         hidden_states = hidden_states if taken else None
-        return _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
+        output = _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
+        if link_length is not None:
+            self._keep(output)
+        return output
+
+    def _keep(self, output: torch.Tensor) -> None:
+        """Keep the memory of an output until the schedule has waited for its isend.
+
+        Megatron-core 0.16.1 frees an output (`output.data = ...`) as soon as its isend has begun, and waits for that isend
+        only after it has begun the next one, before it runs another segment. No backend's isend keeps the memory of a
+        tensor whose `.data` changes (Megatron-LM PR 4047); a second tensor on it does.
+        """
+        self._sent.append(output.detach())
 
     def _run(self, number, segment, hidden_states, memory):
         stage, batch = self.stage, self.micro_batches[number]
@@ -197,6 +210,7 @@ class StageStep:
         return results
 
     def _note(self, *step) -> None:
+        del self._sent[:-1]
         self._steps_done += 1
         step = Step(*step)
         self.here.progress.note(self._say, self._steps_done, step, brief=lambda: self._name(step))
@@ -352,7 +366,7 @@ def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
     config.microbatch_group_size_per_vp_stage = here.stages
     config.pipeline_dtype = stage.like.dtype
-    config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends (gloo: cpu.py)
+    config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends
     # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
     # gradients are wrong and nothing says so.
     config.batch_p2p_comm = False

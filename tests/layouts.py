@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tiny
 from powernap.model.config import GATED_DELTA_NET, SleepConfig
@@ -58,7 +59,7 @@ def compare(case: Case, **process_group) -> dict:
         for batch in own:
             lost = case.broken == "carried fast weights"
             batch.memory = None if lost else own_memory(batch.memory, stage, here)
-    with broken(case.broken):
+    with broken(case.broken), watched_sends(case) as freed:
         own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
         schedule.sum_shared_gradients(stage, here)
     own_loss = here.sum_over_data(own_loss)
@@ -85,6 +86,7 @@ def compare(case: Case, **process_group) -> dict:
         "predictions": torch.equal(read, predictions[here.data_rank][0]),
         "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
         "carried": carried,
+        "freed": len(freed),
         "parameters": len(list(stage.parameters())),
     }
     topology.shutdown()
@@ -157,11 +159,34 @@ def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor
 
 
 @contextmanager
+def watched_sends(case: Case):
+    """The messages whose memory is free before the sender has waited for them, when NCCL may still read it.
+
+    As in NCCL and gloo a message holds its tensor, not the memory that the tensor had when the sending began.
+    """
+    isend, freed = dist.isend, []
+
+    class Sending:
+        def __init__(self, tensor, work):
+            self.tensor, self.storage, self.work = tensor, StorageWeakRef(tensor.untyped_storage()), work
+
+        def wait(self):
+            if self.storage.expired():
+                freed.append(self)
+            return self.work.wait()
+
+    # A copy is sent: gloo must neither keep the memory alive nor suffer from what is found here.
+    if case.broken != "links":  # torch batches its own isend alone
+        dist.isend = lambda tensor, **options: Sending(tensor, isend(tensor.clone(), **options))
+    yield freed
+    dist.isend = isend
+
+
+@contextmanager
 def broken(what: str | None):
     """Break one part of the engine for a while."""
-    backward, shared, config = (
-        schedule._Handover.backward, schedule.sum_shared_gradients, schedule._schedule_config
-    )  # fmt: skip
+    backward, shared = schedule._Handover.backward, schedule.sum_shared_gradients
+    config, keep = schedule._schedule_config, schedule.StageStep._keep
 
     def without_fast_weights(ctx, gradient):
         return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
@@ -175,8 +200,10 @@ def broken(what: str | None):
         schedule._Handover.backward = staticmethod(without_fast_weights)
     elif what == "shared gradients":
         schedule.sum_shared_gradients = lambda *_: None
+    elif what == "memory of what is sent":
+        schedule.StageStep._keep = lambda self, output: None
     elif what == "links":
         schedule._schedule_config = batched
     yield
     schedule._Handover.backward, schedule.sum_shared_gradients = backward, shared
-    schedule._schedule_config = config
+    schedule._schedule_config, schedule.StageStep._keep = config, keep

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from powernap.model.delta_rule import check_kernels
 from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import SegmentError, pad_end, plan_segments
@@ -160,6 +161,8 @@ def agree_to_stop(signals: Signals, here: Topology) -> bool:
 
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
     """The model with its first weights, the same on every rank, and the optimizer around it."""
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    check_kernels(recipe.model, dtype, here.device)
     torch.manual_seed(recipe.run.seed)
     blocks = recipe.stage_blocks[here.stage]
     stage = HybridStage(

@@ -1,15 +1,20 @@
 """The command: fast help, mistakes answered in one line before any process starts."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import runs
-from powernap.launch import local
+from powernap.launch import cli, local
+from powernap.model.errors import PowernapError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,41 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
 def test_other_commands_too(folder, capfd, monkeypatch, arguments, words):
     monkeypatch.chdir(folder)
     runs.assert_refused(arguments, capfd, *words)
+
+
+def test_a_damaged_metrics_file_is_a_mistake_and_no_difference(folder, capfd, monkeypatch):
+    """Exit code 1 of compare means that two runs differ."""
+    monkeypatch.chdir(folder)
+    for name in ("damaged", "other"):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nnothing\n{"step": 3}\n')
+    runs.assert_refused(["compare", "damaged", "other"], capfd, "metrics.jsonl, line 2: not a JSON object")
+
+
+def test_an_error_of_an_extension_is_one_line_too(capfd, monkeypatch):
+    class OtherPeoplesError(PowernapError):
+        exit_code = 17
+
+    def fail(*_):
+        raise OtherPeoplesError("their.field=3:\nwrite 4")
+
+    monkeypatch.setattr("powernap.launch.commands.list_jobs.run", fail)
+    assert cli.main(["list"]) == 17
+    assert capfd.readouterr().err == "powernap: error: their.field=3: write 4\n"
+
+
+def test_every_error_of_ours_has_the_one_base():
+    """Found in the source: importing all modules takes long. The names with an underscore never leave their module."""
+    errors = {
+        f"{path.name}: {node.name}": [ast.unparse(base) for base in node.bases]
+        for room in ("model", "parallel", "train", "launch")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and not node.name.startswith("_")
+    }
+    known = {"PowernapError", *(name.split(": ")[1] for name in errors)}
+    assert len(errors) > 15
+    assert [name for name, bases in errors.items() if not known & {*bases}] == ["errors.py: PowernapError"]
 
 
 def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):

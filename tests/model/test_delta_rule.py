@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
+from powernap.model import delta_rule
 from powernap.model.delta_rule import chunked_delta_rule, gated_delta_rule, sequential_delta_rule
 
 B, H, K, V = 2, 3, 5, 4
@@ -106,3 +108,50 @@ def test_fla_kernel_against_float64(dtype, bound, length):
     low += [x.detach().float().requires_grad_() for x in exact[3:]]
     for one, other in zip(run(gated_delta_rule, low), run(sequential_delta_rule, exact), strict=True):
         assert (one.double() - other).norm() / other.norm() < bound
+
+
+class TestKernelsAreCheckedBeforeTheFirstStep:
+    """On a machine that pretends to have a device: which kernels are installed is asked of Python alone."""
+
+    @pytest.fixture
+    def check(self, monkeypatch):
+        installed, capability = {"triton": "3.7.1"}, [9, 0]
+        monkeypatch.setattr(delta_rule, "find_spec", lambda name: name if name in {"fla"} else None)
+        monkeypatch.setattr(delta_rule, "version", installed.__getitem__)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+
+        def check(dtype=torch.bfloat16, device="cuda", triton="3.7.1", major=9, fla=True, **model):
+            installed["triton"], capability[0] = triton, major
+            if not fla:
+                monkeypatch.setattr(delta_rule, "find_spec", lambda name: None)
+            return delta_rule.check_kernels(tiny.model_config(**model), dtype, torch.device(device))
+
+        return check
+
+    @pytest.mark.parametrize(
+        ("case", "message"),
+        [
+            (dict(fla=False), r"train.precision=bf16 on CUDA needs FLA's kernels: pip install 'powernap\[cuda\]'"),
+            (dict(gdn_key_dim=264), "model.gdn_key_dim=264: .* at most 256; use more heads"),
+            (dict(triton="3.6.0"), r"Triton 3.6.0 computes wrong gradients on Hopper .*pip install 'triton>=3.7.1'"),
+            (dict(triton="3.10.0", gdn_key_dim=257), "gdn_key_dim"),
+        ],
+    )
+    def test_refused(self, check, case, message):
+        with pytest.raises(delta_rule.KernelError, match=message):
+            check(**case)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            dict(),
+            dict(gdn_key_dim=256),
+            dict(triton="3.10.0"),
+            dict(triton="3.6.0", major=8),
+            dict(device="cpu", fla=False, gdn_key_dim=264),
+            dict(dtype=torch.float32, fla=False, gdn_key_dim=264),
+            dict(pattern="AA", fla=False),
+        ],
+    )
+    def test_taken(self, check, case):
+        check(**case)

@@ -97,11 +97,12 @@ BROKEN = {
         pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True), broken="carried fast weights"
     ),
 }
+FREED = Case(pipeline=2, broken="memory of what is sent")
 
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(layouts.compare, CASES | BROKEN)
+    return run_cases(layouts.compare, CASES | BROKEN | {"freed": FREED})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,6 +113,10 @@ def test_equals_one_process(results, name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_comparison_sees_what_is_broken(results, name):
     assert max(result["gradient"]["error"] for result in results[name]) > 0.1
+
+
+def test_the_comparison_sees_memory_freed_before_it_is_sent(results):
+    assert all(result["freed"] for result in results["freed"])
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +138,7 @@ def test_equals_one_process_on_eight():
 
 def assert_exact(case: Case, results: list[dict]) -> None:
     assert len(results) == case.world_size
+    assert not any(result["freed"] for result in results)
     bound = 1e-6 if case.tensor > 1 else 1e-10
     for result in results:
         assert result["loss"] < bound
