@@ -31,6 +31,7 @@ from powernap.launch.commands import (
 )
 from powernap.model.errors import PowernapError
 from powernap.parallel import exit_codes
+from powernap.parallel.parent import follow_parent
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of the help.
@@ -122,6 +123,7 @@ def entry_point() -> None:
     A rank that failed leaves without tidying up: it must not wait for the others, and what its libraries do when their
     threads still wait may abort the process, which would then end with another exit code than the one it has.
     """
+    follow_parent()
     try:
         code = main()
     except Exception:

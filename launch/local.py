@@ -17,6 +17,8 @@ import psutil
 
 from powernap.model.errors import PowernapError
 from powernap.parallel import exit_codes
+from powernap.parallel.parent import not_to_outlive_this
+from powernap.train.interruption import is_ignored
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -90,8 +92,8 @@ def run_alone() -> None:
 def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     """Run `powernap ARGUMENTS` in this machine's processes under torchrun; return the exit code of the first to fail.
 
-    torchrun ends the others as soon as one fails. SIGTERM and SIGUSR1 are passed on to all: it is for them to agree on a
-    step to stop after. Before they listen, `signals` has what came meanwhile, and nothing is lost by leaving at once.
+    torchrun ends the others as soon as one fails. SIGTERM, SIGUSR1 and SIGHUP are passed on to all: it is for them to agree
+    on a step to stop after. Before they listen, `signals` has what came meanwhile, and nothing is lost by leaving at once.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -117,6 +119,8 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
             "rdzv_configs": {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": MEETING_SECONDS},
         }
+    # torchrun takes these over even where they were to be ignored.
+    torchruns = [number.name for number in (signal.SIGINT, signal.SIGQUIT) if not is_ignored(number)]
     config = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,
@@ -124,10 +128,11 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
         **meeting,
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(torchruns),
         shutdown_timeout=10,  # seconds between asking the processes that are left to end, and ending them
     )
-    with _passing_on(signal.SIGTERM, signal.SIGUSR1) as passed_on:
+    os.environ.update(not_to_outlive_this())
+    with passing_on(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) as passed_on:
         if signals.stop:  # while torch was imported
             return exit_codes.PREEMPTED
         try:
@@ -141,8 +146,6 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             name = signal.Signals(-failure.exitcode).name
             print(f"powernap: error: rank {rank} was ended by {name}; go on with --resume", file=sys.stderr)
             return 128 - failure.exitcode
-        except _AskedToStopError:
-            return exit_codes.PREEMPTED
         except SignalException as stopped:
             return 128 + stopped.sigval
     return 0
@@ -155,25 +158,25 @@ def _cause(error: "ChildFailedError") -> "tuple[int, ProcessFailure]":
     return rank, failures[rank]
 
 
-class _AskedToStopError(Exception):
-    """Before there was a process to ask."""
-
-
 @contextmanager
-def _passing_on(*numbers: signal.Signals) -> Iterator[list[int]]:
-    """Inside, these signals go to the processes that this one started, and into the list; without any, an error is raised."""
+def passing_on(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Inside, these signals go to the processes that this one started, and into the list; before there is any, this one ends.
+
+    SIGHUP and SIGINT stay ignored where they were.
+    """
     passed_on: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
         children = psutil.Process().children()
         if not children and not passed_on:
-            raise _AskedToStopError
+            sys.exit(exit_codes.INTERRUPTED if number == signal.SIGINT else exit_codes.PREEMPTED)
         passed_on.append(number)
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    heeded = [n for n in numbers if n not in (signal.SIGHUP, signal.SIGINT) or not is_ignored(n)]
+    before = {number: signal.signal(number, pass_on) for number in heeded}
     try:
         yield passed_on
     finally:

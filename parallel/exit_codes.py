@@ -3,5 +3,5 @@
 FAILED = 1  # such as a rank that went away: start again with --resume
 WRONG_USE = 2  # of the command or of a recipe: starting it again will not help
 HUNG = 70  # a rank waited longer than parallel.timeout_seconds (EX_SOFTWARE)
-PREEMPTED = 75  # asked to stop by SIGTERM or SIGUSR1, checkpoint written: start again with --resume (EX_TEMPFAIL)
+PREEMPTED = 75  # asked to stop (SIGTERM, SIGUSR1, SIGHUP), checkpoint written: start again with --resume (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C

@@ -3,7 +3,8 @@
 Ctrl-C stops at once: Python raises KeyboardInterrupt wherever it stands, and drops it where it stands in the callback of a
 weak reference; torch keeps many. The run would go on, or end a little later with an error that does not name the reason.
 
-SIGTERM and SIGUSR1 come from schedulers, to one rank or to all: the ranks agree on a step to stop after.
+SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes, to one rank or to all: the ranks agree on a
+step to stop after.
 """
 
 import os
@@ -15,6 +16,15 @@ from contextlib import contextmanager
 SAME = 1.0  # seconds: schedulers signal a launcher and its processes, and the launcher passes its own on
 # Schedulers signal again before the time they grant is over (SLURM at a time limit and in a grace time), and then kill.
 SCHEDULED = "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether this process was started with a signal ignored: by nohup, or (Ctrl-C) by a script's &. It stays so.
+
+    torchrun takes over signals that were to be ignored, and then ends its ranks with them: those it handles are not.
+    """
+    taken_over = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
+    return signal.getsignal(number) is signal.SIG_IGN and number.name not in taken_over
 
 
 class Signals:
@@ -41,7 +51,8 @@ class Signals:
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if self.stop and now - self._asked > SAME and not self._scheduled:  # somebody is in a hurry
+        hurry = number == signal.SIGTERM and not self._scheduled
+        if self.stop and now - self._asked > SAME and hurry:
             os._exit(128 + number)
         if not self.stop:
             self.stop, self._asked = signal.Signals(number).name, now
@@ -51,11 +62,12 @@ class Signals:
 def heeding_signals() -> Iterator[Signals]:
     """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead."""
     signals = Signals()
-    handlers = {
-        signal.SIGINT: signals._interrupt,
-        signal.SIGTERM: signals._ask_to_stop,
-        signal.SIGUSR1: signals._ask_to_stop,
-    }
+    # A scheduler's signals are heeded even where they are ignored, as in a batch script that must see its ranks end.
+    handlers = {signal.SIGTERM: signals._ask_to_stop, signal.SIGUSR1: signals._ask_to_stop}
+    if not is_ignored(signal.SIGHUP):
+        handlers[signal.SIGHUP] = signals._ask_to_stop
+    if not is_ignored(signal.SIGINT):
+        handlers[signal.SIGINT] = signals._interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield signals
@@ -70,7 +82,7 @@ def heeding_signals() -> Iterator[Signals]:
 
 
 def outlive_one_sigterm(_: int) -> None:
-    """For reader processes: schedulers send SIGTERM to these too, while the trainer still needs a batch.
+    """For reader processes: schedulers and terminals signal these too, while the trainer still needs a batch.
 
     Their trainer ends them by a message, and where one does not listen by more SIGTERMs.
     """
@@ -83,4 +95,5 @@ def outlive_one_sigterm(_: int) -> None:
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, count)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+RUN_LOCK = "lock"  # in a run's folder: held by the main rank of the processes that train it
+
 
 class ProcessLock:
     """A lock on a file. To be taken and released by one thread."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.train.config import Recipe
 from powernap.train.origin import origin
-from powernap.train.process_lock import ProcessLock
+from powernap.train.process_lock import RUN_LOCK, ProcessLock
 from powernap.train.recipe_file import RecipeError, check, read_sections, save_recipe
 from powernap.train.secrets import mask_values
 
@@ -98,7 +98,7 @@ class RunFolder:
         Raises:
             RecipeError: on all ranks, if another one does, such as a job that was started again too early.
         """
-        lock = ProcessLock(self.path / "lock")
+        lock = ProcessLock(self.path / RUN_LOCK)
 
         def acquire() -> None:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,8 @@ class _BarHandler(logging.StreamHandler):
     """Writes above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed is no reason to end a run
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _console_handler() -> logging.Handler:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,7 +94,16 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
 
 def powernap(*arguments: str) -> None:
     """Show and run one powernap command in a process of its own."""
+    from powernap.launch.local import passing_on
+    from powernap.parallel.parent import not_to_outlive_this
+
     print("$ powernap " + " ".join(arguments), flush=True)
-    exit_code = subprocess.call([sys.executable, "-m", "powernap.launch.cli", *arguments])
+    with passing_on(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        command = subprocess.Popen(
+            [sys.executable, "-m", "powernap.launch.cli", *arguments],
+            env=os.environ | not_to_outlive_this(),
+            process_group=0,  # or Ctrl-C would come twice, from the terminal and from here
+        )
+        exit_code = command.wait()
     if exit_code:
-        sys.exit(exit_code)  # the command has said why
+        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)  # the command has said why

@@ -3,7 +3,6 @@
 It runs the command of FOLDER/local.yaml until it is done, hopeless, cancelled, or has failed too often.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -11,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 from powernap.launch.jobs.exits import verdict
 from powernap.launch.jobs.job import JobFolder
 from powernap.launch.jobs.secret_values import read_secret_file
-from powernap.train.process_lock import ProcessLock
+from powernap.parallel.parent import not_to_outlive_this
+from powernap.train.process_lock import RUN_LOCK, ProcessLock
 
 LOCK = "supervisor.lock"
 TURN = "local.lock"  # beside all runs
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def is_supervised(folder: Path) -> bool:
@@ -44,6 +45,7 @@ class Supervisor:
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a job outlives the terminal, and so does its run
         if not self._wait_for_turn():
             return self._write("cancelled", "cancelled")
         failures = 0
@@ -61,6 +63,9 @@ class Supervisor:
                     failures += 1
                     if failures > self._plan["retries"]:
                         return self._write("failed", f"exit code {code} after {failures} failed starts", code)
+            self._wait_for_ranks()
+            if self._cancelled:
+                return self._write("cancelled", "cancelled", code)
             print(f"powernap: ended with exit code {code}: starting it again", flush=True)
             self._state["restarts"] += 1
 
@@ -78,10 +83,9 @@ class Supervisor:
     def _start(self) -> int:
         """Run the command once; its exit code, 128 + N for one that signal N ended."""
         secrets = {name: read_secret_file(name, file) for name, file in self._plan["secrets"].items() if file}
-        environment = os.environ | self._plan["env"] | secrets
-        self._child = subprocess.Popen(
-            self._plan["command"], env=environment, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
-        )
+        # Nobody could restart a run whose supervisor is gone.
+        environment = os.environ | self._plan["env"] | secrets | not_to_outlive_this()
+        self._child = subprocess.Popen(self._plan["command"], env=environment, stdin=subprocess.DEVNULL)
         if self._cancelled:  # since before it was there to be told
             self._end()
         code = self._child.wait()
@@ -100,8 +104,23 @@ class Supervisor:
             return
         self._write("stopping")
         self._child.terminate()
-        self._killer = threading.Timer(self._plan["grace_seconds"], self._child.kill)
+        self._killer = threading.Timer(self._plan["grace_seconds"], self._kill)
         self._killer.start()
+
+    def _kill(self) -> None:
+        """End the run with its ranks."""
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self._child.pid)
+            for process in [*launcher.children(recursive=True), launcher]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def _wait_for_ranks(self) -> None:
+        """Ranks whose launcher was killed still save, with the run's lock: starting again would be refused."""
+        lock = ProcessLock(self._folder.path.parent.parent / RUN_LOCK)
+        while not lock.acquire():
+            time.sleep(0.1)
+        lock.release()
 
     def _write(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         self._state |= {"state": state, "reason": reason, "exit_code": exit_code}
@@ -109,11 +128,6 @@ class Supervisor:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self._state) + "\n")
         os.replace(part, path)
-
-
-def _end_with_parent() -> None:
-    """Have Linux ask this process to save and end when its supervisor dies, which nobody could restart it for."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:

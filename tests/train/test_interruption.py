@@ -45,6 +45,24 @@ def test_other_errors_stay_what_they_are():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("launched_by_torchrun", [False, True])
+def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(monkeypatch, launched_by_torchrun):
+    if launched_by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    ignored = signal.SIGHUP, signal.SIGINT
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        with heeding_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.stop == ("SIGHUP" if launched_by_torchrun else None)
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) != launched_by_torchrun
+            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's
+            assert signals.stop
+    finally:
+        for number, handler in zip(ignored, before, strict=True):
+            signal.signal(number, handler)
+
+
 HEEDING = """
 import sys, time
 from powernap.train.interruption import heeding_signals
@@ -64,6 +82,7 @@ def test_a_second_signal_ends_it_at_once_unless_a_scheduler_sends_it(scheduler):
     process.send_signal(signal.SIGTERM)  # within a second: the same request
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.2)
+    process.send_signal(signal.SIGHUP)  # nobody closes a terminal twice to hurry a run
     process.send_signal(signal.SIGTERM)
     if scheduler:
         with pytest.raises(subprocess.TimeoutExpired):

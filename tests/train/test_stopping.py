@@ -1,12 +1,16 @@
 """Runs that are asked to stop, lose a rank, find their checkpoints broken: real processes, real signals."""
 
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
+from functools import partial
 
 import psutil
 import pytest
@@ -16,6 +20,7 @@ from disks import small_disk
 from powernap.parallel import exit_codes
 from powernap.parallel.checkpoint.manifest import checkpoints, newest_valid, read_manifest
 from powernap.train.metrics import read_metrics
+from powernap.train.process_lock import ProcessLock
 
 pytestmark = pytest.mark.faults
 
@@ -35,15 +40,29 @@ def trained(folder):
     return runs.train_in_turn(folder, 1, {"one": []})["one"]
 
 
-def start(folder, name, *overrides, watch=None):
+STARTED: list[psutil.Process] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    """A run of a test that failed would train for ever."""
+    yield
+    while STARTED:
+        with suppress(psutil.NoSuchProcess):
+            launcher = STARTED.pop()
+            for process in [*launcher.children(recursive=True), launcher]:
+                process.kill()
+
+
+def start(folder, name, *overrides, watch=None, launcher=runs.COMMAND, **options):
     """The command, when its run has come to its third step."""
-    command = [sys.executable, "-m", "powernap.launch.cli", "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
+    command = [*launcher, "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    options = {"stderr": subprocess.PIPE, "start_new_session": True} | options
+    process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **options)
+    STARTED.append(psutil.Process(process.pid))
     metrics = (watch or folder / "runs" / name) / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -76,12 +95,75 @@ def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(f
     )  # the schedule of the learning rate depends on it
 
 
-def test_sigusr1_to_one_rank_is_enough(folder):
-    process = start(folder, "one-asked", "parallel.pipeline=2")
-    psutil.Process(process.pid).children()[1].send_signal(signal.SIGUSR1)
+@pytest.mark.parametrize(("name", "number"), [("usr1", signal.SIGUSR1), ("hup", signal.SIGHUP)])
+def test_a_signal_to_one_rank_is_enough(folder, name, number):
+    process = start(folder, name, "parallel.pipeline=2")
+    psutil.Process(process.pid).children()[1].send_signal(number)
     code, errors = end(process)
     assert code == 75, errors
-    assert len(checkpoints(folder / "runs" / "one-asked" / "checkpoints")) == 1
+    assert len(checkpoints(folder / "runs" / name / "checkpoints")) == 1
+
+
+def test_sighup_to_the_command_stops_all_ranks(folder):
+    process = start(folder, "hung-up", "parallel.data=2")
+    process.send_signal(signal.SIGHUP)
+    code, errors = end(process)
+    assert code == 75, errors
+    assert len(checkpoints(folder / "runs" / "hung-up" / "checkpoints")) == 1
+
+
+def test_a_terminal_that_closes_costs_nothing(folder):
+    """Its processes get SIGHUP, and cannot write to it any more."""
+    terminal, end_of_it = pty.openpty()
+    take_over = partial(fcntl.ioctl, end_of_it, termios.TIOCSCTTY, 0)
+    process = start(folder, "closed", "data.workers=1", stderr=end_of_it, stdout=end_of_it, preexec_fn=take_over)
+    os.close(end_of_it)
+    os.close(terminal)
+    assert process.wait(60) == 75
+    (checkpoint,) = checkpoints(folder / "runs" / "closed" / "checkpoints")
+    log = (folder / "runs" / "closed" / "logs" / "train.log").read_text()
+    assert f"stopped after step {read_manifest(checkpoint)['step']} of" in log and "ERROR" not in log
+
+
+def test_what_nohup_and_a_script_have_ignored_stays_ignored(folder):
+    ignored = signal.SIGHUP, signal.SIGINT
+
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    process = start(folder, "nohup", "parallel.data=2", "data.workers=1", preexec_fn=ignore)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        for number in ignored:
+            member.send_signal(number)
+    metrics = folder / "runs" / "nohup" / "metrics.jsonl"
+    before = len(read_metrics(metrics))
+    runs.wait_for(lambda: process.poll() is not None or len(read_metrics(metrics)) > before + 5)
+    assert process.poll() is None and all(member.is_running() for member in family)
+    process.send_signal(signal.SIGTERM)
+    code, errors = end(process)
+    assert code == 75, errors
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [runs.COMMAND, [*TORCHRUN, "-m", "powernap.launch.cli"]], ids=["powernap", "torchrun"]
+)
+def test_ranks_whose_launcher_was_killed_save_and_leave(folder, launcher):
+    name = "orphans" if launcher == runs.COMMAND else "torchrun-orphans"
+    process = start(folder, name, "parallel.data=2", "data.workers=2", launcher=launcher)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 4  # two ranks and their readers
+    process.kill()
+    assert not psutil.wait_procs(family, 60)[1]
+    assert f"process {process.pid}, which started this one, is gone: stopping" in process.communicate()[1]
+    run = folder / "runs" / name
+    (checkpoint,) = checkpoints(run / "checkpoints")
+    assert read_manifest(checkpoint)["step"] == len(read_metrics(run / "metrics.jsonl"))
+    assert ProcessLock(run / "lock").acquire()
 
 
 def test_copies_of_a_signal_do_not_hurry_it(folder):

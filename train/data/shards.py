@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -269,7 +270,7 @@ def _run(
         yield from ((number, make_shards(source, number, jobs[number], folder)) for number in missing)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_belong_to_the_parent) as pool:
         running = {pool.submit(make_shards, source, number, jobs[number], folder): number for number in missing}
         try:
             for done in as_completed(running):
@@ -278,8 +279,15 @@ def _run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _belong_to_the_parent() -> None:
+    """A worker of the pool leaves interrupts to the process that made it, and ends when that one was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def make_shards(source: Source, number: int, job: Job, folder: Path) -> list[dict[str, Any]]:
