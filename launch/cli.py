@@ -5,10 +5,15 @@ Every import that costs time waits until its subcommand runs: help answers at on
 
 import argparse
 import errno
+import io
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, NoReturn
 
 from powernap.launch.commands import (
     cancel,
@@ -55,6 +60,7 @@ COMMANDS = (
     demo,
 )
 
+STDOUT = "standard output"
 # What disks and folders do to anybody.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE}
 
@@ -65,24 +71,28 @@ def main(arguments: list[str] | None = None) -> int:
     # Megatron-core warns of kernels that it does not find, and both libraries of what they themselves call.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    options = _parse(arguments)
     rank = os.environ.get("RANK", "0")
     who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        return options.run(options, arguments) or 0
+        options = _parse(arguments)
+        code = options.run(options, arguments) or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # somebody's `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it leaves
+        _write_no_more()
         return exit_codes.FAILED
     except (PowernapError, OSError) as error:
         if not _is_users_mistake(error):
             raise
+        if getattr(error, "filename", None) == STDOUT:
+            _write_no_more()
         from powernap.train.secrets import mask_secrets
 
         text = mask_secrets(" ".join(str(error).split()))
         # What is not printable, a terminal may obey.
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
         who = "" if text.startswith(f"rank {rank} ") else who
-        sys.stderr.write(f"powernap: error: {who}{text}\n")  # one write: several ranks may speak at once
+        _say(f"powernap: error: {who}{text}\n")
         return getattr(error, "exit_code", exit_codes.WRONG_USE)
     except KeyboardInterrupt:
         if rank == "0":
@@ -102,8 +112,44 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Where something is missing, also what a whole command looks like."""
+        example = re.search(r"examples?: (.*?)(; powernap|$)", self.epilog or "")
+        missing = "are required" in message
+        super().error(f"{message}, such as {example[1]}" if missing and example else message)
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """argparse passes over errors; help that cannot be written is one."""
+        if file is sys.stdout:
+            file.write(message)
+            file.flush()
+        else:
+            super()._print_message(message, file)
+
+
+class _Stdout(io.TextIOWrapper):
+    """Its errors name it, as those of files do."""
+
+    def write(self, text: str) -> int:
+        with _naming_stdout():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _naming_stdout():
+            super().flush()
+
+
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from None
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="powernap", description=DESCRIPTION)
+    parser = _Parser(prog="powernap", description=DESCRIPTION)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
@@ -117,12 +163,42 @@ def _is_users_mistake(error: Exception) -> bool:
     return bool(error.filename) and error.errno in DISK_ERRORS
 
 
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody listens
+        sys.stderr.write(text)  # one write: several ranks may speak at once
+
+
+def _write_no_more() -> None:
+    """What stdout did not take is given up, or Python complains as it leaves."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> bool:
+    """Whether stdout was open. What is closed becomes /dev/null: a file that got its number would get prints and errors."""
+    was_open = sys.stdout is not None
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, mode, closefd=False)
+        for number, (stream, mode) in enumerate(((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
+    )
+    return was_open
+
+
 def entry_point() -> None:
     """The process `powernap`.
 
     A rank that failed leaves without tidying up: it must not wait for the others, and what its libraries do when their
     threads still wait may abort the process, which would then end with another exit code than the one it has.
     """
+    if not _open_closed_streams():
+        _say("powernap: error: standard output is closed: write >/dev/null for a command that nobody listens to\n")
+        sys.exit(exit_codes.WRONG_USE)
+    out = sys.stdout
+    how = {"line_buffering": out.line_buffering, "write_through": out.write_through}
+    encoding, errors = out.encoding, out.errors
+    sys.stdout = sys.__stdout__ = _Stdout(out.detach(), encoding, errors, **how)
     follow_parent()
     try:
         code = main()

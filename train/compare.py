@@ -27,16 +27,24 @@ def compare(one: Path, other: Path) -> tuple[str, bool]:
     width = max(len(name) for name in names)
     lines.append(f"{'metric':{width}}  {'first differs':>13}  {'largest difference':>18}  {'last step':>10}")
     for name in names:
-        differing = [step for step in common if not _same(a[step].get(name), b[step].get(name))]
+        both = [step for step in common if name in a[step] and name in b[step]]
+        for run, other_run, folder in ((a, b, one), (b, a, other)):
+            if missing := [step for step in common if name in other_run[step] and name not in run[step]]:
+                equal = False
+                where = f" at {len(missing)} steps, first {missing[0]}" if both else ""
+                lines.append(f"{name:{width}}  missing in {folder}{where}")
+        if not both:
+            continue
+        differing = [step for step in both if not _same(a[step][name], b[step][name])]
         if not differing:
             lines.append(f"{name:{width}}  {'equal':>13}")
             continue
         equal = False
-        gaps = {step: _gap(a[step].get(name), b[step].get(name)) for step in common}
+        gaps = {step: _gap(a[step][name], b[step][name]) for step in both}
         worst = max(gaps.values(), key=lambda gap: math.inf if math.isnan(gap) else gap)
-        lines.append(f"{name:{width}}  {f'step {differing[0]}':>13}  {worst:>18.3g}  {gaps[common[-1]]:>10.3g}")
         first = differing[0]
-        lines.append(f"  step {first}: {a[first].get(name)!r} and {b[first].get(name)!r}")
+        lines.append(f"{name:{width}}  {f'step {first}':>13}  {worst:>18.3g}  {gaps[both[-1]]:>10.3g}")
+        lines.append(f"  step {first}: {a[first][name]!r} and {b[first][name]!r}")
     lines.append("equal to the digit" if equal else "not equal")
     return "\n".join(lines), equal
 
@@ -62,7 +70,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def _gap(a: object, b: object) -> float:
-    """|a - b|; infinite where one of them is no number or missing."""
+    """|a - b|; infinite where one of them is no number."""
     if _same(a, b):
         return 0.0
     numbers = isinstance(a, int | float) and isinstance(b, int | float)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from powernap.model.config import ModelConfig, Section, SleepConfig
 from powernap.parallel.layout import sequence_costs, split_layers
+from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
 MOST_SEGMENTS = 2**16  # of a sequence: windows and the passes over them
 
@@ -23,7 +24,7 @@ class RunSection(Section):
         description="the run's folder below run.root: letters, digits, . _ -",
     )
     # MLflow's database lies there, and ? and % would mean something else in its address.
-    root: str = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
+    root: SharedPath = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
     experiment: str = Field("powernap", min_length=1, description="MLflow experiment")
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
 
@@ -31,18 +32,20 @@ class RunSection(Section):
 class DatasetConfig(Section):
     """One dataset of a mixture."""
 
-    shards: str | list[str] = Field(description="path, glob, brace list or URL, or a list of them")
+    shards: Shards | list[Shards] = Field(description="path, glob, brace list or URL, or a list of them")
     weight: float = Field(1.0, gt=0, description="its share of the samples, relative to the other datasets")
 
 
 class DataConfig(Section):
     """Token shards: WebDataset tars with tokens, loss mask and answers (see `powernap data build`)."""
 
-    train: str | list[str] | dict[str, DatasetConfig] = Field(
+    train: Shards | list[Shards] | dict[str, DatasetConfig] = Field(
         description="shards to train on: path, glob, brace list or URL, or a list of them; or a mixture, such as "
         "{web: {shards: web-*.tar, weight: 3}, depo: {shards: depo-*.tar, weight: 1}}"
     )
-    test: str | list[str] | None = Field(None, description="held-out shards for the accuracy by depth; null: none")
+    test: Shards | list[Shards] | None = Field(
+        None, description="held-out shards for the accuracy by depth; null: none"
+    )
     sequence_length: int = Field(ge=2, description="T, tokens in every sample")
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
     shuffle_buffer: int = Field(2000, ge=1, description="samples of a shard that are mixed; 1: a shard keeps its order")
@@ -53,24 +56,16 @@ class DataConfig(Section):
         "stop", description="a sample or shard that cannot be used: stop, or train without it"
     )
     skip_budget: int = Field(100, ge=0, description="with on_error=skip: samples and shards a run may do without")
-    cache: str = Field(
+    cache: MachinePath = Field(
         "~/.cache/powernap",
         min_length=1,
+        validate_default=True,
         description="folder for remote shards, taken for unchanged while there, and indexes",
     )
     cache_limit_gb: float | None = Field(
         None, gt=0, le=1e9, description="most of remote shards to keep there; null: all"
     )
     retries: int = Field(3, ge=0, description="how often fetching a remote shard is tried again")
-
-    @field_validator("cache")
-    @classmethod
-    def _some_home(cls, cache: str) -> str:
-        try:
-            Path(cache).expanduser()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
-        return cache
 
     @field_validator("train")
     @classmethod
@@ -94,7 +89,10 @@ class DataConfig(Section):
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache).expanduser()
+        try:
+            return expanded_path(self.cache)
+        except PathError as error:  # unlike at its check on the machine that submitted
+            raise PathError(f"data.cache={self.cache}: {error}") from None
 
     @property
     def cache_bytes(self) -> int | None:

@@ -6,51 +6,56 @@ Nothing here imports torch.
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from powernap.model.config import Section
 from powernap.model.errors import PowernapError
 from powernap.train.config import Recipe
+from powernap.train.paths import PathError, expanded_path
 from powernap.train.secrets import mask_values
-
-MOST_NESTED = 50  # sections and lists; a recipe has four
+from powernap.train.yaml_core import Scalar, YamlError, dump, is_model, members_of, parse, parse_argument, settle
 
 
 class RecipeError(PowernapError):
     """A recipe that cannot run: one line, naming field, value and what to write instead."""
 
 
-def load_recipe(name_or_path: str, overrides: list[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: list[str] = (), cluster: str | None = None) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
 
     `name_or_path` is a YAML file or the name of one in train/recipes/. A file that begins with `base: NAME_OR_PATH`, a path
-    being relative to the file, says only what differs from that recipe.
+    being relative to the file, says only what differs from that recipe. `cluster`: the kind of the one that will run it, None
+    for this process: what ~ and $NAME in a path mean depends on it.
     """
-    return check(Recipe, parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path))))
+    values = parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path)))
+    return check(Recipe, values, cluster=cluster)
 
 
 def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Set every `dotted.key=value` in nested sections; values are YAML."""
+    """Set every `dotted.key=value` in nested sections; values are YAML, and a section keeps the fields that are not named.
+
+    The values are for `check`, which knows what each field takes.
+    """
     values = {} if into is None else into
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"'{override}' is no override: write key=value, such as train.steps=100")
-        _set(values, key, _parse_value(key, text))
+        _set(values, key, text)
     return values
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe: every field, in order; secrets masked."""
-    path.write_text(yaml.safe_dump(mask_values(recipe.model_dump(mode="json")), sort_keys=False))
+    path.write_text(dump(mask_values(recipe.model_dump(mode="json"))))
 
 
 def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
     """A file, seen from `folder`, or a shipped recipe by its name, such as depo or depo/deeper."""
-    if (path := folder / name_or_path).is_file():
+    if (path := folder / expanded_path(name_or_path)).is_file():
         return path
     shipped = shipped_recipes()
     if found := shipped.get(name_or_path.removesuffix(".yaml")):
@@ -68,15 +73,19 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-def check(model: type[Section], values: dict[str, Any]) -> Any:
-    """Validate `values`, turning pydantic's report into one line a finding, the first five."""
+def check(model: type[Section], values: dict[str, Any], **context: Any) -> Any:
+    """Validate `values`, turning pydantic's report into one line a finding, the first five. `context`: see paths.py."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(settle(values, model), context=context)
+    except YamlError as error:
+        raise RecipeError(str(error)) from None
     except ValidationError as error:
-        by_field: dict[str, list[dict[str, Any]]] = {}
+        by_field: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for finding in error.errors():
-            by_field.setdefault(".".join(_place(model, finding)), []).append(finding)
-        raise RecipeError("; ".join(_explain(model, findings) for findings in list(by_field.values())[:5])) from None
+            by_field.setdefault(tuple(_place(model, finding)), []).append(finding)
+        # Where a member of a union fits but for a field inside, the other members do not matter.
+        places = [place for place in by_field if not any(place == other[: len(place)] != other for other in by_field)]
+        raise RecipeError("; ".join(_explain(model, place, by_field[place]) for place in places[:5])) from None
 
 
 def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -86,14 +95,14 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     derived = (*derived, path)
     values = read_sections(path)
-    base = values.pop("base", None)
+    base = settle(values.pop("base", None), str | None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base={base}: write one recipe's name or path")
     try:
         found = find_recipe(base, path.parent)
-    except RecipeError as error:
+    except (RecipeError, PathError) as error:
         raise RecipeError(f"{path}: base={base}: {error}") from None
     if any(found.samefile(file) for file in derived):
         raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
@@ -105,81 +114,66 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """What a recipe's file says, unchecked."""
+    """What a recipe's file says, unchecked: for `check`, as that of `parse_overrides`."""
     try:
-        values = _parse_yaml(path.read_text())
+        values = parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except YamlError as error:
+        raise RecipeError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections such as model: and train:")
     return values
 
 
-def _parse_yaml(text: str) -> Any:
-    """Plain values.
-
-    Raises:
-        yaml.YAMLError: if it is anything else.
-    """
+def _set(values: dict[str, Any], key: str, text: str) -> None:
     try:
-        _check_yaml(text)
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # of many kinds where a value is not of its tag: of `!!bool x` a KeyError
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
-
-
-def _check_yaml(text: str) -> None:
-    """No aliases, ten lines of which print as gigabytes, and no depth in which PyYAML loses itself."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases such as *name are not read: write the value out, or derive with base:")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_NESTED:
-            raise yaml.YAMLError("nested too deeply")
-
-
-def _parse_value(key: str, text: str) -> Any:
-    try:
-        value = _parse_yaml(text) if text else None
-    except yaml.YAMLError:
-        raise RecipeError(f"{key}={text}: the value is not YAML") from None
-    if value == text.strip():  # without quotes; YAML 1.1 reads 1e-3 as text: it wants 1.0e-3
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+        value = parse_argument(text)
+    except YamlError as error:
+        raise RecipeError(f"{key}={text}: {error}") from None
     *sections, field = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        inner = _as_mapping(values.setdefault(section, {}))
+        if not isinstance(inner, dict):
             raise RecipeError(f"{key}: '{section}' is a value, not a section")
-    values[field] = value
+        values[section] = values = inner
+    before, now = _as_mapping(values.get(field)), _as_mapping(value)
+    # A section given whole changes what it names. A field is taken whole: a mixture of datasets replaces another.
+    both = not sections and isinstance(before, dict) and isinstance(now, dict)
+    values[field] = before | now if both else value
+
+
+def _as_mapping(value: Any) -> Any:
+    """Of `a={b: c}` on the command line the mapping."""
+    return value.value if isinstance(value, Scalar) and isinstance(value.value, dict) else value
 
 
 def _place(model: type[Section], finding: dict[str, Any]) -> list[str]:
     """The dotted field a finding is about, without pydantic's notes on which member of a union it tried."""
-    location = [str(part) for part in finding["loc"]]
+    here: Any = model
     fields: list[str] = []
-    for part in location:
-        section = _section(model, fields)
-        if section is None or part not in section.model_fields:
+    for part in map(str, finding["loc"]):
+        members = {member for member in members_of(here) if member is not NoneType}
+        if len(members) > 1:  # then this is such a note
+            kind = dict if part.startswith("dict[") else None
+            here = next((member for member in members if get_origin(member) is kind), None) if kind else None
+            continue
+        inner = _inside(here, part)
+        if inner is None:
+            if is_model(next(iter(members), None)) and finding["type"] == "extra_forbidden":
+                fields.append(part)
             break
         fields.append(part)
-    return fields if finding["type"] not in ("extra_forbidden", "missing") else location
+        here = inner
+    return fields
 
 
-def _explain(model: type[Section], findings: list[dict[str, Any]]) -> str:
+def _explain(model: type[Section], fields: tuple[str, ...], findings: list[dict[str, Any]]) -> str:
     """Pydantic's findings about one field as `field=value: what is allowed`."""
-    fields, kind, value = _place(model, findings[0]), findings[0]["type"], findings[0]["input"]
+    # Of a union's members, one that took the value and found it wrong knows most.
+    ours = [finding for finding in findings if finding["type"] == "value_error"]
+    findings = ours[:1] or findings
+    kind, value = findings[0]["type"], findings[0]["input"]
     field, description = ".".join(fields), _description(model, fields)
     if kind == "extra_forbidden":
         names = [".".join([*fields[:-1], name]) for name in _section(model, fields[:-1]).model_fields]
@@ -190,6 +184,14 @@ def _explain(model: type[Section], findings: list[dict[str, Any]]) -> str:
     message = findings[0]["msg"].removeprefix("Value error, ")
     if len(findings) > 1:  # one for each member of a union: none of them alone is the rule
         message = "not allowed"
+    elif kind == "bool_type":
+        message = "write true or false"
+    elif (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and isinstance(parse_argument(value).value, float | int)
+    ):
+        message = message[0].lower() + message[1:] + ", without quotes"
     elif not message[:2].isupper():
         message = message[0].lower() + message[1:]
     if isinstance(value, dict) or not fields:  # a rule between fields names them itself
@@ -197,29 +199,38 @@ def _explain(model: type[Section], findings: list[dict[str, Any]]) -> str:
     return f"{field}={_show(value)}: {message}" + (f" ({description})" if description else "")
 
 
-def _section(model: type[Section], location: list[str]) -> type[Section] | None:
+def _inside(annotation: Any, part: str) -> Any:
+    """The type of a section's field, or of a mapping's values; None if there is no such part."""
+    for member in members_of(annotation):
+        if is_model(member) and part in member.model_fields:
+            return member.model_fields[part].annotation
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+    return None
+
+
+def _section(model: type[Section], location: tuple[str, ...]) -> type[Section] | None:
     """The section class at a dotted place, or None if a value stands there."""
+    here: Any = model
     for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        annotation = field.annotation if field else None
-        candidates = [annotation, *get_args(annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-        if model is None:
-            return None
-    return model
+        here = _inside(here, part)
+    return next((member for member in members_of(here) if is_model(member)), None)
 
 
-def _description(model: type[Section], location: list[str]) -> str | None:
-    section = _section(model, location[:-1]) if location else None
-    field = section.model_fields.get(location[-1]) if section else None
-    return field.description if field else None
+def _description(model: type[Section], location: tuple[str, ...]) -> str | None:
+    """Of the field, or of the one whose mapping it is part of."""
+    for length in range(len(location), 0, -1):
+        section = _section(model, location[: length - 1])
+        if section and location[length - 1] in section.model_fields:
+            return section.model_fields[location[length - 1]].description
+    return None
 
 
 def field_names(model: type[Section], prefix: str = "") -> list[str]:
     """Every dotted field of a recipe."""
     names = []
     for name in model.model_fields:
-        section = _section(model, [name])
+        section = _section(model, (name,))
         names += field_names(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return names
 

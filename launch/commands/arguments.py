@@ -1,18 +1,22 @@
 """What several commands take, read from the command line. Nothing here imports torch."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from powernap.launch.jobs.units import parse_duration, parse_size
 
 OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.passes=[1,2,4]"
 RUN = "a run's folder, or its name below runs/"
+LARGEST = 2**32  # of all whole numbers, as in a recipe
+MOST_PASSES = 1024  # as sleep.passes
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE key=value ..."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDES)
 
 
 def add_jobs(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -27,22 +31,23 @@ def add_jobs(parser: argparse.ArgumentParser, several: bool = True) -> None:
 
 def run_folder(name: str, files: tuple[str, ...] = ("config.yaml", "metrics.jsonl")) -> Path:
     """A run by folder or by its name below runs/: a folder with any of `files`."""
+    from powernap.train.paths import expanded_path
     from powernap.train.recipe_file import RecipeError
 
-    for folder in (Path(name), Path("runs") / name):
+    for folder in (expanded_path(name), Path("runs") / name):
         if any((folder / file).is_file() for file in files):
             return folder
     raise RecipeError(f"no run '{name}': give its folder, or its name below runs/")
 
 
 def numbers(text: str) -> list[int]:
-    """1,2,4 -> [1, 2, 4]"""
+    """1,2,4 -> [1, 2, 4], values of N"""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': write whole numbers from 1, such as 1,2,4,8")
+    if not found or min(found) < 1 or max(found) > MOST_PASSES:
+        raise argparse.ArgumentTypeError(f"'{text:.60}': write whole numbers from 1 to {MOST_PASSES}, such as 1,2,4,8")
     return found
 
 
@@ -51,7 +56,7 @@ def size(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
+        raise argparse.ArgumentTypeError(f"'{text:.60}': {error}") from None
 
 
 def duration(text: str) -> int:
@@ -59,11 +64,61 @@ def duration(text: str) -> int:
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
+        raise argparse.ArgumentTypeError(f"'{text:.60}': {error}") from None
 
 
-def count(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': write a whole number from 1, such as 64")
-    return int(text)
+def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """A whole number in these bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"'{text:.60}': write a whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A finite number in these bounds; above: larger than `least`."""
+    bounds = f"above {least:g}" if above else f"from {least:g}"
+    bounds += f" to {most:g}" if math.isfinite(most) else ""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and least <= number <= most) or (above and number == least):
+            raise argparse.ArgumentTypeError(f"'{text:.60}': write a number {bounds}")
+        return number
+
+    return parse
+
+
+count = whole(1)
+passes = whole(1, MOST_PASSES)
+seed = whole(0, 2**32 - 1)  # as run.seed
+
+
+def path(text: str) -> Path:
+    """With ~ and $NAME expanded, which a shell does not do in --to=~/folder."""
+    from powernap.train.paths import PathError, expanded_path
+
+    try:
+        return expanded_path(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(f"'{text:.60}': {error}") from None
+
+
+def shards(text: str) -> str:
+    """The same for shards as a recipe names them."""
+    from powernap.train.paths import PathError, expand_shards
+
+    try:
+        return expand_shards(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(f"'{text:.60}': {error}") from None

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from powernap.launch.commands.arguments import RUN, count, run_folder
+from powernap.launch.commands.arguments import RUN, count, path, run_folder
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         action.add_argument("run_name", metavar="RUN", help=RUN)
         action.add_argument("--step", type=count, metavar="N", help="the checkpoint of this step alone")
         if name == "export":
-            action.add_argument("to", metavar="FOLDER", type=Path, help="a new folder")
+            action.add_argument("to", metavar="FOLDER", type=path, help="a new folder")
         action.set_defaults(run=run)
 
 

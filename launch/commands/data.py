@@ -1,9 +1,8 @@
 """powernap data build, powernap data inspect: token shards."""
 
 import argparse
-from pathlib import Path
 
-from powernap.launch.commands.arguments import count, size
+from powernap.launch.commands.arguments import count, path, seed, shards, size, whole
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -24,15 +23,17 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
     )
     parser.add_argument("task", metavar="TASK", help="depo, rule110, gsm or text")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the shards go")
-    parser.add_argument("fields", metavar="key=value", nargs="*", help="sizes of the task, such as nodes=75 max_hop=16")
-    parser.add_argument("--train-samples", type=int, default=20000, help="(default: %(default)s)")
-    parser.add_argument("--test-samples", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=2500, help="(default: %(default)s)")
+    parser.add_argument("folder", metavar="FOLDER", type=path, help="where the shards go")
+    parser.add_argument(
+        "fields", metavar="key=value", nargs="*", default=[], help="sizes of the task, such as nodes=75 max_hop=16"
+    )
+    parser.add_argument("--train-samples", type=whole(0), default=20000, help="(default: %(default)s)")
+    parser.add_argument("--test-samples", type=whole(0), default=1000, help="(default: %(default)s)")
+    parser.add_argument("--samples-per-shard", type=count, default=2500, help="(default: %(default)s)")
     parser.add_argument(
         "--shard-size", type=size, default=64_000_000, metavar="SIZE", help="text read for a shard (64MB)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="(default: %(default)s)")
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
     parser.set_defaults(run=run_build)
 
@@ -69,8 +70,8 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         description="Write out the first samples of SHARDS with their windows and loss tokens, and count all.",
         epilog="examples: powernap data inspect data/depo; powernap data inspect 'data/depo/test-*.tar' --samples 5",
     )
-    parser.add_argument("shards", metavar="SHARDS", help="a folder, or shards as a recipe names them")
-    parser.add_argument("--samples", type=int, default=2, help="samples to write out (default: %(default)s)")
+    parser.add_argument("shards", metavar="SHARDS", type=shards, help="a folder, or shards as a recipe names them")
+    parser.add_argument("--samples", type=whole(0), default=2, help="samples to write out (default: %(default)s)")
     parser.add_argument("--window", type=count, metavar="L", help="(default: what the shards were built for)")
     parser.set_defaults(run=run_inspect)
 

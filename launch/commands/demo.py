@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from powernap.launch.commands.arguments import OVERRIDES
+from powernap.launch.commands.arguments import OVERRIDES, path, seed
 
 TRAINED = (4, 1)  # N of the two models: four passes of sleep, and the plain hybrid
 TASK = ["nodes=8", "max_hop=4", "queries=18", "names=ends"]
@@ -22,9 +22,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Build Depo shards, train one small hybrid with N=4 passes of sleep and one without (N=1), test "
         "both on held-out cycles; writes runs/demo/results.json and runs/demo/demo.png.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    parser.add_argument("--seed", type=seed, default=0, help="of data, weights and order (default: %(default)s)")
+    parser.add_argument("--folder", type=path, default=Path("runs/demo"), help="(default: %(default)s)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDES)
     parser.set_defaults(run=run)
 
 

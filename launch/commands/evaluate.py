@@ -2,7 +2,7 @@
 
 import argparse
 
-from powernap.launch.commands.arguments import RUN, count, numbers, run_folder
+from powernap.launch.commands.arguments import RUN, count, numbers, run_folder, shards
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -17,7 +17,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--passes", type=numbers, help="values of N, such as 1,2,4,8 (default: the trained ones)")
     parser.add_argument("--samples", type=count, help="test samples to read (default: the recipe's)")
     parser.add_argument(
-        "--test", nargs="+", metavar="SHARDS", help="data.test with its passwords and tokens, which a run does not keep"
+        "--test",
+        nargs="+",
+        type=shards,
+        metavar="SHARDS",
+        help="data.test with its passwords and tokens, which a run does not keep",
     )
     parser.set_defaults(run=run)
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from powernap.launch.commands.arguments import RUN, count, run_folder
+from powernap.launch.commands.arguments import RUN, passes, path, real, run_folder, seed, whole
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -29,22 +29,28 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--tokens", dest="prompts", action="append", type=_tokens, metavar="1,2,3", help="a prompt as tokens"
     )
     parser.add_argument(
-        "--prompt-file", dest="prompts", action="append", type=Path, metavar="FILE", help="a prompt as file; - is stdin"
-    )
-    parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="tokens to say (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
+        "--prompt-file", dest="prompts", action="append", type=path, metavar="FILE", help="a prompt as file; - is stdin"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that sum to P (default: 1)"
+        "--max-tokens", type=whole(0), default=100, metavar="N", help="tokens to say (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=real(0), default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=real(0, 1, above=True),
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens that sum to P (default: 1)",
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     parser.add_argument(
-        "--seed", type=int, metavar="S", help="prompt i draws from S + i (default: 0, or where the state stopped)"
+        "--seed", type=seed, metavar="S", help="prompt i draws from S + i (default: 0, or where the state stopped)"
     )
-    parser.add_argument("--passes", type=count, metavar="N", help="N of every sleep (default: the largest trained)")
-    parser.add_argument("--save-state", type=Path, metavar="FILE", help="write the streams there at the end")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="go on with streams saved before")
+    parser.add_argument("--passes", type=passes, metavar="N", help="N of every sleep (default: the largest trained)")
+    parser.add_argument("--save-state", type=path, metavar="FILE", help="write the streams there at the end")
+    parser.add_argument("--state", type=path, metavar="FILE", help="go on with streams saved before")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     parser.set_defaults(run=run)
 

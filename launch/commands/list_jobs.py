@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from powernap.launch.commands.arguments import path
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -11,7 +13,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="All runs that were submitted from this folder, the last ones last.",
         epilog="example: powernap list --active",
     )
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--root", type=path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--active", action="store_true", help="only those that are not over")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from powernap.launch.commands.arguments import RUN, run_folder
+from powernap.launch.commands.arguments import RUN, path, run_folder
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="example: powernap report sleep-s0 sleep-s1 n1-s0 n1-s1 --to runs/report",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
-    parser.add_argument("--to", type=Path, default=Path("runs/report"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--to", type=path, default=Path("runs/report"), metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument("--title", help="(default: the runs' names)")
     parser.set_defaults(run=run)
 

@@ -68,7 +68,9 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
             return local.start(arguments, processes, signals)
         local.run_alone()
 
+    from powernap.train.data.loader import readers_watched
     from powernap.train.trainer import train
 
-    done = train(recipe, signals, resume=resume, detect_anomaly=options.detect_anomaly)
+    with readers_watched():
+        done = train(recipe, signals, resume=resume, detect_anomaly=options.detect_anomaly)
     return 0 if done else exit_codes.PREEMPTED

@@ -5,16 +5,19 @@ Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters
 
 import os
 import re
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from powernap.launch.jobs.description import VARIABLE, JobError
+from powernap.launch.jobs.description import VARIABLE, JobDescription, JobError
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
+from powernap.train.paths import PathError, expanded_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
+from powernap.train.yaml_core import settle
 
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.\-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
@@ -50,7 +53,9 @@ class Network(Section):
 class Profile(Section):
     """What all kinds of cluster share."""
 
-    job: dict[str, Any] = Field({}, description="the job.* fields that jobs here have if the command line says nothing")
+    job: JobDescription = Field(
+        JobDescription(), description="the job.* fields that jobs here have if the command line says nothing"
+    )
     device_memory: str | None = Field(
         None, description="memory of a GPU, such as 80GB: layouts that do not fit are refused; null: not checked"
     )
@@ -192,7 +197,7 @@ def find_cluster(name: str) -> Cluster:
     Raises:
         JobError: if there is none, or its fields are wrong.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _known_clusters().get(name)
+    path = expanded_path(name) if name.endswith((".yaml", ".yml")) else _known_clusters().get(name)
     if path is None or not path.is_file():
         raise JobError(f"no cluster '{name}': known are {', '.join(_known_clusters())}; or write clusters/{name}.yaml")
     try:
@@ -202,15 +207,16 @@ def find_cluster(name: str) -> Cluster:
 
 
 def parse_cluster(values: dict[str, Any]) -> Cluster:
-    kind = values.get("kind")
-    if kind not in KINDS:
+    kind = settle(values.get("kind"))
+    if not isinstance(kind, str) or kind not in KINDS:
         raise JobError(f"kind={kind}: write one of {', '.join(KINDS)}")
     return check(KINDS[kind], values)
 
 
 def _known_clusters() -> dict[str, Path]:
     """Name -> file; the nearest wins."""
-    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    shipped = Path(str(resources.files("powernap.launch.clusters")))
-    folders = (shipped, settings / "powernap" / "clusters", Path("clusters"))
+    folders = [Path(str(resources.files("powernap.launch.clusters"))), Path("clusters")]
+    with suppress(PathError):  # without a home there are no settings
+        settings = expanded_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+        folders.insert(1, settings / "powernap" / "clusters")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}

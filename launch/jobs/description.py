@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
 from powernap.model.errors import PowernapError
+from powernap.train.paths import is_expanded
 from powernap.train.secrets import mask_secrets
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -75,12 +76,12 @@ class JobDescription(Section):
             parse_mount(mount)
         return mounts
 
-    @field_validator("env", mode="before")
+    @field_validator("environment")
     @classmethod
-    def _numbers_as_text(cls, env: object) -> object:
-        if not isinstance(env, dict):
-            return env
-        return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
+    def _whole_path(cls, path: str | None) -> str | None:
+        if path is not None and not is_expanded(path):
+            raise ValueError("~ and $NAME are not expanded on the cluster: write the whole path, as the nodes see it")
+        return path
 
     @field_validator("env", "secrets")
     @classmethod

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from powernap.launch.jobs.cluster import Cluster, parse_cluster
@@ -23,6 +22,7 @@ from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.model.config import Section
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError, check
+from powernap.train.yaml_core import dump
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Job:
     @property
     def recipe_text(self) -> str:
         """recipe.yaml: unlike a run's config.yaml with references to secrets, such as $TOKEN in a command."""
-        return yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        return dump(self.recipe.model_dump(mode="json"))
 
     def command(self, recipe: str | None = None) -> list[str]:
         """What every rank, or every node, runs. Starting it again goes on."""

@@ -15,6 +15,7 @@ from powernap.launch.jobs.description import JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, Record
 from powernap.launch.jobs.kubernetes_objects import CONTAINER, JOBSET, RUNTIME, TOKEN, TRAINJOB, check, objects
 from powernap.launch.jobs.status import Status
+from powernap.train.yaml_core import dump
 
 try:
     import kubernetes
@@ -33,13 +34,6 @@ _LET_IN: set[str] = set()  # servers that have answered this process
 GONE = (urllib3.exceptions.HTTPError, OSError)
 
 
-class _Plain(yaml.SafeDumper):
-    """What appears twice is written twice: people read it."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
 class Kubernetes:
     arrays = False
 
@@ -53,7 +47,7 @@ class Kubernetes:
 
     def render(self, jobs: list[Job]) -> dict[str, str]:
         (job,) = jobs
-        return {f"{self._cluster.form}.yaml": yaml.dump_all(objects(job), Dumper=_Plain, sort_keys=False)}
+        return {f"{self._cluster.form}.yaml": dump(*objects(job))}
 
     def command(self, jobs: list[Job], folder: Path) -> list[str]:
         return []

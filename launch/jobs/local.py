@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import yaml
 
 from powernap.launch.jobs.cluster import LocalCluster
 from powernap.launch.jobs.description import JobError
@@ -17,6 +16,7 @@ from powernap.launch.jobs.log_file import read_log
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.status import OVER, Status
 from powernap.launch.jobs.supervisor import is_supervised
+from powernap.train.yaml_core import dump
 
 STARTS_WITHIN = 20.0  # seconds until a supervisor must have written its first state
 
@@ -49,7 +49,7 @@ class Local:
             "retries": job.description.retries,
             "grace_seconds": job.description.grace_seconds,
         }
-        return {"local.yaml": yaml.safe_dump(plan, sort_keys=False)}
+        return {"local.yaml": dump(plan)}
 
     def command(self, jobs: list[Job], folder: Path) -> list[str]:
         return [sys.executable, "-m", "powernap.launch.jobs.supervisor", str(folder)]

@@ -7,7 +7,9 @@ from powernap.launch.jobs.description import JobError
 from powernap.launch.jobs.job import Record, newest_record, sweep_file
 from powernap.launch.jobs.status import Row, read_progress
 from powernap.launch.jobs.submission import status_of
+from powernap.train.paths import expand
 from powernap.train.recipe_file import RecipeError, read_sections
+from powernap.train.yaml_core import settle
 
 
 def find_jobs(name: str) -> list[Record]:
@@ -16,7 +18,7 @@ def find_jobs(name: str) -> list[Record]:
     Raises:
         JobError: if nothing of that name was submitted.
     """
-    for folder in (Path(name), Path("runs") / name):
+    for folder in (Path(expand(name)), Path("runs") / name):
         if found := newest_record(folder):
             return [found]
         if (path := sweep_file(folder)).is_file():
@@ -50,6 +52,6 @@ def rows_of(records: list[Record]) -> list[Row]:
 
 def _steps(record: Record) -> int | None:
     try:
-        return read_sections(record.own_folder.recipe)["train"]["steps"]
+        return settle(read_sections(record.own_folder.recipe))["train"]["steps"]
     except (RecipeError, KeyError):
         return None

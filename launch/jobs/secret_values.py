@@ -4,10 +4,10 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 from powernap.launch.jobs.description import JobError
 from powernap.train.config import Recipe
+from powernap.train.paths import expanded_path
 from powernap.train.run_folder import flatten
 from powernap.train.secrets import MASK, mask_values
 
@@ -27,7 +27,7 @@ def check_sources(names: list[str], files: Mapping[str, str]) -> None:
 
 def read_secret_file(name: str, file: str) -> str:
     """The value in a file that nobody else may read."""
-    path = Path(file).expanduser()
+    path = expanded_path(file)
     try:
         mode = path.stat().st_mode
         value = path.read_text().rstrip("\n")

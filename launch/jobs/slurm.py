@@ -21,6 +21,7 @@ from powernap.launch.jobs.slurm_json import JobLine, parse_jobs
 from powernap.launch.jobs.status import OVER, State, Status
 from powernap.launch.jobs.units import format_duration
 from powernap.parallel import exit_codes
+from powernap.train.paths import expand
 
 SCRIPT = "job.sbatch"
 ARRAY = "array.json"  # an element's place in its array
@@ -107,7 +108,7 @@ class Slurm:
             setup=self._cluster.setup,
             port=self._cluster.network.port,
             environment=_environment(job),
-            secret_files={name: str(Path(files[name]).expanduser()) for name in description.secrets if name in files},
+            secret_files={name: expand(files[name]) for name in description.secrets if name in files},
             container=self._cluster.container if description.image else "none",
             names=_names_inside(job),
             srun=self._srun(job),

@@ -74,11 +74,11 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
     """
     cluster = find_cluster(on)
     ours = [text for text in overrides if text.startswith("job.")]
-    description = check(_Jobs, parse_overrides(ours, into={"job": dict(cluster.job)})).job
+    description = check(_Jobs, parse_overrides(ours, into={"job": cluster.job.model_dump(exclude_unset=True)})).job
     combinations = expand([text for text in overrides if not text.startswith("job.")])
-    base = load_recipe(recipe, combinations[0][1]).run
+    base = load_recipe(recipe, combinations[0][1], cluster.kind).run
     jobs = [
-        _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"]), description, cluster)
+        _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"], cluster.kind), description, cluster)
         for suffix, chosen in combinations
     ]
     is_sweep = len(jobs) > 1

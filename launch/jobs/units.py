@@ -3,15 +3,18 @@
 import re
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+MOST_BYTES = 2**63
+MOST_SECONDS = 100 * 365 * 86400
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str) -> int:
     """80GB -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MGT]I?B)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
+    found = float(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if not 0 < found < MOST_BYTES:
         raise ValueError("write a size such as 80GB or 79GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(found)
 
 
 def parse_duration(text: str) -> int:
@@ -23,7 +26,7 @@ def parse_duration(text: str) -> int:
         found = sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"(\d+)([dhms])", text))
     else:
         found = 0
-    if not found:
+    if not 0 < found <= MOST_SECONDS:
         raise ValueError("write a time such as 90m, 12h, 1d12h or 1-12:00:00")
     return found
 

@@ -20,6 +20,7 @@ from urllib.parse import urlparse
 from powernap.train.config import DataConfig
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import local_path
+from powernap.train.paths import expanded_path
 
 # What curl and a shell mean by their exit codes.
 EXIT_CODES = {22: ": the server refused, such as 404 not found or an expired link", 127: ": not installed"}
@@ -37,7 +38,7 @@ class ShardCache:
     A URL's shard is taken for unchanged as long as it is in the cache.
     """
 
-    folder: Path = field(default_factory=lambda: Path("~/.cache/powernap").expanduser())
+    folder: Path = field(default_factory=lambda: expanded_path("~/.cache/powernap"))
     limit: int | None = None
     retries: int = 3
 

@@ -6,8 +6,11 @@ a shard, so any number of ranks and readers can share the work, before and after
 """
 
 import itertools
+import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from powernap.model.errors import PowernapError
+from powernap.parallel import exit_codes
 from powernap.train.config import DataConfig
 from powernap.train.data.cache import ShardCache, cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
@@ -27,6 +32,12 @@ from powernap.train.tasks.sample import Sample
 FETCH_AHEAD = 8  # remote shards at once, by each reader
 
 State = dict[str, Any]  # JSON; see training_batches
+
+
+class ReaderError(PowernapError):
+    """A reader process that ended: one line that names it and its signal. Nothing is wrong with the recipe."""
+
+    exit_code = exit_codes.FAILED
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,31 @@ def training_batches(
             yield batch, {"samples": done, "fingerprints": marks, "settled": settled, "cursors": places}
     finally:
         del batches  # ends the reader processes, even while a traceback keeps this frame
+
+
+@contextmanager
+def readers_watched() -> Iterator[None]:
+    """Inside, a ReaderError is raised when a reader process ends; torch says it wherever the trainer stands.
+
+    Raises:
+        ReaderError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        if not found:
+            raise
+        by = re.search(r"killed by signal: ([\w ]+)", str(error))
+        raise ReaderError(f"a reader process (pid {found[1]}) {_ending(by and by[1])}; go on with --resume") from None
+
+
+def _ending(signal_text: str | None) -> str:
+    """How a process ended, from what the C library calls its signal: Killed, Segmentation fault."""
+    number = next((number for number in signal.Signals if signal.strsignal(number) == signal_text), None)
+    if number == signal.SIGKILL:
+        return "was ended by SIGKILL, as the system does when memory runs out: try fewer data.workers"
+    return f"was ended by {number.name}" if number else "ended without a word"
 
 
 def _check_state(state: State, marks: dict[str, str], settled: dict[str, Any]) -> None:

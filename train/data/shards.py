@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,11 @@ def _run(
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"one of {workers} building processes was killed, as the system does when memory runs out: the same command "
+                f"goes on where it was stopped, --workers {max(1, workers // 2)} takes less memory"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

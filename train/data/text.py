@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from powernap.model.config import Section
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import Tokenizer, load_tokenizer
+from powernap.train.paths import SharedPath
 from powernap.train.tasks.sample import Sample
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -32,8 +33,12 @@ Part = tuple[str, int, int]
 class Text(Section):
     """What text to read, and how to cut it."""
 
-    inputs: str | list[str] = Field(description="folder, file or glob of .txt, .jsonl and .parquet, or a list of them")
-    tokenizer: str = Field("bytes", description="bytes, tiktoken:NAME, or the path of a Hugging Face tokenizer.json")
+    inputs: SharedPath | list[SharedPath] = Field(
+        description="folder, file or glob of .txt, .jsonl and .parquet, or a list of them"
+    )
+    tokenizer: SharedPath = Field(
+        "bytes", description="bytes, tiktoken:NAME, or the path of a Hugging Face tokenizer.json"
+    )
     text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
     window: int = Field(256, ge=1, description="L")
     windows: int = Field(4, ge=1, description="windows in a sequence")

@@ -275,7 +275,7 @@ def test_the_shipped_profile_with_all_its_examples():
     assert len(values) > 15
     cluster = parse_cluster(values)
     sections = {**runs.RECIPE, "run": {"name": "mine"}, "parallel": {"data": 8}}
-    description = JobDescription(**cluster.job).resolved(8, "the layout")
+    description = cluster.job.resolved(8, "the layout")
     one = Job(Recipe.model_validate(sections), description, cluster, "0" * 16, 1, Path("/"))
     assert not list(itertools.chain.from_iterable(findings(body) for body in objects(one)))
 

@@ -1,0 +1,87 @@
+"""Paths in files and behind a `=`, where no shell expands ~ and $NAME. Nothing here imports torch."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
+
+from powernap.model.errors import PowernapError
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+# A URL, a command, or braces around them: they have rules of their own, and a command its own shell.
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:|://|pipe:")
+
+
+class PathError(PowernapError):
+    """A path that cannot be expanded, in one line."""
+
+
+def expand(path: str) -> str:
+    """`path` with ~, ~USER, $NAME and ${NAME} as a shell has them.
+
+    Raises:
+        PathError: if there is no such user or variable, or no home.
+    """
+    found = re.sub(r"^~[^/]*", lambda match: _home(match[0]), path)
+    found = _VARIABLE.sub(lambda match: _value(match[1] or match[2]), found)
+    if "${" in path and not _VARIABLE.search(path):
+        raise PathError("only $NAME and ${NAME} are expanded")
+    return found
+
+
+def expand_shards(spec: str) -> str:
+    """The same for shards as a recipe names them: in a brace list, too; URLs and commands stay as they are."""
+    if _URL.search(spec):
+        return spec
+    return expand(re.sub(r"(?<=[{,])~[^/,{}]*(?=/)", lambda match: _home(match[0]), spec))
+
+
+def is_expanded(path: str) -> bool:
+    """Whether no shell would change `path`: neither ~ at its start nor a variable."""
+    return not path.startswith("~") and not re.search(r"\$[\w{]", path)
+
+
+def expanded_path(path: str) -> Path:
+    return Path(expand(path))
+
+
+def _home(word: str) -> str:
+    """Of ~ or ~USER."""
+    home = os.path.expanduser(word)
+    if home != word:
+        return home
+    if word == "~":
+        raise PathError("~ is nobody's folder, since HOME is not set: set it, or write the whole path")
+    raise PathError(f"there is no user {word[1:]:.60}: write ./{word:.60} for a file of that name")
+
+
+def _value(name: str) -> str:
+    if value := os.environ.get(name):
+        return value
+    raise PathError(f"${name:.60} is not set here: set it, or write the whole path")
+
+
+def _at_once(expand_one: Any) -> Any:
+    def validate(path: str, info: ValidationInfo) -> str:
+        on_kubernetes = (info.context or {}).get("cluster") == "kubernetes"
+        if on_kubernetes and not _URL.search(path) and not is_expanded(path):
+            raise PathError("~ and $NAME mean other folders here than in pods: write the path as the pods see it")
+        return expand_one(path)
+
+    return AfterValidator(validate)
+
+
+def _when_used(path: str, info: ValidationInfo) -> str:
+    if (info.context or {}).get("cluster") not in ("slurm", "kubernetes"):
+        expand(path)
+    return path
+
+
+# In a recipe, so that it means the same wherever and by whomever it is read again. In the pods of Kubernetes, whose volume is
+# not mounted here, it would mean something else: refused.
+SharedPath = Annotated[str, _at_once(expand)]
+Shards = Annotated[str, _at_once(expand_shards)]
+# A folder of the machine that uses it: it expands what is written.
+MachinePath = Annotated[str, AfterValidator(_when_used)]
