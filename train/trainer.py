@@ -98,7 +98,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                 if recipe.data.test and not stop and (last or is_due(step, recipe.evaluation.every)):
                     passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
                     here.progress.note("evaluating")
-                    metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
+                    metrics |= evaluate(stage, recipe, passes, samples, here, floors=False).metrics()
                 log.step(step, metrics)
                 skipped_steps.check_budget()
                 log.checkpoint(writer.news())

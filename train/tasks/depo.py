@@ -15,13 +15,14 @@ No question is asked twice in a sequence: of `queries` up to n all starts differ
 there are more a start comes back with another hop. The loss is on the answers only.
 """
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.model.config import Section
-from powernap.train.tasks.sample import PAD, Sample, draw_problem
+from powernap.train.tasks.sample import PAD, Candidates, Sample, TaskError, draw_problem
 
 Word = tuple[int, ...]  # the tokens of a name
 
@@ -49,12 +50,6 @@ class Depo(Section):
             field = "nodes" if self.min_nodes is None else "min_nodes"
             raise ValueError(
                 f"max_hop={self.max_hop} must be below {field}={self.fewest_nodes}, or it goes round the whole cycle"
-            )
-        questions = self.fewest_nodes * self.max_hop
-        if self.queries > questions:
-            raise ValueError(
-                f"queries={self.queries} exceed the {questions} different questions of {self.fewest_nodes} nodes with "
-                f"max_hop={self.max_hop}: write queries={questions} or fewer"
             )
         if self.names == "words":
             words = self.alphabet + self.alphabet**2
@@ -98,8 +93,21 @@ class Depo(Section):
         return f"[hop {hop}]" if hop <= self.max_hop else "[ans]"
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """A cycle that belongs to the test (`held_out`) or to the training, with random questions."""
-        cycle = draw_problem(lambda: self._draw_cycle(rng, held_out), _canonical, held_out, f"depo with nodes={self.nodes}")
+        """A cycle that belongs to the test (`held_out`) or to the training, with random questions.
+
+        Raises:
+            TaskError: if there are fewer different questions than `queries`: no check of the fields, since shards that
+                repeat questions were built once, and are read with them.
+        """
+        questions = self.fewest_nodes * self.max_hop
+        if self.queries > questions:
+            raise TaskError(
+                f"queries={self.queries} exceed the {questions} different questions of {self.fewest_nodes} nodes with "
+                f"max_hop={self.max_hop}: write queries={questions} or fewer"
+            )
+        cycle = draw_problem(
+            lambda: self._draw_cycle(rng, held_out), _canonical, held_out, f"depo with nodes={self.nodes}"
+        )
         n = len(cycle)
         tokens = np.full(self.sequence_length, PAD, dtype=np.int32)
         loss_mask = np.zeros(self.sequence_length, dtype=bool)
@@ -119,6 +127,50 @@ class Depo(Section):
             answers.append((first, stop, hop))
             position = stop
         return Sample(tokens, loss_mask, np.array(answers, dtype=np.int32))
+
+    def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
+        """Any node that no question before, taken one at a time, rules out; the one that such a question gives away.
+
+        A question with its answer says how far apart two nodes are, which rules the one out at every other distance from
+        the other, and all others at that distance. What only several of them together say is not used.
+        """
+        tokens = sample.tokens.tolist()
+        nodes = set(self._names(tokens[: self.context_length]))
+        known: list[tuple[Word, Word, int]] = []  # from, to, edges between them
+        guesses = []
+        for start, stop, hop in sample.answers.tolist():
+            asked, answer = self._asked(tokens, start), tuple(tokens[start:stop])
+            distance = hop % len(nodes)
+            out, given = set() if distance == 0 else {asked}, {asked} if distance == 0 else set()
+            for one, other, apart in known:
+                if one == asked:
+                    (given if apart == distance else out).add(other)
+                elif apart == distance:
+                    out.add(other)
+            guesses.append(sorted(given or nodes - out))
+            known += [(asked, answer, distance), (answer, asked, -hop % len(nodes))]
+        return {"not ruled out": guesses}
+
+    def _names(self, context: list[int]) -> Iterator[Word]:
+        """Every name of the edges, as a source."""
+        if self.names == "ends":
+            yield from ((token,) for token in context if PAD < token <= self.nodes)
+            return
+        word: list[int] = []
+        for token in context:
+            if token != PAD:
+                word.append(token)
+            if token > self.alphabet:  # marked: the last of a word
+                yield tuple(word)
+                word = []
+
+    def _asked(self, tokens: list[int], answer: int) -> Word:
+        """The start node of the question whose answer begins at `answer`."""
+        stop = answer - len(self._answer_mark)
+        start = stop - 1
+        while tokens[start - 1] < self._first_hop:
+            start -= 1
+        return tuple(tokens[start:stop])
 
     # Token ids: pad, then
     #   words: 1 .. alphabet plain, as many marked, the hops, [ans]
