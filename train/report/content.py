@@ -230,7 +230,8 @@ def _cost(groups: list[Group]) -> Section:
     ]
     if guessed:
         paragraphs.append(
-            f"FLOPs of {', '.join(guessed)} assume that only the last window predicts: the shards are not here."
+            f"FLOPs of {', '.join(guessed)} assume that only the last window predicts: an older version did not write them "
+            "down, and the shards are not found from this folder."
         )
     return Section("Cost", paragraphs, tables=[Table(columns, rows)])
 
