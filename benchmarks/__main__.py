@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
-    parser.add_argument("--folder", type=Path, help="trend: where its runs are kept (default: runs/trend)")
+    parser.add_argument(
+        "--folder", type=Path, help="demo, trend: where runs are kept (default: runs/demo_seeds, runs/trend)"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")

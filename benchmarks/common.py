@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import secrets
 import statistics
 import tempfile
 import time
@@ -106,6 +107,14 @@ def write(name: str, command: str, numbers: dict, report: list[str], clock: str 
     text = "\n".join([f"# {name}", "", f"`{command}`", "", *heading, "", *report]).rstrip() + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print("\n".join(report), flush=True)
+
+
+def draw_seeds(home: Path, count: int) -> list[int]:
+    """Fresh seeds, or those that this folder began with."""
+    file = home / "seeds.json"
+    if not file.exists():
+        file.write_text(json.dumps([secrets.randbelow(10_000) for _ in range(count)]) + "\n")
+    return json.loads(file.read_text())
 
 
 def table(columns: list[str], rows: list[list]) -> list[str]:

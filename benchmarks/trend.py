@@ -5,7 +5,6 @@ Shards and runs are kept in a folder: stopped, the same command goes on where it
 
 import argparse
 import json
-import secrets
 import statistics
 import tempfile
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.common import ROOT, table, write
+from benchmarks.common import ROOT, draw_seeds, table, write
 from powernap.launch.commands.demo import powernap
 from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
@@ -21,6 +20,7 @@ from powernap.train.intervals import wilson
 from powernap.train.metrics import read_metrics
 from powernap.train.pictures import BLUE, GREY, ORANGE, new_figure, share_axis
 from powernap.train.run_folder import RunFolder
+from powernap.train.tables import FLOOR_LABEL
 
 SEEDS = 3
 LONG_SEEDS = 1  # of the control
@@ -73,7 +73,7 @@ SETUPS = (
 )
 
 ABOUT = [
-    "![Accuracy by depth for each N, with bands over seeds and the constant guess](trend.png)",
+    "![Accuracy by depth for each N, with bands over seeds and the best surface guess](trend.png)",
     "![Training loss over FLOPs for each N, with bands over seeds](trend_loss.png)",
     "",
     "## How to read it",
@@ -102,7 +102,7 @@ class Trained:
     steps: int
     accuracy: dict[str, float]  # depth -> share of right answers on held-out problems
     interval: dict[str, tuple[float, float]]  # depth -> its 95 % interval
-    floor: dict[str, float]  # depth -> the best constant guess
+    floor: dict[str, float]  # depth -> the best surface guess
     answers: dict[str, int]
     loss: float  # held out, per loss token
     trained_loss: list[float]  # mean of every EVERY steps
@@ -137,14 +137,6 @@ def measure(folder: Path, overrides: list[str], seeds: int) -> tuple[dict[str, l
             if name != LONG or (setup.long_steps and number < LONG_SEEDS)
         ]
     return models, [line for setup in SETUPS for line in describe(setup, models[setup.task])] + ABOUT
-
-
-def draw_seeds(home: Path, count: int) -> list[int]:
-    """Fresh seeds, or those that this folder began with."""
-    file = home / "seeds.json"
-    if not file.exists():
-        file.write_text(json.dumps([secrets.randbelow(10_000) for _ in range(count)]) + "\n")
-    return json.loads(file.read_text())
 
 
 def train(setup: Setup, home: Path, seed: int, name: str, overrides: list[str]) -> Trained:
@@ -220,7 +212,7 @@ def describe(setup: Setup, models: list[Trained]) -> list[str]:
         "the N it was trained with: mean of the seeds (lowest-highest).",
         *setup.note,
         "",
-        *table([setup.depth_name, "constant guess", *by_name], overview),
+        *table([setup.depth_name, FLOOR_LABEL, *by_name], overview),
         "",
         "Worst seed of the second less best seed of the first, in points; they are apart above 0:",
         "",
@@ -289,7 +281,7 @@ def draw_accuracy(models: dict[str, list[Trained]], to: Path) -> None:
             axes.fill_between(
                 list(floor), [min(s) for s in shares], [max(s) for s in shares], color=color, alpha=0.15, lw=0
             )
-        axes.plot(list(floor), list(floor.values()), ":", color=GREY, label="constant guess")
+        axes.plot(list(floor), list(floor.values()), ":", color=GREY, label=FLOOR_LABEL)
         axes.set_xlabel(setup.depth_name)
         axes.set_title(f"{setup.task}, held out: mean of {SEEDS} seeds, lowest to highest", loc="left", fontsize=10)
         share_axis(axes)

@@ -58,6 +58,7 @@ class Plan:
     windows_slept: int
     windows_read: int
     windows_assumed: bool
+    windows_from: str  # what says which windows predict: the first "sample", the "recipe", or they are "assumed"
     passes: int
     segments: int
     tokens_per_sequence: int
@@ -88,7 +89,11 @@ class Plan:
         """The plan for a terminal of 80 columns."""
         shards = ", sequence-parallel" if self.sequence_parallel else ""
         windows = self.windows_slept + self.windows_read
-        source = "if only the last window predicts" if self.windows_assumed else "as in the first sample of data.train"
+        source = {
+            "sample": "as in the first sample of data.train",
+            "recipe": "as sleep.every_window says",
+            "assumed": "if only the last window predicts",
+        }[self.windows_from]
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         facts = {
             "model": f"{in_units(self.parameters)} parameters, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
@@ -166,7 +171,7 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
 
     Args:
         recipe: it has refused what cannot run.
-        predicts: for each window whether it holds loss tokens; None: only the last one does.
+        predicts: for each window whether it holds loss tokens; None: what the recipe says, see `cut`.
         memory_limit: bytes a rank may use.
 
     Raises:
@@ -199,7 +204,8 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
         window=model.window,
         windows_slept=slept,
         windows_read=read,
-        windows_assumed=predicts is None,
+        windows_assumed=predicts is None and not sleep.every_window,
+        windows_from="sample" if predicts is not None else "recipe" if sleep.every_window else "assumed",
         passes=passes,
         segments=len(segments),
         tokens_per_sequence=tokens,

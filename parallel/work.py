@@ -49,7 +49,8 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     """The segments of a sequence, with sequence parallelism lengthened as train/trainer.py does; N is the largest.
 
     Args:
-        predicts: for each window whether it holds loss tokens; None: only the last one does.
+        predicts: for each window whether it holds loss tokens; None: only the last one does, or, as sleep.every_window
+            says, every one.
 
     Raises:
         PlanError: if `predicts` does not name every window.
@@ -57,7 +58,7 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     model, sleep, passes = recipe.model, recipe.sleep, max(recipe.sleep.pass_choices)
     length = round_up(recipe.data.sequence_length - 1, recipe.sequence_shards)
     count = math.ceil(length / model.window)
-    predicts = [number == count - 1 for number in range(count)] if predicts is None else predicts
+    predicts = [sleep.every_window or number == count - 1 for number in range(count)] if predicts is None else predicts
     if len(predicts) != count:
         raise PlanError(f"{length} tokens are {count} windows of model.window={model.window}, not {len(predicts)}")
     every, awake = range(model.num_layers), prediction_flops(model, sleep)

@@ -17,12 +17,13 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.data.shard_list import local_path
+from powernap.train.floors import Floor, best_guesses
 from powernap.train.intervals import Tally
 from powernap.train.pictures import draw_accuracy, draw_loss
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run_folder import RunFolder
 from powernap.train.secrets import MASK, mask_secrets, mask_values
-from powernap.train.tables import format_accuracy, with_intervals
+from powernap.train.tables import FLOOR_LABEL, format_accuracy, with_intervals
 from powernap.train.tracking import Tracker
 
 
@@ -33,7 +34,8 @@ class Evaluation:
     loss: dict[str, float]  # N -> mean over the loss tokens
     accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
     interval: dict[str, dict[str, tuple[float, float]]]  # N -> depth -> 95 % interval, see intervals.py
-    floor: dict[str, float]  # depth -> share that the best constant guess gets
+    floor: dict[str, float]  # depth -> share that the best surface guess gets, see floors.py; empty if not asked for
+    guesses: dict[str, dict[str, float]]  # surface guess -> depth -> share that it gets
     answers: dict[str, int]  # depth -> answers asked
     sequences: dict[str, int]  # depth -> sequences that they were asked in
 
@@ -48,13 +50,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, here: Topology) -> Evaluation:
+def evaluate(
+    stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, here: Topology, *, floors: bool = True
+) -> Evaluation:
     """Read the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
+
+    floors: count surface guesses too, which takes a millisecond or some a sample and is the same after every step.
 
     An answer is right when each of its tokens is the likeliest one given the true tokens before it, which is the case
     exactly when greedy decoding would produce it.
     """
-    asked: Counter[tuple[int, tuple[int, ...]]] = Counter()  # (depth, answer)
+    floor = Floor.of_test(recipe.data) if floors else None
+    asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
     losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
     memories: dict[int, Memory | None] = {}  # N -> what the batch before left, under sleep.carry
@@ -67,7 +74,9 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
         limit=samples,
     )
     for batch in batches:
-        asked.update((depth, answer) for _, depth, answer in _answers(batch))
+        asked.update(depth for _, depth, _ in _answers(batch))
+        if floor:
+            floor.add_all(batch.tokens.numpy(), batch.answers)
         losses[0] += batch.counts * batch.loss_mask[:, 1:].sum()
         for place, number in enumerate(passes, start=1):
             before = None if batch.begins.all() else memories[number]
@@ -76,13 +85,9 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
             losses[place] += batch.counts * loss
             by_sequence.update(_tally(batch, predictions, number))
     loss_tokens, *losses = here.sum_over_data(losses).tolist()
-    asked, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
-    answers = Counter()
-    constant_guess: Counter[int] = Counter()  # depth -> how often the most frequent answer is the right one
-    for (depth, _), count in asked.items():
-        answers[depth] += count
-        constant_guess[depth] = max(constant_guess[depth], count)
+    answers, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
     depths = sorted(answers)
+    guesses = floor.shares(here.sum_counters_over_data(floor.counts)) if floor else {}
     tallies = {
         n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
         for n in passes
@@ -91,7 +96,8 @@ def evaluate(stage: HybridStage, recipe: Recipe, passes: list[int], samples: int
         loss={str(n): loss / loss_tokens for n, loss in zip(passes, losses, strict=True)},
         accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
         interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
-        floor={str(depth): constant_guess[depth] / answers[depth] for depth in depths},
+        floor={str(depth): max(by_depth[depth] for by_depth in guesses.values()) for depth in depths if guesses},
+        guesses={name: {str(depth): share for depth, share in by_depth.items()} for name, by_depth in guesses.items()},
         answers={str(depth): answers[depth] for depth in depths},
         sequences={str(depth): tallies[passes[0]][depth].sequences for depth in depths},
     )
@@ -119,8 +125,8 @@ def evaluate_run(
         )
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
-    title = f"{path.name}: held-out {'accuracy' if result.floor else 'loss'} after step {newest.step:,}"
-    if result.floor:
+    title = f"{path.name}: held-out {'accuracy' if result.answers else 'loss'} after step {newest.step:,}"
+    if result.answers:
         draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
     else:
         draw_loss(result.loss, title=title, to=picture)
@@ -130,9 +136,10 @@ def evaluate_run(
         tracker.log_artifact(file)
     tracker.close(status=None)
     lines = [title]
-    if result.floor:
+    if result.answers:
         by_row = [{f"N={n}": row for n, row in values.items()} for values in (result.accuracy, result.interval)]
-        lines.append(format_accuracy(with_intervals(*by_row) | {"constant guess": result.floor}))
+        lines.append(format_accuracy(with_intervals(*by_row) | {FLOOR_LABEL: result.floor}))
+        lines.append(best_guesses(result.guesses))
         lines.append(
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from powernap.train.tables import Accuracy, Intervals
+from powernap.train.tables import FLOOR_LABEL, Accuracy, Intervals
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
 GREY = "#777777"  # for what no model did
@@ -23,7 +23,7 @@ def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
 def draw_accuracy(
     accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float], *, title: str, to: Path
 ) -> None:
-    """Accuracy over depth, a line with its interval for each N, and the constant guess below them.
+    """Accuracy over depth, a line with its interval for each N, and the best surface guess below them.
 
     With a single depth the N are what is compared, so they become the axis.
     """
@@ -36,13 +36,13 @@ def draw_accuracy(
         axes.plot(list(accuracy), heights, "o-", color=BLUE, clip_on=False)
         axes.errorbar(list(accuracy), heights, _reach(heights, ends), fmt="none", color=BLUE, capsize=3)
         axes.axhline(floor[depth], color=GREY, linestyle=":")
-        axes.annotate("constant guess", (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
+        axes.annotate(FLOOR_LABEL, (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
         axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
     else:
         for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
             axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
             _band(axes, depths, intervals[passes], color)
-        axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label="constant guess")
+        axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label=FLOOR_LABEL)
         axes.set_xlabel("depth (hops, steps, operations); bands: 95 %")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)
@@ -76,7 +76,7 @@ def draw_demo(
             )  # fmt: skip
         right.plot(range(1, len(losses[name]) + 1), smooth(losses[name]), color=colors[name], label=name)
     left.plot(hops, [floor[hop] for hop in hops], ":", color=GREY)
-    left.annotate("constant guess", (hops[0], floor[hops[0]]), xytext=(0, 4), textcoords="offset points", color=GREY)
+    left.annotate(FLOOR_LABEL, (hops[0], floor[hops[0]]), xytext=(0, 4), textcoords="offset points", color=GREY)
     left.set_xlabel("hops along the cycle")
     left.set_title("answers right on held-out cycles", loc="left", fontsize=11)
     share_axis(left)

@@ -2,14 +2,18 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powernap.parallel.checkpoint.manifest import CheckpointError
+from powernap.parallel.work import cut, step_flops
 from powernap.train.config import Recipe
+from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.shards import read_manifest
 from powernap.train.origin import origin
 from powernap.train.process_lock import RUN_LOCK, ProcessLock
 from powernap.train.recipe_file import RecipeError, check, read_sections, save_recipe
@@ -88,6 +92,11 @@ class RunFolder:
         return self.path / "origin.json"
 
     @property
+    def work(self) -> Path:
+        """What its steps compute, as it saw its first batch: see work_of."""
+        return self.path / "work.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
@@ -117,6 +126,10 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.config)
         self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
+
+    def write_work(self, work: Mapping[str, Any]) -> None:
+        """Raises OSError."""
+        self.work.write_text(json.dumps(work, indent=2) + "\n")
 
     def recipe(self) -> Recipe:
         """The recipe this run was started with, without its secrets."""
@@ -159,6 +172,38 @@ class RunFolder:
         if changed:
             key = changed[0]
             raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
+
+
+def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
+    """What a report must not have to find out again from shards that may be elsewhere by then.
+
+    Args:
+        predicts: for each window whether it is read with its loss.
+
+    Returns:
+        "predicts"; "flops_per_step", of every trained N; "task" and "fields", None where no manifest says them
+    """
+    flops = {}
+    for passes in sorted(set(recipe.sleep.pass_choices)):
+        one = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
+        flops[str(passes)] = step_flops(one, cut(one, predicts))
+    manifest = first_manifest(recipe) or {}
+    return {
+        "predicts": list(predicts),
+        "flops_per_step": flops,
+        "task": manifest.get("task"),
+        "fields": mask_values(manifest.get("fields")),
+    }
+
+
+def first_manifest(recipe: Recipe) -> dict[str, Any] | None:
+    """What the builder of the first dataset's shards left beside them, if they are here and it says the task."""
+    try:
+        first = local_path(expand_shards(next(iter(recipe.data.datasets.values()))[0])[0])
+        manifest = read_manifest(first) if first else {}
+    except DataError:
+        return None
+    return manifest if manifest.get("task") else None
 
 
 def _is_free(key: str) -> bool:

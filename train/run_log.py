@@ -81,7 +81,10 @@ class RunLog:
         if not self._enabled:
             return
         record = self._metrics.write(step, **metrics)
-        self._bar.update()
+        if step == self._first + 1:
+            self._begin_estimating()
+        else:
+            self._bar.update()
         accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
         loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
         if self._is_due(step) or loss:
@@ -126,6 +129,14 @@ class RunLog:
             with suppress(OSError):
                 handler.close()
 
+    def _begin_estimating(self) -> None:
+        """Time from here on: the first step warms up, reads and compiles, and says nothing about the others."""
+        self._warm = time.monotonic()
+        if not self._bar.disable:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._first + 1
+            self._bar.unpause()
+            self._bar.refresh()
+
     def _is_due(self, step: int) -> bool:
         return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
 
@@ -133,11 +144,12 @@ class RunLog:
         speed = record["tokens"] / record["seconds"]
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s")
         steps = self._recipe.train.steps
-        left = (time.monotonic() - self._start) / (step - self._first) * (steps - step)
+        timed = step - self._first - 1
+        left = f"{_duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
         step_logger.info(
-            "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s left",
+            "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s",
             len(str(steps)), step, steps, record["loss"], record["grad_norm"], record["lr"],
-            f"{speed:,.0f}", _duration(left),
+            f"{speed:,.0f}", left,
         )  # fmt: skip
 
 

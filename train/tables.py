@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+FLOOR_LABEL = "surface guess"  # the best one, see floors.py
 Accuracy = Mapping[str, Mapping[str, float]]  # row -> depth -> share of right answers
 Intervals = Mapping[str, Mapping[str, tuple[float, float]]]  # row -> depth -> (low, high)
 

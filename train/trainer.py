@@ -1,5 +1,6 @@
 """A training run, read from top to bottom: set up, take batches, step, log, checkpoint, evaluate."""
 
+import itertools
 import math
 import random
 import resource
@@ -31,7 +32,7 @@ from powernap.train.evaluate import evaluate, evaluation_passes
 from powernap.train.interruption import Signals
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from powernap.train.origin import versions
-from powernap.train.run_folder import RunFolder
+from powernap.train.run_folder import RunFolder, work_of
 from powernap.train.run_log import RunLog
 from powernap.train.secrets import mask_values
 from powernap.train.skipped_steps import SkippedSteps
@@ -82,6 +83,8 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                 here.progress.step = step
                 here.progress.note("reading the batch")
                 batch, data_state = next(batches)
+                if step == done + 1:
+                    here.raise_together(lambda batch=batch: write_work(folder, recipe, batch))
                 metrics, memory = train_step(recipe, stage, zero, batch, step, here, memory)
                 if "skipped_step" in metrics:
                     line, memory = skipped_steps.add(step, metrics, batch, stage, zero.gradient_norms, memory)
@@ -99,7 +102,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                 if recipe.data.test and not stop and (last or is_due(step, recipe.evaluation.every)):
                     passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
                     here.progress.note("evaluating")
-                    metrics |= evaluate(stage, recipe, passes, samples, here).metrics()
+                    metrics |= evaluate(stage, recipe, passes, samples, here, floors=False).metrics()
                 log.step(step, metrics)
                 skipped_steps.check_budget()
                 log.checkpoint(writer.news())
@@ -280,6 +283,16 @@ def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory:
         )
         for tokens, loss_mask, own in zip(tokens, loss_mask, memories, strict=True)
     ]
+
+
+def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
+    """Keep what a step computes, by the windows of the first micro-batch, for reports. Raises OSError."""
+    size = recipe.micro_batch_size
+    tokens, loss_mask = batch.tokens[:size], batch.loss_mask[:size]
+    tokens, loss_mask = pad_end(tokens, loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
+    segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, max(recipe.sleep.pass_choices))
+    predicts = [any(s.predicts for s in same) for _, same in itertools.groupby(segments, key=lambda s: s.window)]
+    folder.write_work(work_of(recipe, predicts))
 
 
 def check_same_segments(micro_batches: list[MicroBatch], here: Topology) -> None:

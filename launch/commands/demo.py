@@ -12,6 +12,15 @@ from pathlib import Path
 from powernap.launch.commands.arguments import OVERRIDES, path, seed
 
 TRAINED = (4, 1)  # N of the two models: four passes of sleep, and the plain hybrid
+# What the demo sets itself, and what to write instead where there is something.
+OWN = {
+    "run.root": "--folder",
+    "run.seed": "--seed",
+    "run.name": None,
+    "sleep.passes": None,
+    "data.train": None,
+    "data.test": None,
+}
 TASK = ["nodes=8", "max_hop=4", "queries=18", "names=ends"]
 
 
@@ -33,15 +42,19 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def demo(folder: Path, seed: int, overrides: list[str]) -> int:
-    """Build the shards, train both models, evaluate both on held-out cycles, compare them; go on where it was stopped.
+    """Build the shards, train both models, evaluate both on held-out cycles, compare them; continue where it was stopped.
 
     Writes results.json and demo.png into `folder`. `overrides` change both runs' recipe (tests shorten it).
+
+    Raises:
+        RecipeError: if `overrides` do not fit the recipe, or change what the demo sets itself.
     """
     from powernap.train.metrics import read_metrics
     from powernap.train.pictures import draw_demo
     from powernap.train.recipe_file import RecipeError
-    from powernap.train.tables import format_accuracy, with_intervals
+    from powernap.train.tables import FLOOR_LABEL, format_accuracy, with_intervals
 
+    check_overrides(overrides)
     results = folder / "results.json"
     if results.is_file():
         raise RecipeError(f"{results} exists: remove {folder} to run the demo again, or choose another --folder")
@@ -51,7 +64,7 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
         powernap("data", "build", "depo", str(data), *TASK, "--test-samples", "2000", "--train-samples", "48000",
             "--samples-per-shard", "6000", "--seed", str(seed))  # fmt: skip
     for passes in TRAINED:
-        if (folder / f"N{passes}" / "evaluation.json").is_file():
+        if "guesses" in read_evaluation(folder, passes):
             continue  # stopped after it was done
         going_on = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
         powernap(
@@ -59,13 +72,14 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
             f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides, *going_on,
         )  # fmt: skip
         powernap("eval", str(folder / f"N{passes}"), "--passes", str(passes))
-    evaluations = {n: json.loads((folder / f"N{n}" / "evaluation.json").read_text()) for n in TRAINED}
+    evaluations = {n: read_evaluation(folder, n) for n in TRAINED}
     accuracy = {str(n): evaluations[n]["accuracy"] for n in TRAINED}
-    floor = evaluations[TRAINED[0]]["floor"]
+    floor, guesses = evaluations[TRAINED[0]]["floor"], evaluations[TRAINED[0]]["guesses"]
     summary = {
         "accuracy": accuracy,  # trained N -> read at N -> hop
         "interval": {str(n): evaluations[n]["interval"] for n in TRAINED},
-        "constant_guess": floor,
+        "floor": floor,  # hop -> what the best surface guess gets, see train/floors.py
+        "constant_guess": guesses["constant"],
         "steps": evaluations[TRAINED[0]]["step"],
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),
@@ -82,7 +96,7 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     results.write_text(json.dumps(summary, indent=2) + "\n")
 
     print("\nShare of right answers on held-out cycles, by hops along the cycle")
-    print(format_accuracy(with_intervals(by_model, intervals) | {"constant guess": floor}, depth_name="hops"))
+    print(format_accuracy(with_intervals(by_model, intervals) | {FLOOR_LABEL: floor}, depth_name="hops"))
     print(f"\nBoth models: the same {summary['steps']} steps on the same data, {summary['seconds']:.0f} s in all.")
     print(f"Picture:   {picture}")
     print(f"Numbers:   {results}")
@@ -90,6 +104,25 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
           f"Curves:    powernap ui --root {folder}")  # fmt: skip
     print('Next:      powernap train --help, and "Your own run" in the README')
     return 0
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raises RecipeError, before anything is built, for what would fail later or take the runs out of the demo's folder."""
+    from powernap.train.recipe_file import RecipeError, load_recipe, parse_overrides
+    from powernap.train.run_folder import flatten
+
+    for key in flatten(parse_overrides(overrides)):
+        for own, option in OWN.items():
+            if key == own or key.startswith(f"{own}."):
+                instead = f"write {option}" if option else "train by yourself: powernap train demo ..."
+                raise RecipeError(f"{key}: the demo sets it itself: {instead}")
+    load_recipe("demo", overrides)
+
+
+def read_evaluation(folder: Path, passes: int) -> dict:
+    """What `powernap eval` found of one of the demo's models; empty if it has not been there."""
+    path = folder / f"N{passes}" / "evaluation.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def powernap(*arguments: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import runs
+from powernap.launch.cli import main
 
 SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=64")
 
@@ -25,6 +26,12 @@ def test_the_demo_from_shards_to_picture(demo):
     assert list(results["accuracy"]) == ["4", "1"]
     assert list(results["accuracy"]["4"]) == ["4"] and list(results["accuracy"]["1"]) == ["1"]  # each at its own N
     assert list(results["accuracy"]["4"]["4"]) == ["1", "2", "3", "4"]
+    assert list(results["floor"]) == list(results["constant_guess"]) == ["1", "2", "3", "4"]
+    assert all(results["floor"][hop] > 0.2 > results["constant_guess"][hop] for hop in results["floor"])
+    for n in ("4", "1"):  # the windows that predict are in the run's folder: no shard is needed for its FLOPs
+        work = json.loads((folder / f"N{n}" / "work.json").read_text())
+        assert work["predicts"] == [False, True, True, True] and list(work["flops_per_step"]) == [n]
+        assert work["task"] == "depo" and work["fields"]["queries"] == 18
     assert results["steps"] == 6 and results["seed"] == 3 and results["seconds"] > 0
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     commands = [line for line in result.stdout.splitlines() if line.startswith("$ powernap ")]
@@ -36,6 +43,26 @@ def test_the_demo_from_shards_to_picture(demo):
     assert json.loads((data / "manifest.json").read_text())["fields"]["nodes"] == 8
     again = runs.powernap("demo", "--seed", "3", *SHORT, cwd=place)
     runs.assert_one_line(again, "results.json exists")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.root=other", "run.root: the demo sets it itself: write --folder"),
+        ("run={seed: 4}", "run.seed: the demo sets it itself: write --seed"),
+        ("sleep.passes=2", "sleep.passes: the demo sets it itself: train by yourself"),
+        ("data.train.mine.shards=a.tar", "data.train.mine.shards: the demo sets it itself"),
+        ("train.stepz=6", "did you mean train.steps?"),
+    ],
+)
+def test_what_the_demo_sets_itself_is_refused_before_anything_is_built(
+    tmp_path, capsys, monkeypatch, override, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", override]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.faults

@@ -48,6 +48,21 @@ def test_without_data_the_last_window_predicts(folder, capsys, monkeypatch):
         assert (found["windows_slept"], found["windows_read"]) == (3, 1)
 
 
+def test_without_data_every_window_predicts_where_the_recipe_says_so(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = ["tiny.yaml", "model.window=6", "sleep.every_window=true", "data.train=nowhere/*.tar"]
+    assert main(["plan", *text, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["windows_assumed"], found["windows_from"]) == (False, "recipe")
+    assert (found["windows_slept"], found["windows_read"], found["segments"]) == (3, 4, 10)
+    assert main(["plan", *text]) == 0
+    assert "as sleep.every_window says" in capsys.readouterr().out
+    assert main(["plan", *text, "--suggest", "--devices", "1", "--json"]) == 0
+    efficient = json.loads(capsys.readouterr().out)[0]
+    assert main(["plan", *text[:2], "data.train=nowhere/*.tar", "--suggest", "--devices", "1", "--json"]) == 0
+    assert efficient["bytes"] > json.loads(capsys.readouterr().out)[0]["bytes"]  # more segments are kept
+
+
 def test_memory_decides(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["plan", "tiny.yaml", "--memory", "80GiB"]) == 0

@@ -14,6 +14,7 @@ from powernap.train.recipe_file import load_recipe, save_recipe
 from powernap.train.report import figures
 from powernap.train.report.runs import differing_fields, group_runs, read_runs
 from powernap.train.report.write import write_report
+from powernap.train.run_folder import RunFolder, work_of
 
 DEPTHS = ("1", "2", "4")
 VOID = {"meta", "link", "br", "path", "use", "line", "rect"}
@@ -53,7 +54,7 @@ def make_run(root, name, *overrides, level=0.9, passes=("1", "4"), evaluated=Tru
         interval = {n: {d: [v - 0.031, v + 0.027] for d, v in by_depth.items()} for n, by_depth in accuracy.items()}
         evaluation = {
             "step": steps, "loss": dict.fromkeys(passes, level / 3), "accuracy": accuracy, "interval": interval,
-            "floor": {d: 0.125 for d in DEPTHS}, "answers": dict.fromkeys(DEPTHS, 600), "sequences": dict.fromkeys(DEPTHS, 90),
+            "floor": {d: 0.125 for d in DEPTHS}, "guesses": {"constant": {d: 0.125 for d in DEPTHS}}, "answers": dict.fromkeys(DEPTHS, 600), "sequences": dict.fromkeys(DEPTHS, 90),
         }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
@@ -156,7 +157,7 @@ def test_seeds_are_a_mean_and_a_range_and_a_single_run_an_interval(written, fold
     groups = Page(written[0]).tables[0]
     levels = [100 * (level / 1.4 - 0.04) for level in (0.95, 0.91, 0.97)]
     names = [row[0] for row in groups]
-    assert names == ["", "sleep", "n1", "new_one", "constant guess"]
+    assert names == ["", "sleep", "n1", "new_one", "surface guess"]
     assert groups[1][2].split() == ["3", "(0,", "1,", "2)"]
     assert groups[1][1].split() == [f"{sum(levels) / 3:.1f}", f"{min(levels):.1f}–{max(levels):.1f}"]
     assert groups[2][1].split()[1].startswith("[")
@@ -170,6 +171,35 @@ def test_cost_is_counted_from_recipe_and_metrics(tmp_path):
     assert run.flops == 20 * one + 20 * four and one < four
     assert run.seconds == 20 and run.tokens_per_second == 3408 / 0.5
     assert run.parameters == 110_824 and run.peak_memory == 10**9
+
+
+def test_a_runs_flops_are_those_it_wrote_down_wherever_its_shards_are(tmp_path, monkeypatch):
+    """They were looked for from the folder that the report is called in: 43.3G or 24.0G for the same demo."""
+    run = make_run(tmp_path, "mine", "data.train=data/demo/train-*.tar", evaluated=False)
+    recipe = load_recipe("demo")
+    at_start = [False, True, True, True]
+    RunFolder(run).write_work(work_of(recipe, at_start) | {"task": "depo", "fields": {"nodes": 8}})
+    found = []
+    for place in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(place)
+        (read,) = read_runs([run])
+        found.append((read.step_flops(4), read.windows_known, read.task, read.fields(with_task=True)["task.nodes"]))
+    assert found == [(step_flops(recipe, cut(recipe, at_start)), True, "depo", 8)] * 2
+    assert found[0][0] < step_flops(recipe, cut(recipe))  # where the windows of answers would be slept on
+    RunFolder(run).work.unlink()  # as an older version left it
+    (read,) = read_runs([run])
+    assert (read.step_flops(4), read.windows_known) == (step_flops(recipe, cut(recipe)), False)
+    files = write_report([run], tmp_path / "report")
+    assert "FLOPs of mine assume that only the last window predicts" in files[1].read_text()
+
+
+def test_an_evaluation_whose_floor_is_a_constant_only_is_reported(tmp_path):
+    run = make_run(tmp_path, "old")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["guesses"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = write_report([run], tmp_path / "report")[1].read_text()
+    assert "evaluated by an older version, whose surface guess is the best constant only" in text
 
 
 def test_groups_are_runs_of_one_recipe(folders):

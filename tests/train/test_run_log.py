@@ -4,10 +4,15 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import runs
+from powernap.train.recipe_file import load_recipe
+from powernap.train.run_folder import RunFolder
+from powernap.train.run_log import RunLog
+from powernap.train.tracking import NullTracker
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,28 @@ def on_a_terminal(command, folder):
         shown += piece
     assert process.wait(60) == 0, shown
     return shown.decode()
+
+
+def test_the_first_step_is_left_out_of_the_estimate(tmp_path, monkeypatch):
+    """A first step of 100 s and 49 more of a second each: once 1:21:40 were left after it, and 7:16 after ten."""
+    recipe = load_recipe("demo", ["train.steps=50", "train.log_every=10", f"run.root={tmp_path}"])
+    run, clock = RunFolder(recipe.run_folder), [0.0]
+    run.create(recipe)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("powernap.train.run_log.Tracker", lambda *_: NullTracker())
+    left = {}
+    with RunLog(recipe, run, SimpleNamespace(is_main=True), None) as log:
+        for step in range(1, 51):
+            clock[0] += 100 if step == 1 else 1
+            log.step(step, {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens": 10, "seconds": 1.0})
+            bar = log._bar.format_dict
+            rate = bar["rate"] or (bar["n"] - bar["initial"]) / bar["elapsed"] if bar["elapsed"] else None
+            left[step] = rate and (bar["total"] - bar["n"]) / rate
+    assert not left[1] and left[2] == pytest.approx(48) and left[10] == pytest.approx(40)
+    lines = [line for line in (run.logs / "train.log").read_text().splitlines() if "grad norm" in line]
+    assert [line.split("tokens/s  ")[1] for line in lines] == ["first step", *(f"{s} left" for s in ("0:40", "0:30", "0:20", "0:10", "0:00"))]  # fmt: skip
 
 
 def test_a_terminal_gets_a_bar_and_no_step_lines(folder):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from powernap.model.config import LARGEST, Section
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.text import Text
-from powernap.train.tasks.sample import PAD, Sample
+from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 
 MANIFEST = "manifest.json"
 # What is read of it again, and the types; all may be missing.
@@ -53,6 +53,7 @@ class TaskSource:
     def about(self) -> dict[str, Any]:
         return {
             "task": self.name,
+            "generator": GENERATOR,
             "fields": self.task.model_dump(mode="json"),
             "seed": self.seed,
             "samples_per_shard": self.samples_per_shard,
@@ -139,6 +140,8 @@ def build_task(
             raise DataError(f"--{option}={value}: write 1 or more")
     if seed < 0:
         raise DataError(f"--seed={seed}: write 0 or more")
+    for held_out in (False, True):  # sizes that allow no sample are reported before any process starts
+        task.sample(np.random.default_rng(seed), held_out)
     counts = {"train": train_samples, "test": test_samples}
     build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers)
 

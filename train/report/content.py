@@ -15,6 +15,7 @@ from powernap.train.report.figures import (
     styles_of,
 )
 from powernap.train.report.runs import Group, ReportedRun, Share, differing_fields
+from powernap.train.tables import FLOOR_LABEL
 
 DEPTH_NAMES = {"depo": "hops", "rule110": "steps", "gsm": "operations"}
 DEEPEST = 2  # depths that get a figure over N
@@ -91,6 +92,13 @@ def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:
                     f"powernap eval {run.path}",
                 )
             )
+        if run.depths and "guesses" not in run.evaluation:
+            found.append(
+                (
+                    f"{run.path}: evaluated by an older version, whose {FLOOR_LABEL} is the best constant only.",
+                    f"powernap eval {run.path}",
+                )
+            )
         if run.steps < run.recipe.train.steps:
             found.append((f"{run.path}: {run.steps:,} of {run.recipe.train.steps:,} steps done.", ""))
     return found
@@ -118,7 +126,7 @@ def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: St
         ])  # fmt: skip
     for depth in deepest:
         floors = [floor for group in groups if (floor := group.floor(depth))]
-        rows.append([Cell("constant guess"), _floor_cell(floors), *[Cell("")] * (len(columns) - 2)])
+        rows.append([Cell(FLOOR_LABEL), _floor_cell(floors), *[Cell("")] * (len(columns) - 2)])
     caption = (
         f"Each read with the N it was trained with, the largest of several. {INTERVAL} {SEEDS}" if deepest else SEEDS
     )
@@ -158,7 +166,7 @@ def _answers(groups: list[Group], depths: list[str], depth_name: str, styles: St
         for n in group.all_passes
     ]
     floors = [_floor_cell([f for g in evaluated if (f := g.floor(depth))]) for depth in depths]
-    rows.append([Cell("constant guess"), Cell(""), *floors, Cell("")])
+    rows.append([Cell(FLOOR_LABEL), Cell(""), *floors, Cell("")])
     caption = (
         f"Percent of answers right, by {depth_name} and the N read with. {INTERVAL} {SEEDS} Loss is per loss token."
     )
@@ -177,7 +185,7 @@ def _every_run(groups: list[Group], depths: list[str], columns: list[str]) -> Ta
             for n in alone.all_passes
         ]
         floors = [_floor_cell([floor] if (floor := alone.floor(depth)) else []) for depth in depths]
-        rows.append([Cell("its constant guess"), Cell(""), *floors, Cell("")])
+        rows.append([Cell(f"its {FLOOR_LABEL}"), Cell(""), *floors, Cell("")])
     return Table(columns, rows, f"Percent of answers right. {INTERVAL}", summary="Every run by itself")
 
 
@@ -222,7 +230,8 @@ def _cost(groups: list[Group]) -> Section:
     ]
     if guessed:
         paragraphs.append(
-            f"FLOPs of {', '.join(guessed)} assume that only the last window predicts: the shards are not here."
+            f"FLOPs of {', '.join(guessed)} assume that only the last window predicts: an older version did not write them "
+            "down, and the shards are not found from this folder."
         )
     return Section("Cost", paragraphs, tables=[Table(columns, rows)])
 
@@ -274,7 +283,7 @@ def _percent(group: Group, passes: str, depth: str) -> Cell:
 
 
 def _floor_cell(floors: list[Share]) -> Cell:
-    """The constant guess, as a range where the tests differ."""
+    """The best surface guess, as a range where the tests differ."""
     if not floors:
         return Cell("-")
     low, high = (f"{100 * end:.1f}" for end in (min(f.low for f in floors), max(f.high for f in floors)))

@@ -10,13 +10,14 @@ from pathlib import Path
 from powernap.parallel.plan import in_units
 from powernap.train.pictures import share_axis, smooth
 from powernap.train.report.runs import Group, Share
+from powernap.train.tables import FLOOR_LABEL
 
 # At least 3.8:1 against white and against the dark page; with markers and dashes, for who cannot tell them apart.
 COLORS = ("#2f7fd0", "#d4600f", "#1a8f63", "#9a5fc4", "#cf4a5f", "#0f8b9a", "#96771a", "#c2549c")
 MARKERS = "osD^vPX*"
 DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 INK = "#1b2127"  # text and axes; in the page, the colour of its text
-FLOOR, FLOOR_LABEL = "#7a7f87", "constant guess"
+FLOOR = "#7a7f87"
 BAND = 0.16  # opacity
 
 Styles = dict[str, dict]  # group -> how matplotlib draws it
@@ -202,7 +203,7 @@ def _line(axes, places, shares: list[Share | None], style: dict, width: float = 
 
 
 def _floor(groups: list[Group], depth: str) -> float:
-    """The constant guess, the mean where the groups' tests differ."""
+    """The best surface guess, the mean where the groups' tests differ."""
     found = [floor.mean for group in groups if (floor := group.floor(depth))]
     return sum(found) / len(found)
 

@@ -15,10 +15,8 @@ from powernap.parallel.work import cut, step_flops
 from powernap.train.check_data import predicting_windows
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError
-from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.shards import MANIFEST
 from powernap.train.metrics import read_metrics
-from powernap.train.run_folder import FREE_ON_RESUME, RunFolder, flatten
+from powernap.train.run_folder import FREE_ON_RESUME, RunFolder, first_manifest, flatten
 
 # Fields in which the runs of a group may differ: names and places, the seed, and what changes no number.
 OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}
@@ -46,7 +44,8 @@ class ReportedRun:
         self.recipe: Recipe = folder.recipe()
         self.metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         self.origin = _read_json(folder.origin) or {}
-        self.manifest = _manifest(self.recipe)
+        self.work = _read_json(folder.work) or {}
+        self.manifest = self.work if self.work.get("task") else first_manifest(self.recipe)
         self.evaluation = _read_json(folder.evaluation)
         if self.evaluation and "interval" not in self.evaluation:
             self.evaluation = None  # written before there were any
@@ -88,8 +87,8 @@ class ReportedRun:
 
     @cached_property
     def windows_known(self) -> bool:
-        """Whether the shards are here, which say what windows predict; else it is taken that only the last one does."""
-        return self._predicts is not None
+        """Whether the run wrote down its FLOPs, or shards or recipe say what windows predict; else only the last one does."""
+        return bool(self.work) or self._predicts is not None or self.recipe.sleep.every_window
 
     @cached_property
     def _predicts(self) -> list[bool] | None:
@@ -99,7 +98,9 @@ class ReportedRun:
             return None
 
     def step_flops(self, passes: int) -> int:
-        """Training FLOPs of a step with N = `passes`."""
+        """Training FLOPs of a step with N = `passes`, as the run wrote them down; of an older run from recipe and shards."""
+        if known := self.work.get("flops_per_step", {}).get(str(passes)):
+            return known
         sleep = self.recipe.sleep.model_copy(update={"passes": passes})
         recipe = self.recipe.model_copy(update={"sleep": sleep})
         return step_flops(recipe, cut(recipe, self._predicts))
@@ -241,16 +242,6 @@ def _common_name(names: list[str]) -> str:
 
 def _compared(field: str) -> bool:
     return field not in OF_ONE_RUN and not re.fullmatch(r"data\.train\..*\.shards", field)
-
-
-def _manifest(recipe: Recipe) -> dict | None:
-    """What the builder of the shards left beside them."""
-    try:
-        first = local_path(expand_shards(next(iter(recipe.data.datasets.values()))[0])[0])
-    except DataError:
-        return None
-    found = _read_json(first.parent / MANIFEST) if first else None
-    return found if found and "task" in found else None
 
 
 def _read_json(path: Path) -> dict | None:

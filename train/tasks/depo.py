@@ -11,16 +11,18 @@ destination, so that a single attention layer can tell the ends of an edge apart
     [pad ...] source destination  source destination ...  | [hop k] source source  [hop k] source source ...
     one window of L >= 2 * nodes tokens, a multiple of 3  | 3 * queries tokens: no question straddles two windows
 
-The loss is on the answers only.
+No question is asked twice in a sequence: of `queries` up to n all starts differ, as in PhysicsLM4's generator, and where
+there are more a start comes back with another hop. The loss is on the answers only.
 """
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.model.config import Section
-from powernap.train.tasks.sample import PAD, Sample, draw_problem
+from powernap.train.tasks.sample import PAD, Candidates, Sample, TaskError, draw_problem
 
 Word = tuple[int, ...]  # the tokens of a name
 
@@ -31,7 +33,12 @@ class Depo(Section):
     nodes: int = Field(75, ge=3, description="most nodes of a cycle")
     min_nodes: int | None = Field(None, ge=3, description="fewest nodes of a cycle; null: always `nodes`")
     max_hop: int = Field(16, ge=1, description="k is drawn from 1 .. max_hop")
-    queries: int = Field(10, ge=1, description="questions per cycle")
+    queries: int = Field(10, ge=1, description="questions per cycle, no (start, hop) twice")
+    lengths: Literal["uniform", "short"] = Field(
+        "uniform",
+        description="nodes n of a training cycle. uniform: from min_nodes to `nodes`; short: PhysicsLM4's, p ~ 1/(n + "
+        "sqrt(nodes)) from min_nodes (3) to `nodes`, hops go round the cycle, and a test cycle always has `nodes`",
+    )
     names: Literal["words", "ends"] = Field("words", description="words: 1-2 tokens a node; ends: one token an end")
     alphabet: int = Field(50, ge=1, description="plain tokens that words are made of, and as many marked ones")
 
@@ -39,7 +46,7 @@ class Depo(Section):
     def _sizes_fit(self) -> Self:
         if self.fewest_nodes > self.nodes:
             raise ValueError(f"min_nodes={self.min_nodes} must not exceed nodes={self.nodes}")
-        if self.max_hop >= self.fewest_nodes:
+        if self.lengths == "uniform" and self.max_hop >= self.fewest_nodes:
             field = "nodes" if self.min_nodes is None else "min_nodes"
             raise ValueError(
                 f"max_hop={self.max_hop} must be below {field}={self.fewest_nodes}, or it goes round the whole cycle"
@@ -57,7 +64,7 @@ class Depo(Section):
 
     @property
     def fewest_nodes(self) -> int:
-        return self.min_nodes or self.nodes
+        return self.min_nodes or (self.nodes if self.lengths == "uniform" else 3)
 
     @property
     def vocab_size(self) -> int:
@@ -86,8 +93,21 @@ class Depo(Section):
         return f"[hop {hop}]" if hop <= self.max_hop else "[ans]"
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """A cycle that belongs to the test (`held_out`) or to the training, with random questions."""
-        cycle = draw_problem(lambda: self._draw_cycle(rng), _canonical, held_out, f"depo with nodes={self.nodes}")
+        """A cycle that belongs to the test (`held_out`) or to the training, with random questions.
+
+        Raises:
+            TaskError: if there are fewer different questions than `queries`: no check of the fields, since shards that
+                repeat questions were built once, and are read with them.
+        """
+        questions = self.fewest_nodes * self.max_hop
+        if self.queries > questions:
+            raise TaskError(
+                f"queries={self.queries} exceed the {questions} different questions of {self.fewest_nodes} nodes with "
+                f"max_hop={self.max_hop}: write queries={questions} or fewer"
+            )
+        cycle = draw_problem(
+            lambda: self._draw_cycle(rng, held_out), _canonical, held_out, f"depo with nodes={self.nodes}"
+        )
         n = len(cycle)
         tokens = np.full(self.sequence_length, PAD, dtype=np.int32)
         loss_mask = np.zeros(self.sequence_length, dtype=bool)
@@ -98,9 +118,7 @@ class Depo(Section):
         tokens[self.context_length - len(context) : self.context_length] = context
 
         position = self.context_length
-        hops = rng.integers(1, self.max_hop + 1, size=self.queries)
-        starts = rng.integers(n, size=self.queries)
-        for hop, start in zip(hops.tolist(), starts.tolist(), strict=True):
+        for start, hop in self._draw_questions(n, rng):
             answer = cycle[(start + hop) % n]
             question = (self._first_hop + hop - 1, *cycle[start], *self._answer_mark)
             first, stop = position + len(question), position + len(question) + len(answer)
@@ -109,6 +127,50 @@ class Depo(Section):
             answers.append((first, stop, hop))
             position = stop
         return Sample(tokens, loss_mask, np.array(answers, dtype=np.int32))
+
+    def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
+        """Any node that no question before, taken one at a time, rules out; the one that such a question gives away.
+
+        A question with its answer says how far apart two nodes are, which rules the one out at every other distance from
+        the other, and all others at that distance. What only several of them together say is not used.
+        """
+        tokens = sample.tokens.tolist()
+        nodes = set(self._names(tokens[: self.context_length]))
+        known: list[tuple[Word, Word, int]] = []  # from, to, edges between them
+        guesses = []
+        for start, stop, hop in sample.answers.tolist():
+            asked, answer = self._asked(tokens, start), tuple(tokens[start:stop])
+            distance = hop % len(nodes)
+            out, given = set() if distance == 0 else {asked}, {asked} if distance == 0 else set()
+            for one, other, apart in known:
+                if one == asked:
+                    (given if apart == distance else out).add(other)
+                elif apart == distance:
+                    out.add(other)
+            guesses.append(sorted(given or nodes - out))
+            known += [(asked, answer, distance), (answer, asked, -hop % len(nodes))]
+        return {"not ruled out": guesses}
+
+    def _names(self, context: list[int]) -> Iterator[Word]:
+        """Every name of the edges, as a source."""
+        if self.names == "ends":
+            yield from ((token,) for token in context if PAD < token <= self.nodes)
+            return
+        word: list[int] = []
+        for token in context:
+            if token != PAD:
+                word.append(token)
+            if token > self.alphabet:  # marked: the last of a word
+                yield tuple(word)
+                word = []
+
+    def _asked(self, tokens: list[int], answer: int) -> Word:
+        """The start node of the question whose answer begins at `answer`."""
+        stop = answer - len(self._answer_mark)
+        start = stop - 1
+        while tokens[start - 1] < self._first_hop:
+            start -= 1
+        return tuple(tokens[start:stop])
 
     # Token ids: pad, then
     #   words: 1 .. alphabet plain, as many marked, the hops, [ans]
@@ -125,12 +187,28 @@ class Depo(Section):
     def _as_destination(self, name: Word) -> Word:
         return name if self.names == "words" else (name[0] + self.nodes,)
 
-    def _draw_cycle(self, rng: np.random.Generator) -> list[Word]:
+    def _draw_cycle(self, rng: np.random.Generator, held_out: bool) -> list[Word]:
         """Names in the order of the cycle, as sources."""
-        n = int(rng.integers(self.fewest_nodes, self.nodes + 1))
+        n = self._draw_length(rng, held_out)
         if self.names == "words":
             return self._draw_words(n, rng)
         return [(int(node),) for node in 1 + rng.permutation(self.nodes)[:n]]
+
+    def _draw_length(self, rng: np.random.Generator, held_out: bool) -> int:
+        if self.lengths == "uniform":
+            return int(rng.integers(self.fewest_nodes, self.nodes + 1))
+        if held_out:
+            return self.nodes
+        lengths = np.arange(self.fewest_nodes, self.nodes + 1)
+        weights = 1 / (lengths + self.nodes**0.5)
+        return int(rng.choice(lengths, p=weights / weights.sum()))
+
+    def _draw_questions(self, n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+        """(place of the start in the cycle, hop), none twice; a start comes back when all have been asked as often."""
+        rounds = -(-self.queries // n)
+        starts = np.concatenate([rng.permutation(n) for _ in range(rounds)])[: self.queries]
+        hops = 1 + np.stack([rng.permutation(self.max_hop)[:rounds] for _ in range(n)])  # of each start, by round
+        return [(start, int(hops[start, place // n])) for place, start in enumerate(starts.tolist())]
 
     def _draw_words(self, n: int, rng: np.random.Generator) -> list[Word]:
         """n distinct words in random order; one token and two are equally likely before repeats are thrown away."""

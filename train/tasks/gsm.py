@@ -10,6 +10,8 @@ reader could know what matters, but what it needs is spread over the context in 
 Text is split into words and digits, a token each.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -18,7 +20,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.model.config import Section
-from powernap.train.tasks.sample import PAD, Sample, TaskError, draw_problem
+from powernap.train.tasks.sample import PAD, Candidates, Sample, TaskError, draw_problem
 
 ITEMS = (
     "apples pears plums lemons melons onions carrots beans eggs loaves jars bottles boxes baskets books pencils lamps "
@@ -136,6 +138,24 @@ class Gsm(Section):
         tokens[start - 1 : stop] = reply
         loss_mask[start:stop] = True
         return Sample(tokens, loss_mask, np.array([(start, stop, ops)], dtype=np.int32))
+
+    def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
+        """A number that stands in the text: the first, the last, the commonest, the largest, one beside the thing asked for."""
+        words = [VOCABULARY[token] for token in sample.tokens[: self.context_length] if token != PAD]
+        sentences = " ".join(words).replace("?", ".").split(" . ")
+        asked = re.search(r"\S+ in the \S+", sentences[0].replace("number of ", "").replace("what is the ", ""))
+        numbers = _numbers(" ".join(sentences[1:]))
+        if not numbers or not asked:
+            return {}
+        beside = [number for sentence in sentences[1:] if asked[0] in sentence for number in _numbers(sentence)]
+        guesses = {
+            "first number": numbers[0],
+            "last number": numbers[-1],
+            "commonest number": Counter(numbers).most_common(1)[0][0],
+            "largest number": max(numbers, key=int),
+            "number beside the asked": (beside or numbers)[0],
+        }
+        return {name: [[tuple(_ids([*number, END]))]] * len(sample.answers) for name, number in guesses.items()}
 
     def _draw(self, ops: int, rng: np.random.Generator) -> tuple[list[str], int]:
         """Question and statements as words, and the answer."""
@@ -277,6 +297,11 @@ _NUMBERS = {word: number for number, word in enumerate(VOCABULARY)}
 LONGEST = max(
     len(template.format(x="x " * 4, a="a " * 4, b="b " * 4, n="n " * 4).split()) for template in _all_templates()
 )
+
+
+def _numbers(text: str) -> list[str]:
+    """Every number of a text whose digits stand apart."""
+    return [number.replace(" ", "") for number in re.findall(r"\b\d(?: \d)*\b", text)]
 
 
 def _ids(words: list[str]) -> list[int]:

@@ -3,19 +3,22 @@
     row row row row            | [steps t] bit bit bit bit
     rows windows of L = width  | the answer window begins with a query token, so that no row's window holds a label
 
-The loss is on the answer bits.
+The loss is on the answer bits. A label rests on its own row alone, so each row by itself belongs to the training or to the
+test: no test row stands in any training sample.
 """
 
+from functools import lru_cache
 from typing import Annotated, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.model.config import Section
-from powernap.train.tasks.sample import Sample, draw_problem
+from powernap.train.tasks.sample import Candidates, Sample, draw_problem
 
 FIRST_BIT = 1  # token of bit 0; bit 1 is the next
 FIRST_QUERY = 3
+MOST_CELLS = 2**21  # of the rows that a guess is counted on
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -64,13 +67,17 @@ class Rule110(Section):
         return str(token - FIRST_BIT) if token >= FIRST_BIT else "[pad]"
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """Rows that belong to the test (`held_out`) or to the training."""
-        cells = draw_problem(
-            lambda: rng.integers(2, size=(self.rows, self.width), dtype=np.int32),
-            np.ravel,
-            held_out,
-            f"rule110 with rows={self.rows} width={self.width}",
-        )
+        """Rows that all belong to the test (`held_out`) or all to the training."""
+        rows = [
+            draw_problem(
+                lambda: rng.integers(2, size=self.width, dtype=np.int32),
+                lambda row: row,
+                held_out,
+                f"rule110 with width={self.width}",
+            )
+            for _ in range(self.rows)
+        ]
+        cells = np.stack(rows)
         choice = int(rng.integers(len(self.step_choices)))
         steps = self.step_choices[choice]
         answer = after(cells, steps)[:, 0]
@@ -80,6 +87,34 @@ class Rule110(Section):
         start, stop = self.context_length + 1, self.sequence_length
         loss_mask[start:stop] = True
         return Sample(tokens.astype(np.int32), loss_mask, np.array([(start, stop, steps)], dtype=np.int32))
+
+    def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
+        """The likeliest bit, where one cell of a row, the one that says most, is looked at."""
+        cells = sample.tokens[: self.context_length].reshape(self.rows, self.width) - FIRST_BIT
+        guesses = []
+        for _, _, steps in sample.answers.tolist():
+            cell, bits = _best_cell(self.width, steps)
+            guesses.append([tuple(FIRST_BIT + bits[bit] for bit in cells[:, cell].tolist())])
+        return {"likeliest bit after one cell": guesses}
+
+
+@lru_cache(maxsize=64)
+def _best_cell(width: int, steps: int) -> tuple[int, tuple[int, int]]:
+    """The cell of a row that says most about its first bit after `steps`, and the likelier bit where it is 0 and where 1.
+
+    Counted on all rows, or on random ones where these are too many.
+    """
+    if width * 2**width <= MOST_CELLS:
+        rows = np.arange(2**width)[:, None] >> np.arange(width) & 1
+    else:
+        rows = np.random.default_rng(0).integers(2, size=(MOST_CELLS // width, width))
+    rows = rows.astype(np.uint8)
+    ends = after(rows, steps)[:, 0]
+    ones = np.stack([ends[rows[:, cell] == value].mean() for value in (0, 1) for cell in range(width)]).reshape(
+        2, width
+    )
+    cell = int(np.maximum(ones, 1 - ones).sum(axis=0).argmax())
+    return cell, (int(ones[0, cell] > 0.5), int(ones[1, cell] > 0.5))
 
 
 def after(cells: np.ndarray, steps: int) -> np.ndarray:

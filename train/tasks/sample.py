@@ -10,10 +10,14 @@ import numpy as np
 from powernap.model.errors import PowernapError
 
 PAD = 0
+GENERATOR = 2  # raised where the same fields and seed give other samples than before; older shards can still be read
 HELD_OUT_ONE_IN = 5  # a fifth of all problems is never trained on
 MAX_DRAWS = 1000
 
 Problem = TypeVar("Problem")
+
+# Of a surface guess: for each answer of a sample the answers it draws from, each equally likely.
+Candidates = list[list[tuple[int, ...]]]
 
 
 class TaskError(PowernapError):

@@ -66,9 +66,18 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, capsys):
     )
     assert manifest == {
         "task": "depo",
+        "generator": 2,
         "samples_per_shard": 4,
         "asked": {"train": 10, "test": 3},
-        "fields": {"nodes": 6, "min_nodes": None, "max_hop": 3, "queries": 2, "names": "ends", "alphabet": 50},
+        "fields": {
+            "nodes": 6,
+            "min_nodes": None,
+            "max_hop": 3,
+            "queries": 2,
+            "lengths": "uniform",
+            "names": "ends",
+            "alphabet": 50,
+        },
         "seed": 5,
         "vocab_size": 16,
         "sequence_length": 18,
@@ -133,7 +142,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     drawn.clear()
     drawn += [1] * 10
     build_small(tmp_path / "data")
-    assert len(drawn) == 10 + 9  # four samples were there
+    assert len(drawn) == 10 + 9 + 2  # four samples were there; two are drawn to see whether the sizes allow any
     monkeypatch.undo()
     assert bytes_of(tmp_path / "data") == bytes_of(build_small(tmp_path / "whole"), "whole", "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
