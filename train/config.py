@@ -25,7 +25,7 @@ class RunSection(Section):
     )
     # MLflow's database lies there, and ? and % would mean something else in its address.
     root: SharedPath = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
-    experiment: str = Field("powernap", min_length=1, description="MLflow experiment")
+    experiment: str = Field("powernap", min_length=1, max_length=500, description="MLflow experiment")
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
 
 

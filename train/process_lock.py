@@ -14,11 +14,11 @@ class ProcessLock:
         self._lock = FileLock(path)
         self._held = False
 
-    def acquire(self) -> bool:
-        """Whether it is held now; never waits."""
+    def acquire(self, timeout: float = 0.0) -> bool:
+        """Whether it is held now; waits at most `timeout` seconds for the process that holds it."""
         if not self._held:
             try:
-                self._lock.acquire(blocking=False)
+                self._lock.acquire(timeout=timeout, blocking=timeout > 0)
             except Timeout:
                 return False
             except (OSError, NotImplementedError):

@@ -71,6 +71,10 @@ class Spool:
         """The first record of type "start", which says which MLflow run all belong to."""
         return next((line.record for line in self.read() if line.record["type"] == "start"), None)
 
+    def experiment(self) -> str:
+        """What the newest record of type "start" says: a run may be resumed into another experiment."""
+        return [line.record["experiment"] for line in self.read() if line.record["type"] == "start"][-1]
+
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -90,26 +94,37 @@ class Position:
 
     Attributes:
         delivered: bytes from the start of the spool.
-        aside: starts of lines before that which MLflow would not take.
+        aside: starts of lines before that which wait, each with the reason, such as an artifact whose store was away.
+        refused: starts of lines before that which MLflow will never take, each with the reason.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "mlflow_spool.position"
-        self.delivered, self.aside = 0, []
+        self.delivered = 0
+        self.aside: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
         with suppress(
             OSError, ValueError, KeyError, TypeError
         ):  # none yet: what is delivered twice does not appear twice
             found = json.loads(self._path.read_text())
             # After a power failure the spool may have lost lines that had been delivered.
             self.delivered = min(found["delivered"], (folder / SPOOL).stat().st_size)
-            self.aside = found["aside"]
+            if isinstance(found["aside"], list):  # as earlier versions wrote it, without reasons
+                found["aside"] = dict.fromkeys(found["aside"], "MLflow did not take it")
+            self.aside = {int(start): reason for start, reason in found["aside"].items()}
+            self.refused = {int(start): reason for start, reason in found.get("refused", {}).items()}
 
-    def set(self, delivered: int, aside: list[int]) -> None:
-        self.delivered, self.aside = delivered, aside
+    def save(self) -> None:
         new = self._path.with_name(self._path.name + ".tmp")
         with suppress(OSError):  # a full disk: this process knows, and the next one delivers some records twice
-            new.write_text(json.dumps({"delivered": delivered, "aside": aside}) + "\n")
+            found = {"delivered": self.delivered, "aside": self.aside, "refused": self.refused}
+            new.write_text(json.dumps(found) + "\n")
             os.replace(new, self._path)
+
+    def reset(self) -> None:
+        """Nothing is delivered yet: MLflow does not have this run."""
+        self.delivered, self.aside, self.refused = 0, {}, {}
+        self.save()
 
 
 def delivery_lock(folder: Path) -> ProcessLock:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from powernap.model.errors import PowernapError
 from powernap.train.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.metrics import to_json
 from powernap.train.run_folder import flatten
@@ -68,7 +69,8 @@ class Tracker(NullTracker):
     ) -> None:
         self._given_folder = run_folder
         self._folder = Path(os.path.abspath(run_folder))
-        self._told_write_error = self._told_failure = False
+        self._told_write_error = False
+        self._told: set[str] = set()  # failures
         self._failure: str | None = None  # why what waits now waits
         self._spool = Spool(self._folder)
         self._delivery = Delivery(self._folder)
@@ -114,9 +116,12 @@ class Tracker(NullTracker):
             self._spool.close()
             self._closing.set()
         self._thread.join(timeout)
-        waiting = self._delivery.waiting()
+        waiting, refused = self._delivery.waiting(), self._delivery.refused()
+        if refused:
+            logger.warning("MLflow refused %d records of this run, which it will not get: %s", len(refused), refused[0])
         if waiting:
-            why = self._failure or ("not done yet" if self._thread.is_alive() else "some were refused")
+            aside = self._delivery.aside()
+            why = self._failure or ("not done yet" if self._thread.is_alive() or not aside else aside[0])
             logger.warning(
                 "%d records of this run wait for MLflow: `powernap sync %s` delivers them (%s)",
                 waiting,
@@ -155,10 +160,11 @@ class Tracker(NullTracker):
         try:
             self._delivery.deliver(again=closing)
         except Exception as error:
-            if not self._told_failure:
-                self._told_failure = True
-                logger.warning("tracking to MLflow failed, training goes on and records wait: %s", one_line(error))
             self._failure = one_line(error)
+            # A library's error may name something else each time; ours say what to do.
+            if not self._told or isinstance(error, PowernapError) and self._failure not in self._told:
+                logger.warning("tracking to MLflow failed, training goes on and records wait: %s", self._failure)
+            self._told.add(self._failure)
             return False
         self._failure = None
         return True

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from powernap.launch.commands.arguments import path, whole
 
+END_SECONDS = 10  # between asking the server to end and ending it
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -16,8 +18,63 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    import subprocess
+    import socket
 
+    from powernap.train.delivery import DeliveryError, prepare_mlflow
     from powernap.train.tracking import ui_command
 
-    return subprocess.call(ui_command(options.root, options.port))
+    if not options.root.is_dir():
+        raise DeliveryError(f"--root {options.root}: no such folder")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was in use a minute ago will do
+        try:
+            probe.bind(("127.0.0.1", options.port))
+        except (OSError, OverflowError) as error:
+            raise DeliveryError(f"--port {options.port}: {error}: choose another one") from None
+    prepare_mlflow()
+    from powernap.train.database import prepare_database
+
+    prepare_database(options.root.absolute() / "mlflow.db")
+    return _serve(ui_command(options.root, options.port))
+
+
+def _serve(command: list[str]) -> int:
+    """Run `command` until it ends or a signal asks this process to end; leaves no process of it behind.
+
+    Returns its exit code, or 128 + the signal's number. A signal that this process was started to ignore, as by nohup,
+    stays ignored.
+    """
+    import signal
+    import subprocess
+    import time
+
+    came: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: came.append(number))
+    # A group of its own: the server starts others, which do not all end with it.
+    server = subprocess.Popen(command, process_group=0)
+    while not came and server.poll() is None:
+        time.sleep(0.1)
+    deadline = time.monotonic() + END_SECONDS
+    left = _send(server.pid, signal.SIGTERM)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        server.poll()  # or it stays in its group
+        left = _send(server.pid, 0)
+    _send(server.pid, signal.SIGKILL)
+    code = server.wait()
+    if came:
+        return 128 + came[0]
+    return code if code >= 0 else 128 - code
+
+
+def _send(group: int, number: int) -> bool:
+    """Whether the process group has a process to send the signal to; 0: only ask."""
+    import os
+
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

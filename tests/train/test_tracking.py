@@ -1,28 +1,35 @@
+import contextlib
 import errno
 import json
 import logging
 import os
+import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 
+import runs
 from powernap.launch import cli
 from powernap.train.delivery import sync_run
 from powernap.train.run_folder import flatten
-from powernap.train.tracking import NullTracker, Tracker, ui_command
+from powernap.train.tracking import NullTracker, Tracker
 
 CONFIG = {"run": {"name": "demo"}, "sleep": {"passes": [1, 4], "loop_range": None}, "train": {"steps": 100}}
 
 
 @pytest.fixture
-def run_folder(tmp_path, monkeypatch):
+def run_folder(tmp_path, monkeypatch, whole_database):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "all runs" / "demo"  # a space, as paths may have
     folder.mkdir(parents=True)
+    shutil.copy(whole_database, folder.parent)
     (folder / "config.yaml").write_text("train:\n  steps: 100\n")
     return folder
 
@@ -74,7 +81,7 @@ def test_a_run_arrives_and_a_resumed_one_goes_on_in_it(run_folder, monkeypatch):
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2, 3, 4]
 
 
-def test_the_pages_start_on_loopback_and_show_the_run(run_folder):
+def test_the_pages_show_the_run_on_loopback_and_end_when_asked(run_folder, capfd):
     tracker = Tracker(run_folder, "sleep", CONFIG)
     tracker.log_metrics(1, {"loss": 0.25})
     assert tracker.close() == 0
@@ -82,21 +89,66 @@ def test_the_pages_start_on_loopback_and_show_the_run(run_folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = [*runs.COMMAND, "ui", "--root", str(run_folder.parent), "--port", str(port)]
     with open(run_folder / "server.log", "w") as log:
-        server = subprocess.Popen(ui_command(run_folder.parent, port), stdout=log, stderr=log, cwd=run_folder)
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_folder)
+    started = []
     try:
         run = json.loads(get(server, f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run_id}"))["run"]
         assert run["data"]["metrics"][0]["value"] == 0.25
         config = get(server, f"http://127.0.0.1:{port}/get-artifact?path=config.yaml&run_uuid={run_id}")
         assert config == (run_folder / "config.yaml").read_bytes()
-    finally:
+        assert cli.main(command[len(runs.COMMAND) :]) == 2
+        assert f"--port {port}: " in (error := capfd.readouterr().err) and "choose another one" in error
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert len(started) >= 2  # MLflow's command and its server
         server.terminate()
-        server.wait(20)
+        assert server.wait(30) == 128 + signal.SIGTERM
+        assert not [process for process in started if process.is_running()]
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", port))
+    finally:
+        server.kill()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+SERVE = """
+import sys
+from powernap.launch.commands import ui
+
+ui.END_SECONDS = 0.5
+sys.exit(ui._serve(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_that_the_pages_started_outlives_them(tmp_path, sent):
+    server = "trap '' INT TERM HUP; sleep 100 & echo $$ $! > started; wait"  # which listens to nobody
+    command = [sys.executable, "-c", SERVE, "sh", "-c", server]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "started").exists() and len((tmp_path / "started").read_text().split()) == 2)
+    process.send_signal(sent)
+    assert process.wait(20) == 128 + sent
+    for number in (tmp_path / "started").read_text().split():
+        assert not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_pages_started_by_nohup_outlive_the_terminal_and_a_failure_is_passed_on(tmp_path):
+    server = "echo > started; until [ -e go ]; do sleep 0.02; done; exit 3"
+    command = ["nohup", sys.executable, "-c", SERVE, "sh", "-c", server]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    wait_for((tmp_path / "started").exists)
+    process.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert process.wait(20) == 3
 
 
 def get(server, url):
     """The answer to GET, once the server is up."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
@@ -157,7 +209,7 @@ def test_an_artifact_that_is_missing_costs_only_itself(run_folder, caplog):
     assert tracker.close() == 1
     run = open_client(run_folder).get_run((run_folder / "mlflow_run_id").read_text().strip())
     assert run.data.metrics == {"loss": 0.5}
-    assert "never_written.png" in caplog.text
+    assert "1 records of this run wait for MLflow" in caplog.messages[-1] and "never_written.png" in caplog.messages[-1]
 
 
 def lose_an_answer(monkeypatch, method, number):
@@ -230,17 +282,19 @@ def test_a_refused_record_does_not_hold_up_the_others(run_folder, caplog, capfd)
     tracker = Tracker(run_folder, "sleep", CONFIG | {"odd#key": 1})
     for step in (1, 2, 3):
         tracker.log_metrics(step, {"loss": 0.5, "acc": 0.1} | ({"odd#name": 1.0} if step == 2 else {}))
-    assert tracker.close() == 2  # the parameters and step 2, without what could not be stored
+    assert tracker.close() == 0
+    assert "MLflow refused 2 records of this run" in caplog.messages[-1]  # the parameters and step 2
     client = open_client(run_folder)
     run = client.get_run((run_folder / "mlflow_run_id").read_text().strip())
     assert run.info.status == "FINISHED" and run.data.params["train.steps"] == "100"
     assert "odd#key" not in run.data.params
     for name in ("loss", "acc"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [1, 2, 3]
-    assert caplog.text.count("set aside") == 1 and "odd#" in caplog.text
-    assert cli.main(["sync", str(run_folder)]) == 1
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("powernap: error: ") and "2 records still wait for MLflow: it does not take them" in error
+    assert caplog.text.count("MLflow refuses a record") == 1 and "odd#" in caplog.text
+    assert "wait for MLflow" not in caplog.text
+    assert cli.main(["sync", str(run_folder)]) == 0
+    out = capfd.readouterr().out
+    assert "nothing waits; MLflow refused 2, which it will not get: MlflowException: Invalid" in out
 
 
 def test_a_line_cut_short_by_a_crash_costs_only_itself(run_folder):
