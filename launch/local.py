@@ -6,7 +6,10 @@ say which this one is: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PO
 
 import logging
 import os
+import re
 import signal
+import socket
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -28,29 +31,67 @@ if TYPE_CHECKING:
 MEETING_SECONDS = 900  # for machines that start after each other, such as while one still fetches the image
 
 
+# What ranks that srun started have in common, in the environment: parallel/meeting.py, which imports torch.
+MEETING = "POWERNAP_MEETING"
+
+
 class LaunchError(PowernapError):
     """A layout and the started processes do not fit, in one line."""
 
 
+class MeetingError(LaunchError):
+    """Machines did not find each other: starting them again may help."""
+
+    exit_code = exit_codes.FAILED
+
+
 def already_started() -> bool:
-    """Whether torchrun or srun started this process as one of several; srun's variables are put in torchrun's terms."""
+    """Whether torchrun or srun started this process as one of several; srun's variables are put in torchrun's terms.
+
+    A batch script is one process whatever its job asked for: only srun, which sets SLURM_STEP_*, starts tasks.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if os.environ["WORLD_SIZE"] != "1" and not os.environ.get(name) and MEETING not in os.environ:
+                raise LaunchError(f"{name} is missing: with RANK and WORLD_SIZE set all ranks meet there")
         return True
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if "SLURM_PROCID" not in os.environ or tasks == 1:
         return False
+    names = "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"
     environment = {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0],
-        "MASTER_ADDR": os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
-        # The same port on all nodes, different for jobs that share one.
-        "MASTER_PORT": str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000),
+        "MASTER_ADDR": _first_node(),
+        MEETING: ".".join(os.environ.get(name, "0") for name in names),
     }
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     return True
+
+
+def _first_node() -> str:
+    """Where rank 0 of a step runs; srun itself may have been called elsewhere, such as on a login node."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1" or not nodes:
+        return "127.0.0.1"
+    first = first_host(nodes)
+    try:
+        socket.getaddrinfo(first, None)
+    except OSError:  # known to SLURM alone
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = ["scontrol", "show", "node", "-o", first]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+            if found := re.search(r" NodeAddr=(\S+)", said):
+                return found[1]
+    return first
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes: n[03-05,7],login -> n03"""
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.match(r"(\[[^]]*\]|[^,[])*", nodes)[0])
 
 
 def check_world_size(wanted: int, layout: str) -> None:
@@ -68,6 +109,11 @@ def share_of_this_machine(world_size: int) -> int:
     Raises:
         LaunchError: if the machines cannot meet or do not divide the layout.
     """
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if nodes != "1" and world_size > 1 and not os.environ.get("SLURM_STEP_NUM_TASKS"):
+        raise LaunchError(
+            f"this job has {nodes} nodes, and all {world_size} processes would run here: write srun powernap train"
+        )
     machines = os.environ.get("PET_NNODES", "1")
     if not machines.isdigit() or not int(machines):
         raise LaunchError(f"PET_NNODES={machines}: write how many machines there are")
@@ -95,8 +141,10 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     torchrun ends the others as soon as one fails. SIGTERM, SIGUSR1 and SIGHUP are passed on to all: it is for them to agree
     on a step to stop after. Before they listen, `signals` has what came meanwhile, and nothing is lost by leaving at once.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     processes = share_of_this_machine(world_size)
@@ -146,6 +194,8 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             name = signal.Signals(-failure.exitcode).name
             print(f"powernap: error: rank {rank} was ended by {name}; go on with --resume", file=sys.stderr)
             return 128 - failure.exitcode
+        except (RendezvousError, DistError) as error:
+            raise MeetingError(f"the machines did not meet at {config.rdzv_endpoint}: {error}") from None
         except SignalException as stopped:
             return 128 + stopped.sigval
     return 0

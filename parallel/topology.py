@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from powernap.model.errors import PowernapError
 from powernap.parallel import cpu, exit_codes
 from powernap.parallel.heartbeat import beating
+from powernap.parallel.meeting import MEETING, met
 from powernap.parallel.watchdog import JOINING, Progress, Watchdog
 
 
@@ -157,7 +158,13 @@ def initialize(
     if not dist.is_initialized():
         if not process_group and os.environ.get("WORLD_SIZE") == "1":  # nobody to meet, so no port to lose to others
             process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **process_group)
+        timeout, name = timedelta(seconds=timeout_seconds), os.environ.get(MEETING)
+        if process_group or not name or os.environ.get("MASTER_PORT"):
+            dist.init_process_group(backend, timeout=timeout, **process_group)
+        else:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            with met(name, rank, timeout_seconds) as store:
+                dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor, pipeline, distributed_timeout_minutes=max(1, round(timeout_seconds / 60))
@@ -206,7 +213,7 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     who = partial(describe_rank, tensor_size=tensor, data_size=world_size // (tensor * pipeline))
     progress, watchdog = Progress(), None
-    progress.note("joining the other ranks")
+    progress.note(f"joining the other ranks{meeting_place()}")
     if world_size > 1:
         watchdog = Watchdog(progress, who, rank, world_size, timeout_seconds)
         watchdog.start()
@@ -224,6 +231,9 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
             raise RankLostError(
                 f"{who(rank)}: another rank is gone, and said why if it could; {progress.describe()}"
             ) from None
+        if not progress.joined:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RankLostError(f"{who(rank)}: {progress.describe()}: {reason}") from None
         raise
     except ValueError:  # ours, too
         if world_size == 1:  # left to the interpreter's end, threads of the group may abort the process
@@ -232,6 +242,12 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
     if watchdog:
         watchdog.stop()
     shutdown()
+
+
+def meeting_place() -> str:
+    """For messages: where the ranks of this world meet."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return f" at {address}, port {port or 'to be found'}" if address else ""
 
 
 def shutdown() -> None:

@@ -105,7 +105,11 @@ class Watchdog(threading.Thread):
                     if rank not in reports and store.check([f"stuck/{rank}"]):
                         reports[rank] = json.loads(store.get(f"stuck/{rank}"))
                 time.sleep(0.1)
-        except (RuntimeError, OSError):  # the store lives with one of the ranks, which may be the one that is gone
+        except (
+            RuntimeError,
+            OSError,
+            KeyError,
+        ):  # not met yet; and the store lives with one of the ranks, which may be the one that is gone
             pass
 
     def _explain(self, reports: dict[int, dict]) -> str:

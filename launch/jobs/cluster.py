@@ -34,7 +34,7 @@ class Network(Section):
         None, pattern=r"^[\w.\-^=,]+$", description="network interface of NCCL and gloo, such as ib0; null: they choose"
     )
     nccl: dict[str, str] = Field({}, description="NCCL's settings, such as {NCCL_IB_HCA: mlx5}")
-    port: int | None = Field(None, ge=1024, le=65535, description="where ranks meet; null: by the job's number")
+    port: int | None = Field(None, ge=1024, le=65535, description="where ranks meet; null: drawn, and another if taken")
 
     @field_validator("nccl")
     @classmethod

@@ -234,17 +234,18 @@ def test_a_stopped_run_says_so_and_leaves_nothing_running(folder):
 
 
 def test_srun_is_recognised(monkeypatch):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "POWERNAP_MEETING")
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert not local.already_started()
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+             "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,n[03-04]", "SLURM_STEP_ID": "7",
              "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7", "SLURM_JOB_ID": "12345"}  # fmt: skip
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert local.already_started()
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "10.0.0.7", "22345"]
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "12345.7.0"]
     local.check_world_size(4, "parallel.data=4")
     with pytest.raises(local.LaunchError, match=r"parallel.data=2 needs 2 processes, 4 were started"):
         local.check_world_size(2, "parallel.data=2")
