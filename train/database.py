@@ -71,7 +71,7 @@ def prepare_database(path: Path, ours: bool = True, thorough: bool = False) -> N
     if _judge(path, thorough)[0] != "whole":
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = ProcessLock(path.with_name(path.name + ".lock"))
-        if not lock.acquire(timeout=STILL_SECONDS):
+        if not lock.acquire(timeout=5):
             logger.warning("waiting for another process that prepares %s", path)
             if not lock.acquire(timeout=LOCK_SECONDS):
                 raise DatabaseError(f"{path}.lock: another process has held it for {LOCK_SECONDS:.0f} s")

@@ -24,12 +24,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.delivery import SYNC_ATTEMPTS, DeliveryError, prepare_mlflow, spooled_runs, sync_run
+    from powernap.train.delivery import SYNC_ATTEMPTS, Delivery, DeliveryError, prepare_mlflow, spooled_runs, sync_run
 
     folders = [folder for name in options.runs for folder in spooled_runs(Path(name)) or [run_folder(name)]]
     folders = folders or spooled_runs(ROOT)
     if not folders:
         raise DeliveryError(f"no run below {ROOT}/ has records for MLflow: name a run's folder")
+    # Runs that wait first: what they find broken is mended before the others are looked for in it.
+    folders.sort(key=lambda folder: not Delivery(folder).waiting())
     prepare_mlflow()
     left = False
     ask = True

@@ -100,6 +100,7 @@ def test_checking_a_recipe_does_not_import_torch():
         (["zero.stage=0"], ["zero.stage=0", "use 1"]),
         (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas", "[0, 1)"]),
         (["run.name=a/b"], ["run.name=a/b"]),
+        (["run.experiment=" + 501 * "x"], ["run.experiment=", "at most 500 characters"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -201,6 +201,22 @@ def test_sync_delivers_every_run_again_after_its_database_was_lost(root, capfd, 
     assert set(losses(root)) == {"one"}
 
 
+def test_damage_that_only_writing_meets_is_no_refusal(root):
+    path = root / "mlflow.db"
+    assert run(root, "one") == 0
+    with closing(sqlite3.connect(path)) as database:
+        (page,) = database.execute("select rootpage from sqlite_master where name = 'metrics'").fetchone()
+        (size,) = database.execute("pragma page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    run(root, "two", [0.25])
+    assert cli.main(["sync", str(root)]) == 0
+    assert losses(root) == {"one": [(1, 0.5)], "two": [(1, 0.25)]}
+    assert len(list(root.glob("mlflow.db.broken-*"))) == 1
+    assert '"refused": {}' in read(root / "two" / "mlflow_spool.position")
+
+
 def test_a_database_removed_under_a_run_costs_nothing(root, monkeypatch):
     monkeypatch.setattr("powernap.train.tracking.FLUSH_SECONDS", 0.05)
     tracker = begin(root)
