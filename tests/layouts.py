@@ -123,7 +123,8 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], h
     """The loss of train/trainer.py's step on these micro-batches; gradients stay as they are before ZeRO averages."""
     tokens, loss_mask = (torch.cat([getattr(part, name) for part in own]) for name in ("tokens", "loss_mask"))
     recipe = tiny.recipe(
-        stage,
+        stage.model,
+        stage.sleep,
         case.passes,
         tokens.shape[1],
         train={

@@ -58,12 +58,12 @@ def thin_out(loss_mask: torch.Tensor, seed: int) -> torch.Tensor:
     return thinned
 
 
-def recipe(stage, passes: int, sequence_length: int, **sections: dict) -> Recipe:
-    """A recipe around a stage's model, for what takes a whole one."""
+def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, **sections: dict) -> Recipe:
+    """A recipe around a model, for what takes a whole one."""
     return Recipe(
-        run={"name": "tiny"},
-        model=stage.model,
-        sleep=stage.sleep.model_copy(update={"passes": passes}),
+        run={"name": "tiny", "seed": seed},
+        model=model,
+        sleep=sleep.model_copy(update={"passes": passes}),
         data={"train": "-", "sequence_length": sequence_length},
         **sections,
     )

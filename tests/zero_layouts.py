@@ -113,7 +113,8 @@ def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float
     """Loss and gradient norm of train/trainer.py's own step."""
     tokens, loss_mask = global_batch(case.problem, step)
     recipe = tiny.recipe(
-        stage,
+        stage.model,
+        stage.sleep,
         passes_of(case.problem, step),
         tokens.shape[1],
         train={
