@@ -1,7 +1,9 @@
 """Accuracy by depth: counted again by hand; the table, the JSON and the picture a run gets."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
     truth = {}
 
     def predictions(stage, batch, here):
-        """The truth, except for the first answer of every other sequence and for every answer where N is 3."""
+        """The truth, but for the last token of the first answer of every other sequence and for every answer where N is 3."""
         guess = batch.tokens.clone()
         passes = max(segment.pass_number for segment in batch.segments)
         guess[::2, 14] = 0
@@ -40,17 +42,28 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
         return batch.tokens.sum() * 0.5
 
     monkeypatch.setattr("powernap.train.evaluate.predict", predictions)
-    batches = list(evaluation_batches(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=43))
+
+    def of_two_tokens(*arguments, **options):
+        """The shards' answers with the token before them, which is always right; both bear loss."""
+        for batch in evaluation_batches(*arguments, **options):
+            loss_mask = batch.loss_mask | batch.loss_mask.roll(-1, 1)
+            answers = [answers - np.array([1, 0, 0]) for answers in batch.answers]
+            yield replace(batch, loss_mask=loss_mask, answers=answers)
+
+    monkeypatch.setattr("powernap.train.evaluate.evaluation_batches", of_two_tokens)
+    batches = list(of_two_tokens(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=43))
     by_sequence = {}  # depth -> (asked, right) of each sequence
     for batch in batches:
         for row, answers in enumerate(batch.answers):
             for depth in sorted(set(answers[:, 2].tolist())):
                 starts = answers[answers[:, 2] == depth, 0]
-                counts = (len(starts), int(sum(start != 14 or row % 2 for start in starts)))
+                counts = (len(starts), int(sum(start != 13 or row % 2 for start in starts)))
                 by_sequence.setdefault(str(depth), []).append(counts)
-            for start, _, depth in answers.tolist():
+            for start, stop, depth in answers.tolist():
                 right, asked, kinds = truth.setdefault(depth, [0, 0, []])
-                truth[depth] = [right + (start != 14 or row % 2), asked + 1, [*kinds, int(batch.tokens[row, start])]]
+                truth[depth] = [
+                    right + (start != 13 or row % 2), asked + 1, [*kinds, tuple(batch.tokens[row, start:stop].tolist())]
+                ]  # fmt: skip
     result = evaluate(stage, recipe, [2, 3], 43, here)
     assert result.accuracy["2"] == {str(d): pytest.approx(r / n) for d, (r, n, _) in sorted(truth.items())}
     assert set(result.accuracy["3"].values()) == {0.0}
