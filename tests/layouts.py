@@ -14,6 +14,7 @@ import torch.distributed as dist
 import tiny
 from powernap.model.config import GATED_DELTA_NET, SleepConfig
 from powernap.model.fast_weights import detach
+from powernap.model.health import FastWeightHealth
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
@@ -54,7 +55,7 @@ def compare(case: Case, **process_group) -> dict:
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
     scale = case.data / loss_tokens if case.unequal else 0.37 / case.data  # ZeRO averages, here ranks are added up
-    loss, expected, predictions, left = one_process(case, model, sleep, batches, scale)
+    loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
     stage = build(model, sleep, here.groups, blocks, case.sequence)
@@ -65,7 +66,10 @@ def compare(case: Case, **process_group) -> dict:
             batch.memory = None if lost else own_memory(batch.memory, stage, here)
     with broken(case.broken):
         if case.unequal:
-            own_loss = train_step(case, stage, own, here) * loss_tokens
+            metrics = train_step(case, stage, own, here)
+            own_loss = metrics["loss"] * loss_tokens
+            reference = health[here.data_rank]  # of this model's first micro-batch
+            watched = max(abs(metrics[name] / value - 1) for name, value in reference.items())
         else:
             own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
             schedule.sum_shared_gradients(stage, here)
@@ -93,6 +97,8 @@ def compare(case: Case, **process_group) -> dict:
         "predictions": torch.equal(read, predictions[here.data_rank][0]),
         "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
         "carried": carried,
+        "health": watched if case.unequal else 0.0,
+        "counted": trainer.count_parameters(stage, here) / sum(gradient.numel() for gradient in expected.values()),
         "parameters": len(list(stage.parameters())),
     }
     topology.shutdown()
@@ -119,8 +125,8 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     return schedule.MicroBatch(segments, tokens, loss_mask, memory)
 
 
-def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], here) -> float:
-    """The loss of train/trainer.py's step on these micro-batches; gradients stay as they are before ZeRO averages."""
+def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], here) -> dict:
+    """The metrics of train/trainer.py's step on these micro-batches; gradients stay as they are before ZeRO averages."""
     tokens, loss_mask = (torch.cat([getattr(part, name) for part in own]) for name in ("tokens", "loss_mask"))
     recipe = tiny.recipe(
         stage.model,
@@ -138,7 +144,7 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], h
     )
     batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [])
     metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, here), batch, 1, here)
-    return metrics["loss"]
+    return metrics
 
 
 class NoOptimizer:
@@ -170,21 +176,23 @@ def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
-    """Loss, gradients by name, predictions and memory left of the loop on rank 0 alone, on all ranks."""
+    """Loss, gradients by name, predictions, memory left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], topology.alone()
     if dist.get_rank() == 0:
         stage = build(model, sleep, groups)
-        losses, predictions, left = [], [], []
+        losses, predictions, left, healths = [], [], [], []
         for batch in batches:
+            health = FastWeightHealth(stage)
             output = sleep_and_predict(
-                stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True
+                stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True, health=health
             )
+            healths.append(health.summary())
             (output.loss * scale).backward()
             losses.append(output.loss.item())
             predictions.append((output.predictions, output.loss.item()))
             left.append(detach(output.memory))
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
-        found = [(sum(losses), gradients, predictions, left)]
+        found = [(sum(losses), gradients, predictions, left, healths)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

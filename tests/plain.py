@@ -76,7 +76,8 @@ def loss(logits, tokens, loss_mask):
 
 
 def logits(stage, x):
-    return F.linear(norm(x, stage.decoder.final_layernorm, stage.model), stage.output_layer.weight)
+    head = stage.embedding if stage.model.tie_embeddings else stage.output_layer
+    return F.linear(norm(x, stage.decoder.final_layernorm, stage.model), head.weight)
 
 
 def norm(x, layer, model):

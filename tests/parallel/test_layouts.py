@@ -67,6 +67,7 @@ CASES = {
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
     "DP2, unequal loss tokens": Case(data=2, micro_batches=2, unequal=True),
+    "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, micro_batches=2, unequal=True),
 }
 WIDE = {
@@ -145,5 +146,6 @@ def assert_exact(case: Case, results: list[dict]) -> None:
         assert result["loss"] < bound
         assert result["gradient"]["error"] < bound, result["gradient"]["name"]
         assert result["predictions"] and result["read_loss"] < bound
-        assert result["carried"] < bound
+        assert result["carried"] < bound and result["health"] < bound
+        assert result["counted"] == 1
         assert result["parameters"] > 0
