@@ -4,6 +4,7 @@ Every rank compares every gradient it holds, its slices of tensor-parallel ones,
 rank 0 alone, in float64.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,11 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import tiny
 from powernap.model.config import GATED_DELTA_NET, SleepConfig
 from powernap.model.fast_weights import detach
+from powernap.model.health import FastWeightHealth
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule, topology
 from powernap.parallel.layout import split_layers
+from powernap.train import trainer
+from powernap.train.data.loader import Batch
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Case:
     pads: bool = False
     passes: int = 2
     micro_batches: int = 4
+    unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)
     broken: str | None = None  # break this on purpose: the comparison must see it
@@ -49,8 +54,9 @@ def compare(case: Case, **process_group) -> dict:
     here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
-    scale = 0.37 / case.data
-    loss, expected, predictions, left = one_process(case, model, sleep, batches, scale)
+    loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
+    scale = case.data / loss_tokens if case.unequal else 0.37 / case.data  # ZeRO averages, here ranks are added up
+    loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
     stage = build(model, sleep, here.groups, blocks, case.sequence)
@@ -60,9 +66,15 @@ def compare(case: Case, **process_group) -> dict:
             lost = case.broken == "carried fast weights"
             batch.memory = None if lost else own_memory(batch.memory, stage, here)
     with broken(case.broken), watched_sends(case) as freed:
-        own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
-        schedule.sum_shared_gradients(stage, here)
-    own_loss = here.sum_over_data(own_loss)
+        if case.unequal:
+            metrics = train_step(case, stage, own, here)
+            own_loss = metrics["loss"] * loss_tokens
+            reference = health[here.data_rank]  # of this model's first micro-batch
+            watched = max(abs(metrics[name] / value - 1) for name, value in reference.items())
+        else:
+            own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
+            schedule.sum_shared_gradients(stage, here)
+            own_loss = here.sum_over_data(own_loss).item()
     worst = {"error": 0.0, "name": None}
     for name, parameter in stage.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -81,12 +93,14 @@ def compare(case: Case, **process_group) -> dict:
             for found, expected in zip(memory, reference, strict=True)
         )
     result = {
-        "loss": abs(own_loss.item() / loss - 1),
+        "loss": abs(own_loss / loss - 1),
         "gradient": worst,
         "predictions": torch.equal(read, predictions[here.data_rank][0]),
         "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
         "carried": carried,
         "freed": len(freed),
+        "health": watched if case.unequal else 0.0,
+        "counted": trainer.count_parameters(stage, here) / sum(gradient.numel() for gradient in expected.values()),
         "parameters": len(list(stage.parameters())),
     }
     topology.shutdown()
@@ -99,6 +113,8 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
     if case.pads:
         tokens[seed % 2, : 2 + seed % 3] = model.pad_token_id
+    if case.unequal:
+        loss_mask = tiny.thin_out(loss_mask, seed)
     segments = plan_segments(tokens, loss_mask, model, sleep, case.passes)
     memory = None
     if sleep.carry:
@@ -111,6 +127,48 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     return schedule.MicroBatch(segments, tokens, loss_mask, memory)
 
 
+def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], here) -> dict:
+    """The metrics of train/trainer.py's step on these micro-batches; gradients stay as they are before ZeRO averages."""
+    tokens, loss_mask = (torch.cat([getattr(part, name) for part in own]) for name in ("tokens", "loss_mask"))
+    recipe = tiny.recipe(
+        stage.model,
+        stage.sleep,
+        case.passes,
+        tokens.shape[1],
+        train={
+            "steps": 1,
+            "global_batch_size": len(tokens) * case.data,
+            "micro_batch_size": len(own[0].tokens),
+            "recompute": case.recompute,
+        },
+        optimizer={"warmup_steps": 0},
+        parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
+    )
+    batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [])
+    metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, here), batch, 1, here)
+    return metrics
+
+
+class NoOptimizer:
+    """In the place of ZeroOptimizer, which knows no float64: averages nothing, steps nothing."""
+
+    param_groups = ()
+
+    def __init__(self, stage: HybridStage, here):
+        self.stage, self.here = stage, here
+
+    @contextmanager
+    def accumulation(self) -> Iterator[None]:
+        yield
+        schedule.sum_shared_gradients(self.stage, self.here)
+
+    def refuse_unless_finite(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self) -> float:
+        return 0.0
+
+
 def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
     """The blocks and heads that this rank holds of the whole model's fast weights."""
     pattern = stage.model.pattern
@@ -120,21 +178,23 @@ def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
-    """Loss, gradients by name, predictions and memory left of the loop on rank 0 alone, on all ranks."""
+    """Loss, gradients by name, predictions, memory left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], topology.alone()
     if dist.get_rank() == 0:
         stage = build(model, sleep, groups)
-        losses, predictions, left = [], [], []
+        losses, predictions, left, healths = [], [], [], []
         for batch in batches:
+            health = FastWeightHealth(stage)
             output = sleep_and_predict(
-                stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True
+                stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True, health=health
             )
+            healths.append(health.summary())
             (output.loss * scale).backward()
             losses.append(output.loss.item())
             predictions.append((output.predictions, output.loss.item()))
             left.append(detach(output.memory))
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
-        found = [(sum(losses), gradients, predictions, left)]
+        found = [(sum(losses), gradients, predictions, left, healths)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -156,6 +216,24 @@ def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor
     dim, stride = parameter.partition_dim, parameter.partition_stride
     parts = full.chunk(here.tensor_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
     return torch.cat(parts[here.tensor_rank :: here.tensor_size], dim)
+
+
+def mean_of_rank_means(stage, micro_batches, loss_scale, here, **options):
+    """Each data rank divides by its own loss tokens, as if all had as many."""
+    own = sum(int(batch.loss_mask[:, 1:].sum()) for batch in micro_batches)
+    return schedule.forward_backward(stage, micro_batches, 1 / own, here, **options)
+
+
+def mean_of_micro_batch_means(stage, micro_batches, loss_scale, here, **options):
+    """Each micro-batch is divided by its own loss tokens; one after the other, since a call has one scale."""
+    parts = []
+    for batch in micro_batches:
+        scale = 1 / len(micro_batches) / int(batch.loss_mask[:, 1:].sum())
+        parts.append(schedule.forward_backward(stage, [batch], scale, here, **options))
+    return sum(parts)
+
+
+MEANS = {"global token mean, ranks": mean_of_rank_means, "global token mean, micro-batches": mean_of_micro_batch_means}
 
 
 @contextmanager
@@ -204,6 +282,9 @@ def broken(what: str | None):
         schedule.StageStep._keep = lambda self, output: None
     elif what == "links":
         schedule._schedule_config = batched
+    elif what in MEANS:
+        trainer.forward_backward = MEANS[what]
     yield
+    trainer.forward_backward = schedule.forward_backward
     schedule._Handover.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import deepspeed.comm
 import torch
@@ -14,6 +15,7 @@ import zero_layouts
 from powernap.model.config import SleepConfig
 from powernap.parallel import schedule, topology, zero
 from powernap.parallel.layout import split_layers
+from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 
@@ -81,20 +83,17 @@ def build(case: Case, here):
 
 
 def train_step(case: Case, stage, engine, here, step: int, bad: str | None = None) -> float:
-    """A step as train/trainer.py makes it; `bad`: "gradient" or "loss", on the last rank."""
-    problem = zero_layouts.Problem()
-    tokens, loss_mask = zero_layouts.global_batch(problem, step)
-    share = slice(here.data_rank, None, here.data_size)
-    parts = zip(tokens[share].split(1), loss_mask[share].split(1), strict=True)
-    batches = [schedule.MicroBatch(zero_layouts.plan(stage, *part, problem, step), *part) for part in parts]
+    """The gradient norm of train/trainer.py's own step; `bad`: "gradient" or "loss", on the last rank."""
     last = here.rank == here.world_size - 1
-    with engine.accumulation(), spoiled(stage, bad == "gradient" and last, 1e25 if case.large else float("nan")):
-        scale = here.data_size / int(loss_mask[:, 1:].sum())
-        loss = schedule.forward_backward(stage, batches, scale, here, recompute=True)
-        if bad == "loss" and last:
-            loss = loss * float("inf")
-        engine.refuse_unless_finite(loss)
-    return engine.step()
+
+    def forward_backward(*arguments, **options):
+        with spoiled(stage, bad == "gradient" and last, 1e25 if case.large else float("nan")):
+            loss = schedule.forward_backward(*arguments, **options)
+        return loss * float("inf") if bad == "loss" and last else loss
+
+    with mock.patch.object(trainer, "forward_backward", forward_backward):
+        _, norm = zero_layouts.train_step(case, stage, engine, here, step)
+    return norm
 
 
 @contextmanager

@@ -27,7 +27,9 @@ def hybrid(stage, tokens, sliding=False):
     return logits(stage, x)
 
 
-def sleep(stage, tokens, predicting, passes, loop=None, backprop=None, linked=lambda x: x):
+def sleep(
+    stage, tokens, predicting, passes, loop=None, backprop=None, linked=lambda x: x, handed=lambda x, embedded: x
+):
     """Sliding eviction as method.md has it, every pass of every window in full.
 
     Each attention block keeps queries, keys and values of all tokens so far, those of its last run over each window, and
@@ -38,6 +40,7 @@ def sleep(stage, tokens, predicting, passes, loop=None, backprop=None, linked=la
         loop: (i, j), blocks that repeat.
         backprop: gradients for so many of a window's last passes only.
         linked: what becomes of the kept queries, keys and values when a window ends.
+        handed: what a pass after the first begins with, given the hidden states of the one before and the embeddings.
 
     Returns:
         logits of each window in `predicting`, [B, L, vocabulary]
@@ -47,10 +50,11 @@ def sleep(stage, tokens, predicting, passes, loop=None, backprop=None, linked=la
     first, last = loop or (0, len(blocks))
     earlier = [None] * len(blocks)  # attention: projections [B, n, 3D] of the tokens before; else the state
     for number, window in enumerate(tokens[:, :-1].split(model.window, dim=1)):
-        x = F.embedding(window, stage.embedding.weight)
+        x = embedded = F.embedding(window, stage.embedding.weight)
         times = 1 if number in predicting else passes
         latest = list(earlier)
         for time in range(times):
+            x = handed(x, embedded) if time else x
             run = blocks[0 if time == 0 else first : len(blocks) if time == times - 1 else last]
             with torch.set_grad_enabled(backprop is None or time >= times - backprop):
                 for index, (kind, layer) in run:
@@ -76,7 +80,8 @@ def loss(logits, tokens, loss_mask):
 
 
 def logits(stage, x):
-    return F.linear(norm(x, stage.decoder.final_layernorm, stage.model), stage.output_layer.weight)
+    head = stage.embedding if stage.model.tie_embeddings else stage.output_layer
+    return F.linear(norm(x, stage.decoder.final_layernorm, stage.model), head.weight)
 
 
 def norm(x, layer, model):

@@ -9,6 +9,7 @@ from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import SleepOutput, sleep_and_predict
 from powernap.model.stage import HybridStage
+from powernap.train.config import Recipe
 
 WINDOW = 6
 
@@ -48,6 +49,24 @@ def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tup
     for window in predicting:
         loss_mask[:, window * WINDOW + 2 : (window + 1) * WINDOW + 1] = True
     return tokens, loss_mask
+
+
+def thin_out(loss_mask: torch.Tensor, seed: int) -> torch.Tensor:
+    """About 60 % of the loss tokens, other places and another number in every sequence; the last token stays one."""
+    thinned = loss_mask & (torch.rand(loss_mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.6)
+    thinned[:, -1] = True
+    return thinned
+
+
+def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, **sections: dict) -> Recipe:
+    """A recipe around a model, for what takes a whole one."""
+    return Recipe(
+        run={"name": "tiny", "seed": seed},
+        model=model,
+        sleep=sleep.model_copy(update={"passes": passes}),
+        data={"train": "-", "sequence_length": sequence_length},
+        **sections,
+    )
 
 
 def run(stage, tokens, loss_mask, passes=1, sleep=None, **options) -> SleepOutput:

@@ -18,10 +18,12 @@ from powernap.model.config import SleepConfig
 from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import schedule, topology, zero
+from powernap.parallel import topology, zero
 from powernap.parallel.layout import split_layers
+from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
-from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from powernap.train.data.loader import Batch
+from powernap.train.optimizer import build_optimizer, lr_factor
 
 STEPS = 10
 SEQUENCES, MICRO_BATCH = 4, 1  # of a global batch, of a micro-batch
@@ -108,33 +110,46 @@ def compare(case: Case, **process_group) -> dict:
 
 
 def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float]:
-    """Loss and gradient norm of a step, as train/trainer.py makes it."""
+    """Loss and gradient norm of train/trainer.py's own step."""
     tokens, loss_mask = global_batch(case.problem, step)
-    loss_tokens = int(loss_mask[:, 1:].sum())
+    recipe = tiny.recipe(
+        stage.model,
+        stage.sleep,
+        passes_of(case.problem, step),
+        tokens.shape[1],
+        train={
+            "steps": STEPS,
+            "global_batch_size": SEQUENCES,
+            "micro_batch_size": MICRO_BATCH,
+            "precision": case.problem.precision,
+            "recompute": case.recompute,
+        },
+        optimizer=OPTIMIZER,
+        parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
+        zero={"stage": case.level, "offload": case.offload},
+    )
     share = slice(here.data_rank, None, here.data_size)
-    parts = zip(tokens[share].split(MICRO_BATCH), loss_mask[share].split(MICRO_BATCH), strict=True)
-    batches = [schedule.MicroBatch(plan(stage, *part, case.problem, step), *part) for part in parts]
-    with engine.accumulation():
-        scale = here.data_size / loss_tokens
-        loss = schedule.forward_backward(stage, batches, scale, here, recompute=case.recompute)
-    set_lr(engine.param_groups, lr_factor(step, STEPS, OPTIMIZER))
-    norm = engine.step()
-    return float(here.sum_over_data(loss)) / loss_tokens, norm
+    begins = torch.ones(SEQUENCES // case.data, dtype=torch.bool)
+    metrics, _ = trainer.train_step(
+        recipe, stage, engine, Batch(tokens[share], loss_mask[share], begins, []), step, here
+    )
+    return metrics["loss"], metrics["grad_norm"]
 
 
 def global_batch(problem: Problem, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and loss mask, each [B, T]; each sequence has other loss tokens in the last window."""
     tokens, loss_mask = tiny.batch(SEQUENCES, windows=2, predicting=(1,), seed=SEED + step)
-    generator = torch.Generator().manual_seed(step)
-    loss_mask &= torch.rand(loss_mask.shape, generator=generator) < 0.6
-    loss_mask[:, -1] = True
+    loss_mask = tiny.thin_out(loss_mask, step)
     loss_mask[list(problem.silent)] = False
     return tokens, loss_mask
 
 
+def passes_of(problem: Problem, step: int) -> int:
+    return problem.passes[step % len(problem.passes)]
+
+
 def plan(stage: HybridStage, tokens, loss_mask, problem: Problem, step: int):
-    passes = problem.passes[step % len(problem.passes)]
-    return plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes)
+    return plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes_of(problem, step))
 
 
 def plain_answer(problem: Problem, model, sleep):
@@ -193,5 +208,8 @@ def broken(what: str | None):
         zero.sum_shared_gradients = lambda *_: None
     elif what == "ds_pipe_replicated":
         HybridStage.holds_tied_copy = False
+    elif what in layouts.MEANS:
+        trainer.forward_backward = layouts.MEANS[what]
     yield
+    trainer.forward_backward = layouts.schedule.forward_backward
     zero.sum_shared_gradients, HybridStage.holds_tied_copy = shared, copy

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from powernap.model.config import SleepConfig
-from powernap.model.segments import plan_segments
+from powernap.model.segments import pad_end, plan_segments
 
 
 def plan(passes=3, sleep=None, model=None, **batch):
@@ -81,6 +81,13 @@ def test_sequences_that_disagree_about_a_window_are_refused():
     loss_mask[0, 3] = True
     with pytest.raises(ValueError, match=r"window 0 .* in 1 of 3 sequences"):
         plan_segments(tokens, loss_mask, tiny.model_config(), SleepConfig(), 1)
+
+
+def test_what_a_sequence_is_lengthened_by_bears_no_loss():
+    tokens, loss_mask = torch.full((2, 12), 5), torch.ones(2, 12, dtype=torch.bool)
+    longer, longer_mask = pad_end(tokens, loss_mask, 4, pad_token_id=3)  # 11 inputs become 12
+    assert longer.tolist() == [[5] * 12 + [3]] * 2 and longer_mask.tolist() == [[True] * 12 + [False]] * 2
+    assert pad_end(tokens, loss_mask, 11, pad_token_id=3)[0].shape == (2, 12)
 
 
 def test_a_loss_on_the_first_token_of_a_window_belongs_to_the_window_before():

@@ -13,9 +13,9 @@ from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_one_pass_equals_the_plain_hybrid(here, recompute):
-    stage = tiny.build_stage(here)
+@pytest.mark.parametrize(("recompute", "tied"), [(True, False), (False, False), (True, True)])
+def test_one_pass_equals_the_plain_hybrid(here, recompute, tied):
+    stage = tiny.build_stage(here, model=tiny.model_config(tie_embeddings=tied))
     tokens, loss_mask = (x.to(here.device) for x in tiny.batch())
     with here.device:
         logits = plain.hybrid(stage, tokens)
@@ -286,6 +286,17 @@ def test_health_names_every_block_and_pass(here):
     }
     assert all(len(values) == 2 for values in health._values.values())  # two consolidation windows
     assert all(0 < value < 1 for name, value in summary.items() if "norm" not in name)
+
+
+def test_a_norm_is_the_mean_over_sequences_and_heads(here):
+    stage = tiny.build_stage(here)
+    tokens, loss_mask = tiny.batch()
+    first = tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)[:1]
+    health = FastWeightHealth(stage)
+    memory = tiny.sleep_and_predict(stage, first, tokens, loss_mask, health=health).memory
+    for block, state in zip((1, 3), memory, strict=True):
+        norms = [head.pow(2).sum().sqrt().item() for sequence in state for head in sequence]
+        assert health.summary()[f"fast_weights/block_{block}/pass_1/norm"] == pytest.approx(sum(norms) / len(norms))
 
 
 def test_pads_do_not_count_in_the_means_of_the_gates(here):

@@ -66,6 +66,9 @@ CASES = {
     "PP2, last write alone": Case(pipeline=2, passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
+    "DP2, unequal loss tokens": Case(data=2, micro_batches=2, unequal=True),
+    "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
+    "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, micro_batches=2, unequal=True),
 }
 WIDE = {
     f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
@@ -96,6 +99,11 @@ BROKEN = {
     "nothing carried, PP2": Case(
         pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True), broken="carried fast weights"
     ),
+    "a mean of the ranks' means, DP2": Case(data=2, micro_batches=2, unequal=True, broken="global token mean, ranks"),
+    "a mean of the ranks' means, DP2xPP2": Case(
+        data=2, pipeline=2, micro_batches=2, unequal=True, broken="global token mean, ranks"
+    ),
+    "a mean of the micro-batches' means": Case(unequal=True, broken="global token mean, micro-batches"),
 }
 FREED = Case(pipeline=2, broken="memory of what is sent")
 
@@ -144,5 +152,6 @@ def assert_exact(case: Case, results: list[dict]) -> None:
         assert result["loss"] < bound
         assert result["gradient"]["error"] < bound, result["gradient"]["name"]
         assert result["predictions"] and result["read_loss"] < bound
-        assert result["carried"] < bound
+        assert result["carried"] < bound and result["health"] < bound
+        assert result["counted"] == 1
         assert result["parameters"] > 0

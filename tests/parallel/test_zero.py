@@ -83,7 +83,17 @@ def plain_optimizers(stage, config):
 def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
     # In bfloat16, as it runs, Muon's orthogonalisation multiplies rounding errors by hundreds: nothing could be compared.
     monkeypatch.setattr("deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype", lambda *_: torch.float32)
-    config = OptimizerConfig(name=name, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, warmup_steps=3)
+    # No field at its default, which may be the library's too.
+    config = OptimizerConfig(
+        name=name,
+        lr=1e-2,
+        betas=(0.8, 0.97),
+        eps=1e-4,
+        muon_lr=2e-2,
+        muon_momentum=0.9,
+        weight_decay=0.1,
+        warmup_steps=3,
+    )
     stage, zero = zero_for(here, config)
     plain = tiny.build_stage(here, dtype=torch.float32)
     optimizers = plain_optimizers(plain, config)

@@ -47,6 +47,7 @@ BROKEN = {
     "norm gradients not summed, stage 3, TP2+SP": Case(level=3, **SP, broken="sum_shared_gradients"),
     "tied gradients not summed, PP2": Case(pipeline=2, problem=Problem(model=TIED), broken="sum_shared_gradients"),
     "tied copy counted again, PP2": Case(pipeline=2, problem=Problem(model=TIED), broken="ds_pipe_replicated"),
+    "a mean of the ranks' means, DP2": Case(data=2, broken="global token mean, ranks"),
 }
 WIDE_BROKEN = {
     "norm gradients not summed, TP2+SP": Case(**SP, broken="sum_shared_gradients"),

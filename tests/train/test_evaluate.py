@@ -1,7 +1,9 @@
 """Accuracy by depth: counted again by hand; the table, the JSON and the picture a run gets."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,25 +31,40 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
     truth = {}
 
     def predictions(stage, batch, here):
-        """The truth, except for the first answer of every other sequence and for every answer where N is 3."""
+        """The truth, but for the last token of the first answer of every other sequence and for every answer where N is 3."""
         guess = batch.tokens.clone()
         passes = max(segment.pass_number for segment in batch.segments)
         guess[::2, 14] = 0
-        return (torch.zeros_like(guess) if passes == 3 else guess), batch.loss_mask[:, 1:].sum() * 0.5 * passes, ()
+        return (torch.zeros_like(guess) if passes == 3 else guess), loss_of(batch) * passes, ()
+
+    def loss_of(batch):
+        """In no fixed proportion to the loss tokens."""
+        return batch.tokens.sum() * 0.5
 
     monkeypatch.setattr("powernap.train.evaluate.predict", predictions)
-    batches = list(evaluation_batches(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=40))
+
+    def of_two_tokens(*arguments, **options):
+        """The shards' answers with the token before them, which is always right; both bear loss."""
+        for batch in evaluation_batches(*arguments, **options):
+            loss_mask = batch.loss_mask | batch.loss_mask.roll(-1, 1)
+            answers = [answers - np.array([1, 0, 0]) for answers in batch.answers]
+            yield replace(batch, loss_mask=loss_mask, answers=answers)
+
+    monkeypatch.setattr("powernap.train.evaluate.evaluation_batches", of_two_tokens)
+    batches = list(of_two_tokens(recipe.data, batch_size=8, vocab_size=15, rank=0, world_size=1, limit=43))
     by_sequence = {}  # depth -> (asked, right) of each sequence
     for batch in batches:
         for row, answers in enumerate(batch.answers):
             for depth in sorted(set(answers[:, 2].tolist())):
                 starts = answers[answers[:, 2] == depth, 0]
-                counts = (len(starts), int(sum(start != 14 or row % 2 for start in starts)))
+                counts = (len(starts), int(sum(start != 13 or row % 2 for start in starts)))
                 by_sequence.setdefault(str(depth), []).append(counts)
-            for start, _, depth in answers.tolist():
+            for start, stop, depth in answers.tolist():
                 right, asked, kinds = truth.setdefault(depth, [0, 0, []])
-                truth[depth] = [right + (start != 14 or row % 2), asked + 1, [*kinds, int(batch.tokens[row, start])]]
-    result = evaluate(stage, recipe, [2, 3], 40, here)
+                truth[depth] = [
+                    right + (start != 13 or row % 2), asked + 1, [*kinds, tuple(batch.tokens[row, start:stop].tolist())]
+                ]  # fmt: skip
+    result = evaluate(stage, recipe, [2, 3], 43, here)
     assert result.accuracy["2"] == {str(d): pytest.approx(r / n) for d, (r, n, _) in sorted(truth.items())}
     assert set(result.accuracy["3"].values()) == {0.0}
     for depth, counts in by_sequence.items():
@@ -56,12 +73,16 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
         assert result.interval["3"][depth][0] == 0 < result.interval["3"][depth][1]
         assert result.sequences[depth] == len(counts)
     assert result.answers == {str(d): n for d, (_, n, _) in sorted(truth.items())}
-    assert sum(result.answers.values()) == 40 * 4
+    assert sum(result.answers.values()) == 43 * 4
     most = {str(d): max(kinds.count(k) for k in kinds) / len(kinds) for d, (_, _, kinds) in sorted(truth.items())}
     assert result.guesses["constant"] == pytest.approx(most)
     assert all(result.floor[depth] > share for depth, share in most.items())  # Depo's guesser is better
     assert not evaluate(stage, recipe, [2], 40, here, floors=False).floor
-    assert result.loss == {"2": pytest.approx(1.0), "3": pytest.approx(1.5)}
+    # The last batch has fewer sequences: a mean of the batches' means is another number.
+    mean = float(sum(map(loss_of, batches)) / sum(batch.loss_mask[:, 1:].sum() for batch in batches))
+    means = [float(loss_of(batch) / batch.loss_mask[:, 1:].sum()) for batch in batches]
+    assert abs(sum(means) / len(means) / mean - 1) > 1e-4
+    assert result.loss == {"2": pytest.approx(2 * mean), "3": pytest.approx(3 * mean)}
 
 
 @pytest.fixture(scope="module")

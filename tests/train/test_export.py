@@ -66,6 +66,19 @@ def test_an_export_speaks_as_its_run_did(exported):
     assert "somebody" not in (folder / "config.json").read_text()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_in_the_precision_that_training_reads(tmp_path, here, precision, dtype):
+    run = write_run(tmp_path, here, {"task": "unknown"}, precision)
+    checkpoint = run.newest_checkpoint()
+    found = load_file(export(checkpoint, run.recipe(), tmp_path / "model") / "model.safetensors")
+    read = dict(load_run(run.path).stage.named_parameters())
+    assert found.keys() == read.keys() == set(checkpoint.parameters)
+    for name in found:
+        expected = checkpoint.whole(name).to(dtype)
+        assert found[name].dtype == dtype and torch.equal(found[name], expected)
+        assert torch.equal(read[name].detach(), expected.float())
+
+
 def test_what_is_no_export_is_answered_in_one_line(exported, tmp_path):
     folder, _ = exported
     config = json.loads((folder / "config.json").read_text())

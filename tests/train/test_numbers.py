@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -245,3 +246,13 @@ def test_only_lanes_that_are_broken_begin_anew(here):
     for state in left:
         assert state[1].eq(0).all() and state[[0, 2]].eq(1).all()
     assert forget_broken(None, here) == (None, [])
+
+
+def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(here, monkeypatch):
+    """Ranks of two stages with two data ranks: this one's memory is finite, as is that of the other data rank."""
+    found = [(0, []), (1, []), (0, [2]), (1, [0])]
+    monkeypatch.setattr(type(here), "gather", lambda self, value: [value, *found[1:]])
+    memory = (torch.ones(3, 2, 4, 4),)
+    (state,), lanes = forget_broken(memory, replace(here, data_size=2))
+    assert lanes == [1, 4]
+    assert state[2].eq(0).all() and state[:2].eq(1).all()

@@ -95,6 +95,12 @@ def test_an_epoch_holds_every_sample_once(folder):
     assert len(set(lane_epoch)) == 40  # five from each shard, none twice
 
 
+@pytest.mark.parametrize("buffer", [4, 100])
+def test_every_epoch_mixes_a_shard_anew(folder, buffer):
+    epochs = numbers(read(folder / "train-1.tar", batch_size=6, shuffle_buffer=buffer, lanes=1), 4)
+    assert len({tuple(epoch) for epoch in epochs}) > 2 and len({frozenset(epoch) for epoch in epochs}) == 1
+
+
 def test_the_seed_and_the_buffer_change_the_order(folder):
     orders = {
         tuple(itertools.chain(*numbers(read(folder / "train-*.tar", seed=seed, shuffle_buffer=buffer, lanes=1), 11)))

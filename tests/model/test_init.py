@@ -1,0 +1,50 @@
+"""The weights that training begins with."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from powernap.model.config import SleepConfig
+from powernap.model.stage import HybridStage
+
+
+@pytest.fixture(scope="module")
+def stage(here):
+    torch.manual_seed(0)
+    model = tiny.model_config(
+        vocab_size=400, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, gdn_heads=64, embedding_std=0.5
+    )
+    return HybridStage(model, SleepConfig(), here.groups)
+
+
+def test_matrices_keep_the_size_of_what_they_read_and_branches_add_up_to_it(stage):
+    """Standard deviation 1/sqrt(inputs); of the two a block that write to the residual stream less, as all add up."""
+    for name, weight in stage.named_parameters():
+        if weight.ndim != 2:
+            continue
+        expected = 1 / math.sqrt(weight.shape[1])
+        if name.endswith(("out_proj.weight", "linear_fc2.weight")):
+            expected /= math.sqrt(2 * stage.model.num_layers)
+        if name == "embedding.weight":
+            expected = 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.06), name
+        assert abs(weight.mean().item()) < 0.1 * expected, name
+
+
+def test_fast_weights_outlive_windows(stage):
+    """Half-lives of a hundred to seven thousand tokens, as the input's part of the decay is zero."""
+    for mixer in stage.gdn_mixers.values():
+        half_lives = math.log(2) / (mixer.A_log.exp() * F.softplus(mixer.dt_bias))
+        assert 85 < half_lives.min() < 300 and 2000 < half_lives.max() < 7000
+
+
+def test_no_two_weights_begin_alike(stage):
+    drawn = {name: p for name, p in stage.named_parameters() if p.unique().numel() > 1}
+    assert len(drawn) > 20
+    for (one, a), (other, b) in itertools.combinations(drawn.items(), 2):
+        count = min(a.numel(), b.numel())
+        assert not torch.equal(a.flatten()[:count], b.flatten()[:count]), (one, other)
