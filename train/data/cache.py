@@ -66,6 +66,10 @@ class ShardCache:
     timeout: float = 60.0
     stop: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple:
+        """For reader processes that are not forked: each has a `stop` of its own."""
+        return type(self), (self.folder, self.limit, self.retries, self.timeout)
+
     def fetch(self, shard: str, keep_damaged: bool = False) -> tuple[Path, np.ndarray]:
         """A local file with the shard's bytes, and its index (see tar_index.index_tar).
 

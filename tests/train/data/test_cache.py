@@ -2,6 +2,7 @@
 
 import base64
 import os
+import pickle
 import threading
 import time
 
@@ -379,3 +380,4 @@ def test_a_full_disk_is_no_fault_of_the_source(folder, tmp_path, monkeypatch):
 def test_limits_come_from_the_recipe():
     cache = cache_module.cache_of(config("a.tar", timeout_seconds=7, retries=2, cache_limit_gb=1))
     assert (cache.timeout, cache.retries, cache.limit) == (7, 2, 10**9)
+    assert pickle.loads(pickle.dumps(cache)) == cache  # reader processes that are not forked get it so
