@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from tarfile import BLOCKSIZE, HeaderError, TarInfo
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.shards import MANIFEST, read_manifest
+from powernap.train.data.tar_index import not_a_tar
+from powernap.train.data.verify import mismatch, not_recorded, recorded
 from powernap.train.tasks.sample import Sample
 
 SAMPLES = 64  # read from the first shard of each list
@@ -48,7 +50,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """That a file begins like a tar and ends like one."""
+    """That a file begins like a tar, ends like one, and is as large as its manifest records."""
     try:
         with open(path, "rb") as file:
             head = file.read(BLOCKSIZE)
@@ -59,12 +61,12 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not size:
         raise DataError(f"{path}: is empty: build or copy it again")
-    try:
-        TarInfo.frombuf(head, encoding="utf-8", errors="surrogateescape")
-    except HeaderError as error:
-        raise DataError(f"{path}: not a tar file ({error}): build or copy it again") from None
+    if other := not_a_tar(head):
+        raise DataError(f"{path}: {other}: build or copy it again")
     if size % BLOCKSIZE or tail.strip(b"\0"):
         raise DataError(f"{path}: cut off after {size} bytes: build or copy it again")
+    if (told := recorded(path)) and (problem := mismatch(told, size, None)):
+        raise not_recorded(str(path), told, problem)
 
 
 def predicting_windows(recipe: Recipe) -> list[bool] | None:

@@ -65,7 +65,17 @@ class DataConfig(Section):
     cache_limit_gb: float | None = Field(
         None, gt=0, le=1e9, description="most of remote shards to keep there; null: all"
     )
-    retries: int = Field(3, ge=0, description="how often fetching a remote shard is tried again")
+    retries: int = Field(
+        4,
+        ge=0,
+        description="how often fetching a remote shard is tried again: after 2 s, 4 s, ..., or when the server asks",
+    )
+    timeout_seconds: float = Field(
+        60,
+        gt=0,
+        le=1e6,
+        description="seconds without data from a remote shard's server or command, after which it is tried again",
+    )
 
     @field_validator("train")
     @classmethod

@@ -19,6 +19,7 @@ from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.data.shard_list import local_path
 from powernap.train.floors import Floor, best_guesses
 from powernap.train.intervals import Tally
+from powernap.train.outputs import check_folder
 from powernap.train.pictures import draw_accuracy, draw_loss
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run_folder import RunFolder
@@ -116,6 +117,7 @@ def evaluate_run(
     if recipe.data.test is None:
         raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
     to_read = _with_secrets(recipe, test, folder.config)
+    check_folder(path, "")
     newest = folder.newest_checkpoint()
     with topology.joined() as here:
         stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)

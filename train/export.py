@@ -26,6 +26,7 @@ from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError
 from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import Numbers, Vocabulary, described_by, find_task, vocabulary_of
+from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError, check
 
 FORMAT = "powernap-model-1"
@@ -48,10 +49,9 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     """Write the model of a checkpoint into the new folder `to`; complete, or not there.
 
     Raises:
-        ExportError: if `to` exists.
+        ExportError, OutputError: if `to` exists or cannot be made.
     """
-    if to.exists():
-        raise ExportError(f"{to} exists: choose a new folder")
+    check_new_folder(to)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     unfinished = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -76,6 +76,13 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return to
+
+
+def check_new_folder(to: Path) -> None:
+    """What `export` asks of its target; worth asking before a checkpoint is read."""
+    if to.exists():
+        raise ExportError(f"{to} exists: choose a new folder")
+    check_folder(to, "")
 
 
 def is_exported(folder: Path) -> bool:

@@ -9,6 +9,7 @@ stream.save("cat.pt")            # later: model.load_stream("cat.pt").generate(.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,11 @@ class Stream:
         return self._generate(tokens, max_tokens, temperature, top_p, stops)
 
     def save(self, path: Path | str) -> None:
-        """Write the streams to a file: tensors and numbers, no pickled objects."""
+        """Write the streams to a file: tensors and numbers, no pickled objects. A file that was there stays until then.
+
+        Raises:
+            GenerateError: if it cannot be written.
+        """
         state = {
             "model": self.model.fingerprint(),
             "passes": self.model.passes,
@@ -226,7 +231,16 @@ class Stream:
             "unread": self.unread,
             "random": [generator.get_state() for generator in self.random],
         }
-        torch.save(state, path)
+        path = Path(path).resolve()
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(state, unfinished)
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:  # torch has one of its own for a full disk
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise GenerateError(f"{path}: cannot be written ({reason})") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def _generate(
         self, tokens: list[list[int]], max_tokens: int, temperature: float, top_p: float, stops: list[list[str]]

@@ -36,6 +36,7 @@ FREE_ON_RESUME = {
     "data.cache",
     "data.cache_limit_gb",
     "data.retries",
+    "data.timeout_seconds",
     "train.micro_batch_size",
     "run.root",
     "run.experiment",

@@ -74,10 +74,12 @@ def verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def export(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.checkpoint.reader import Checkpoint
+    from powernap.train.export import check_new_folder
     from powernap.train.export import export as write
     from powernap.train.run_folder import RunFolder
 
     folder = RunFolder(run_folder(options.run_name))
+    check_new_folder(options.to)
     checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
     write(checkpoint, folder.recipe(), options.to)
     size = sum(file.stat().st_size for file in options.to.iterdir())

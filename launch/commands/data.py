@@ -1,6 +1,7 @@
-"""powernap data build, powernap data inspect: token shards."""
+"""powernap data build, inspect, verify: token shards."""
 
 import argparse
+import sys
 
 from powernap.launch.commands.arguments import count, path, seed, shards, size, whole
 
@@ -10,6 +11,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_build(commands)
     _add_inspect(commands)
+    _add_verify(commands)
 
 
 def _add_build(commands: argparse._SubParsersAction) -> None:
@@ -82,3 +84,34 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
 
     print(inspect_shards(options.shards, ShardCache(), options.samples, options.window))
     return 0
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="read every byte of shards and compare with their manifest",
+        description="Read every byte of the shards in FOLDER and compare sizes, SHA-256 and counts with its manifest.json, "
+        "which `powernap data build` wrote; shards that are missing, and others that are there. Exit code 1 if something "
+        "is not what was written.",
+        epilog="example: powernap data verify data/depo",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=path, help="the folder of the shards")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(options: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from powernap.train.data.verify import verify
+
+    folder = options.folder
+    total = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=folder.name, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        found = verify(folder, bar.update)
+    for file, problem in found.problems:
+        print(f"{folder / file}  BROKEN  {problem}")
+    if not found.problems:
+        print(f"{folder}  whole  {found.samples:,} samples, {found.bytes:,} bytes in {found.shards:,} shards")
+    return 1 if found.problems else 0

@@ -58,9 +58,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     folder = run_folder(options.run_name, ("config.yaml", "config.json"))
     from powernap.train.generate import GenerateError, load_run
+    from powernap.train.outputs import check_file
 
     if not options.prompts and not options.state:
         raise GenerateError("no prompt: write --prompt TEXT, --tokens 1,2,3 or --prompt-file FILE")
+    if options.save_state:
+        check_file(options.save_state, "--save-state")
     prompts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in options.prompts]
     model = load_run(folder, options.passes)
     if options.state:

@@ -60,7 +60,9 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
     else:
         local.share_of_this_machine(processes)
         from powernap.train.check_data import check_data
+        from powernap.train.outputs import check_folder
 
+        check_folder(folder.path, f"run.root={recipe.run.root}:")
         check_data(recipe)
         if signals.stop:
             return exit_codes.PREEMPTED

@@ -93,8 +93,8 @@ def test_a_recipe_that_does_not_fit_names_field_and_value(data, changes, message
     ("content", "message"),
     [
         (lambda whole: b"", "is empty"),
-        (lambda whole: b"garbage" * 1000, "not a tar file"),
-        (lambda whole: whole[:300], "not a tar file"),
+        (lambda whole: b"garbage" * 1000, "not a tar"),
+        (lambda whole: whole[:300], "not a tar"),
         (lambda whole: whole[: len(whole) // 2 + 100], "cut off after"),
         (lambda whole: whole[: len(whole) // 2 // 512 * 512], "cut off after"),
     ],
@@ -106,6 +106,14 @@ def test_every_local_shard_is_looked_at(data, shard, content, message):
     path.write_bytes(content(path.read_bytes()))
     text = error_of(recipe(data))
     assert text.startswith(f"{path}: ") and message in text
+
+
+def test_a_local_shard_is_as_large_as_its_manifest_records(data):
+    """Of all of them before the start; their SHA-256 are compared when they are first read."""
+    path = data / "train-000002.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    text = error_of(recipe(data))
+    assert text.startswith(f"{path}: not the shard that {data}/manifest.json records (") and "bytes, not" in text
 
 
 def test_a_remote_shard_is_opened(data):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from powernap.train.evaluate import evaluate
 from powernap.train.intervals import Tally
 from powernap.train.pictures import draw_accuracy
 from powernap.train.recipe_file import load_recipe
+from powernap.train.run_folder import RunFolder
 from powernap.train.tables import format_accuracy
 
 
@@ -132,6 +134,17 @@ def test_a_run_without_checkpoint_or_test_shards_is_answered_in_one_line(folder,
         text = (folder / "tiny.yaml").read_text().replace("data/test-*.tar", test)
         (run / "config.yaml").write_text(text)
         runs.assert_refused(["eval", "none"], capfd, word)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_checkpoint_is_read(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RunFolder, "newest_checkpoint", lambda _: pytest.fail("read too early"))
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text((folder / "tiny.yaml").read_text())
+    # Root may write where the permissions say no, and a read-only disk is not to be had everywhere.
+    monkeypatch.setattr("tempfile.TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+    runs.assert_refused(["eval", "mine"], capfd, "runs/mine cannot be written (Read-only file system)")
 
 
 def test_a_wide_table_breaks_into_lines_of_80_columns():

@@ -116,3 +116,17 @@ def test_an_export_is_whole_or_not_there(tmp_path, here):
     (tmp_path / "model").mkdir()
     with pytest.raises(ExportError, match="model exists: choose a new folder"):
         export(checkpoint, run.recipe(), tmp_path / "model")
+
+
+def test_where_an_export_goes_is_checked_before_the_checkpoint_is_read(tmp_path, monkeypatch, capfd):
+    run = RunFolder(tmp_path / "run")
+    run.create(check(Recipe, runs.RECIPE))
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(RunFolder, "newest_checkpoint", lambda _: pytest.fail("read too early"))
+    for to, words in [
+        ("file/model", f"{tmp_path}/file is no folder"),
+        ("full", "full exists: choose a new folder"),
+        ("/proc/model", "/proc cannot be written"),
+    ]:
+        runs.assert_refused(["checkpoint", "export", str(run.path), str(tmp_path / to)], capfd, words)

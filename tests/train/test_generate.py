@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -391,3 +392,35 @@ def test_a_run_without_a_checkpoint_is_answered_in_one_line(tmp_path, here, capf
     RunFolder(tmp_path / "runs" / "none").create(recipe(tmp_path))
     code, _, error = command(capfd, tmp_path / "runs" / "none", "--tokens", "1")
     assert code == 2 and "no checkpoint yet" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("none/state.pt", "no folder {folder}/none: make it first"),
+        ("", "{folder}: is a folder: write a file in it"),
+        ("file/state.pt", "no folder {folder}/file: make it first"),
+        ("/proc/state.pt", "--save-state /proc/state.pt: /proc cannot be written"),
+        ("/dev/null", "--save-state /dev/null: is no file"),
+    ],
+)
+def test_where_a_state_goes_is_checked_before_anything_is_read(text, capfd, tmp_path, monkeypatch, place, words):
+    monkeypatch.setattr("powernap.train.generate.load_run", lambda *_: pytest.fail("read too early"))
+    (tmp_path / "file").touch()
+    missing = tmp_path / "no-prompt.txt"  # not read either
+    code, out, err = command(capfd, text, "--prompt-file", missing, "--save-state", tmp_path / place)
+    assert (code, out) == (2, "") and words.format(folder=tmp_path) in err and err.count("\n") == 1
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(text, tmp_path, monkeypatch):
+    stream = load_run(text).stream()
+    (tmp_path / "state.pt").write_bytes(b"before")
+
+    def full(_, file):
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(GenerateError, match="state.pt: cannot be written .*unexpected pos"):
+        stream.save(tmp_path / "state.pt")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ import runs
 from powernap.launch import cli
 from powernap.parallel.work import cut, step_flops
 from powernap.train.metrics import MetricsLog
+from powernap.train.outputs import OutputError
 from powernap.train.recipe_file import load_recipe, save_recipe
 from powernap.train.report import figures
 from powernap.train.report.runs import differing_fields, group_runs, read_runs
@@ -275,3 +277,11 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, folders, capsys, 
 def test_no_run_is_an_error(tmp_path):
     result = runs.powernap("report", cwd=tmp_path)
     assert result.returncode == 2 and "required: RUN" in result.stderr
+
+
+def test_where_a_report_goes_is_checked_before_the_runs_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("powernap.train.report.write.read_runs", lambda _: pytest.fail("read too early"))
+    (tmp_path / "file").touch()
+    for to in (tmp_path / "file", tmp_path / "file" / "report", Path("/proc/report")):
+        with pytest.raises(OutputError, match=f"--to {to}: .*: choose another"):
+            write_report([], to)

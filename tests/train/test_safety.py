@@ -3,7 +3,6 @@
 import ast
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -157,7 +156,7 @@ def test_a_tokenizer_is_data(tmp_path, data):
 
 
 @pytest.mark.parametrize(("scheme", "program"), [
-    ("http", "curl"), ("https", "curl"), ("sftp", "curl"), ("ftps", "curl"), ("scp", "curl"), ("gs", "gsutil"), ("ais", "ais"),
+    ("sftp", "curl"), ("ftps", "curl"), ("scp", "curl"), ("gs", "gsutil"), ("ais", "ais"),
     ("htgs", "curl"),
 ])  # fmt: skip
 def test_a_url_reaches_its_program_whole(tmp_path, monkeypatch, scheme, program):
@@ -169,15 +168,15 @@ def test_a_url_reaches_its_program_whole(tmp_path, monkeypatch, scheme, program)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     pwned = tmp_path / "pwned"
     url = f"{scheme}://x/'; touch {pwned}; '\"; touch {pwned}; \"$(touch {pwned})`touch {pwned}`|touch {pwned}&.tar"
-    ShardCache(tmp_path / "cache", retries=0).fetch(url)
+    with pytest.raises(DataError, match="an empty file, not a tar"):
+        ShardCache(tmp_path / "cache", retries=0).fetch(url)
     assert url.removeprefix(scheme) in (tmp_path / "words").read_text()
     assert not pwned.exists()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset reads http: through curl")
 def test_a_url_with_a_command_inside_is_an_address(tmp_path):
     pwned = tmp_path / "pwned"
-    with no_longer_than(), pytest.raises(DataError, match="its command ended with exit code"):
+    with no_longer_than(), pytest.raises(DataError, match="cannot be read .Connection refused"):
         ShardCache(tmp_path / "cache", retries=0).fetch(f"http://127.0.0.1:9/'; touch {pwned}; '")
     assert not pwned.exists()
 
@@ -207,7 +206,7 @@ ALLOWED = {
     ("parallel/topology.py", "sends objects"): "between the ranks of a run",
     ("parallel/checkpoint/writer.py", "sends objects"): "between the ranks of a run",
     # The one shell: WebDataset's for pipe: URLs, which are commands that the recipe's author wrote.
-    ("train/data/cache.py", "webdataset.gopen"): "its programs are given lists, but pipe:",
+    ("train/data/source.py", "webdataset.gopen"): "its programs are given lists, but pipe:",
 }
 
 

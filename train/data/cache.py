@@ -1,30 +1,50 @@
 """Remote shards as local files: fetched once per machine, with retries, and dropped when the cache is full.
 
-Nothing here imports torch before a URL asks for it.
+Nothing waits without a limit, or long without a word: the source is read by a thread, and the one that waits for it looks at
+the clock. Nothing here imports torch before a URL asks for it.
 """
 
 import hashlib
+import itertools
+import json
+import logging
 import os
 import random
-import shutil
-import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlparse
+from typing import BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import numpy as np
 
 from powernap.train.config import DataConfig
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import local_path
+from powernap.train.data.shards import MANIFEST
+from powernap.train.data.source import Unreachable, blocks_of, has_neighbours
+from powernap.train.data.tar_index import Damaged, index_tar, load_index, save_index
+from powernap.train.data.verify import Recorded, mismatch, not_recorded, recorded, recorded_in, sha256_of
 from powernap.train.paths import expanded_path
+from powernap.train.secrets import mask_secrets
 
-# What curl and a shell mean by their exit codes.
-EXIT_CODES = {22: ": the server refused, such as 404 not found or an expired link", 127: ": not installed"}
-FIRST_DELAY = 0.5  # seconds before the first retry; each further one waits twice as long
+FIRST_DELAY = 2.0  # seconds before the first retry; each further one waits twice as long
+LONGEST_DELAY = 300.0  # that a server may ask for: the other ranks wait for this one
+SAY_EVERY = 10.0  # seconds without a byte until a word; where bytes come, six times as long
+DAMAGED_FOR = 24 * 3600.0  # seconds that a damaged copy is used with on_error=skip before the shard is fetched again
+LARGEST_MANIFEST = 1 << 28
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Stopped(DataError):
+    """Nobody waits for the shard any more."""
 
 
 @dataclass(frozen=True)
@@ -34,75 +54,224 @@ class ShardCache:
     folder: holds shards/ and index/.
     limit: bytes of shards kept; the ones unused for longest go first. None: no limit.
     retries: how often a fetch that failed is tried again.
+    timeout: seconds without 64 KiB more after which a try to fetch is given up.
+    stop: set to end all fetches.
 
-    A URL's shard is taken for unchanged as long as it is in the cache.
+    A URL's shard is taken for unchanged as long as it is in the cache. An index is kept of a shard that could be read to its
+    end and is the one that its manifest records, if it has one: by then every byte of it has been read.
     """
 
     folder: Path = field(default_factory=lambda: expanded_path("~/.cache/powernap"))
     limit: int | None = None
-    retries: int = 3
+    retries: int = 4
+    timeout: float = 60.0
+    stop: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
-    def fetch(self, shard: str) -> Path:
-        """A local file with the shard's bytes.
+    def __reduce__(self) -> tuple:
+        """For reader processes that are not forked: each has a `stop` of its own."""
+        return type(self), (self.folder, self.limit, self.retries, self.timeout)
+
+    def fetch(self, shard: str, keep_damaged: bool = False) -> tuple[Path, np.ndarray]:
+        """A local file with the shard's bytes, and its index (see tar_index.index_tar).
+
+        Args:
+            keep_damaged: keep a remote shard that is damaged, too: the file is the Damaged error's path. Else it is dropped.
 
         Raises:
-            DataError: naming the shard, if it cannot be fetched.
+            DataError: naming the shard, if it cannot be fetched, is damaged, or is not the one that its manifest records.
+            OSError: if a local one cannot be read.
         """
         if path := local_path(shard):
-            return path
-        from filelock import FileLock
-
+            return path, self._index(shard, path)
         path = self.folder / "shards" / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.tar"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                if not path.exists():
-                    self._fetch(shard, path)
-                    self._make_room(path)
-            os.utime(path)  # used now
+            with self._locked(shard, path):
+                return self._fetch(shard, path, keep_damaged)
         except OSError as error:
             raise DataError(
                 f"{shard}: cannot be kept in data.cache={self.folder} ({error.strerror or error}): choose another folder"
             ) from None
-        return path
 
     def index_file(self, path: Path) -> Path:
         """Where the index of the file at `path`, as it is now, belongs."""
         state = path.stat()
         # A file's inode changes when it is replaced, its time when it is written over; a cached shard's time, when it is used.
         time = "" if path.parent == self.folder / "shards" else state.st_mtime_ns
-        what = f"{path.absolute()}\0{state.st_size}\0{state.st_ino}\0{time}"
+        what = f"checked\0{path.absolute()}\0{state.st_size}\0{state.st_ino}\0{time}"
         return self.folder / "index" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
 
-    def _fetch(self, shard: str, path: Path) -> None:
-        for attempt in range(1 + self.retries):
-            if attempt:
-                time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+    def _index(self, shard: str, path: Path) -> np.ndarray:
+        """The kept index of the shard in the file `path`; made, and the file checked, where there is none."""
+        kept = self.index_file(path)
+        index = load_index(kept, path.stat().st_size)
+        if index is None:
+            index = self._check(shard, path)
+            save_index(kept, index)
+        return index
+
+    def _check(self, shard: str, path: Path, sha256: str | None = None) -> np.ndarray:
+        """The index of what came for a shard, if it is the shard that its manifest records."""
+        index = index_tar(path, shard)
+        if told := self._recorded(shard):
+            if problem := mismatch(told, path.stat().st_size, sha256 or sha256_of(path)):
+                raise not_recorded(shard, told, problem)
+        return index
+
+    def _fetch(self, shard: str, path: Path, keep_damaged: bool) -> tuple[Path, np.ndarray]:
+        """`fetch` of a remote shard into `path`, or from it; alone on this machine."""
+        if path.exists():
+            try:
+                index = self._index(shard, path)
+                os.utime(path)  # used now
+                return path, index
+            except DataError as error:  # left by an earlier version, or the disk is bad
+                _say(f"{error}; so the copy of it in data.cache={self.folder} is dropped, and it is fetched again")
+                path.unlink()
+        damaged = path.with_suffix(".damaged")
+        if keep_damaged and damaged.exists() and time.time() - damaged.stat().st_mtime < DAMAGED_FOR:
+            return damaged, self._check(shard, damaged)
+        damaged.unlink(missing_ok=True)
+        before: list[str] = []
+
+        def once(attempt: int) -> np.ndarray:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
                 try:
-                    with _open(shard) as source:
-                        shutil.copyfileobj(source, file, 1 << 20)
+                    sha256 = self._copy(shard, file, attempt)
                     file.close()
+                    try:
+                        index = self._check(shard, Path(file.name), sha256)
+                    except DataError as error:
+                        before.append(sha256)
+                        same = sha256 in before[:-1]  # the source itself is damaged, not the way from it
+                        if keep_damaged and (same or attempt > self.retries):
+                            os.replace(file.name, damaged)
+                            if isinstance(error, Damaged):
+                                error.path = damaged
+                        raise _Failed(error, may_pass=not same) from None
                     os.replace(file.name, path)
-                    return
-                except _Unreachable as error:
-                    failure = error
+                    return index
                 finally:
                     with suppress(OSError):
                         os.unlink(file.name)
-            if not failure.may_pass:
+
+        index = self._try(shard, once)
+        save_index(self.index_file(path), index)
+        self._make_room(path)
+        return path, index
+
+    def _try(self, shard: str, once: Callable[[int], T]) -> T:
+        """What `once` returns, which gets the number of the try; it is called again where that may help.
+
+        Raises:
+            DataError: of the last try.
+        """
+        began = time.monotonic()
+        tries = 1 + self.retries
+        for attempt in itertools.count(1):
+            try:
+                return once(attempt)
+            except _Failed as failed:
+                failure = failed
+            delay = max(FIRST_DELAY * 2 ** (attempt - 1), failure.delay) * random.uniform(1, 1.2)
+            if not failure.may_pass or attempt == tries or failure.delay > LONGEST_DELAY:
                 break
-        tried = f", tried {attempt + 1} times" if attempt else ""
-        raise DataError(f"{shard}: cannot be read ({failure}{tried})")
+            _say(f"{failure}; try {attempt + 1} of {tries} in {delay:.0f} s")
+            if self.stop.wait(delay):
+                raise Stopped(f"{shard}: no longer needed")
+        tried = f", {attempt} tries in {time.monotonic() - began:.0f} s" if attempt > 1 else ""
+        failure.error.args = (f"{failure}{tried}",)
+        raise failure.error
+
+    def _copy(self, shard: str, file: BinaryIO, attempt: int) -> str:
+        """Fill `file` with what comes from the source, and return its SHA-256.
+
+        Raises:
+            _Failed: if the source gives nothing, not all, or no more.
+            OSError: if the file cannot be written.
+        """
+        came = _Coming()
+        threading.Thread(target=came.run, args=(shard, file, self.timeout), daemon=True).start()
+        moved = said = time.monotonic()
+        seen = 0
+        try:
+            while not came.done.done():
+                wait([came.done], min(1.0, self.timeout / 4))
+                now = time.monotonic()
+                if came.count > seen:
+                    seen, moved = came.count, now
+                if self.stop.is_set():
+                    raise Stopped(f"{shard}: no longer needed")
+                if now - moved >= self.timeout and not came.done.done():
+                    raise Unreachable(
+                        f"stalled after {_size(seen)}: less than 64 KiB in {self.timeout:g} s, data.timeout_seconds"
+                    )
+                if now - said >= SAY_EVERY * (1 if now - moved >= SAY_EVERY else 6):
+                    said = now
+                    pause = f", none for {now - moved:.0f} s" if now - moved >= SAY_EVERY else ""
+                    _say(f"{shard}: being fetched, {_size(seen)} so far{pause}; try {attempt} of {1 + self.retries}")
+            return came.done.result()
+        except Unreachable as error:
+            reason = DataError(f"{shard}: cannot be read ({error})")
+            raise _Failed(reason, error.may_pass, error.delay) from None
+        finally:
+            came.end()
+
+    @contextmanager
+    def _locked(self, shard: str, path: Path) -> Iterator[None]:
+        """Inside, no other process or thread of this machine fetches this shard."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path.with_suffix(".lock"))
+        while True:
+            try:
+                lock.acquire(timeout=SAY_EVERY)
+                break
+            except Timeout:
+                _say(f"{shard}: waiting for another process here, which fetches it")
+            if self.stop.is_set():
+                raise Stopped(f"{shard}: no longer needed")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _recorded(self, shard: str) -> Recorded | None:
+        """What the manifest beside a shard says of it, if one can be had."""
+        if path := local_path(shard):
+            return recorded(path)
+        if not has_neighbours(shard):
+            return None
+        parts = urlsplit(shard)
+        folder, _, file = parts.path.rpartition("/")
+        url = urlunsplit(parts._replace(path=f"{folder}/{MANIFEST}"))
+        if url not in _manifests:
+            _manifests[url] = self._fetch_manifest(url)
+        return _manifests[url].get(unquote(file))
+
+    def _fetch_manifest(self, url: str) -> dict[str, Recorded]:
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            try:
+                self._copy(url, file, 1)
+            except _Failed as failure:
+                if failure.may_pass:  # else there is none, or not for us: a signed link is one for a shard alone
+                    _say(f"{failure}: the shards beside it are not compared with it")
+                return {}
+            file.seek(0)
+            try:
+                return recorded_in(json.loads(file.read(LARGEST_MANIFEST)), url.partition("?")[0])
+            except (ValueError, RecursionError):  # such as the page of a server that knows every address
+                return {}
 
     def _make_room(self, newest: Path) -> None:
         """Delete the shards unused for longest. Who reads one meanwhile keeps it open, and reads on."""
         if self.limit is None:
             return
         files = []
-        for path in newest.parent.glob("*.tar"):
-            with suppress(OSError):
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
+        for path in newest.parent.iterdir():
+            if path.suffix in (".tar", ".damaged"):
+                with suppress(OSError):
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
@@ -113,66 +282,59 @@ class ShardCache:
                     total -= size
 
 
+_manifests: dict[str, dict[str, Recorded]] = {}  # of remote folders, by URL: one request for each
+
+
 def cache_of(data: DataConfig) -> ShardCache:
     """The cache that a recipe asks for."""
-    return ShardCache(data.cache_folder, data.cache_bytes, data.retries)
+    return ShardCache(data.cache_folder, data.cache_bytes, data.retries, data.timeout_seconds)
 
 
-class _Unreachable(Exception):
-    """Why a source gave no shard, and whether trying again may help."""
+class _Failed(Exception):
+    """A try that failed, with the error to raise if it was the last, and how long to wait before another one."""
 
-    def __init__(self, reason: str, may_pass: bool = True):
-        super().__init__(reason)
-        self.may_pass = may_pass
-
-
-@contextmanager
-def _open(shard: str) -> Iterator[BinaryIO]:
-    """Whatever WebDataset opens (http:, pipe:, gs:, ...), and else what fsspec does (s3:, abfs:, hdfs:, ...).
-
-    Raises:
-        _Unreachable: at the latest when it is closed.
-    """
-    from webdataset.gopen import Pipe, gopen_schemes
-
-    scheme = urlparse(shard).scheme
-    if scheme not in gopen_schemes:
-        with _open_with_fsspec(shard, scheme) as source:
-            yield source
-        return
-    try:
-        source = gopen_schemes[scheme](shard, mode="rb", bufsize=1 << 16)
-    except FileNotFoundError as error:  # WebDataset reads http: through curl, and others through other commands
-        raise _Unreachable(f"the command {error.filename} is not installed", may_pass=False) from None
-    except Exception as error:  # hf: asks a server first
-        raise _Unreachable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
-    assert isinstance(source, Pipe), shard
-    try:
-        yield source.stream
-        source.stream.close()
-        source.proc.wait()
-    finally:
-        if source.proc.poll() is None:
-            source.proc.kill()
-            source.proc.wait()
-    code = source.proc.returncode
-    if code and code != -signal.SIGPIPE:
-        reason = f"its command ended with exit code {code}{EXIT_CODES.get(code, '')}"
-        raise _Unreachable(reason, may_pass=code != 127)
+    def __init__(self, error: DataError, may_pass: bool = True, delay: float = 0.0):
+        super().__init__(str(error))
+        self.error, self.may_pass, self.delay = error, may_pass, delay
 
 
-@contextmanager
-def _open_with_fsspec(shard: str, scheme: str) -> Iterator[BinaryIO]:
-    import fsspec
+class _Coming:
+    """What a thread has read of a source so far."""
 
-    try:
-        with fsspec.open(shard, "rb") as source:
-            yield source
-    except ValueError:  # no such protocol
-        raise _Unreachable(f"nothing here opens {scheme}: URLs", may_pass=False) from None
-    except ImportError as error:  # it says which package to install
-        raise _Unreachable(" ".join(str(error).split()), may_pass=False) from None
-    except FileNotFoundError:
-        raise _Unreachable("no such file", may_pass=False) from None
-    except Exception as error:  # each object store has errors of its own
-        raise _Unreachable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+    def __init__(self) -> None:
+        self.done: Future[str] = Future()  # the SHA-256 of all
+        self.count = 0
+        self._ended = threading.Event()
+        self._at_end: list[Callable[[], None]] = []  # ends the command that is read from
+
+    def run(self, shard: str, file: BinaryIO, timeout: float) -> None:
+        digest = hashlib.sha256()
+        try:
+            for block in blocks_of(shard, timeout, self._call_at_end):
+                if self._ended.is_set():
+                    return
+                file.write(block)
+                digest.update(block)
+                self.count += len(block)
+            self.done.set_result(digest.hexdigest())
+        except BaseException as error:
+            self.done.set_exception(error)
+
+    def _call_at_end(self, call: Callable[[], None]) -> None:
+        self._at_end.append(call)
+        if self._ended.is_set():
+            call()
+
+    def end(self) -> None:
+        """Nobody waits any more. A thread that no one can wake is left alone."""
+        self._ended.set()
+        for call in self._at_end:
+            call()
+
+
+def _say(text: str) -> None:
+    logger.warning("%s", mask_secrets(text))  # on some ranks no formatter of ours sees it
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count:,} bytes"

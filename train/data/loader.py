@@ -275,6 +275,8 @@ class BatchStream(IterableDataset):
                     yield self._batch(numbers)
             except DataError as error:
                 yield DataError(str(error))  # a plain one, which goes through torch's queue
+            finally:
+                self.cache.stop.set()  # or the threads would be waited for
 
     def _batch(self, numbers: range) -> tuple[Batch, list[dict[int, Cursor]]]:
         samples, begins, places = [], [], []
@@ -311,9 +313,8 @@ class BatchStream(IterableDataset):
     def _open(self, name: str, coming: str | None) -> Shard:
         """For a lane: open a shard, and begin to fetch the one after it."""
         self._fetch_ahead(coming)
-        if (fetching := self._fetching.pop(name, None)) and self.data.on_error == "stop":
-            fetching.result()  # its error is as good as one of another try
-        shard = Shard.open(name, self.cache, keep_readable=self.data.on_error == "skip")
+        fetching = self._fetching.pop(name, None)
+        shard = fetching.result() if fetching else self._open_shard(name)
         if shard.damage and name not in self._reported:
             self._reported.add(name)
             self._skipped.append(shard.damage)
@@ -329,7 +330,10 @@ class BatchStream(IterableDataset):
 
     def _fetch_ahead(self, name: str | None) -> None:
         if name and local_path(name) is None and name not in self._fetching:
-            self._fetching[name] = self._fetchers.submit(self.cache.fetch, name)
+            self._fetching[name] = self._fetchers.submit(self._open_shard, name)
+
+    def _open_shard(self, name: str) -> Shard:
+        return Shard.open(name, self.cache, keep_readable=self.data.on_error == "skip")
 
 
 def _nothing(length: int) -> Sample:

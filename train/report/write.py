@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from powernap.train.outputs import check_folder
 from powernap.train.report.content import Cell, Report, Section, Table, report_of
 from powernap.train.report.runs import group_runs, read_runs
 from powernap.train.tables import markdown_table
@@ -15,7 +16,9 @@ def write_report(runs: list[Path], to: Path, title: str | None = None) -> list[P
 
     Raises:
         ReportError, RecipeError: if a run cannot be read or runs cannot be compared.
+        OutputError: if `to` cannot be written.
     """
+    check_folder(to, "--to")
     report = report_of(group_runs(read_runs(runs)), title)
     to.mkdir(parents=True, exist_ok=True)
     page, text = to / "report.html", to / "report.md"

@@ -1,0 +1,75 @@
+"""HTTP servers on loopback that answer as they should, or as servers do at times."""
+
+import http.server
+import threading
+from contextlib import contextmanager
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; what `server.answers` holds for a path is called instead, each once, the last for ever."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.requests.append((self.path, dict(self.headers)))
+        answers = self.server.answers.get(self.path.partition("?")[0])
+        if not answers:
+            return super().do_GET()
+        (answers.pop(0) if len(answers) > 1 else answers[0])(self)
+
+    def translate_path(self, path):
+        return str(self.server.folder / path.rpartition("/")[2].partition("?")[0])
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(folder):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.folder, server.requests, server.answers = folder, [], {}
+        server.released = threading.Event()  # ends answers that stall
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.released.set()
+        server.shutdown()
+
+
+def says(body=b"", status=200, **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            handler.send_header(name.replace("_", "-"), str(value))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def breaks_off(body, length=None):
+    """Without a length the end of the connection is the end of the body."""
+
+    def answer(handler):
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.send_header(*("Connection", "close") if length is None else ("Content-Length", str(length)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def stalls(body=None):
+    """After some bytes, or before any answer."""
+
+    def answer(handler):
+        handler.close_connection = True
+        if body is not None:
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000000")
+            handler.end_headers()
+            handler.wfile.write(body)
+        handler.server.released.wait(60)
+
+    return answer

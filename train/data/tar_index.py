@@ -1,0 +1,213 @@
+"""Which samples lie in a tar and where, so that any of them can be read at once. Nothing here imports torch.
+
+A tar has no index. Ours is made by reading its headers once, and kept in the cache: a run that goes on in the middle of a
+million samples must not read the half before.
+
+A document longer than a sequence is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
+other sample is a document by itself.
+"""
+
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from powernap.train.data.sample import MEMBERS, DataError
+
+END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
+LONGEST_HEADER = 1 << 14  # of those that carry a long name; tarfile would read as much as one claims
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+# How what servers and tools leave in a tar's place begins, in lower case.
+_OTHERS = {
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+    b"<?xml": "an XML document",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"bzh": "a bzip2 file",
+    b"\xfd7zxz": "an xz file",
+    b"pk\3\4": "a zip file",
+}
+LARGEST_SAMPLE = 1 << 30  # bytes of all members, read at once
+_PART = re.compile(r"(.*)-part(\d{1,9})")  # a key as document and part
+_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key and its member's suffix, as WebDataset splits names
+
+
+class Damaged(DataError):
+    """A shard of which only the first samples, those in `index`, can be read: from the file `path`, if it is kept."""
+
+    def __init__(self, message: str, index: np.ndarray, path: Path | None = None):
+        super().__init__(message)
+        self.index, self.path = index, path
+
+
+class NotTar(Exception):
+    """Where a tar file breaks off, or is none."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where tarfile would go backwards or read without limit."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.size > LONGEST_HEADER and header.type in _EXTENDED):
+            raise tarfile.ReadError(f"a header claims {header.size} bytes")
+        return header
+
+
+class Members:
+    """The (key, suffix, offset, size) of all files in a tar that a sample may be made of. Nothing is unpacked.
+
+    Raises:
+        NotTar: where it breaks off.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.end = 0  # where the tar ends, once all members have been seen
+
+    def __iter__(self) -> Iterator[tuple[str, str, int, int]]:
+        total = self._file.seek(0, io.SEEK_END)
+        self._file.seek(0)
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:", tarinfo=_Header) as tar:
+                for member in tar:
+                    # An extended header may have changed the size.
+                    if not 0 <= member.offset < tar.offset or not 0 <= member.size <= total:
+                        raise tarfile.ReadError(f"a header claims {member.size} bytes")
+                    name = member.name if member.name.isprintable() else ascii(member.name)[1:-1]
+                    split = _NAME.fullmatch(name)
+                    if member.isfile() and not member.issparse() and split:
+                        yield split[1], split[2].lower(), member.offset_data, member.size
+                    tar.members = []  # tarfile would keep them all
+                self.end = tar.offset
+        except OSError:
+            raise
+        except Exception as error:  # TarError, and others that tarfile lets through, such as IndexError
+            raise NotTar(" ".join(str(error).split())) from None
+
+
+def index_tar(path: Path, name: str) -> np.ndarray:
+    """Where the samples of a tar file lie, and which documents they make up.
+
+    int64 [samples, members + 1, 2]: offset and size of each of sample.MEMBERS, offset -1 where one is missing; then the
+    number of the part of its document that the sample is, and 0.
+
+    Python's tarfile takes a cut between two members or a damaged header for the end. So what comes after the end it found
+    is compared with what should: two blocks of zeros or more, and nothing else.
+
+    Raises:
+        DataError: naming the shard, if it is no tar, is damaged or cut off, holds no sample, or not all parts of a document
+            in order.
+    """
+    members: list[tuple[str, str, int, int]] = []
+    with open(path, "rb") as file:
+        found = Members(file)
+        try:
+            for member in found:
+                members.append(member)
+        except NotTar as error:
+            file.seek(0)
+            what = not_a_tar(file.read(tarfile.BLOCKSIZE)) or f"not a whole tar file: {error}"
+            reason = f"{name}: cannot be read ({what})"
+            raise Damaged(reason, _index(members, name, whole=False), path) from None
+        end = found.end
+        total = file.seek(0, io.SEEK_END)
+        file.seek(end)
+        rest = iter(lambda: file.read(1 << 20), b"")
+        if any(block.strip(b"\0") for block in rest):
+            reason = f"{name}: damaged after {end} bytes, or several tars in one: build or copy it again"
+            raise Damaged(reason, _index(members, name, whole=False), path)
+        if total < end + END_OF_ARCHIVE:
+            reason = f"{name}: cut off after {total} bytes: build or copy it again"
+            raise Damaged(reason, _index(members, name, whole=False), path)
+    index = _index(members, name)
+    if not len(index):
+        raise DataError(f"{name}: holds no sample: build it again, or take it out of the list")
+    return index
+
+
+def not_a_tar(head: bytes) -> str | None:
+    """What a file that begins with `head` is, if it is no tar: a server's page, a pointer, a compressed file."""
+    if not head:
+        return "an empty file, not a tar"
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(head, encoding="utf-8", errors="surrogateescape")
+        return None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for start, what in _OTHERS.items():
+        if text[: len(start)].lower() == start:
+            return f"{what}, not a tar"
+    line = head.partition(b"\n")[0].decode(errors="replace").strip()
+    return f"text, not a tar: {line[:40]!r}" if line and line.isprintable() and "\ufffd" not in line else "not a tar"
+
+
+def no_samples() -> np.ndarray:
+    """The index of a shard that has none."""
+    return _index([], "")
+
+
+def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
+    """Group members into samples: neighbours with the same key. Of a tar that is not `whole`, the last may be half."""
+    samples, before = [], None
+    for key, group in itertools.groupby(members, key=lambda member: member[0]):
+        found: dict[str, tuple[int, int]] = {}
+        for _, suffix, offset, size in group:
+            if suffix in found:
+                raise DataError(f"{name}: sample {key} has two members .{suffix}: build it again")
+            found[suffix] = (offset, size)
+        if sum(size for _, size in found.values()) > LARGEST_SAMPLE:
+            raise DataError(f"{name}: sample {key} is larger than {LARGEST_SAMPLE:,} bytes: build it again")
+        document, part = _document(key)
+        if part and before != (document, part - 1):
+            raise DataError(f"{name}: sample {key} does not follow part {part - 1} of its document: build it again")
+        before = document, part
+        samples.append([*(found.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, 0)])
+    if not whole:
+        samples = samples[:-1]
+    return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS) + 1, 2)
+
+
+def _document(key: str) -> tuple[str, int]:
+    """A sample's document, and which part of it the sample is."""
+    match = _PART.fullmatch(key)
+    return (match[1], int(match[2])) if match else (key, 0)
+
+
+def load_index(file: Path, shard_size: int) -> np.ndarray | None:
+    """A kept index, if there is one that can be of such a shard; whatever else lies there is passed over."""
+    try:
+        # Mapped: nothing is allocated for numbers that the file does not hold, and objects cannot be.
+        index = np.array(np.lib.format.open_memmap(file, mode="r"))
+    except Exception:  # none yet, half a file, and what NumPy's parser of headers lets through
+        return None
+    if index.dtype != np.int64 or index.shape[1:] != (len(MEMBERS) + 1, 2) or not len(index):
+        return None
+    offsets, sizes, parts = index[:, :-1, 0], index[:, :-1, 1], index[:, -1, 0]
+    fits = (offsets >= -1) & (offsets <= shard_size) & (sizes >= 0) & (sizes <= shard_size - offsets.clip(0))
+    return index if fits.all() and (parts >= 0).all() else None
+
+
+def save_index(file: Path, index: np.ndarray) -> None:
+    """Keep it if we can: a cache that cannot be written only costs time."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(unfinished, "wb") as opened:
+            np.save(opened, index)
+        unfinished.rename(file)
