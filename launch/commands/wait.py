@@ -5,6 +5,7 @@ import sys
 import time
 
 from powernap.launch.commands.arguments import add_jobs, duration
+from powernap.launch.jobs.status import Row
 
 NOT_OVER = 124  # as timeout(1)
 
@@ -37,9 +38,12 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         if over or time.monotonic() > deadline:
             print(table)
             break
-        if sys.stderr.isatty() and table != shown:
-            print(table, file=sys.stderr)
-            shown = table
+        # Steps change all the time: where nobody looks, only what a job waits for is worth a line.
+        waits = "\n".join(f"{row.run} is pending: {row.status.reason}" for row in rows if _has_to_wait(row))
+        news = table if sys.stderr.isatty() else waits
+        if news and news != shown:
+            print(news, file=sys.stderr, flush=True)
+            shown = news
         record, id = next((record, row.id) for record, row in zip(records, rows, strict=True) if not row.status.is_over)
         waiting = record.model_copy(update={"id": id})  # known since, where submitting was cut off
         backend_of(record.profile).pause(waiting, min(pause, max(0.0, deadline - time.monotonic())))
@@ -48,3 +52,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if not over:
         return NOT_OVER
     return 1 if states & {"failed", "lost"} else 3 if "cancelled" in states else 0
+
+
+def _has_to_wait(row: Row) -> bool:
+    return row.status.state == "pending" and bool(row.status.reason)

@@ -36,7 +36,7 @@ class Backend(Protocol):
         """Let at most so much time pass; less, where the cluster can tell that the job has changed."""
 
     def logs(self, record: Record, follow: bool) -> Iterator[str]:
-        """What it printed, in pieces; with `follow` until it is over."""
+        """What it printed, in pieces; with `follow` until it is over, "" while there is nothing new."""
 
     def cancel(self, record: Record) -> None:
         """End it, saved if it has started, and have nothing start it again. Returns at once."""

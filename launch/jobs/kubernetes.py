@@ -1,9 +1,12 @@
 """Jobs on Kubernetes, through the official client. kubernetes_objects.py says what they are made of."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import yaml
 from powernap.launch.jobs.cluster import KubernetesCluster
 from powernap.launch.jobs.description import JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, Record
+from powernap.launch.jobs.kubernetes_causes import newest, when, why_pending, with_cure
 from powernap.launch.jobs.kubernetes_objects import CONTAINER, JOBSET, RUNTIME, TOKEN, TRAINJOB, check, objects
 from powernap.launch.jobs.status import Status
 from powernap.train.yaml_core import dump
@@ -34,12 +38,17 @@ _LET_IN: set[str] = set()  # servers that have answered this process
 GONE = (urllib3.exceptions.HTTPError, OSError)
 
 
+class _NoCredentials(JobError):
+    """The kubeconfig's exec plugin failed."""
+
+
 class Kubernetes:
     arrays = False
 
     def __init__(self, cluster: KubernetesCluster) -> None:
         self._cluster = cluster
         self._kind = JOBSET if cluster.form == "jobset" else TRAINJOB
+        self._name_of_kind = "JobSet" if cluster.form == "jobset" else "TrainJob"
         self._client: kubernetes.client.ApiClient | None = None
 
     def check(self, jobs: list[Job]) -> None:
@@ -125,6 +134,7 @@ class Kubernetes:
                     yield from self._log_of(pod, follow)
             if over:
                 return
+            yield ""
             time.sleep(LOOK_AGAIN)
 
     def cancel(self, record: Record) -> None:
@@ -150,11 +160,42 @@ class Kubernetes:
         if "deletionTimestamp" in found["metadata"]:
             return Status("stopping", "it saves and ends", restarts, nodes=nodes)
         if suspended := conditions.get("Suspended"):
-            return Status("pending", suspended.get("message") or "waits in its queue", restarts)
+            return Status("pending", self._why_suspended(suspended, found, record), restarts)
         wanted = record.job.nodes
         if sum(pod.status.phase == "Running" for pod in pods) == wanted:
             return Status("running", "", restarts, nodes=nodes)
-        return Status("pending", _why_pending(pods) or "its pods are being made", restarts, nodes=nodes)
+        made = _time(found["metadata"])
+        kind, name = found.get("kind", self._name_of_kind), record.id
+        owners = [("Job", f"{name}-{CONTAINER}-0"), ("JobSet", name)] + [(kind, name)] * (kind != "JobSet")
+        reason = why_pending(
+            pods, wanted, owners, (datetime.now(UTC) - made).total_seconds(), lambda *of: self._events(made, *of)
+        )
+        return Status("pending", reason, restarts, nodes=nodes)
+
+    def _why_suspended(self, suspended: dict[str, Any], found: dict[str, Any], record: Record) -> str:
+        """Kueue says why on its own object for the job."""
+        queue = self._cluster.queue
+        if not queue:
+            return suspended.get("message") or "it is suspended"
+        event = newest(self._events(_time(found["metadata"]), "Workload"), f"{self._name_of_kind.lower()}-{record.id}-")
+        said = f": {with_cure(event.message)}" if event and event.message else ""
+        return f"waits in Kueue's queue {queue}{said}"
+
+    def _events(self, since: datetime, kind: str, name: str | None = None) -> list[Any] | None:
+        """Of an object, or the warnings of all objects of a kind; None where this user may not list them. Those from before
+        `since` belong to an earlier job of this name."""
+        where = f"involvedObject.kind={kind}," + (f"involvedObject.name={name}" if name else "type=Warning")
+
+        def ask() -> list[Any] | None:
+            try:
+                return self._core.list_namespaced_event(self._cluster.namespace, field_selector=where).items
+            except ApiException as error:
+                if error.status in (403, 404):
+                    return None
+                raise
+
+        found = self._asked(ask)
+        return None if found is None else [event for event in found if when(event)[0] >= since]
 
     def _exit_code(self, record: Record) -> int | None:
         codes = [
@@ -248,6 +289,9 @@ class Kubernetes:
                 starting = error.status in (401, 403) and (host in _LET_IN or waited < STARTING)
                 if not (starting or error.status in (429, 500, 502, 503, 504)) or waited > PATIENCE:
                     raise JobError(self._refusal(error, "answer")) from None
+            except _NoCredentials:
+                if host not in _LET_IN or waited > PATIENCE:
+                    raise
             except GONE as error:
                 is_wrong = isinstance(getattr(error, "reason", error), urllib3.exceptions.SSLError)
                 if is_wrong or waited > PATIENCE:
@@ -260,8 +304,8 @@ class Kubernetes:
         message = body.get("message") or error.reason or f"status {error.status}"
         if error.status == 401:
             return "Kubernetes does not know this token: log in again, or see context in the cluster's profile"
-        if error.status == 403:
-            return f"Kubernetes does not allow that: {message}"
+        if error.status == 403 and "quota" not in message:
+            return f"Kubernetes does not allow that: {with_cure(message)}"
         if error.status == 404 and not body:
             need = "JobSet" if self._kind is JOBSET else "Kubeflow Trainer"
             return f"this cluster has no {need}: have it installed, or see form in the cluster's profile"
@@ -270,7 +314,7 @@ class Kubernetes:
         causes = (body.get("details") or {}).get("causes") or []
         if causes:
             message = "; ".join(f"{cause.get('field', '')}: {cause.get('message', '')}" for cause in causes[:3])
-        return f"Kubernetes refuses to {doing}: {message}"
+        return f"Kubernetes refuses to {doing}: {with_cure(message)}"
 
     def _away(self, error: Exception) -> str:
         reason = getattr(error, "reason", None) or error
@@ -282,9 +326,10 @@ class Kubernetes:
         if self._client is None:
             configuration = kubernetes.client.Configuration()
             try:
-                kubernetes.config.load_kube_config(
-                    os.environ.get("KUBECONFIG"), self._cluster.context, client_configuration=configuration
-                )
+                with _plugin_must_not_fail():
+                    kubernetes.config.load_kube_config(
+                        os.environ.get("KUBECONFIG"), self._cluster.context, client_configuration=configuration
+                    )
             except (kubernetes.config.ConfigException, OSError, yaml.YAMLError, TypeError, KeyError) as error:
                 try:
                     kubernetes.config.load_incluster_config(client_configuration=configuration)
@@ -292,6 +337,13 @@ class Kubernetes:
                     raise JobError(
                         f"no access to Kubernetes: {error}: see KUBECONFIG, and context in the profile"
                     ) from None
+            if refresh := configuration.refresh_api_key_hook:
+
+                def refresh_or_fail(of: "kubernetes.client.Configuration") -> None:
+                    with _plugin_must_not_fail():
+                        refresh(of)
+
+                configuration.refresh_api_key_hook = refresh_or_fail
             configuration.retries = False  # its own would sleep for as long as a server that starts asks for
             self._client = kubernetes.client.ApiClient(configuration)
         return self._client
@@ -323,14 +375,26 @@ def _is_first(pod: Any) -> bool:
     return (pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index") == "0"
 
 
-def _why_pending(pods: list[Any]) -> str:
-    """What keeps the first pod that does not run: its image, or no node for it."""
-    for pod in pods:
-        for container in pod.status.container_statuses or []:
-            waiting = container.state and container.state.waiting
-            if waiting and waiting.reason and waiting.reason != "ContainerCreating":
-                return f"{waiting.reason}: {waiting.message or ''}".strip(": ")
-        for condition in pod.status.conditions or []:
-            if condition.type == "PodScheduled" and condition.status == "False":
-                return condition.message or condition.reason or ""
-    return ""
+def _time(metadata: dict[str, Any]) -> datetime:
+    """When an object was created."""
+    return datetime.fromisoformat(metadata.get("creationTimestamp") or "1970-01-01T00:00:00Z")
+
+
+@contextmanager
+def _plugin_must_not_fail() -> Iterator[None]:
+    """The client logs what a kubeconfig's exec plugin complained about, and goes on as nobody: raise it instead."""
+    said: list[str] = []
+    handler, root = logging.Handler(), logging.getLogger()
+    handler.emit = lambda record: said.append(record.getMessage())
+    before, root.handlers = root.handlers, [handler]
+    try:
+        yield
+    finally:
+        root.handlers = before
+    if said:
+        lines = said[-1].removeprefix("exec: ").strip().splitlines()
+        # On a terminal the plugin has spoken to the user itself, and the client stumbles over having nothing to add.
+        cause = "its own words stand above" if "NoneType" in lines[-1] else lines[-1].strip()
+        if "No such file" in cause:
+            cause = f"{cause}: install it, or put its folder on PATH"
+        raise _NoCredentials(f"no access to Kubernetes: the exec plugin of the kubeconfig failed: {cause}")

@@ -13,12 +13,14 @@ from powernap.launch.jobs.description import JobError, parse_mount
 from powernap.launch.jobs.job import Job
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.parallel import exit_codes
+from powernap.train.config import Recipe
 
 TOKEN = "powernap.io/token"  # a label: what find() looks for
 CONTAINER = "node"  # of pods, and the replicated job: Trainer insists on the same name
 RECIPE = "/etc/powernap/recipe.yaml"
 PORT = 29500  # torchrun's
 LONGEST = 63  # of a name in DNS
+LARGEST = 2**20  # bytes of a ConfigMap's data, and two thirds of what etcd takes of any object
 SETTLE = 60  # seconds beside job.grace, for ranks to agree on a step and for processes to end
 HOME = "/tmp"  # noqa: S108  a folder of the pod's own: the image's may be read-only
 JOBSET = {"group": "jobset.x-k8s.io", "version": "v1alpha2", "plural": "jobsets"}
@@ -254,3 +256,34 @@ def check(jobs: list[Job]) -> None:
             raise JobError(f"job.env.{taken[0]}: names that begin with PET_ are torchrun's")
         if job.run_folder.is_absolute() or ".." in job.run_folder.parts:
             raise JobError(f"run.root={job.recipe.run.root}: write a folder relative to the volume, such as runs")
+        _check_size(job)
+
+
+def _check_size(job: Job) -> None:
+    size = len(job.recipe_text.encode())
+    if size > LARGEST:
+        field, its = _largest_field(job.recipe)
+        cure = (
+            "a pattern, such as 'data/train-*.tar' or 'train-{0000..4095}.tar'" if field.startswith("data.") else "less"
+        )
+        raise JobError(
+            f"the recipe takes {_mib(size)}, {field} alone {_mib(its)}: pods read it from a ConfigMap, which holds "
+            f"{_mib(LARGEST)}: write {cure}"
+        )
+    values = sum(len(f"{name}{value}".encode()) for name, value in job.environment.items())
+    if values > LARGEST:
+        raise JobError(f"job.env and network.nccl take {_mib(values)}: Kubernetes takes {_mib(LARGEST)} of them")
+
+
+def _largest_field(recipe: Recipe) -> tuple[str, int]:
+    """A field by name, and its bytes."""
+    sizes = {
+        f"{section}.{name}": len(str(value).encode())
+        for section, fields in recipe.model_dump(mode="json").items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
+    return max(sizes.items(), key=lambda item: item[1])
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"

@@ -8,7 +8,7 @@ EVERY = 0.5  # seconds between looks
 
 
 def read_log(path: Path, follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:
-    """A log's text in pieces; with `follow` until `is_over`, also if the file is not there yet."""
+    """A log's text in pieces, "" where there is nothing new; with `follow` until `is_over`, also if the file is not there yet."""
     position = 0
     while True:
         over = not follow or is_over()  # asked first: what it printed last is read after
@@ -20,4 +20,5 @@ def read_log(path: Path, follow: bool, is_over: Callable[[], bool]) -> Iterator[
                     yield piece.decode(errors="replace")
         if over:
             return
+        yield ""
         time.sleep(EVERY)

@@ -19,7 +19,7 @@ from powernap.launch.jobs.log_file import read_log
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.slurm_json import JobLine, parse_jobs
 from powernap.launch.jobs.status import OVER, State, Status
-from powernap.launch.jobs.units import format_duration
+from powernap.launch.jobs.units import format_duration, parse_duration
 from powernap.parallel import exit_codes
 from powernap.train.paths import expand
 
@@ -30,7 +30,16 @@ EARLY = 60  # seconds that SLURM may send a warning too early
 # Of the submitting shell's environment a job gets these, and the secrets that the profile names no file for.
 PASSED = r"HOME|USER|LOGNAME|PATH|LANG|LC_\w+|SLURM_CONF|MLFLOW_\w+"
 # What SLURM accepts and never starts.
-NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints")
+NEVER = r"Partition(Node|Time)Limit|PartitionConfig|BadConstraints|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+"
+# Refusals that come of asking for too much; only then is it worth asking what there is.
+TOO_MUCH = r"satisf|configuration|node count|processors|time limit|memory|violates"
+POLICY = {
+    "Cpu": "job.cpus_per_process",
+    "Mem": "job.memory",
+    "Node": "job.nodes",
+    "Wall": "job.time",
+    "GRES": "job.device",
+}
 REFUSED = {  # words of a refusal -> the profile's field
     "reservation": "reservation",
     "qos": "qos",
@@ -141,9 +150,9 @@ class Slurm:
                 raise error from None
             raise JobError(str(error)) from None
         if done.returncode:
-            raise JobError(self._refusal(_said(done)))
+            raise JobError(self._refusal(done, jobs))
         id = done.stdout.strip().partition(";")[0]
-        self._refuse_what_never_starts(id)
+        self._refuse_what_never_starts(id, jobs[0])
         return [f"{id}_{index}" for index in range(len(jobs))] if len(jobs) > 1 else [id]
 
     def find(self, record: Record) -> str | None:
@@ -248,20 +257,71 @@ class Slurm:
         gpus = ["--nv"] if job.description.device == "gpu" else []
         return ["apptainer", "exec", *gpus, *mounts, "--pwd", str(job.work), job.description.image]
 
-    def _refusal(self, said: str) -> str:
+    def _refusal(self, done: subprocess.CompletedProcess, jobs: list[Job]) -> str:
+        """What sbatch said, all of it: the last line alone often leaves out what was too much."""
+        lines = [line for line in done.stderr.splitlines() if re.match(r"sbatch: (error|fatal): ", line)]
+        said = "; ".join(map(_bare, lines)) or _said(done)
+        if "array" in said and (most := _setting("MaxArraySize")):
+            return (
+                f"SLURM refuses: {said}: the sweep has {len(jobs)} runs, an array of this cluster at most {most} "
+                f"(MaxArraySize): leave values out, and submit them as another sweep"
+            )
+        if re.search(TOO_MUCH, said, re.IGNORECASE) and (cause := self._too_much(jobs[0], said)):
+            return f"SLURM refuses: {said}: {cause}"
         for words, field in REFUSED.items():
             if words in said.lower():
                 return f"SLURM refuses: {said}: see {field}={getattr(self._cluster, field) or 'null'} in the cluster's profile"
         return f"SLURM refuses: {said}"
 
-    def _refuse_what_never_starts(self, id: str) -> None:
+    def _refuse_what_never_starts(self, id: str, job: Job) -> None:
         done = _call("squeue", "--noheader", f"--jobs={id}", "--format=%r")
         reason = done.stdout.split("\n")[0].strip()
-        if reason in NEVER:
+        if re.fullmatch(NEVER, reason):
             _call("scancel", id)
-            raise JobError(
-                f"SLURM would never start this job: {reason}: see job.nodes, job.time, and the profile's partition"
+            cause = self._too_much(job, reason) or "see job.nodes, job.time, and the profile's partition"
+            raise JobError(f"SLURM would never start this job: {reason}: {cause}")
+
+    def _too_much(self, job: Job, said: str) -> str:
+        """The fields that ask for more than the partition has, each with what it has; "" if none is known."""
+        wanted, each = job.description, job.description.processes_per_node
+        asked = [match[1] for option in self._cluster.directives if (match := re.match(r"--partition=(.+)", option))]
+        name = asked[-1] if asked else self._cluster.partition
+        among = [f"--partition={name}"] if name else []
+        done = _call("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *among)
+        rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
+        rows = rows if name else [row for row in rows if row[0].endswith("*")]
+        found = []
+        if rows:
+            name = name or rows[0][0].rstrip("*")
+            where = f"of partition {name}"
+            cpus, memory = (max(int(row[column].rstrip("+")) for row in rows) for column in (2, 3))
+            gpus = max(sum(map(int, re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", row[4]))) for row in rows)
+            nodes = sum(int(row[1]) for row in rows)
+            if wanted.memory_bytes and -(-wanted.memory_bytes // 2**20) > memory:
+                found.append(f"job.memory={wanted.memory}: the largest node {where} has {memory} MiB")
+            if (wanted.cpus_per_process or 1) * each > cpus:
+                more = f"job.cpus_per_process={wanted.cpus_per_process} x " if wanted.cpus_per_process else ""
+                found.append(f"{more}job.processes_per_node={each}: the largest node {where} has {cpus} CPUs")
+            if wanted.device == "gpu" and each > gpus:
+                found.append(f"job.processes_per_node={each} with a GPU each: the largest node {where} has {gpus}")
+            if wanted.nodes > nodes:
+                found.append(f"job.nodes={wanted.nodes}: partition {name} has {nodes}")
+        shown = _call("scontrol", "show", "partition", "-o", name).stdout if name else ""
+        limit = dict(re.findall(r"(\w+)=(\S+)", shown))
+        for key, field, value, size in (
+            ("MaxNodes", "job.nodes", wanted.nodes, wanted.nodes),
+            ("MaxCPUsPerNode", "job.cpus_per_process", wanted.cpus_per_process, (wanted.cpus_per_process or 1) * each),
+            ("MaxMemPerNode", "job.memory", wanted.memory, -(-(wanted.memory_bytes or 0) // 2**20)),
+            ("MaxTime", "job.time", wanted.time, wanted.time_seconds),
+        ):
+            most = limit.get(key, "UNLIMITED")
+            if most != "UNLIMITED" and value and size > (parse_duration(most) if key == "MaxTime" else int(most)):
+                found.append(f"{field}={value}: partition {name} has {key}={most}")
+        if policy := re.search(r"(?:Assoc|QOS)(?:Max|Min)(Cpu|Mem|Node|Wall|GRES)\w*", said):
+            found.append(
+                f"see {POLICY[policy[1]]}: {policy[0]} is a limit of your account or QOS, which sacctmgr shows"
             )
+        return "; ".join(found)
 
     def _withdraw(self, job: Job) -> None:
         if id := self._queued(job.token):
@@ -381,7 +441,18 @@ def _jobs(text: str) -> list[JobLine]:
 def _said(done: subprocess.CompletedProcess) -> str:
     """The last thing that a command complained about."""
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return re.sub(r"^(\w+: )?((error|fatal): )?(Batch job submission failed: )?", "", lines[-1]).strip()
+    return _bare(lines[-1])
+
+
+def _bare(line: str) -> str:
+    """A complaint without who complains."""
+    return re.sub(r"^(\w+: )?((error|fatal): )?(Batch job submission failed: )?", "", line).strip()
+
+
+def _setting(name: str) -> str | None:
+    """Of SLURM's configuration."""
+    found = re.search(rf"^{name}\s*=\s*(\S+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _parse_line(id: str, line: str) -> JobLine:
