@@ -78,7 +78,7 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
     assert sum(result.answers.values()) == 43 * 4
     most = {str(d): max(kinds.count(k) for k in kinds) / len(kinds) for d, (_, _, kinds) in sorted(truth.items())}
     assert result.guesses["constant"] == pytest.approx(most)
-    assert all(result.floor[depth] > share for depth, share in most.items())  # Depo's guesser is better
+    assert all(result.floor[depth] >= share for depth, share in most.items())
     assert not evaluate(stage, recipe, [2], 40, here, floors=False).floor
     # The last batch has fewer sequences: a mean of the batches' means is another number.
     mean = float(sum(map(loss_of, batches)) / sum(batch.loss_mask[:, 1:].sum() for batch in batches))
