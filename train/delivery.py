@@ -418,6 +418,8 @@ def prepare_mlflow() -> None:
         os.environ.setdefault(name, value)
     # urllib3 warns at every retry; the thread's failures get one warning.
     logging.getLogger("urllib3.connectionpool").addFilter(_not_from_the_thread)
+    # It logs SQLite's errors with a traceback, and raises them, too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with suppress(Exception):  # delivering meets the same error and reports it
         import mlflow.tracking  # noqa: F401
     # DeepSpeed may have imported MLflow before the environment above was set.

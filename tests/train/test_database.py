@@ -188,7 +188,7 @@ def test_sync_delivers_every_run_again_after_its_database_was_lost(root, capfd, 
     assert run(root, "one", [0.5, 0.25]) == 0
     assert run(root, "two", [0.75]) == 0
     spoil(root / "mlflow.db")
-    assert cli.main(["sync", str(root)]) == 0
+    assert cli.main(["sync", str(root / "one"), str(root / "two")]) == 0
     assert losses(root) == {"one": [(1, 0.5), (2, 0.25)], "two": [(1, 0.75)]}
     out = capfd.readouterr().out
     assert f"{root / 'one'}: 5 records delivered" in out and f"{root / 'two'}: 4 records delivered" in out
@@ -217,26 +217,30 @@ def test_damage_that_only_writing_meets_is_no_refusal(root):
     assert '"refused": {}' in read(root / "two" / "mlflow_spool.position")
 
 
-def test_a_database_removed_under_a_run_costs_nothing(root, monkeypatch):
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: execute(path, "drop table metrics")])
+def test_a_database_lost_under_a_run_costs_nothing(root, monkeypatch, capfd, spoil):
     monkeypatch.setattr("powernap.train.tracking.FLUSH_SECONDS", 0.05)
     tracker = begin(root)
     tracker.log_metrics(1, {"loss": 0.5})
-    deadline = time.monotonic() + 60
-    while json.loads(read(root / "one" / "mlflow_spool.position") or "{}").get("delivered", 0) < size_of_spool(root):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    (root / "mlflow.db").unlink()
+    wait_for_delivery(root / "one")
+    spoil(root / "mlflow.db")
     tracker.log_metrics(2, {"loss": 0.25})
+    wait_for_delivery(root / "one")
     assert tracker.close() == 0
     assert losses(root) == {"one": [(1, 0.5), (2, 0.25)]}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def wait_for_delivery(folder):
+    deadline = time.monotonic() + 60
+    size = (folder / "mlflow_spool.jsonl").stat().st_size
+    while json.loads(read(folder / "mlflow_spool.position") or "{}").get("delivered", 0) < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def read(path):
     return path.read_text() if path.exists() else ""
-
-
-def size_of_spool(root):
-    return (root / "one" / "mlflow_spool.jsonl").stat().st_size
 
 
 def test_an_older_mlflows_database_is_upgraded_and_a_newer_ones_is_left_alone(root, caplog):
