@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
+from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.config import Recipe
 from powernap.train.data.vocabulary import Numbers
 from powernap.train.export import ExportError, export, read_exported
@@ -67,7 +68,9 @@ def test_an_export_speaks_as_its_run_did(exported):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_are_in_the_precision_that_training_reads(tmp_path, here, precision, dtype):
+def test_weights_are_in_the_precision_that_training_reads(tmp_path, here, monkeypatch, precision, dtype):
+    whole = Checkpoint.whole  # master weights begin as bfloat16 rounds them, and soon are others
+    monkeypatch.setattr(Checkpoint, "whole", lambda self, name: whole(self, name) * (1 + 2**-10))
     run = write_run(tmp_path, here, {"task": "unknown"}, precision)
     checkpoint = run.newest_checkpoint()
     found = load_file(export(checkpoint, run.recipe(), tmp_path / "model") / "model.safetensors")
