@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from powernap.model.errors import PowernapError
-from powernap.parallel import exit_codes
+from powernap.parallel import exit_codes, loopback
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -104,11 +104,12 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     # The process that failed has said why; torchrun's tables would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
+        here = loopback.address()
         meeting = {
             "run_id": uuid.uuid4().hex,
             "rdzv_backend": "c10d",
-            "rdzv_endpoint": "127.0.0.1:0",
-            "local_addr": "127.0.0.1",  # or it asks for its own host's name, which a container need not know
+            "rdzv_endpoint": f"[{here}]:0" if ":" in here else f"{here}:0",
+            "local_addr": here,  # or it asks for its own host's name, which a container need not know
         }
     else:
         meeting = {
