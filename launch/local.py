@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from powernap.model.errors import PowernapError
-from powernap.parallel import exit_codes
+from powernap.parallel import exit_codes, loopback
 from powernap.parallel.parent import not_to_outlive_this
 from powernap.train.interruption import is_ignored
 
@@ -76,7 +76,7 @@ def _first_node() -> str:
     """Where rank 0 of a step runs; srun itself may have been called elsewhere, such as on a login node."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
     if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1" or not nodes:
-        return "127.0.0.1"
+        return loopback.address()
     first = first_host(nodes)
     try:
         socket.getaddrinfo(first, None)
@@ -154,11 +154,12 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     # The process that failed has said why; torchrun's tables would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
+        here = loopback.address()
         meeting = {
             "run_id": uuid.uuid4().hex,
             "rdzv_backend": "c10d",
-            "rdzv_endpoint": "127.0.0.1:0",
-            "local_addr": "127.0.0.1",  # or it asks for its own host's name, which a container need not know
+            "rdzv_endpoint": f"[{here}]:0" if ":" in here else f"{here}:0",
+            "local_addr": here,  # or it asks for its own host's name, which a container need not know
         }
     else:
         meeting = {

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.model.errors import PowernapError
-from powernap.parallel import cpu, exit_codes
+from powernap.parallel import cpu, exit_codes, loopback
 from powernap.parallel.heartbeat import beating
 from powernap.parallel.meeting import MEETING, met
 from powernap.parallel.watchdog import JOINING, Progress, Watchdog
@@ -153,6 +153,7 @@ def initialize(
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     cpu.prepare()
+    loopback.prepare(int(os.environ.get("WORLD_SIZE", 1)), local_world)
     # NCCL wants a GPU for each rank; several ranks on one GPU, as tests use, talk through gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if not dist.is_initialized():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from powernap.model.errors import PowernapError
+from powernap.parallel import loopback
 from powernap.train.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.metrics import to_json
 from powernap.train.run_folder import flatten
@@ -171,7 +172,7 @@ class Tracker(NullTracker):
 
 
 def ui_command(root: Path, port: int = 5000) -> list[str]:
-    """The command that serves the MLflow data in `root` (the folder of all runs) on http://127.0.0.1:PORT."""
+    """The command that serves the MLflow data in `root` (the folder of all runs) on loopback: http://127.0.0.1:PORT."""
     root = Path(os.path.abspath(root))
     return [
         # MLflow would also start a runner of background jobs (six processes), which trained models have no use for.
@@ -179,7 +180,7 @@ def ui_command(root: Path, port: int = 5000) -> list[str]:
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", store_uri(root)),
         *("--artifacts-destination", (root / "mlartifacts").as_uri()),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", loopback.address(), "--port", str(port)),
         *("--workers", "1"),  # the default of 4 takes four times the memory
     ]
 

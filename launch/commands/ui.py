@@ -20,16 +20,18 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     import socket
 
+    from powernap.parallel import loopback
     from powernap.train.delivery import DeliveryError, prepare_mlflow
     from powernap.train.tracking import ui_command
 
     if not options.root.is_dir():
         raise DeliveryError(f"--root {options.root}: no such folder")
-    with socket.socket() as probe:
+    host = loopback.address()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was in use a minute ago will do
         try:
-            probe.bind(("127.0.0.1", options.port))
-        except (OSError, OverflowError) as error:
+            probe.bind((host, options.port))
+        except OSError as error:
             raise DeliveryError(f"--port {options.port}: {error}: choose another one") from None
     prepare_mlflow()
     from powernap.train.database import prepare_database

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -167,6 +168,59 @@ def test_every_error_of_ours_has_the_one_base():
     known = {"PowernapError", *(name.split(": ")[1] for name in errors)}
     assert len(errors) > 15
     assert [name for name, bases in errors.items() if not known & {*bases}] == ["errors.py: PowernapError"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *((["generate", "x", "--prompt", "a", option, value], [option, f"'{value}'", "write a"]) for option, value in (
+            ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.1"),
+            ("--seed", str(2**64)), ("--seed", "-1"), ("--max-tokens", "-1"), ("--passes", "1025"),
+        )),
+        *((["data", "build", "depo", "x", option, value], [option, f"'{value}'"]) for option, value in (
+            ("--seed", str(2**32)), ("--train-samples", "-1"), ("--workers", "9" * 5000), ("--shard-size", "9" * 400 + "GB"),
+        )),
+        (["demo", "--seed", str(2**64)], ["--seed", "from 0 to 4294967295"]),
+        (["ui", "--port", "65536"], ["--port", "from 1 to 65535"]),
+        (["plan", "demo", "--devices", "1e3"], ["--devices", "'1e3'"]),
+        (["plan", "demo", "--memory", "9" * 400 + "GB"], ["--memory", "such as 80GB"]),
+        (["eval", "x", "--passes", "1,1025"], ["--passes", "from 1 to 1024"]),
+        (["wait", "x", "--timeout", "9" * 400 + "d"], ["--timeout", "such as 90m"]),
+        (["data", "inspect", "x", "--samples", "-1"], ["--samples", "'-1'"]),
+        (["train"], ["required: RECIPE, such as powernap train demo run.name=mine"]),
+        (["data", "build"], ["required: TASK, FOLDER, such as powernap data build depo data/depo"]),
+    ],
+    ids=lambda value: " ".join(word[:20] for word in value),
+)  # fmt: skip
+def test_options_out_of_bounds_and_missing_arguments(capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ": error: " in said and len(said) < 300
+    for word in words:
+        assert word[:60] in said
+
+
+@pytest.mark.parametrize("command", ["list", "--help"])
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (">/dev/full", "No space left on device: 'standard output'"),
+        (">&-", "standard output is closed: write >/dev/null"),
+    ],
+)
+def test_a_stdout_that_takes_nothing_is_told(tmp_path, command, where, words):
+    shell = f"exec {shlex.join([*runs.COMMAND, command])} {where}"
+    result = subprocess.run(["sh", "-c", shell], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("powernap: error: "), result.stderr
+    assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_closed_stderr_or_stdin_takes_no_file_for_its_own(tmp_path):
+    """A file that is opened then would get its number, and with it what is printed there."""
+    code = "import os, sys; from powernap.launch import cli; assert cli._open_closed_streams(); print(os.open('x', os.O_CREAT))"
+    shell = f"exec {shlex.join([sys.executable, '-c', code])} <&- 2>&-"
+    assert int(subprocess.check_output(["sh", "-c", shell], cwd=tmp_path, text=True)) > 2
 
 
 def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):

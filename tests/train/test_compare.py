@@ -44,3 +44,18 @@ def test_nothing_in_common_or_not_finite(tmp_path, losses):
     assert not equal
     assert ("no step in common" in report) == (not losses)
     assert ("inf" in report) == bool(losses)
+
+
+def test_a_metric_that_one_run_lacks_is_said_to_be_missing(tmp_path):
+    """Not told as an infinite difference."""
+    one, other = tmp_path / "a", tmp_path / "b"
+    for folder, more in ((one, [{}, {"x": 1.0}, {"y": 2.0}]), (other, [{"x": 1.0}, {"x": 3.0}, {}])):
+        folder.mkdir()
+        with MetricsLog(folder / "metrics.jsonl") as log:
+            for step, extra in enumerate(more, start=1):
+                log.write(step, loss=0.5, grad_norm=1.0, lr=1e-3, tokens=64, seconds=0.1, **extra)
+    report, equal = compare(one, other)
+    assert not equal and "inf" not in report.replace(str(tmp_path), "")
+    lines = [" ".join(line.split()) for line in report.splitlines()]
+    assert f"x missing in {one} at 1 steps, first 1" in lines and f"y missing in {other}" in lines
+    assert "x step 2 2 2" in lines and "loss equal" in lines

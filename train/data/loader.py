@@ -6,6 +6,7 @@ a shard, so any number of ranks and readers can share the work, before and after
 """
 
 import itertools
+import multiprocessing.connection
 import re
 import signal
 from collections.abc import Iterator
@@ -118,7 +119,10 @@ def training_batches(
     batches = iter(readers)
     try:
         while True:
-            item = next(batches)
+            try:
+                item = next(batches)
+            except (OSError, EOFError, RuntimeError) as error:  # what a killed reader leaves of its connections
+                raise _ended_reader(batches) or error from None
             if isinstance(item, DataError):
                 raise item
             batch, places = item
@@ -144,19 +148,31 @@ def readers_watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        # Torch's handler would raise it again, while it is being reported.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         if not found:
             raise
-        by = re.search(r"killed by signal: ([\w ]+)", str(error))
-        raise ReaderError(f"a reader process (pid {found[1]}) {_ending(by and by[1])}; go on with --resume") from None
+        name = re.search(r"killed by signal: ([\w ]+\w)", f"{error} {error.__cause__}")
+        number = next((n for n in signal.Signals if name and signal.strsignal(n) == name[1]), None)
+        raise _reader_error(found[1], number) from None
 
 
-def _ending(signal_text: str | None) -> str:
-    """How a process ended, from what the C library calls its signal: Killed, Segmentation fault."""
-    number = next((number for number in signal.Signals if signal.strsignal(number) == signal_text), None)
-    if number == signal.SIGKILL:
-        return "was ended by SIGKILL, as the system does when memory runs out: try fewer data.workers"
-    return f"was ended by {number.name}" if number else "ended without a word"
+def _ended_reader(batches: Iterator) -> ReaderError | None:
+    """About a reader process of a DataLoader's that is no more; one whose connection is gone may take a moment to end."""
+    readers = getattr(batches, "_workers", ())
+    ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=1.0) if readers else ()
+    for reader in readers:
+        if reader.sentinel in ended and (code := reader.exitcode):
+            return _reader_error(reader.pid, signal.Signals(-code) if code < 0 else None)
+    return None
+
+
+def _reader_error(pid: int | str, number: signal.Signals | None) -> ReaderError:
+    """`number`: the signal that ended it, if it is known."""
+    by = f"was ended by {number.name}" if number else "ended unexpectedly"
+    why = ", as the system does when memory runs out: try fewer data.workers" if number == signal.SIGKILL else ""
+    return ReaderError(f"a reader process (pid {pid}) {by}{why}; go on with --resume")
 
 
 def _check_state(state: State, marks: dict[str, str], settled: dict[str, Any]) -> None:

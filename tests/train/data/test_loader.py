@@ -2,6 +2,8 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from powernap.parallel import exit_codes
 from powernap.train.data.cache import ShardCache
+from powernap.train.data.loader import ReaderError, readers_watched
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from streams import LENGTH, VOCABULARY, evaluate, numbers, one_line, read, write_shard
@@ -29,6 +33,37 @@ def test_reading_leaves_torchs_random_numbers_alone(folder):
     torch.manual_seed(1)
     next(read(folder / "train-*.tar", workers=2))
     assert torch.equal(torch.rand(3), expected)
+
+
+def _read_until_killed(folder, number, to):
+    """What comes of a reader that signal `number` ends; torch would raise that wherever a process stands afterwards."""
+    try:
+        with readers_watched():
+            batches = read(folder / "train-*.tar", workers=1)
+            next(batches)
+            (reader,) = multiprocessing.active_children()
+            os.kill(reader.pid, number)
+            list(batches)
+    except Exception as error:
+        to.send((type(error), str(error), getattr(error, "exit_code", None), reader.pid))
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, "SIGKILL, as the system does when memory"), (signal.SIGABRT, "SIGABRT; ")]
+)
+def test_a_reader_that_is_killed_is_one_line(folder, number, words):
+    """The run may be started again: nothing is wrong with it."""
+    forking = multiprocessing.get_context("fork")
+    here, there = forking.Pipe(duplex=False)
+    process = forking.Process(target=_read_until_killed, args=(folder, number, there))
+    process.start()
+    kind, text, exit_code, pid = here.recv()
+    process.join()
+    assert kind is ReaderError and exit_code == exit_codes.FAILED, text
+    assert text.startswith(f"a reader process (pid {pid}) was ended by {words}") and text.endswith(
+        "go on with --resume"
+    )
 
 
 def test_evaluation_reads_in_file_order(folder):

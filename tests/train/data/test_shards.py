@@ -4,11 +4,16 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
+from powernap.train.data import shards
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.inspect_shards import inspect_shards
 from powernap.train.data.sample import DataError
@@ -216,3 +221,17 @@ def test_inspect_reads_shards_of_any_origin(tmp_path):
     (folder / "train-000000.tar").write_text("text")
     with pytest.raises(DataError, match="train-000000.tar: cannot be read"):
         inspect_shards(str(folder), ShardCache(tmp_path / "cache"))
+
+
+def test_a_building_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed.__module__, killed.__qualname__ = shards.make_shards.__module__, shards.make_shards.__qualname__
+    monkeypatch.setattr(shards, "make_shards", killed)
+    forking = multiprocessing.get_context("fork")  # it has what is set here
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", lambda workers, **_: ProcessPoolExecutor(workers, forking))
+    with pytest.raises(DataError, match="one of 2 building processes was killed.* --workers 1 takes less memory$"):
+        build_small(tmp_path / "data", workers=2)
+    monkeypatch.undo()
+    assert build_small(tmp_path / "data").is_dir()
