@@ -3,12 +3,12 @@
 import contextlib
 import io
 import os
+import uuid
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-import runs
 from benchmarks.common import in_processes
 from powernap.launch import cli
 from powernap.parallel import topology
@@ -26,18 +26,19 @@ def train_badly(folder: Path, processes: int, cases: dict[str, tuple[dict[int, s
         gradient of a module's output. state: the fast weights of the rank's first sequence.
     """
     arguments = [(bad, [f"run.name={name}", *further]) for name, (bad, further) in cases.items()]
-    ports = [runs._free_port() for _ in cases]
-    per_rank = in_processes(_train, processes, processes, folder, arguments, ports)
+    meetings = [uuid.uuid4().hex for _ in cases]
+    per_rank = in_processes(_train, processes, processes, folder, arguments, meetings)
     return dict(zip(cases, zip(*per_rank, strict=True), strict=True))
 
 
-def _train(rank, store, processes, folder, cases, ports):
+def _train(rank, store, processes, folder, cases, meetings):
     os.chdir(folder)
     results = []
-    for (bad, arguments), port in zip(cases, ports, strict=True):
+    for (bad, arguments), meeting in zip(cases, meetings, strict=True):
+        os.environ.pop("MASTER_PORT", None)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
+            "POWERNAP_MEETING": meeting, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
         }  # fmt: skip
         said = io.StringIO()
         with mock.patch("powernap.train.trainer.forward_backward", _spoiled(bad)), contextlib.redirect_stderr(said):

@@ -41,7 +41,8 @@ LAYOUTS = {
     "PP2xDP2": ["parallel.pipeline=2", "parallel.data=2"],
 }
 FAULTS = ("SIGKILL", "SIGKILL during save", "SIGTERM", "SIGUSR1", "SIGSTOP", "SIGKILL, then a file cut short",
-          "SIGKILL, then a bit flipped", "SIGKILL, then a file lost")  # fmt: skip
+          "SIGKILL, then a bit flipped", "SIGKILL, then a file lost", "SIGHUP", "SIGKILL of the launcher")  # fmt: skip
+LAUNCHER = FAULTS[-1]
 
 
 class Failed(AssertionError):
@@ -65,25 +66,27 @@ class Trial:
     def draw(cls, seed: int, number: int) -> "Trial":
         chance = random.Random(f"{seed}/{number}")
         layout = chance.choice(list(LAYOUTS))
+        fault = FAULTS[number % len(FAULTS)]
         trial = cls(
             number,
             layout,
-            FAULTS[number % len(FAULTS)],
+            fault,
             chance.randrange(size(layout)),
             chance.randrange(1, STEPS - 1),
             chance.uniform(0, 0.15),
             chance.choice(list(LAYOUTS)) if chance.random() < 0.3 else layout,
-            chance.random() < 0.1,
+            chance.random() < 0.1 or fault == LAUNCHER,
         )
-        if not trial.by_command and chance.random() < 0.1:
+        if (not trial.by_command or fault == LAUNCHER) and chance.random() < 0.1:
             return replace(trial, step=0, delay=chance.uniform(0, 3))
         return trial
 
     def describe(self) -> str:
         who = "powernap train" if self.by_command else f"rank {self.rank}"
+        what = self.fault if self.fault == LAUNCHER else f"{self.fault} to {who}"
         then = f", goes on as {self.then}" if self.then != self.layout else ""
         when = f"after step {self.step}" if self.step else f"{self.delay:.1f} s after its start"
-        return f"{self.layout}: {self.fault} to {who} {when}{then}"
+        return f"{self.layout}: {what} {when}{then}"
 
 
 def size(layout: str) -> int:
@@ -101,7 +104,8 @@ class Chaos:
 
         torch.set_num_threads(1)
         self.folder, self.seed = folder, seed
-        self._ports = itertools.count(22000 + os.getpid() % 1000 * 8)
+        self._starts = itertools.count()
+        self._orphans: list[psutil.Process] = []  # ranks whose launcher was killed
         sections = {
             "train": {"steps": STEPS, "global_batch_size": 12, "log_every": 5},
             "checkpoint": {"every": EVERY, "keep_last": 2},
@@ -122,6 +126,7 @@ class Chaos:
         try:
             happened = self._interfere(trial, where, processes)
             codes = self._wait(trial, processes)
+            self._wait_for_orphans(trial)
         finally:
             _end_all(processes)
         self._check_codes(trial, codes)
@@ -149,22 +154,22 @@ class Chaos:
     def _start(self, name: str, layout: str, options: list[str]) -> list[psutil.Process]:
         """The ranks of a run, forked: libraries take longer to import than a trial runs."""
         arguments = ["train", "tiny.yaml", f"run.name={name}", *LAYOUTS[layout], *options]
-        port, ranks, found = next(self._ports), size(layout), []
+        meeting, ranks, found = f"{self.folder.name}.{next(self._starts)}", size(layout), []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                os._exit(self._be_rank(rank, ranks, port, arguments))
+                os._exit(self._be_rank(rank, ranks, meeting, arguments))
             found.append(psutil.Process(pid))
         return found
 
-    def _be_rank(self, rank: int, ranks: int, port: int, arguments: list[str]) -> int:
+    def _be_rank(self, rank: int, ranks: int, meeting: str, arguments: list[str]) -> int:
         os.chdir(self.folder)
         output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "MLFLOW_TRACKING_URI": "",
+            "POWERNAP_MEETING": meeting, "MLFLOW_TRACKING_URI": "",
         }  # fmt: skip
         from powernap.launch import cli
 
@@ -203,7 +208,9 @@ class Chaos:
         else:
             time.sleep(trial.delay)
         victim = processes[0 if trial.by_command else trial.rank]
-        if trial.by_command and "SIGKILL" in trial.fault or trial.by_command and trial.fault == "SIGSTOP":
+        if trial.fault == LAUNCHER:
+            self._orphans = victim.children(recursive=True)
+        elif trial.by_command and ("SIGKILL" in trial.fault or trial.fault == "SIGSTOP"):
             victim = victim.children()[trial.rank]  # a rank: killing the launcher is killing no rank
         try:
             victim.send_signal(getattr(signal, trial.fault.split()[0].strip(",")))
@@ -236,10 +243,17 @@ class Chaos:
                 time.sleep(0.01)
         return [codes[index] for index in range(len(processes))]
 
+    def _wait_for_orphans(self, trial: Trial) -> None:
+        _, left = psutil.wait_procs(self._orphans, LEAVE if trial.step else LEAVE + JOINING)
+        self._orphans = []
+        if left:
+            _end_all(left)
+            raise Failed(f"{len(left)} processes outlived their launcher")
+
     def _check_codes(self, trial: Trial, codes: list[int]) -> None:
         if all(code == 0 for code in codes):
             return  # it was over before it began
-        asked = trial.fault in ("SIGTERM", "SIGUSR1")
+        asked = trial.fault in ("SIGTERM", "SIGUSR1", "SIGHUP")
         if asked and any(code != 75 for code in codes):
             raise Failed(f"exit codes {codes}, asked to stop: all must be 75")
         if not asked and any(code in (0, 75) for code in codes):

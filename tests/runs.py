@@ -1,12 +1,13 @@
 """Real runs for tests: small shards, a small recipe, the command in processes of its own."""
 
-import itertools
 import os
+import random
 import resource
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,32 +87,26 @@ def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]], **en
     The same processes join for one run after the other, since libraries take longer to import than a tiny run trains.
     """
     runs = {name: [f"run.name={name}", *overrides] for name, overrides in runs.items()}
-    ports = [_free_port() for _ in runs]
-    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), ports, environment)
+    meetings = [uuid.uuid4().hex for _ in runs]
+    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), meetings, environment)
     return {name: folder / "runs" / name for name in runs}
 
 
-def _train_in_turn(rank, store, processes, folder, runs, ports, environment):
+def _train_in_turn(rank, store, processes, folder, runs, meetings, environment):
     os.chdir(folder)
-    for overrides, port in zip(runs, ports, strict=True):
+    for overrides, meeting in zip(runs, meetings, strict=True):
+        os.environ.pop("MASTER_PORT", None)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
+            "POWERNAP_MEETING": meeting, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
         }  # fmt: skip
         assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
 
 
-_PORTS = itertools.count()
-
-
-def _free_port() -> int:
-    """A port for processes that will meet there in a while, when another test must not have taken it.
-
-    So it is below those that the kernel gives away, and not one that the tests beside these ask for.
-    """
-    tests_beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+def free_port() -> int:
+    """A port for processes that will meet there in a while: drawn below those that the kernel gives away."""
     while True:
-        port = 12000 + 2000 * (tests_beside % 8) + next(_PORTS) % 2000
+        port = random.randrange(10000, 32000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

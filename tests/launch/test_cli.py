@@ -309,7 +309,7 @@ def test_srun_is_recognised(monkeypatch):
 @pytest.mark.wide  # make test-clusters does it with pods
 def test_two_machines_train_as_one(folder):
     """Each is a command of its own, as in the pods of a job."""
-    port = str(runs._free_port())
+    port = str(runs.free_port())
     environment = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     train = ["train", "tiny.yaml", "parallel.data=2", "train.steps=3", "data.lanes=1"]
     machines = [

@@ -1,8 +1,13 @@
 """The demo, cut short: its commands, its files, going on where it was stopped. What it shows takes minutes: `make demo`."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+from contextlib import suppress
 
+import psutil
 import pytest
 
 import runs
@@ -80,6 +85,37 @@ def test_a_demo_that_was_stopped_in_its_second_training_goes_on(demo):
     assert [line.split()[2] for line in resumed.stdout.splitlines() if line.startswith("$ ")] == ["train", "eval"]
     assert [run["loss"] for run in metrics(folder, "N1")] == losses
     assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_ended_alone_leaves_no_rank_behind(demo, number):
+    place, folder = demo[0], f"ended-{number.name}"
+    shutil.copytree(place / "runs" / "demo" / "data", place / folder / "data")
+    options = ["--folder", folder, "train.steps=100000", "evaluation.samples=64", "parallel.data=2"]
+    process = subprocess.Popen(
+        [*runs.COMMAND, "demo", *options],
+        cwd=place,
+        env=os.environ | {"MLFLOW_TRACKING_URI": ""},
+        start_new_session=True,
+    )
+    family = []
+    try:
+        steps = place / folder / "N4" / "metrics.jsonl"
+        runs.wait_for(
+            lambda: process.poll() is not None or (steps.is_file() and steps.read_bytes().count(b"\n") > 1), 180
+        )
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 3  # powernap train and its ranks
+        process.send_signal(number)
+        left = psutil.wait_procs(family, 60)[1]
+    finally:
+        for member in [*psutil.Process(process.pid).children(recursive=True), *family]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        code = process.wait(30)
+    assert not left and code == {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGKILL: -9}[number]
+    assert bool(list((place / folder / "N4" / "checkpoints").glob("step_*"))) == (number != signal.SIGINT)
 
 
 def metrics(folder, name):

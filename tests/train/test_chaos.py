@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: a frozen rank, a kill while a checkpoint is written, a damaged file."""
+"""The short form of `make chaos`: a frozen rank, a kill while a checkpoint is written, a damaged file, SIGHUP, no launcher."""
 
 import os
 import subprocess
@@ -17,11 +17,11 @@ def test_runs_that_something_happened_to_equal_those_that_nothing_happened_to():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(CHAOS.parent), str(root), environment.get("PYTHONPATH", "")])
     # Trials of seed 0 on two ranks, one of each kind; test_stopping.py asks runs to stop.
-    command = [sys.executable, str(CHAOS), "--seed", "0", "--numbers", "28,9,6"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(CHAOS), "--seed", "0", "--numbers", "44,31,26,48,9"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     lines = [line for line in done.stdout.splitlines() if " ok " in line]
-    assert done.returncode == 0 and len(lines) == 3, done.stdout + done.stderr
-    for word in ("SIGSTOP to", "SIGKILL during save", "a bit flipped"):
+    assert done.returncode == 0 and len(lines) == 5, done.stdout + done.stderr
+    for word in ("SIGSTOP to", "SIGKILL during save", "a bit flipped", "SIGHUP to", "SIGKILL of the launcher"):
         assert any(word in line for line in lines)
     assert all("equal" in line for line in lines)
     assert "resumed after step" in done.stdout

@@ -108,6 +108,17 @@ def test_a_supervisor_that_is_gone_is_told(folder):
         assert not psutil.wait_procs(family, 30)[1]  # a run without its supervisor saves and ends
 
 
+def test_a_launcher_that_was_killed_is_started_again_when_its_ranks_have_left(folder):
+    """They still save, with the run's lock. A hang-up is nothing to a supervisor."""
+    with submitted(folder, "relaunched", "parallel.data=2") as supervisor:
+        wait_for(lambda: len(steps(folder, "relaunched")) > 2)
+        supervisor.send_signal(signal.SIGHUP)
+        supervisor.children()[0].kill()
+        assert runs.powernap("wait", "relaunched", "--timeout", "4m", cwd=folder).returncode == 0
+    row = status(folder, "relaunched")
+    assert (row["state"], row["restarts"], row["step"]) == ("succeeded", 1, STEPS)
+
+
 def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     sweep = ["submit", "tiny.yaml", "--on", "local", "run.name=sweep", "sleep.passes=1,2", "train.steps=2"]
     assert runs.powernap(*sweep, cwd=folder).returncode == 0
