@@ -1,6 +1,8 @@
 """Shards from servers, commands and object stores: fetched whole, or refused in one line within a limit, never in silence."""
 
 import base64
+import datetime
+import ipaddress
 import os
 import pickle
 import threading
@@ -9,9 +11,14 @@ import time
 import fsspec
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from filelock import FileLock
 
 from powernap.train.data import cache as cache_module
+from powernap.train.data import source
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard import Shard
@@ -350,6 +357,37 @@ def test_proxies_of_the_environment(server, tmp_path, monkeypatch):
     assert len(Shard.open("http://far.invalid/train-0.tar", cache)) == 5
     assert server.requests[0][0] == "http://far.invalid/train-0.tar"
     assert "Connection refused" in refused("http://127.0.0.1:9/train-0.tar", cache)
+
+
+def self_signed(place):
+    """A certificate of 127.0.0.1 and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = builder.add_extension(x509.SubjectAlternativeName([address]), False).sign(key, hashes.SHA256())
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    place.write_bytes(signed.public_bytes(Encoding.PEM) + secret)
+    return place
+
+
+def test_certificates_are_the_systems_or_those_of_the_environment(folder, tmp_path, monkeypatch):
+    """The system's are what OpenSSL finds, SSL_CERT_FILE among it."""
+    file = self_signed(tmp_path / "server.pem")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    stop = Impatient()
+    with serving(folder, file) as server:
+        unknown = refused(f"{server.url}/train-0.tar", ShardCache(tmp_path / "none", stop=stop))
+        assert "certificate verify failed: self-signed certificate" in unknown and not stop.delays
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            source._system_certificates.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.setenv(name, str(file))
+                assert len(Shard.open(f"{server.url}/train-0.tar", ShardCache(tmp_path / name, retries=0))) == 5
+    source._system_certificates.cache_clear()
 
 
 def test_a_signed_link_stays_as_it_is(server, tmp_path):
