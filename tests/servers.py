@@ -1,6 +1,7 @@
 """HTTP servers on loopback that answer as they should, or as servers do at times."""
 
 import http.server
+import ssl
 import threading
 from contextlib import contextmanager
 
@@ -24,12 +25,22 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """Clients that go away are what the tests are about."""
+
+
 @contextmanager
-def serving(folder):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+def serving(folder, certificate=None):
+    """A server of the files in `folder`; over TLS with the `certificate`, a file that holds its key, too."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         server.folder, server.requests, server.answers = folder, [], {}
         server.released = threading.Event()  # ends answers that stall
-        server.url = f"http://127.0.0.1:{server.server_port}"
+        server.url = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.released.set()

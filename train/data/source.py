@@ -78,7 +78,7 @@ def _from_http(url: str, timeout: float) -> Iterator[bytes]:
         except (requests.TooManyRedirects, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
             raise Unreachable(_one_line(error), may_pass=False) from None
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:  # requests' are OSErrors
-            raise Unreachable(_why(error, timeout)) from None
+            raise _unreachable(error, timeout) from None
 
 
 def _session():
@@ -116,8 +116,8 @@ def _refused(response) -> Unreachable:
     return Unreachable(f"HTTP {status} {response.reason}{wait}", may_pass, delay)
 
 
-def _why(error: BaseException, timeout: float) -> str:
-    """The cause behind what requests and urllib3 make of it."""
+def _unreachable(error: BaseException, timeout: float) -> Unreachable:
+    """By the cause behind what requests and urllib3 make of it."""
     import requests
     import urllib3
 
@@ -125,12 +125,13 @@ def _why(error: BaseException, timeout: float) -> str:
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     if isinstance(error, requests.ConnectTimeout):
-        return f"no connection in {0.9 * timeout:.3g} s"
+        return Unreachable(f"no connection in {0.9 * timeout:.3g} s")
     for cause in causes:
         if isinstance(cause, urllib3.exceptions.IncompleteRead) and cause.expected:
-            return f"broke off after {cause.partial:,} bytes, {cause.expected:,} are missing"
+            return Unreachable(f"broke off after {cause.partial:,} bytes, {cause.expected:,} are missing")
     known = [cause for cause in causes if isinstance(cause, OSError) and cause.strerror]
-    return known[-1].strerror if known else _one_line(error)
+    lasting = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+    return Unreachable(known[-1].strerror if known else _one_line(error), may_pass=not lasting)
 
 
 def _from_command(shard: str, scheme: str, at_end: Callable[[Callable[[], None]], None]) -> Iterator[bytes]:
