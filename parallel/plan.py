@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class Plan:
     def text(self, colour: bool = False) -> str:
         """The plan for a terminal of 80 columns."""
         shards = ", sequence-parallel" if self.sequence_parallel else ""
-        windows = self.windows_slept + self.windows_read
+        windows = math.ceil(self.tokens_per_sequence / self.window)  # text's are read and slept on
         source = {
             "sample": "as in the first sample of data.train",
             "recipe": "as sleep.every_window says",

@@ -56,7 +56,8 @@ def test_without_data_every_window_predicts_where_the_recipe_says_so(folder, cap
     assert (found["windows_assumed"], found["windows_from"]) == (False, "recipe")
     assert (found["windows_slept"], found["windows_read"], found["segments"]) == (3, 4, 10)
     assert main(["plan", *text]) == 0
-    assert "as sleep.every_window says" in capsys.readouterr().out
+    text_plan = capsys.readouterr().out
+    assert "in 4 windows of 6: 3 slept on" in text_plan and "as sleep.every_window says" in text_plan
     assert main(["plan", *text, "--suggest", "--devices", "1", "--json"]) == 0
     efficient = json.loads(capsys.readouterr().out)[0]
     assert main(["plan", *text[:2], "data.train=nowhere/*.tar", "--suggest", "--devices", "1", "--json"]) == 0

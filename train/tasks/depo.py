@@ -149,7 +149,7 @@ class Depo(Section):
                     out.add(other)
             guesses.append(sorted(given or nodes - out))
             known += [(asked, answer, distance), (answer, asked, -hop % len(nodes))]
-        return {"not ruled out": guesses}
+        return {"a node not ruled out": guesses}
 
     def _names(self, context: list[int]) -> Iterator[Word]:
         """Every name of the edges, as a source."""
