@@ -1,5 +1,5 @@
-"""What a job waits for on Kubernetes, or is refused for: cause, object and cure. A stand-in plays the API server, with answers
-in the shapes of a real one; test_kubernetes.py asks a real one about quotas."""
+"""What a job waits for on Kubernetes, or is refused for: cause, object and cure. A stand-in plays the API server, with events and
+refusals in the words of a real one."""
 
 import json
 import re
