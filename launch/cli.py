@@ -150,10 +150,26 @@ def _naming_stdout() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="powernap", description=DESCRIPTION)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print version and commit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Asks git only if it is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        from powernap.train.origin import commit
+
+        code = commit()
+        reason = f" ({code['reason']})" if "reason" in code else ""
+        changes = ", with uncommitted changes" if code["uncommitted_changes"] else ""
+        print(f"powernap {version('powernap')}, commit {code['commit']}{reason}{changes}")
+        parser.exit()
 
 
 def _is_users_mistake(error: Exception) -> bool:

@@ -4,6 +4,8 @@ import argparse
 import json
 import shlex
 import sys
+from itertools import takewhile
+from pathlib import Path
 
 from powernap.launch.commands.arguments import add_recipe
 
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
                 print(text, end="" if text.endswith("\n") else "\n", flush=True)
         return 0
     records = submit(submission)
+    for note in _notes(records[0].own_folder.path / "code.diff"):
+        print(f"powernap: code.diff: {note}", file=sys.stderr)
     if options.json:
         print(json.dumps([{"run": record.run, "id": record.id} for record in records], indent=2))
         return 0
@@ -50,3 +54,9 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     name = submission.folder.name
     print(f"powernap status {name} says how it stands, powernap logs -f {records[0].run} follows it")
     return 0
+
+
+def _notes(patch: Path) -> list[str]:
+    """What the patch of the code's changes says that it leaves out."""
+    lines = patch.read_bytes().splitlines() if patch.is_file() else []
+    return [line[2:].decode(errors="replace") for line in takewhile(lambda line: line.startswith(b"# "), lines)]

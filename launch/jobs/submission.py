@@ -115,8 +115,9 @@ def submit(submission: Submission) -> list[Record]:
                 raise JobError(f"{job.name}: submitted by somebody else this moment: powernap status {job.name}")
         records: list[Record] = []
         try:
+            code, changes = commit(), code_changes()
             for job in jobs:
-                _write_folder(job)
+                _write_folder(job, code, changes)
             if submission.is_sweep:
                 _write_sweep(submission)
             for group, files in submission.rendered():
@@ -223,13 +224,13 @@ def _only_one(jobs: list[Job]) -> Iterator[None]:
         yield
 
 
-def _write_folder(job: Job) -> None:
+def _write_folder(job: Job, code: dict, changes: bytes) -> None:
     folder = job.folder
     folder.path.mkdir(parents=True)
     folder.recipe.write_text(job.recipe_text)
-    (folder.path / "code.json").write_text(json.dumps(commit(), indent=2) + "\n")
-    if changes := code_changes():
-        (folder.path / "code.diff").write_text(changes)
+    (folder.path / "code.json").write_text(json.dumps(code, indent=2) + "\n")
+    if changes:
+        (folder.path / "code.diff").write_bytes(changes)
 
 
 def _write_sweep(submission: Submission) -> None:

@@ -1,5 +1,5 @@
-"""What a job waits for on Kubernetes, or is refused for: cause, object and cure. A stand-in plays the API server, with answers
-in the shapes of a real one; test_kubernetes.py asks a real one about quotas."""
+"""What a job waits for on Kubernetes, or is refused for: cause, object and cure. A stand-in plays the API server, with events and
+refusals in the words of a real one."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import yaml
 
 import runs
 from powernap.launch import cli
+from powernap.launch.jobs import kubernetes_causes
 from powernap.launch.jobs.backend import backend_of
 from powernap.launch.jobs.job import newest_record
 
@@ -76,10 +77,12 @@ class Answers(BaseHTTPRequestHandler):
                 if all(event["involvedObject"].get(names.get(key), event.get(key)) == wanted[key] for key in wanted)
             ]
             self.answer(200, {"items": found})
+        elif "watch" in url.query:  # it has forgotten when to begin
+            self.answer(410, {})
         elif "JobSet" in server.made:
             made = server.made["JobSet"]
             created = f"{NOW - timedelta(seconds=server.age):%Y-%m-%dT%H:%M:%SZ}"
-            metadata = made["metadata"] | {"creationTimestamp": created}
+            metadata = made["metadata"] | {"creationTimestamp": created, "resourceVersion": "1"}
             self.answer(200, made | {"metadata": metadata, "status": {"conditions": server.conditions}})
         else:
             self.answer(404, {"details": {"name": last, "kind": "jobsets"}})
@@ -204,7 +207,8 @@ def test_a_wait_says_its_cause_the_object_and_the_cure(kube, submitted, pods, ev
         [event("Job", "mine-10-node-0", "FailedCreate", QUOTA)],  # another job's
     ],
 )
-def test_what_is_over_or_another_job_s_is_no_cause(kube, submitted, events):
+def test_what_is_over_or_another_job_s_is_no_cause(kube, submitted, events, monkeypatch):
+    monkeypatch.setattr(kubernetes_causes, "SILENT", float("inf"))  # however slow this machine is
     kube.events = events
     assert backend_of(submitted.profile).status(submitted).reason == "its pods are being made"
 
@@ -215,7 +219,7 @@ def test_where_nothing_says_why_that_is_said(kube, submitted):
     assert "which this user may not list" in backend.status(submitted).reason
     kube.reset()
     kube.age = 600
-    assert "10 minutes without a pod" in backend.status(submitted).reason
+    assert re.match(r"1\d minutes without a pod", backend.status(submitted).reason)
 
 
 def test_a_queued_job_says_what_its_queue_waits_for(kube, folder, capfd):
@@ -258,18 +262,6 @@ def test_a_quota_on_jobs_is_no_missing_right(kube, folder, capfd):
     assert not (folder / "runs/never").exists()
 
 
-def test_a_recipe_that_no_configmap_holds_is_refused_before_anything_is_sent(kube, folder, capfd):
-    made = dict(kube.made)
-    shards = [f"data/a-long-name-of-a-folder/train-{number:06d}.tar" for number in range(24_000)]
-    recipe = runs.RECIPE | {"data": {**runs.RECIPE["data"], "train": shards}}
-    (folder / "big.yaml").write_text(yaml.dump(recipe, Dumper=yaml.CSafeDumper))
-    submit = ["submit", "big.yaml", "--on", "kube", "run.name=big", "job.nodes=1"]
-    runs.assert_refused(
-        submit, capfd, "the recipe takes 1.", "data.train alone 1.", "holds 1 MiB", "train-{0000..4095}"
-    )
-    assert kube.made == made and not (folder / "runs/big").exists()
-
-
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -293,7 +285,5 @@ def test_an_exec_plugin_that_fails_is_the_cause(kube, tmp_path, capfd, monkeypat
 
 
 def test_every_cure_fits_what_its_words_find():
-    from powernap.launch.jobs.kubernetes_causes import CURES
-
-    for words, cure in CURES:
+    for words, cure in kubernetes_causes.CURES:
         assert cure.count("{}") <= re.compile(words).groups

@@ -1,6 +1,7 @@
 """What would be created fits the published schemas, strictly, and has what a cluster needs of it."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -282,3 +283,16 @@ def test_the_shipped_profile_with_all_its_examples():
 
 def _is_example(line: str) -> bool:
     return line.startswith("# ") and ": " in line and line[2:].partition(":")[0].isidentifier()
+
+
+def test_a_recipe_that_no_configmap_holds_is_refused():
+    small = job()
+    shards = ["data/" + "x" * 2**19 + ".tar"] * 3
+    big = small.recipe.model_copy(update={"data": small.recipe.data.model_copy(update={"train": shards})})
+    with pytest.raises(
+        JobError, match=r"recipe takes 1.5 MiB, data.train alone 1.5 MiB: .* holds 1 MiB: write a pattern"
+    ):
+        check([dataclasses.replace(small, recipe=big)])
+    with pytest.raises(JobError, match="job.env and network.nccl take 1.* MiB"):
+        check([job(wanted={"env": {"A": "x" * 2**20}})])
+    check([small])

@@ -338,7 +338,16 @@ def test_a_value_that_is_secret_is_nowhere_but_in_the_job(jobs):
             ["parallel.data=9", "train.global_batch_size=18", "job.nodes=9"],
             ["SLURM", "never", "job.nodes"],
         ),
-        ("kind: slurm", ["job.cpus_per_process=99"], ["SLURM"]),
+        (
+            "kind: slurm",
+            ["job.cpus_per_process=99"],
+            ["SLURM", "job.cpus_per_process=99", "of partition main has 8 CPUs"],
+        ),
+        (
+            "partition: urgent",
+            ["job.memory=100GiB"],
+            ["job.memory=100GiB: the largest node of partition urgent has 8000 MiB"],
+        ),
     ],
 )
 def test_what_slurm_refuses_is_told_in_one_line_and_leaves_nothing(jobs, profile, overrides, words):

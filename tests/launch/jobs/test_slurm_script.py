@@ -12,7 +12,7 @@ import pytest
 
 import runs
 from powernap.launch.jobs.cluster import parse_cluster
-from powernap.launch.jobs.description import JobDescription
+from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.launch.jobs.job import Job
 from powernap.launch.jobs.slurm import Slurm, _parse_line, _status
 from powernap.launch.jobs.slurm_json import parse_jobs
@@ -409,3 +409,50 @@ def test_json_of_old_and_new_versions(job, expected):
 def test_what_is_no_json_of_slurm_is_an_error_and_nothing_else(text):
     with pytest.raises(ValueError):
         parse_jobs(text)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "runs_of_sweep", "profile", "asks", "words"),
+    [
+        ("Invalid job array specification", "", 3, {}, {}, ["the sweep has 3 runs", "at most 2 (MaxArraySize)"]),
+        ("Memory specification can not be satisfied", "", 1, {}, {"memory": "9GiB"},
+         ["job.memory=9GiB: the largest node of partition main has 8000 MiB"]),
+        ("CPU count per node can not be satisfied", "", 1, {"partition": "wide"}, {"cpus_per_process": 17},
+         ["job.cpus_per_process=17 x job.processes_per_node=1: the largest node of partition wide has 16 CPUs"]),
+        ("Requested node configuration is not available", "", 1, {}, {"device": "gpu", "processes_per_node": 5},
+         ["job.processes_per_node=5 with a GPU each: the largest node of partition main has 4"]),
+        ("QOSMaxMemoryPerJob; Job violates accounting/QOS policy", "", 1, {}, {}, ["see job.memory: QOSMaxMemoryPerJob"]),
+        ("", "PartitionConfig", 1, {}, {"nodes": 3}, ["never start", "job.nodes=3: partition main has MaxNodes=2"]),
+        ("", "PartitionTimeLimit", 1, {}, {"time": "3h"}, ["job.time=3h: partition main has MaxTime=02:00:00"]),
+        ("", "QOSMaxCpuPerJobLimit", 1, {}, {}, ["never start", "see job.cpus_per_process"]),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_field_and_the_limit(
+    recipe, play, monkeypatch, said, reason, runs_of_sweep, profile, asks, words
+):
+    last = "sbatch: error: Batch job submission failed: it is not available"
+    play.command(
+        "sbatch", f"#!/bin/sh\n[ -z '{said}' ] && echo 7 && exit\necho 'sbatch: error: {said}\n{last}' >&2; exit 1\n"
+    )
+    rows = {"main": r"%s|2|8|8000|gpu:4(S:0)\n", "wide": r"%s|2|16|8000|(null)\n"}
+    asked = f'case "$*" in *--partition=wide*) printf "{rows["wide"]}" wide;; *) printf "{rows["main"] + rows["wide"]}" "main*" wide;; esac'
+    play.command("sinfo", f"#!/bin/sh\n{asked}\n")
+    limits = "PartitionName=x MaxNodes=2 MaxTime=02:00:00 MaxCPUsPerNode=UNLIMITED MaxMemPerNode=UNLIMITED"
+    play.command("scontrol", f'#!/bin/sh\n[ "$2" = config ] && echo "MaxArraySize            = 2" || echo {limits}\n')
+    play.command("squeue", f"#!/bin/sh\necho {reason}\n")
+    monkeypatch.setenv("PATH", f"{play.folder}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(play.folder)
+    one = job(recipe, play, profile, **asks)
+    backend = Slurm(one.cluster)
+    with pytest.raises(JobError) as error:
+        if runs_of_sweep == 1:
+            backend.submit([one], {}, one.folder.path)
+        else:
+            raise JobError(backend._refusal(backend_says(said), [one] * runs_of_sweep))
+    for word in ["SLURM", *words]:
+        assert word in str(error.value), error.value
+    assert said in str(error.value)
+
+
+def backend_says(said: str) -> subprocess.CompletedProcess:
+    return subprocess.CompletedProcess([], 1, "", f"sbatch: error: Batch job submission failed: {said}\n")

@@ -152,12 +152,12 @@ def test_what_was_submitted_can_be_repeated(tmp_path, monkeypatch):
     git("add", ".")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "first")
     monkeypatch.setattr(origin, "ROOT", root)
-    assert origin.code_changes() == "" and not origin.commit()["uncommitted_changes"]
+    assert origin.code_changes() == b"" and not origin.commit()["uncommitted_changes"]
     (root / "train/origin.py").write_text("after\n")
     (root / "train/new.py").write_text("new\n")
     patch = origin.code_changes()
     git("stash", "-u")
-    (tmp_path / "patch").write_text(patch)
+    (tmp_path / "patch").write_bytes(patch)
     git("apply", str(tmp_path / "patch"))
     assert (root / "train/origin.py").read_text() == "after\n" and (root / "train/new.py").read_text() == "new\n"
 
