@@ -12,7 +12,7 @@ from powernap.train.data.cache import cache_of
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
-from powernap.train.data.shards import MANIFEST, read_manifest
+from powernap.train.data.shards import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.tar_index import not_a_tar
 from powernap.train.data.verify import mismatch, not_recorded, recorded
 from powernap.train.tasks.sample import Sample
@@ -36,7 +36,9 @@ def check_data(recipe: Recipe) -> None:
         for shard in itertools.chain.from_iterable(shards.values()):
             if path := local_path(shard):
                 _check_file(path)
-    vocabularies: dict[str, str] = {}  # field -> what its tokens stand for, as far as a manifest says
+    vocabularies: dict[
+        str, tuple[str, int | None]
+    ] = {}  # field -> what its tokens stand for, and the end of a document
     for field, names in shards.items():
         if recipe.sleep.carry:
             _check_documents(names[0], recipe)
@@ -44,7 +46,8 @@ def check_data(recipe: Recipe) -> None:
         path = local_path(names[0])
         if manifest := read_manifest(path) if path else {}:
             _check_manifest(manifest, names[0], samples, recipe)
-            vocabularies[field] = f"{manifest.get('task')}, {(manifest.get('fields') or {}).get('tokenizer')}"
+            tokenizer, (end, _) = (manifest.get("fields") or {}).get("tokenizer"), end_and_pad(manifest)
+            vocabularies[field] = (f"{manifest.get('task')}, {tokenizer}", end)
         _check_windows(names[0], samples, recipe)
     _check_vocabularies(vocabularies)
 
@@ -134,14 +137,18 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
         )
 
 
-def _check_vocabularies(vocabularies: dict[str, str]) -> None:
+def _check_vocabularies(vocabularies: dict[str, tuple[str, int | None]]) -> None:
     """That a token means the same in every list of shards."""
-    (first, expected), *others = vocabularies.items() or [("", "")]
-    for field, found in others:
-        if found.startswith("text, ") and expected.startswith("text, ") and found != expected:
+    (first, (expected, end)), *others = vocabularies.items() or [("", ("", None))]
+    for field, (found, other_end) in others:
+        if not (found.startswith("text, ") and expected.startswith("text, ")):
+            continue
+        if found != expected:
             raise DataError(
                 f"{first} has the vocabulary {expected[6:]}, {field} {found[6:]}: build both with the same tokenizer"
             )
+        if other_end != end:
+            raise DataError(f"documents of {first} end with token {end}, of {field} with {other_end}: build both anew")
 
 
 def _check_documents(shard: str, recipe: Recipe) -> None:

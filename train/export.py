@@ -1,7 +1,7 @@
 """A trained model by itself: weights, sizes, and what its tokens stand for, in a folder that needs no run and no shards.
 
 model.safetensors    every parameter, whole, in the precision it was trained in
-config.json          {"format", "name", "step", "precision", "model", "sleep", "vocabulary": {"task", "fields"} or null}
+config.json          {"format", "name", "step", "precision", "model", "sleep", "vocabulary": {"task", "fields", ...} or null}
 tokenizer.json       if the vocabulary is one of Hugging Face's
 """
 
@@ -153,7 +153,8 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if (tokenizer := Path(task.tokenizer)).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         fields["tokenizer"] = TOKENIZER
-    return {"task": "text", "fields": fields}
+    end, pad = task.ids
+    return {"task": "text", "fields": fields, "end_token_id": end, "pad_token_id": pad}
 
 
 def _task_name(task: object) -> str:

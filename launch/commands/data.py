@@ -19,9 +19,10 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "build",
         help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
-        "The same command goes on where it was stopped.",
+        "The same command continues where it was stopped, also when the input was mended.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), gsm (word problems of "
-        "1 to 8 operations), text (any .txt, .jsonl or .parquet). examples: powernap data build depo data/depo nodes=8 "
+        "1 to 8 operations), text (any .txt, .jsonl or .parquet, also .gz, .zst or .bz2; on_error=skip leaves out documents that "
+        "cannot be used). examples: powernap data build depo data/depo nodes=8 "
         "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
     )
     parser.add_argument("task", metavar="TASK", help="depo, rule110, gsm or text")

@@ -5,10 +5,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from powernap.model.config import LARGEST, Section
+from powernap.train.data.documents import Tally, check_budget, describe_left_out
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.text import Text
 from powernap.train.tasks.sample import GENERATOR, PAD, Sample
@@ -26,8 +28,11 @@ from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 MANIFEST = "manifest.json"
 # What is read of it again, and the types; all may be missing.
 _FIELDS = {"task": str, "fields": dict, "command": str, "vocab_size": int, "window": int, "context_length": int,
-           "pad_token_id": int}  # fmt: skip
+           "end_token_id": int, "pad_token_id": int}  # fmt: skip
 SPLITS = ("train", "test")
+# Of what a build was asked for: may differ when it is continued, since each job notes what it was made from.
+_MAY_CHANGE = ("command", "files")
+_SHOWN = 5  # skipped documents
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class TaskSource:
     samples_per_shard: int
     seed: int
     unit: ClassVar[str] = " samples"
+    skip_budget: ClassVar[int] = 0
 
     def about(self) -> dict[str, Any]:
         return {
@@ -74,11 +80,24 @@ class TaskSource:
             jobs += [Job(n, size, (split, first)) for n, (first, size) in enumerate(zip(firsts, sizes, strict=False))]
         return jobs
 
-    def samples(self, job: Job) -> Iterator[tuple[str, str, Sample]]:
+    def notes(self) -> list[str]:
+        return []
+
+    def tally(self) -> Tally:
+        return Tally()
+
+    def origin(self, job: Job, tally: Tally) -> Any:
+        """What is noted of a job's input, to see when it has changed."""
+
+    def is_unchanged(self, job: Job, origin: Any) -> bool:
+        return True
+
+    def samples(self, job: Job, tally: Tally) -> Iterator[tuple[str, str, Sample]]:
         """Split, key and sample."""
         split, first = job.what
         random = np.random.default_rng([self.seed, SPLITS.index(split), job.number])
         for number in range(first, first + job.amount):
+            tally.advance(1)
             yield split, f"{split}-{number:09d}", self.task.sample(random, held_out=split == "test")
 
 
@@ -91,14 +110,40 @@ class TextSource:
     name: ClassVar[str] = "text"
     unit: ClassVar[str] = "B"
 
+    @property
+    def skip_budget(self) -> int:
+        return self.task.skip_budget
+
     def about(self) -> dict[str, Any]:
-        files = {str(file): file.stat().st_size for file in self.task.files()}
-        return {
+        vocabulary = self.task.vocabulary
+        about = {
             "task": "text",
-            "fields": self.task.model_dump(mode="json"),
+            "fields": self.task.model_dump(mode="json", exclude={"on_error", "skip_budget"}),
             "shard_bytes": self.shard_bytes,
-            "files": files,
+            "files": {str(file): file.stat().st_size for file in self.task.files()[0]},
+            "end_token_id": vocabulary.end,
+            "tokenizer_notes": vocabulary.notes,
         }
+        if (tokenizer := Path(self.task.tokenizer)).is_file():
+            about["tokenizer_sha256"] = _sha256(tokenizer)
+        return about
+
+    def notes(self) -> list[str]:
+        """What a person should know before the build."""
+        left_out = self.task.files()[1]
+        return self.task.vocabulary.notes + ([f"left out: {describe_left_out(left_out)}"] if left_out else [])
+
+    def tally(self) -> Tally:
+        return self.task.tally()
+
+    def origin(self, job: Job, tally: Tally) -> dict[str, Any]:
+        return {"parts": _as_json(job.what), "files": _times(job), "digest": tally.digest.hexdigest()}
+
+    def is_unchanged(self, job: Job, origin: dict[str, Any]) -> bool:
+        """Whether a job has the same input as before; only files that were written since are read again."""
+        if (origin["parts"], origin["files"]) == (_as_json(job.what), _times(job)):
+            return True
+        return origin["digest"] == self.task.digest(job.what)
 
     def options(self) -> list[str]:
         return [f"--shard-size {self.shard_bytes / 1e6:g}MB"]
@@ -106,9 +151,19 @@ class TextSource:
     def jobs(self) -> list[Job]:
         return [Job(n, amount, parts) for n, (parts, amount) in enumerate(self.task.jobs(self.shard_bytes))]
 
-    def samples(self, job: Job) -> Iterator[tuple[str, str, Sample]]:
-        for split, key, sample in self.task.samples(job.what):
+    def samples(self, job: Job, tally: Tally) -> Iterator[tuple[str, str, Sample]]:
+        for split, key, sample in self.task.samples(job.what, tally):
             yield split, f"{split}-{job.number:06d}-{key}", sample
+
+
+def _times(job: Job) -> dict[str, list[int]]:
+    """Size and time of writing of the files of a job."""
+    states = {file: os.stat(file) for file, _, _ in job.what}
+    return {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()}
+
+
+def _as_json(parts: list[tuple[str, int, int]]) -> list[list[Any]]:
+    return [list(part) for part in parts]
 
 
 Source = TaskSource | TextSource
@@ -150,15 +205,17 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
     """Write train-000000.tar ..., test-000000.tar ... (held out) and manifest.json into a new folder.
 
     The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
-    then the shards lie in `.NAME.unfinished` beside it, and the same command goes on where it was stopped.
+    then the shards lie in `.NAME.unfinished` beside it, and the same command continues where it was stopped: shards whose
+    input has changed since are made again, the others are kept.
 
     Args:
         workers: processes; None: one per core.
 
     Raises:
-        DataError: if the folder holds something else or cannot be written, or the input cannot be read.
+        DataError: if the folder holds something else or cannot be written, or the input cannot be read or is empty.
     """
     folder, task = Path(folder), source.task
+    print("".join(f"{note}\n" for note in source.notes()), end="")
     pad = getattr(task, "pad_token_id", PAD)
     fields = [
         f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
@@ -176,13 +233,17 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
         splits = _finished(folder, about)
         if splits is None:
             unfinished = _begin(folder, about)
-            shards = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)))
-            manifest = _manifest(about, shards)
+            made = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)))
+            manifest = _manifest(about, made)
             splits = manifest["splits"]
-            for done in unfinished.glob("*.done"):
-                done.unlink()
+            _refuse_empty(manifest, unfinished)
+            keep = {shard["file"] for shard in manifest["shards"]}
+            for path in unfinished.iterdir():  # notes, and shards of jobs that are no more
+                if path.name not in keep:
+                    path.unlink()
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             unfinished.rename(folder)
+            _report(manifest)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
@@ -194,6 +255,37 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
         f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
         f"model.pad_token_id={pad}"
     )
+
+
+def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
+    if manifest["splits"]["train"]["samples"]:
+        return
+    shutil.rmtree(unfinished)
+    skipped = f", {len(manifest['skipped'])} documents skipped" if manifest.get("skipped") else ""
+    held_out = manifest["splits"]["test"]["samples"]
+    if held_out:
+        raise DataError(f"all {held_out} samples are held out{skipped}: write a smaller test_share, or test_share=0")
+    raise DataError(f"the input holds no text{skipped}: no samples, so no shards")
+
+
+def _report(manifest: dict[str, Any]) -> None:
+    """Say what was left out or changed."""
+    if skipped := manifest.get("skipped"):
+        print(f"{len(skipped)} documents skipped:")
+        print("".join(f"  {reason}\n" for reason in skipped[:_SHOWN]), end="")
+        if len(skipped) > _SHOWN:
+            print(f"  ... the others are listed in {MANIFEST}")
+    if changed := manifest.get("changed"):
+        print(
+            f"{changed} of {manifest['documents']} documents do not come back from their tokens as they were; the first:"
+        )
+        print(f"  {manifest['changed_example']}")
+
+
+def end_and_pad(manifest: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The tokens that end a document and pad a sequence; the end was once always the one before the pad."""
+    end, pad = manifest.get("end_token_id"), manifest.get("pad_token_id")
+    return (pad - 1 if end is None and pad else end), pad
 
 
 def read_manifest(shard: Path) -> dict[str, Any]:
@@ -242,7 +334,8 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
     unfinished.mkdir(parents=True, exist_ok=True)
     note = unfinished / MANIFEST
     if note.exists():
-        if json.loads(note.read_text()) != about:
+        before = json.loads(note.read_text())
+        if any(before.get(key) != about.get(key) for key in (before.keys() | about.keys()) - {*_MAY_CHANGE}):
             raise DataError(f"{unfinished} holds part of another build: finish that, or remove the folder")
     else:
         temporary = unfinished / "manifest.tmp"
@@ -254,42 +347,59 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Run the jobs that have not been done yet; what the manifest says of each shard."""
+    """Run the jobs that have not been done yet; the notes of all, in order."""
     jobs = source.jobs()
-    done = {number: _done(number, folder) for number in range(len(jobs))}
-    missing = [number for number, shards in done.items() if shards is None]
+    done = {number: _done(source, number, job, folder) for number, job in enumerate(jobs)}
+    missing = [number for number, note in done.items() if note is None]
+    skipped = [reason for note in done.values() if note for reason in note["skipped"]]
+    check_budget(skipped, source.skip_budget)
     total = sum(job.amount for job in jobs)
     with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
         progress.update(total - sum(jobs[number].amount for number in missing))
-        for number, shards in _run(source, jobs, missing, folder, min(workers, len(missing))):
-            done[number] = shards
-            progress.update(jobs[number].amount)
-    return [shard for shards in done.values() for shard in shards]
+        for number, note in _run(source, jobs, missing, folder, min(workers, len(missing)), progress):
+            done[number] = note
+            skipped += note["skipped"]
+            check_budget(skipped, source.skip_budget)
+    return list(done.values())
 
 
 def _run(
-    source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int, progress: tqdm
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each job's number and note, as it is done."""
     if workers <= 1:
-        yield from ((number, make_shards(source, number, jobs[number], folder)) for number in missing)
+        for number in missing:
+            yield number, make_shards(source, number, jobs[number], folder, progress.update)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_belong_to_the_parent) as pool:
-        running = {pool.submit(make_shards, source, number, jobs[number], folder): number for number in missing}
+    advanced = context.Value("q", 0)  # by all workers
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(advanced,)) as pool:
+        running = {pool.submit(_make_shards, source, number, jobs[number], folder): number for number in missing}
+        waiting, shown = set(running), 0
         try:
-            for done in as_completed(running):
-                yield running[done], done.result()
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                now = advanced.value
+                progress.update(now - shown)
+                shown = now
+                for job in done:
+                    yield running[job], job.result()
         except BrokenProcessPool:
             raise DataError(
                 f"one of {workers} building processes was killed, as the system does when memory runs out: the same command "
-                f"goes on where it was stopped, --workers {max(1, workers // 2)} takes less memory"
+                f"continues, and --workers {max(1, workers // 2)} takes less memory"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _belong_to_the_parent() -> None:
+_advanced: Any = None  # in a worker: the count that all share
+
+
+def _begin_worker(advanced: Any) -> None:
     """A worker of the pool leaves interrupts to the process that made it, and ends when that one was killed."""
+    global _advanced
+    _advanced = advanced
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
@@ -299,14 +409,50 @@ def _belong_to_the_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def make_shards(source: Source, number: int, job: Job, folder: Path) -> list[dict[str, Any]]:
-    """Write a job's shards; they are whole when the note about them is there. What the manifest says of each."""
+def _advance(count: int) -> None:
+    with _advanced.get_lock():
+        _advanced.value += count
+
+
+def _make_shards(source: Source, number: int, job: Job, folder: Path) -> dict[str, Any]:
+    return make_shards(source, number, job, folder, _advance)
+
+
+class _Progress:
+    """Passes on in hundredths what a job has read, its amount in the end."""
+
+    def __init__(self, amount: int, advance: Callable[[int], object]):
+        self._amount, self._advance, self._read, self._passed_on = amount, advance, 0, 0
+
+    def add(self, count: int) -> None:
+        self._read = min(self._read + count, self._amount)  # the ends of a part may be read twice
+        if self._read - self._passed_on > self._amount / 100:
+            self._pass_on()
+
+    def finish(self) -> None:
+        self._read = self._amount
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._advance(self._read - self._passed_on)
+        self._passed_on = self._read
+
+
+def make_shards(
+    source: Source, number: int, job: Job, folder: Path, advance: Callable[[int], object] = lambda count: None
+) -> dict[str, Any]:
+    """Write a job's shards; they are whole when the note about them is there. The note: shards and what was skipped."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
+    note = folder / f"{number:06d}.done"
+    note.unlink(missing_ok=True)  # of shards that are made again
+    progress = _Progress(job.amount, advance)
+    tally = source.tally()
+    tally.advance = progress.add
     written: dict[str, int] = {}  # file -> samples
     with ExitStack() as stack:
         tars: dict[str, TarWriter] = {}
-        for split, key, sample in source.samples(job):
+        for split, key, sample in source.samples(job, tally):
             name = f"{split}-{job.number:06d}.tar"
             if name not in tars:
                 file = stack.enter_context(open(folder / name, "wb"))
@@ -314,31 +460,60 @@ def make_shards(source: Source, number: int, job: Job, folder: Path) -> list[dic
                 tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
             tars[name].write(encode(key, sample))
             written[name] = written.get(name, 0) + 1
-    shards = [{"file": name, "samples": samples, **_measure(folder / name)} for name, samples in written.items()]
+    progress.finish()
+    made = {
+        "shards": [
+            {
+                "file": name,
+                "samples": samples,
+                "bytes": (folder / name).stat().st_size,
+                "sha256": _sha256(folder / name),
+            }
+            for name, samples in written.items()
+        ],
+        "skipped": tally.skipped,
+        "documents": tally.documents,
+        "changed": tally.changed,
+        "changed_example": tally.example,
+        "origin": source.origin(job, tally),
+    }
     unfinished = folder / f"{number:06d}.tmp"
-    unfinished.write_text(json.dumps(shards))
-    unfinished.rename(folder / f"{number:06d}.done")
-    return shards
+    unfinished.write_text(json.dumps(made))
+    unfinished.rename(note)
+    return made
 
 
-def _done(number: int, folder: Path) -> list[dict[str, Any]] | None:
-    """What a job that was done before left, None if it was not."""
-    note = folder / f"{number:06d}.done"
-    return json.loads(note.read_text()) if note.exists() else None
+def _done(source: Source, number: int, job: Job, folder: Path) -> dict[str, Any] | None:
+    """The note of a job that was done before, from the same input; None if there is none."""
+    path = folder / f"{number:06d}.done"
+    if not path.exists():
+        return None
+    note = json.loads(path.read_text())
+    # An older version noted a list, without what the shards were made from.
+    return note if isinstance(note, dict) and source.is_unchanged(job, note["origin"]) else None
 
 
-def _measure(path: Path) -> dict[str, Any]:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest(about: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, Any]:
+    shards = [shard for note in made for shard in note["shards"]]
     splits = {}
     for split in SPLITS:
         own = [shard for shard in shards if shard["file"].startswith(split)]
         splits[split] = {"shards": len(own), "samples": sum(shard["samples"] for shard in own)}
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-    return {**about, "splits": splits, "sha256": everything, "shards": shards}
+    documents = {}
+    if about["task"] == "text":
+        documents = {
+            "documents": sum(note["documents"] for note in made),
+            "skipped": [reason for note in made for reason in note["skipped"]],
+            "changed": sum(note["changed"] for note in made),
+            "changed_example": next((note["changed_example"] for note in made if note["changed"]), ""),
+        }
+    return {**about, **documents, "splits": splits, "sha256": everything, "shards": shards}
 
 
 def _describe(samples: int, shards: int) -> str:

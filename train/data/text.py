@@ -1,4 +1,4 @@
-"""Text for next-token training: documents from files, split into train and test, cut into sequences.
+"""Text for next-token training: documents split into train and test, tokenized, and cut into sequences.
 
 Each document is ended by a token of its own. Packed, they follow each other and are cut every T-1 tokens; a sequence begins
 with the last token of the one before, so that every token is a target once. Whole documents are cut each by itself, the
@@ -6,9 +6,7 @@ last sequence padded, for training that carries the fast weights from one to the
 by its content.
 """
 
-import glob
 import itertools
-import json
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,36 +14,40 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from powernap.model.config import Section
+from powernap.train.data.documents import Document, Part, Piece, Reader, Tally, find_files
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import Tokenizer, load_tokenizer
 from powernap.train.paths import SharedPath
 from powernap.train.tasks.sample import Sample
-
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-# file, and of a .jsonl the bytes [start, stop) in which a line begins, of a .parquet the row groups, of a .txt all
-Part = tuple[str, int, int]
 
 
 class Text(Section):
     """What text to read, and how to cut it."""
 
     inputs: SharedPath | list[SharedPath] = Field(
-        description="folder, file or glob of .txt, .jsonl and .parquet, or a list of them"
+        description="folder, file or glob of .txt, .jsonl (both also .gz, .zst or .bz2) and .parquet, or a list of them"
     )
     tokenizer: SharedPath = Field(
         "bytes", description="bytes, tiktoken:NAME, or the path of a Hugging Face tokenizer.json"
     )
     text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
+    txt_document: Literal["file", "paragraph", "line"] = Field(
+        "file", description="what a document of a .txt is: the file, a paragraph between blank lines, or a line"
+    )
     window: int = Field(256, ge=1, description="L")
     windows: int = Field(4, ge=1, description="windows in a sequence")
     documents: Literal["packed", "whole"] = Field(
         "packed", description="packed: one after the other; whole: each in sequences of its own, for sleep.carry"
     )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a document that cannot be used stops the build, or is reported and skipped"
+    )
+    skip_budget: int = Field(100, ge=0, description="with on_error=skip: documents a build may do without")
+    _ids: tuple[int | None, int | None] | None = PrivateAttr(None)  # end and pad that shards were built with
 
     @model_validator(mode="after")
     def _some_input(self) -> Self:
@@ -55,7 +57,22 @@ class Text(Section):
 
     @cached_property
     def vocabulary(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer)
+        if self._ids:
+            end, pad = self._ids
+            end = tokenizer.appended_from if end is None else end
+            tokenizer.use(end, end + 1 if pad is None else pad)
+        return tokenizer
+
+    @property
+    def ids(self) -> tuple[int | None, int | None] | None:
+        """The end and pad tokens of shards that were built from this text; None if it is not built yet."""
+        return self._ids
+
+    def built_with(self, end: int | None, pad: int | None) -> Self:
+        """Decode with the end and pad tokens of existing shards. None: those that were once added behind every vocabulary."""
+        self._ids = end, pad
+        return self
 
     @property
     def vocab_size(self) -> int:
@@ -77,79 +94,111 @@ class Text(Section):
     def token_name(self, token: int) -> str:
         return self.vocabulary.token_name(token)
 
-    def files(self) -> list[Path]:
-        """All input files, in order.
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(
+            self.text_field, self.txt_document, whole=self.documents == "whole" or not self.vocabulary.separable
+        )
 
-        Raises:
-            DataError: if an entry names none.
-        """
-        found: list[Path] = []
-        for entry in [self.inputs] if isinstance(self.inputs, str) else self.inputs:
-            path = Path(entry)
-            names = path.rglob("*") if path.is_dir() else map(Path, glob.glob(entry, recursive=True))
-            files = sorted(name for name in names if name.suffix in SUFFIXES and name.is_file())
-            if not files:
-                raise DataError(f"inputs={entry}: no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file there")
-            found += files
-        return list(dict.fromkeys(found))
+    def tally(self) -> Tally:
+        return Tally(self.skip_budget if self.on_error == "skip" else None)
+
+    def files(self) -> tuple[list[Path], dict[str, list[Path]]]:
+        """As `find_files`."""
+        return find_files([self.inputs] if isinstance(self.inputs, str) else self.inputs)
 
     def jobs(self, size: int) -> list[tuple[list[Part], int]]:
         """The input in pieces of about `size` bytes, each to be made into a shard by itself: (parts, bytes)."""
         jobs: list[tuple[list[Part], int]] = []
         parts, total = [], 0
-        for part, weight in self._parts(size):
-            parts.append(part)
-            total += weight
-            if total >= size:
-                jobs.append((parts, total))
-                parts, total = [], 0
+        for file in self.files()[0]:
+            for part, weight in self.reader.parts(file, size, check=self.on_error == "stop"):
+                parts.append(part)
+                total += weight
+                if total >= size:
+                    jobs.append((parts, total))
+                    parts, total = [], 0
         return jobs + ([(parts, total)] if parts else [])
 
-    def _parts(self, size: int) -> Iterator[tuple[Part, int]]:
-        for file in self.files():
-            total = file.stat().st_size
-            if file.suffix == ".jsonl":
-                for start in range(0, total, size):
-                    stop = min(start + size, total)
-                    yield (str(file), start, stop), stop - start
-            elif file.suffix == ".parquet":
-                groups = _open_parquet(file, self.text_field).num_row_groups
-                for group in range(groups):
-                    yield (str(file), group, group + 1), total // groups
-            else:
-                yield (str(file), 0, total), total
+    def digest(self, parts: list[Part]) -> str:
+        """Of what lies in the parts, wherever it lies there: the same when it was read before as tally.digest."""
+        tally = self.tally()
+        for part in parts:
+            for _ in self.reader.raw(part, tally):
+                pass
+        return tally.digest.hexdigest()
 
-    def samples(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
-        """Split, key within the split and sample, of all documents in `parts`."""
-        return self._whole(parts) if self.documents == "whole" else self._packed(parts)
+    def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
+        """Split, key within the split and sample, of all documents in `parts`.
 
-    def _packed(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
+        Raises:
+            DataError: naming the place of a document that cannot be used and is not to be skipped.
+        """
+        return (self._whole if self.documents == "whole" else self._packed)(parts, tally)
+
+    def _packed(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
         open_tokens: dict[str, list[int]] = {"train": [], "test": []}
         number = itertools.count()
-        for split, tokens in self._tokenized(parts):
+        for split, tokens, _ in self._tokenized(parts, tally):
             open_tokens[split] += tokens
             yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(open_tokens[split], last=False))
         for split, tokens in open_tokens.items():
             yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(tokens, last=True))
 
-    def _whole(self, parts: list[Part]) -> Iterator[tuple[str, str, Sample]]:
-        for number, (split, tokens) in enumerate(self._tokenized(parts)):
-            for part, sample in enumerate(self._cut(tokens, last=True)):
+    def _whole(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
+        open_tokens: list[int] = []
+        number = part = 0
+        for split, tokens, ends in self._tokenized(parts, tally):
+            open_tokens += tokens
+            for sample in self._cut(open_tokens, last=ends):
                 yield split, f"{number:06d}-part{part:06d}", sample
+                part += 1
+            if ends:
+                open_tokens, number, part = [], number + 1, 0
 
-    def _tokenized(self, parts: list[Part]) -> Iterator[tuple[str, list[int]]]:
-        """Split and tokens of each document."""
-        for part in parts:
-            for document in self._documents(part):
-                data = document.encode()
-                split = "test" if zlib.crc32(data) % 10_000 < 10_000 * self.test_share else "train"
-                yield split, [*self.vocabulary.encode(document), self.vocabulary.end]
+    def _tokenized(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool]]:
+        """Split and tokens of each document, a piece at a time, and whether it ends with them."""
+        for document in itertools.chain.from_iterable(self.reader.documents(part, tally) for part in parts):
+            if isinstance(document, DataError):
+                tally.skip(document)
+                continue
+            split = "test" if zlib.crc32(document.head) % 10_000 < 10_000 * self.test_share else "train"
+            used = False
+            for tokens in self._pieces(document, tally):
+                used = True
+                yield split, tokens, False
+            if used and document.ends:
+                tally.documents += 1
+                yield split, [self.vocabulary.end], True
+
+    def _pieces(self, document: Document, tally: Tally) -> Iterator[list[int]]:
+        for piece in document.pieces:
+            try:
+                if isinstance(piece, DataError):
+                    raise piece
+                tokens = self._encode(piece, tally)
+            except DataError as error:
+                tally.skip(error)
+            else:
+                yield tokens
+
+    def _encode(self, piece: Piece, tally: Tally) -> list[int]:
+        text = piece.text()
+        try:
+            tokens = self.vocabulary.encode(text)
+        except DataError as error:
+            raise DataError(f"{piece} {error}") from None
+        if difference := self.vocabulary.difference(text, tokens):
+            tally.change(piece, difference)
+        return tokens
 
     def _cut(self, tokens: list[int], last: bool) -> Iterator[Sample]:
         """Sequences from the front of `tokens`, which keeps what is left; with `last` that becomes a padded one."""
-        while len(tokens) >= self.sequence_length:
-            yield self._sample(tokens[: self.sequence_length])
-            del tokens[: self.sequence_length - 1]
+        start = 0
+        while len(tokens) - start >= self.sequence_length:
+            yield self._sample(tokens[start : start + self.sequence_length])
+            start += self.sequence_length - 1
+        del tokens[:start]  # once: each deletion moves all that follow
         if last and len(tokens) > 1:
             yield self._sample(tokens)
 
@@ -159,54 +208,3 @@ class Text(Section):
         loss_mask[0] = False  # nothing precedes it
         padded = np.array(tokens + [self.vocabulary.pad] * missing, dtype=np.int32)
         return Sample(padded, loss_mask, np.zeros((0, 3), np.int32))
-
-    def _documents(self, part: Part) -> Iterator[str]:
-        file, start, stop = part
-        path = Path(file)
-        try:
-            if path.suffix == ".txt":
-                yield path.read_text(encoding="utf-8")
-            elif path.suffix == ".parquet":
-                opened = _open_parquet(path, self.text_field)
-                for group in range(start, stop):
-                    yield from opened.read_row_group(group, columns=[self.text_field])[0].to_pylist()
-            else:
-                yield from self._lines(path, start, stop)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
-
-    def _lines(self, path: Path, start: int, stop: int) -> Iterator[str]:
-        """The documents of the lines that begin in [start, stop)."""
-        with open(path, "rb") as file:
-            if start:
-                file.seek(start - 1)
-                file.readline()  # the rest of a line that began before
-            while file.tell() < stop and (line := file.readline()):
-                where = file.tell() - len(line)
-                if not line.strip():
-                    continue
-                try:
-                    document = json.loads(line)[self.text_field]
-                except (ValueError, TypeError, KeyError):
-                    raise DataError(
-                        f"{path}: the line at byte {where} is no JSON object with '{self.text_field}': write text_field=..."
-                    ) from None
-                if not isinstance(document, str):
-                    raise DataError(f"{path}: the line at byte {where} has no text in '{self.text_field}'")
-                yield document
-
-
-def _open_parquet(path: Path, field: str):
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        opened = ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: no Parquet file ({' '.join(str(error).split())})") from None
-    if field not in opened.schema_arrow.names:
-        names = ", ".join(opened.schema_arrow.names)
-        raise DataError(f"{path}: no column '{field}': write text_field=... with one of {names}")
-    return opened

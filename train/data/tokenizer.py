@@ -1,9 +1,10 @@
 """Vocabularies for text: bytes, a Hugging Face tokenizer.json, or one of tiktoken's. Nothing here imports torch."""
 
 import codecs
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from powernap.train.data.sample import DataError
 
@@ -18,13 +19,23 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text as tokens. Two more tokens follow the vocabulary's own: the end of a document, and the pad."""
+    """Text as tokens. A document is ended by a token, and pads follow the last one: the model's own, or new ids."""
 
-    vocab_size: int  # with both
+    vocab_size: int  # the largest id, plus one
     end: int
     pad: int
+    appended_from: int  # the end token's id in shards built before a model's own was used
+    notes: list[str]  # what differs from the tokenizer's own settings, and where end and pad come from
+    separable: bool  # a text cut at a line end or before a word has the tokens of the whole
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError for a text that has no tokens of its own."""
+
+    def difference(self, text: str, tokens: list[int]) -> str:
+        """What the tokens say in place of the text, where they differ first; empty if they say the same."""
+
+    def use(self, end: int, pad: int) -> None:
+        """Take these as end and pad, since shards were built with them."""
 
     def token_name(self, token: int) -> str: ...
 
@@ -32,8 +43,37 @@ class Tokenizer(Protocol):
 
 
 class _WithEndAndPad:
-    def __init__(self, own: int):
-        self.end, self.pad, self.vocab_size = own, own + 1, own + 2
+    """End and pad are the tokenizer's own, each with its origin, or the next free ids.
+
+    Args:
+        own: the largest id of the vocabulary, plus one.
+        count: of its tokens; smaller where ids have gaps.
+    """
+
+    notes: list[str]
+    separable = True
+
+    def __init__(
+        self,
+        name: str,
+        own: int,
+        count: int | None = None,
+        end: tuple[int, str] | None = None,
+        pad: tuple[int, str] | None = None,
+    ):
+        self.vocab_size, self.appended_from = own, own if count is None else count
+        self.end, end_origin = end or (own, "added: it has none")
+        self.pad, pad_origin = pad or (max(own, self.end + 1), "added: it has none of its own")
+        self.use(self.end, self.pad)
+        self.notes = [
+            f"tokenizer={name}: {own} ids; a document ends with {self.end} ({end_origin}), pads are {self.pad} ({pad_origin})"
+        ]
+
+    def use(self, end: int, pad: int) -> None:
+        self.end, self.pad, self.vocab_size = end, pad, max(self.vocab_size, end + 1, pad + 1)
+
+    def difference(self, text: str, tokens: list[int]) -> str:
+        return ""
 
     def token_name(self, token: int) -> str:
         """A token as a person reads it; spaces and line breaks are shown."""
@@ -44,8 +84,11 @@ class _WithEndAndPad:
     def decoder(self) -> Decoder:
         return _Utf8Decoder(self._spelled)
 
+    def _is_text(self, token: int) -> bool:
+        return token < self.vocab_size and token not in (self.end, self.pad)
+
     def _spelled(self, token: int) -> bytes:
-        if token >= self.end:  # a model may have more tokens than its vocabulary
+        if not self._is_text(token):  # a model may have more tokens than its vocabulary
             return (self.token_name(token) if token < self.vocab_size else f"<{token}>").encode()
         return self._bytes(token)
 
@@ -68,7 +111,7 @@ class Bytes(_WithEndAndPad):
     """UTF-8."""
 
     def __init__(self):
-        super().__init__(256)
+        super().__init__("bytes", 256)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -80,37 +123,170 @@ class Bytes(_WithEndAndPad):
         return bytes([token])
 
 
+# Names of special tokens that end a document, or pad, in published tokenizers; the first that is there is taken.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>")
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|PAD_TOKEN|>")
+_SAMPLE = "Émile paid １２ ﬁne  Ducats"
+
+
 class HuggingFace(_WithEndAndPad):
-    """A tokenizer.json; special tokens of its own are not added to a document."""
+    """A tokenizer.json, read as a vocabulary: nothing is cut off, padded or added, and special tokens in a text are text.
+
+    End and pad are those that tokenizer_config.json or special_tokens_map.json beside it names, or special tokens with
+    well-known names.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Loaded
 
+        self._path = path
         try:
             self._tokenizer = Loaded.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
             raise DataError(f"tokenizer={path}: cannot be read ({' '.join(str(error).split())})") from None
-        super().__init__(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        self._tokenizer.encode_special_tokens = True
+        changes = self._switch_off()
+        settings = json.loads(self._tokenizer.to_str())
+        special = {token["content"]: token["id"] for token in settings["added_tokens"] if token["special"]}
+        unknown = self._unknown(settings["model"])
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        end = self._find("eos_token", END_TOKENS, special, ())
+        pad = self._find("pad_token", PAD_TOKENS, special, (end and end[0], unknown))
+        super().__init__(str(path), max(ids, default=-1) + 1, len(ids), end, pad)
+        self._control = {*special.values()} - {unknown} | {self.end, self.pad}
+        self.notes += [f"tokenizer={path}: {change}" for change in changes + self._describe(settings)]
+        self.separable = self._is_separable()
+        if not self.separable:
+            self.notes.append(
+                f"tokenizer={path}: its tokens depend on where a text begins, so a document is tokenized in one piece"
+            )
+
+    def __reduce__(self):
+        return _reloaded, (self._path, self.end, self.pad)  # the library's own pickle forgets encode_special_tokens
+
+    def _is_separable(self) -> bool:
+        texts = (("The cat, (it) sat.\n", "On 2 mats;\n"), ("on the", " mat"))
+        try:
+            return all(self._ids(one + other) == self._ids(one) + self._ids(other) for one, other in texts)
+        except DataError:  # a vocabulary without such words
+            return False
+
+    def _switch_off(self) -> list[str]:
+        """Switch off what would cut, pad or vary texts; what was."""
+        tokenizer, changes = self._tokenizer, []
+        if tokenizer.truncation:
+            changes.append(f"its stored truncation to {tokenizer.truncation['max_length']} tokens is switched off")
+            tokenizer.no_truncation()
+        if tokenizer.padding:
+            changes.append("its stored padding is switched off")
+            tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            changes.append(f"its dropout={tokenizer.model.dropout:g} of merges is switched off")
+            tokenizer.model.dropout = None
+        return changes
+
+    def _describe(self, settings: dict[str, Any]) -> list[str]:
+        changes = []
+        if names := ", ".join(_types(settings["normalizer"])):
+            normal = self._tokenizer.normalizer.normalize_str(_SAMPLE)
+            example = f"changes text: '{_SAMPLE}' becomes '{normal}'" if normal != _SAMPLE else "may change text"
+            changes.append(f"its normalizer ({names}) {example}")
+        if self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            names = ", ".join(_types(settings["post_processor"]))
+            changes.append(f"its post_processor ({names}) is not applied: no special tokens are added to a document")
+        return changes
+
+    def _unknown(self, model: dict[str, Any]) -> int | None:
+        if (token := model.get("unk_token")) is not None:
+            return self._tokenizer.token_to_id(token)
+        return model.get("unk_id")
+
+    def _find(
+        self, role: str, names: Sequence[str], special: dict[str, int], taken: Sequence[int | None]
+    ) -> tuple[int, str] | None:
+        """The id of the token with this role, and where that is said; None if there is none that is not `taken`."""
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            content = _read_settings(self._path.parent / file).get(role)
+            content = content.get("content") if isinstance(content, dict) else content
+            found = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
+            if found is not None and found not in taken:
+                return found, f"{content}, the {role} of {file}"
+        for content in names:
+            if (found := special.get(content)) is not None and found not in taken:
+                return found, f"{content}, a special token of its own"
+        return None
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text)
+        if not self._control.isdisjoint(ids):
+            token = next(token for token in ids if token in self._control)
+            raise DataError(
+                f"holds '{self._tokenizer.id_to_token(token)}' as text, which tokenizer={self._path} cannot tell from its "
+                "special token"
+            )
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        try:  # without offsets, a fifth faster
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises Exception itself, such as for an unknown word without unk_token
+            raise DataError(f"cannot be tokenized by {self._path} ({' '.join(str(error).split())})") from None
+
+    def difference(self, text: str, tokens: list[int]) -> str:
+        decoded = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        if decoded == text:
+            return ""
+        pairs = enumerate(zip(text, decoded, strict=False))
+        first = next((n for n, (one, other) in pairs if one != other), min(len(text), len(decoded)))
+        shown = slice(max(0, first - 10), first + 10)
+        return f"{text[shown]!r} became {decoded[shown]!r}"
+
+    def _is_text(self, token: int) -> bool:
+        return super()._is_text(token) and self._tokenizer.id_to_token(token) is not None  # ids may have gaps
 
     def _name(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._tokenizer.decode([token], skip_special_tokens=False) if self._is_text(token) else f"<{token}>"
 
     def decoder(self) -> Decoder:
-        return _HuggingFaceDecoder(self._tokenizer, self._spelled, self.end)
+        return _HuggingFaceDecoder(self._tokenizer, self._spelled, self._is_text)
+
+
+def _reloaded(path: Path, end: int, pad: int) -> HuggingFace:
+    tokenizer = HuggingFace(path)
+    tokenizer.use(end, pad)
+    return tokenizer
+
+
+def _types(part: dict[str, Any] | None) -> list[str]:
+    """The kinds of a normalizer or post-processor and of what it is made of."""
+    if part is None:
+        return []
+    steps = part.get("normalizers") or part.get("processors") or []
+    return [name for step in steps for name in _types(step)] or [part["type"]]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    return settings if isinstance(settings, dict) else {}
 
 
 class _HuggingFaceDecoder:
     """Only the library knows what its tokens are next to each other."""
 
-    def __init__(self, tokenizer, spelled: Callable[[int], bytes], end: int):
-        self._tokenizer, self._spelled, self._end = tokenizer, spelled, end
+    def __init__(self, tokenizer, spelled: Callable[[int], bytes], is_text: Callable[[int], bool]):
+        self._tokenizer, self._spelled, self._is_text = tokenizer, spelled, is_text
         self.finish()
 
     def step(self, token: int) -> str:
-        if token >= self._end:
+        if not self._is_text(token):
             return self.finish() + self._spelled(token).decode()
         try:
             return self._stream.step(self._tokenizer, token) or ""
@@ -137,13 +313,22 @@ class Tiktoken(_WithEndAndPad):
             raise DataError(f"tokenizer=tiktoken:{name}: no such encoding: choose one of {names}") from None
         except OSError as error:  # requests' errors are OSErrors
             raise DataError(f"tokenizer=tiktoken:{name}: cannot be fetched ({type(error).__name__})") from None
-        super().__init__(self._encoding.n_vocab)
+        has_end = "<|endoftext|>" in self._encoding.special_tokens_set
+        end = (self._encoding.eot_token, "<|endoftext|>, its own") if has_end else None
+        super().__init__(f"tiktoken:{name}", self._encoding.n_vocab, end=end)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        try:
+            return self._encoding.encode_ordinary(text)
+        except (
+            BaseException
+        ) as error:  # a panic of its regular expressions, such as from a million blanks, is no Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise DataError(f"cannot be tokenized by tiktoken ({' '.join(str(error).split())})") from None
+            raise
 
     def _name(self, token: int) -> str:
-        return self._encoding.decode([token])
+        return self._bytes(token).decode(errors="replace")
 
     def _bytes(self, token: int) -> bytes:
         try:

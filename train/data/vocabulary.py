@@ -9,7 +9,7 @@ from powernap.model.config import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.shards import MANIFEST, read_manifest
+from powernap.train.data.shards import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
 from powernap.train.recipe_file import RecipeError, check
@@ -127,7 +127,7 @@ def find_task(data: DataConfig) -> Section:
         task = described_by(read_manifest(path)) if path else None
         if task is None:
             raise DataError(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
-        found[name] = task.tokenizer if isinstance(task, Text) else repr(task)
+        found[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Text) else repr(task)
     if len(set(found.values())) > 1:
         raise DataError(f"data.train mixes vocabularies ({', '.join(found)})")
     return task
@@ -150,6 +150,7 @@ def described_by(manifest: dict) -> Section | None:
     """
     kind = (TASKS | {"text": Text}).get(manifest.get("task"))
     try:
-        return check(kind, manifest.get("fields")) if kind else None
+        task = check(kind, manifest.get("fields")) if kind else None
     except RecipeError as error:
         raise DataError(f"{MANIFEST}: {error}") from None
+    return task.built_with(*end_and_pad(manifest)) if isinstance(task, Text) else task

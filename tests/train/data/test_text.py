@@ -1,8 +1,12 @@
 """Text: every document once, packed into sequences; the same from files of every kind, on any number of cores."""
 
+import bz2
+import gzip
 import itertools
 import json
+import os
 import re
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -11,11 +15,13 @@ import pytest
 import tiktoken
 import tokenizers
 
+from powernap.train.data import documents as reading
 from powernap.train.data.cache import ShardCache
+from powernap.train.data.documents import Document, Reader, Tally
 from powernap.train.data.inspect_shards import inspect_shards
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
-from powernap.train.data.shards import TextSource, build
+from powernap.train.data.shards import Job, TextSource, build, make_shards
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.recipe_file import RecipeError, check
@@ -82,13 +88,25 @@ def test_the_split_does_not_depend_on_the_files(tmp_path):
 
 def test_on_two_cores_and_again(tmp_path, capsys):
     corpus = write(tmp_path / "corpus", "jsonl")
-    one, two = built(tmp_path / "one", corpus), built(tmp_path / "two", corpus, workers=2)
+    (corpus / "special.txt").write_text("a text with <|endoftext|> in it")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = {"initial_alphabet": alphabet, "special_tokens": ["<|endoftext|>"]}
+    tokenizer.train_from_iterator(DOCUMENTS, tokenizers.trainers.BpeTrainer(vocab_size=300, **special))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fields = {"inputs": corpus, "tokenizer": str(tmp_path / "tokenizer.json")}
+    one, two = built(tmp_path / "one", **fields), built(tmp_path / "two", workers=2, **fields)
+    manifest = json.loads((one / "manifest.json").read_text())
+    assert (manifest["end_token_id"], manifest["pad_token_id"], manifest["documents"]) == (0, 300, 301)
+    assert not manifest["changed"] and "0 (<|endoftext|>, a special token of its own)" in manifest["tokenizer_notes"][0]
     assert {p.name: p.read_bytes() for p in one.glob("*.tar")} == {p.name: p.read_bytes() for p in two.glob("*.tar")}
-    built(tmp_path / "one", corpus)
+    built(tmp_path / "one", **fields)
     assert "is built already" in capsys.readouterr().out
     (corpus / "more.txt").write_text("more")
     with pytest.raises(DataError, match="exists and is not empty"):
-        built(tmp_path / "one", corpus)
+        built(tmp_path / "one", **fields)
 
 
 def test_a_hugging_face_vocabulary(tmp_path):
@@ -124,32 +142,314 @@ def test_a_tiktoken_vocabulary(monkeypatch):
     ("fields", "message"),
     [
         ({"inputs": "nowhere"}, "inputs=nowhere: no .txt, .jsonl or .parquet file there"),
+        ({"inputs": "{corpus}/a.csv"}, "a.csv: no .txt, .jsonl or .parquet file there (left out: 1 .csv ("),
         ({"tokenizer": "words"}, "tokenizer=words: write bytes, tiktoken:NAME or the path of a tokenizer.json"),
         ({"tokenizer": "tiktoken:gpt9"}, "tokenizer=tiktoken:gpt9: no such encoding: choose one of "),
         ({"tokenizer": "{corpus}/a.txt"}, "cannot be read"),
-        (
-            {"inputs": "{corpus}/bad.jsonl"},
-            "bad.jsonl: the line at byte 18 is no JSON object with 'text': write text_field",
-        ),
-        ({"inputs": "{corpus}/number.jsonl"}, "number.jsonl: the line at byte 0 has no text in 'text'"),
-        ({"inputs": "{corpus}/latin.txt"}, "latin.txt: not UTF-8 text (invalid continuation byte at byte 2)"),
-        ({"inputs": "{corpus}/bad.parquet"}, "bad.parquet: no Parquet file"),
-        ({"inputs": "{corpus}/good.parquet"}, "good.parquet: no column 'text': write text_field=... with one of body"),
     ],
 )
-def test_input_that_is_no_text_is_named(tmp_path, fields, message):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "a.txt").write_text("a text\n")
-    (corpus / "bad.jsonl").write_text('{"text": "good."}\n{"body": "x"}\n')
-    (corpus / "number.jsonl").write_text('{"text": 3}\n')
-    (corpus / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    (corpus / "bad.parquet").write_text("no")
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), corpus / "good.parquet")
-    fields = {"inputs": str(corpus / "a.txt")} | {key: value.format(corpus=corpus) for key, value in fields.items()}
+def test_fields_that_name_nothing(tmp_path, fields, message):
+    (tmp_path / "a.txt").write_text("a text\n")
+    (tmp_path / "a.csv").write_text("a text\n")
+    fields = {"inputs": str(tmp_path / "a.txt")} | {key: value.format(corpus=tmp_path) for key, value in fields.items()}
     with pytest.raises(DataError, match=re.escape(message)) as error:
         built(tmp_path / "data", **fields)
     assert "\n" not in str(error.value)
+
+
+def parquet(values, name="text", type=None):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({name: pyarrow.array(values, type)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+GOOD = '{"text": "good."}\n'
+ODD = {  # what lies in a file, and what is said of it
+    "key.jsonl": (f'{GOOD}{{"body": "x"}}\n', "the line at byte 18 is no JSON object with 'text': write text_field=... with one of body"),
+    "number.jsonl": ('{"text": 3}\n', "the line at byte 0 has no text in 'text', but 3"),
+    "null.jsonl": (f'{GOOD}{{"text": null}}\n', "the line at byte 18 has no text in 'text', but null"),
+    "array.jsonl": ('[{"text": "x"}]', "the line at byte 0 is a JSON array: write one object per line"),
+    "broken.jsonl": ('{"text": "x"', "the line at byte 0 is no JSON ("),
+    "deep.jsonl": ("[" * 9 + '{"a":' * 100_000, "the line at byte 0 is a JSON array"),
+    "deeper.jsonl": ('{"a":' * 100_000, "the line at byte 0 is no JSON ("),
+    "surrogate.jsonl": (f'{GOOD}{{"text": "a \\ud800 b"}}\n', "the line at byte 18 holds \\ud800, half of a surrogate pair"),
+    "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), "the line at byte 0: not UTF-8 text (invalid continuation byte at byte 12)"),
+    "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text (invalid continuation byte at byte 2)"),
+    "utf16.txt": ("naïve".encode("utf-16"), "UTF-16, not UTF-8 text: convert it with iconv"),
+    "packed.txt": (gzip.compress(b"x"), "gzip-compressed, not text: name it .gz"),
+    "packed.jsonl": (gzip.compress(b"x"), "gzip-compressed, not text: name it .gz"),
+    "cut.txt.gz": (gzip.compress(os.urandom(100))[:-9], "cannot be read (Truncated compressed stream)"),
+    "no.jsonl.zst": ("no", "cannot be read (ZSTD decompress failed: Unknown frame descriptor)"),
+    "bad.parquet": ("no", "no Parquet file"),
+    "body.parquet": (parquet(["x"], "body"), "no column 'text': write text_field=... with one of body"),
+    "int.parquet": (parquet([3]), "column 'text' holds int64, not text: no column holds text"),
+    "list.parquet": (parquet([["x"]]), "column 'text' holds list<element: string>, not text"),
+    "null.parquet": (parquet(["x", None]), "row 1 has no text in 'text', but null"),
+    "binary.parquet": (parquet([b"x", b"\xff"]), "row 1: not UTF-8 text (invalid start byte at byte 0)"),
+}  # fmt: skip
+
+
+def write_odd(folder, name):
+    folder.mkdir(exist_ok=True)
+    content = ODD[name][0]
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_document_that_cannot_be_used_is_named(tmp_path, name):
+    """With its file, row or byte, and the right cause."""
+    path = write_odd(tmp_path / "corpus", name)
+    with pytest.raises(DataError, match=re.escape(ODD[name][1])) as error:
+        built(tmp_path / "data", path, window=2)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_documents_that_cannot_be_used_are_skipped_and_counted_up_to_a_budget(tmp_path, capsys):
+    for name in ODD:
+        write_odd(tmp_path / "corpus", name)
+    (tmp_path / "corpus" / "last.txt").write_text("the last")
+    fields = {"inputs": tmp_path / "corpus", "on_error": "skip", "test_share": 0}
+    with pytest.raises(
+        DataError, match=f"more than skip_budget={len(ODD) - 1} documents skipped; last: .*utf16.txt: UTF-16"
+    ):
+        built(tmp_path / "data", skip_budget=len(ODD) - 1, **fields)
+    folder = built(tmp_path / "data", skip_budget=len(ODD), **fields)  # another budget is no other build
+    assert sorted(bytes(found).decode() for found in documents(folder, "train")) == sorted(
+        ["good."] * 3 + ["the last", "x", "x"]
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["documents"] == 6
+    assert sorted(line.split(": ")[0].rsplit("/")[-1].split(" ")[0] for line in manifest["skipped"]) == sorted(ODD)
+    said = capsys.readouterr().out
+    assert f"{len(ODD)} documents skipped:" in said and "array.jsonl: the line at byte 0 is a JSON array" in said
+
+
+def test_mended_input_continues_the_work(tmp_path, monkeypatch):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in "abc":
+        lines = [json.dumps({"text": f"document {name}{n} of some length"}) for n in range(300)]
+        (corpus / f"{name}.jsonl").write_text("\n".join([*lines, *(['{"text": null}'] if name == "c" else [])]))
+    with pytest.raises(DataError, match="c.jsonl: the line at byte 12190 has no text in 'text', but null"):
+        built(tmp_path / "data", corpus, shard_bytes=4000)
+    assert len(list(tmp_path.glob(".data.unfinished/*.done"))) == 9
+    (corpus / "c.jsonl").write_text(
+        (corpus / "c.jsonl").read_text().replace('{"text": null}', "").replace("c200", "mended")
+    )
+    (corpus / "a.jsonl").touch()  # written again, but the same
+    made = []
+
+    def make(source, number, *more):
+        made.append(number)
+        return make_shards(source, number, *more)
+
+    monkeypatch.setattr("powernap.train.data.shards.make_shards", make)
+    folder = built(tmp_path / "data", corpus, shard_bytes=4000)
+    assert made == [8, 9]  # one line is mended in a shard that was made
+    whole = built(tmp_path / "whole", corpus, shard_bytes=4000)
+    assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == {
+        p.name: p.read_bytes() for p in whole.glob("*.tar")
+    }
+
+
+def test_shards_of_input_that_is_no_more_are_not_left_behind(tmp_path):
+    corpus = write(tmp_path / "corpus", "jsonl")
+    (corpus / "bad.jsonl").write_text('{"text": null}')
+    (corpus / "all.jsonl").rename(corpus / "a.jsonl")
+    with pytest.raises(DataError):
+        built(tmp_path / "data", corpus)
+    (corpus / "bad.jsonl").unlink()
+    (corpus / "a.jsonl").write_text((corpus / "a.jsonl").read_text()[:2000].rpartition("\n")[0])
+    folder = built(tmp_path / "data", corpus)
+    assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["shards"] == 1
+    assert len(list(folder.glob("train-*.tar"))) == 1 and not list(folder.glob("*.done"))
+
+
+def test_another_tokenizer_is_another_build(tmp_path):
+    corpus = write_odd(tmp_path / "corpus", "null.jsonl")
+    vocabulary = {character: n for n, character in enumerate(tokenizers.pre_tokenizers.ByteLevel.alphabet())}
+    for _ in "to":
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(DataError) as error:
+            built(tmp_path / "data", corpus, tokenizer=str(tmp_path / "tokenizer.json"))
+        vocabulary = {character: 255 - n for character, n in vocabulary.items()}
+    assert "holds part of another build" in str(error.value)
+
+
+def test_compressed_files_and_upper_case_endings_are_read(tmp_path):
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    rows = [(json.dumps({"text": document}) + "\n").encode() for document in DOCUMENTS[2:]]
+    zstd = pyarrow.Codec("zstd")
+    for name, data in {
+        "a.txt.bz2": bz2.compress(DOCUMENTS[0].encode()),
+        "b.TXT": DOCUMENTS[1].encode(),
+        "c.jsonl.gz": gzip.compress(b"".join(rows[:80])) + gzip.compress(b"".join(rows[80:100])),
+        "deep/d.JSONL.ZST": bytes(zstd.compress(b"".join(rows[100:200]))) + bytes(zstd.compress(b"".join(rows[200:]))),
+    }.items():
+        (tmp_path / "corpus" / name).write_bytes(data)
+    folder = built(tmp_path / "data", tmp_path / "corpus", test_share=0)
+    assert [bytes(document).decode() for document in documents(folder, "train")] == DOCUMENTS
+
+
+def test_files_that_are_left_out_are_listed_with_reason_and_count(tmp_path, capsys):
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for name in (
+        "._a.txt",
+        ".git/b.txt",
+        "__MACOSX/c.txt",
+        "d.csv",
+        "e.CSV",
+        "f.json",
+        "README",
+        "g.tar.gz",
+        "h.parquet.gz",
+    ):
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        (corpus / name).write_text("not to be read")
+    (corpus / "empty.txt").touch()
+    (corpus / "gone.txt").symlink_to("nowhere")
+    (corpus / "a.txt").write_text("read")
+    other.mkdir()
+    (other / "linked.txt").write_text("read too")
+    (corpus / "link").symlink_to(other)
+    (other / "back").symlink_to(corpus)  # a circle
+    for inputs in (str(corpus), f"{tmp_path}/c*"):
+        files, left_out = check(Text, {"inputs": inputs}).files()
+        assert [file.name for file in files] == ["a.txt", "linked.txt"]
+        assert {reason: len(paths) for reason, paths in left_out.items()} == {
+            "hidden": 3, ".csv": 1, ".CSV": 1, ".json": 1, "without an ending": 1, ".tar.gz": 1, ".parquet.gz": 1,
+            "empty": 1, "broken link": 1,
+        }  # fmt: skip
+    built(tmp_path / "data", corpus, test_share=0)
+    said = capsys.readouterr().out
+    assert f"3 hidden ({corpus}/._a.txt, ...)" in said and f"1 .csv ({corpus}/d.csv)" in said
+
+
+def test_an_empty_result_is_refused(tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="the input holds no text: no samples, so no shards"):
+        built(tmp_path / "data", tmp_path / "blank.jsonl")
+    (tmp_path / "held.txt").write_text("held out")
+    with pytest.raises(DataError, match="all 1 samples are held out: write a smaller test_share"):
+        built(tmp_path / "data", tmp_path / "held.txt", test_share=0.9999)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.jsonl", "held.txt"]
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "three"}\r\n{"text": "\ufefffour"}'.encode())
+    (tmp_path / "c.parquet").write_bytes(parquet(["\ufefffive"]))
+    (tmp_path / "d.parquet").write_bytes(parquet(["six"], type=pyarrow.dictionary(pyarrow.int8(), pyarrow.string())))
+    (tmp_path / "e.parquet").write_bytes(parquet([b"seven"]))
+    folder = built(tmp_path / "data", tmp_path, test_share=0)
+    texts = ["one\r\ntwo\r\n", "three", "four", "five", "six", "seven"]
+    assert [bytes(document).decode() for document in documents(folder, "train")] == texts
+
+
+# -------------------------------------------------------------------------------------------------------- long documents
+
+
+class Moves(list):
+    """A list that counts what moves when its front is deleted."""
+
+    moved = 0
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        self.moved += len(self)
+
+
+def test_cutting_takes_time_in_proportion_to_the_text():
+    text = check(Text, {"inputs": "-", "window": 16, "windows": 2})
+    tokens = Moves(range(10_000))
+    assert len(list(text._cut(tokens, last=True))) == 313
+    assert tokens.moved < 10_000
+
+
+def long_text(tmp_path, name="long.txt"):
+    words = [f"word{n}{' ' if n % 9 else chr(10)}" for n in range(20_000)]
+    (tmp_path / name).write_text("".join(words).replace("word7", "wörd7"))
+    return tmp_path / name
+
+
+def test_memory_is_bounded_in_a_long_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 2**12)
+    monkeypatch.setattr(reading, "HEAD", 2**12)
+    path = long_text(tmp_path)
+    text = check(Text, {"inputs": str(path), "test_share": 0})
+    text.vocabulary  # noqa: B018
+    advanced = []
+    tally = Tally(advance=advanced.append)
+    tracemalloc.start()
+    samples = sum(1 for _ in text.samples([(str(path), 0, path.stat().st_size)], tally))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert samples > 100 and peak < path.stat().st_size
+    assert len(advanced) > 20 and sum(advanced) >= path.stat().st_size
+
+
+def test_the_progress_bar_moves_within_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 2**12)
+    path = long_text(tmp_path)
+    text = check(Text, {"inputs": str(path)})
+    size, advanced = path.stat().st_size, []
+    make_shards(TextSource(text, size), 0, Job(0, size, [(str(path), 0, size)]), tmp_path, advanced.append)
+    assert len(advanced) > 20 and sum(advanced) == size
+
+
+@pytest.mark.parametrize("line_ends", [True, False])
+def test_one_long_text_is_divided_among_shards(tmp_path, monkeypatch, line_ends):
+    """All cores have work, no word is cut, and the document is ended once."""
+    monkeypatch.setattr(reading, "PIECE", 2**10)
+    path = long_text(tmp_path)
+    if not line_ends:
+        path.write_text(path.read_text().replace("\n", " "))
+    text = check(Text, {"inputs": str(path), "test_share": 0.5})
+    jobs = text.jobs(10_000)
+    assert len(jobs) == -(-path.stat().st_size // 10_000)
+    found = [list(text._tokenized(parts, Tally())) for parts, _ in jobs]
+    assert len({split for job in found for split, _, _ in job}) == 1
+    pieces = [bytes(tokens) for job in found for _, tokens, ends in job if not ends]
+    assert b"".join(pieces) == path.read_bytes() and len(pieces) > 2 * len(jobs)
+    assert all(piece[:1] == b" " or before[-1:] == b"\n" for before, piece in itertools.pairwise(pieces))
+    assert [ends for job in found for _, _, ends in job].count(True) == 1 and found[-1][-1][1] == [256]
+    whole = check(Text, {"inputs": str(path), "documents": "whole"})
+    assert [parts for parts, _ in whole.jobs(10_000)] == [[(str(path), 0, path.stat().st_size)]]
+
+
+@pytest.mark.parametrize(
+    "data", ["", "a", "é" * 40, "a b" * 30, "\n" * 50, "x" * 33 + "\n y\n\nz", "日本語" * 20 + "\n "]
+)
+def test_no_byte_is_lost_wherever_a_text_is_divided(tmp_path, monkeypatch, data):
+    path = tmp_path / "a.txt"
+    path.write_text(data)
+    total = path.stat().st_size
+    for piece, size in itertools.product((4, 7, 64), range(1, 60, 3)):
+        monkeypatch.setattr(reading, "PIECE", piece)
+        parts = list(Reader("text", "file", whole=False).parts(path, size, check=True))
+        pieces = [piece for part, _ in parts for piece in Reader("text", "file", whole=False).raw(part, Tally())]
+        assert "".join(piece.text() for piece in pieces) == data  # each is UTF-8 by itself
+        assert sum(weight for _, weight in parts) == total
+
+
+@pytest.mark.parametrize("kind", ["paragraph", "line"])
+def test_a_document_of_a_txt_may_be_a_paragraph_or_a_line(tmp_path, kind):
+    text = "\n \none\nmore of one\n\n\ntwo\r\n\r\nthree\nlines\nhere\n\nfour"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    lines = ["one", "more of one", "two", "three", "lines", "here", "four"]
+    expected = lines if kind == "line" else ["one\nmore of one", "two", "three\nlines\nhere", "four"]
+    reader = Reader("text", kind, whole=False)
+    for size in range(1, len(text) + 2):
+        found = []
+        for path in (tmp_path / "a.txt", tmp_path / "b.txt.gz"):
+            for part, _ in reader.parts(path, size, check=True):
+                for document in reader.documents(part, Tally()):
+                    assert isinstance(document, Document) and document.ends
+                    found += [piece.text() for piece in document.pieces]
+        assert found == expected * 2
 
 
 def test_fields_without_sense():

@@ -1,0 +1,510 @@
+"""Input files as documents: found, decompressed and read a piece at a time.
+
+What cannot be used is yielded as a DataError that names file and place, so that the reader may leave it out and continue.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from powernap.train.data.sample import DataError
+
+KINDS = (".txt", ".jsonl", ".parquet")
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # of .txt and .jsonl
+PIECE = 2**20  # bytes of a document that are tokenized at once
+HEAD = 2**20  # bytes of a document by which train and test are told apart
+_BOM = b"\xef\xbb\xbf"
+
+# file, and of plain .txt and .jsonl the bytes [start, stop) in which a document begins, of .parquet the row groups
+Part = tuple[str, int, int]
+
+
+class Piece(NamedTuple):
+    """A document or, of a long one, about PIECE bytes."""
+
+    file: str
+    place: str  # within the file, for messages
+    start: int  # byte of the place, or of the file, at which `data` begins
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.place}" if self.place else self.file
+
+    def text(self) -> str:
+        """Raises DataError for bytes that are not UTF-8."""
+        try:
+            return self.data.decode()
+        except UnicodeDecodeError as error:
+            cause = f"not UTF-8 text ({error.reason} at byte {self.start + error.start})"
+            raise DataError(f"{self}: {_foreign_format(self.file) or cause}") from None
+
+
+class Document(NamedTuple):
+    head: bytes
+    pieces: Iterator[Piece | DataError]
+    ends: bool  # with these pieces; False: it continues in the next part
+
+
+@dataclass
+class Tally:
+    """What a job has read so far.
+
+    Args:
+        budget: documents to leave out; None: stop at the first that cannot be used.
+        advance: called with the bytes read, for a progress bar.
+    """
+
+    budget: int | None = None
+    advance: Callable[[int], object] = lambda count: None
+    skipped: list[str] = field(default_factory=list)
+    documents: int = 0
+    changed: int = 0  # pieces that do not come back from their tokens as they were
+    example: str = ""
+    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+
+    def skip(self, error: DataError) -> None:
+        """Raises the error if it is not to be skipped."""
+        if self.budget is None:
+            raise error
+        self.skipped.append(str(error))
+        check_budget(self.skipped, self.budget)
+
+    def change(self, piece: Piece, difference: str) -> None:
+        self.changed += 1
+        self.example = self.example or f"{piece}: {difference}"
+
+
+def check_budget(skipped: list[str], budget: int) -> None:
+    """Raises DataError if too much was left out."""
+    if len(skipped) > budget:
+        raise DataError(f"more than skip_budget={budget} documents skipped; last: {skipped[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def find_files(inputs: list[str]) -> tuple[list[Path], dict[str, list[Path]]]:
+    """All files that can be read, in order, and the others by the reason why they are left out.
+
+    Folders are searched with their subfolders, symbolic links included.
+
+    Raises:
+        DataError: if an entry has no file to read, or a folder cannot be read.
+    """
+    files: dict[Path, None] = {}
+    left_out: dict[str, dict[Path, None]] = {}
+    for entry in inputs:
+        named = [Path(entry)] if Path(entry).exists() else sorted(map(Path, glob.glob(entry, recursive=True)))
+        found, others = [], {}
+        for name in named:
+            for path, reason in _walk(name) if name.is_dir() else [(name, _why_not(name))]:
+                if reason:
+                    others.setdefault(reason, []).append(path)
+                else:
+                    found.append(path)
+        if not found:
+            reasons = f" (left out: {describe_left_out(others)})" if others else ""
+            raise DataError(f"inputs={entry}: no {', '.join(KINDS[:-1])} or {KINDS[-1]} file there{reasons}")
+        files |= dict.fromkeys(sorted(found))
+        for reason, paths in others.items():
+            left_out.setdefault(reason, {}).update(dict.fromkeys(sorted(paths)))
+    return list(files), {reason: list(paths) for reason, paths in left_out.items()}
+
+
+def describe_left_out(left_out: dict[str, list[Path]]) -> str:
+    """3 .csv (a.csv, ...), 1 hidden (.a.txt)"""
+    return ", ".join(
+        f"{len(paths)} {reason} ({paths[0]}{', ...' if len(paths) > 1 else ''})" for reason, paths in left_out.items()
+    )
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Every file below a folder, and why it cannot be read. A hidden folder is one entry."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_searched):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [name for name in folders if _is_hidden(name)]:
+            folders.remove(name)
+            yield Path(place, name), "hidden"
+        folders.sort()
+        for name in names:
+            path = Path(place, name)
+            yield path, "hidden" if _is_hidden(name) else _why_not(path)
+
+
+def _cannot_be_searched(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # AppleDouble files are called ._NAME
+
+
+def _why_not(path: Path) -> str:
+    """Why a file cannot be read; empty if it can."""
+    kind, codec = kind_of(path)
+    if kind not in KINDS or (kind == ".parquet" and codec):
+        return "".join(path.suffixes[-2:] if codec else path.suffixes[-1:]) or "without an ending"
+    if not path.is_file():
+        return "broken link" if path.is_symlink() and not path.exists() else "not a file"
+    return "" if path.stat().st_size else "empty"
+
+
+def kind_of(path: Path) -> tuple[str, str | None]:
+    """.txt, .jsonl, .parquet or another ending, in lower case, and the codec that the file is compressed with."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if codec := CODECS.get(endings[-1]) if endings else None:
+        return "".join(endings[-2:-1]), codec
+    return "".join(endings[-1:]), None
+
+
+def _foreign_format(file: str) -> str:
+    """What a file is instead of text, by its first bytes; empty if nothing tells."""
+    path = Path(file)
+    if kind_of(path)[1] or kind_of(path)[0] == ".parquet":
+        return ""
+    with open(path, "rb") as opened:
+        head = opened.read(8)
+    formats = {
+        b"\x1f\x8b": "gzip-compressed, not text: name it .gz",
+        b"\x28\xb5\x2f\xfd": "zstd-compressed, not text: name it .zst",
+        b"BZh": "bzip2-compressed, not text: name it .bz2",
+        b"\xfd7zXZ": "xz-compressed, not text: decompress it",
+        b"PK\x03\x04": "a zip archive, not text: unpack it",
+        b"PAR1": "a Parquet file, not text: name it .parquet",
+        b"\xff\xfe": "UTF-16, not UTF-8 text: convert it with iconv -f UTF-16 -t UTF-8",
+        b"\xfe\xff": "UTF-16, not UTF-8 text: convert it with iconv -f UTF-16 -t UTF-8",
+    }
+    return next((name for magic, name in formats.items() if head.startswith(magic)), "")
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How files are read.
+
+    Args:
+        text_field: where .jsonl and .parquet keep the text.
+        txt_document: what a document of a .txt is: file, paragraph or line.
+        whole: documents are not divided: each lies in one part, and is one piece.
+    """
+
+    text_field: str
+    txt_document: str
+    whole: bool
+
+    def parts(self, file: Path, size: int, check: bool) -> Iterator[tuple[Part, int]]:
+        """A file in parts of about `size` bytes, where it can be divided; each with its bytes.
+
+        Raises:
+            DataError: if `check` and a .parquet cannot be read.
+        """
+        kind, codec = kind_of(file)
+        total = file.stat().st_size
+        if kind == ".parquet":
+            try:
+                groups = open_parquet(file, self.text_field).num_row_groups
+            except DataError:
+                if check:
+                    raise
+                groups = 1  # its reader reports the error
+            for group in range(groups):
+                yield (str(file), group, group + 1), total // groups
+        elif codec or (self.whole and self._is_one_document(kind)):
+            yield (str(file), 0, total), total
+        else:
+            for start in range(0, total, size):
+                stop = min(start + size, total)
+                yield (str(file), start, stop), stop - start
+
+    def documents(self, part: Part, tally: Tally) -> Iterator[Document | DataError]:
+        kind, codec = kind_of(Path(part[0]))
+        if self._is_one_document(kind):
+            yield from self._one_document(part, codec, tally)
+            return
+        for raw in self.raw(part, tally):
+            try:
+                if isinstance(raw, DataError):
+                    raise raw
+                data = _text_of(raw, self.text_field) if kind == ".jsonl" else raw.data
+                document = raw._replace(data=data.removeprefix(_BOM))
+            except DataError as error:
+                yield error
+                continue
+            pieces = [document] if self.whole or len(document.data) <= PIECE else _pieces(document)
+            yield Document(document.data[:HEAD], iter(pieces), True)
+
+    def raw(self, part: Part, tally: Tally) -> Iterator[Piece | DataError]:
+        """A part as it lies in the file: lines, paragraphs, rows, or pieces of one long text. They make up tally.digest."""
+        kind, codec = kind_of(Path(part[0]))
+        try:
+            if kind == ".parquet":
+                pieces = _rows(part, self.text_field, tally)
+            elif self._is_one_document(kind):
+                pieces = _blocks(part, codec, self.whole, tally)
+            elif kind == ".txt" and self.txt_document == "paragraph":
+                pieces = _paragraphs(part, codec, tally)
+            else:
+                pieces = _lines(part, codec, tally)
+            for piece in pieces:
+                tally.digest.update(str(piece).encode() if isinstance(piece, DataError) else piece.data + b"\n")
+                yield piece
+        except OSError as error:
+            yield _unreadable(part[0], error)
+        except DataError as error:
+            yield error
+
+    def _is_one_document(self, kind: str) -> bool:
+        return kind == ".txt" and self.txt_document == "file"
+
+    def _one_document(self, part: Part, codec: str | None, tally: Tally) -> Iterator[Document | DataError]:
+        path = Path(part[0])
+        try:
+            with _open(path, codec) as opened:
+                head = opened.read(HEAD + len(_BOM)).removeprefix(_BOM)[:HEAD]
+            ends = codec is not None or _aligned(part)[1] == path.stat().st_size
+        except OSError as error:
+            yield _unreadable(part[0], error)
+        else:
+            yield Document(head, self.raw(part, tally), ends)
+
+
+def _unreadable(file: str, error: Exception) -> DataError:
+    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or ' '.join(str(error).split())})")
+
+
+class _Counted(io.FileIO):
+    def __init__(self, path: Path, advance: Callable[[int], object]):
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self._advance(count)
+        return count
+
+
+def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lambda count: None) -> io.BufferedReader:
+    """The bytes of a file, decompressed; `advance` hears of what is read of the file itself."""
+    file = io.BufferedReader(_Counted(path, advance), PIECE)
+    if codec is None:
+        return file
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, codec), PIECE)
+
+
+def _aligned(part: Part) -> tuple[int, int]:
+    """The bytes of a part of one long text: both ends moved on to a line's or word's beginning."""
+    file, start, stop = part
+    with open(file, "rb") as opened:
+        return _next_break(opened, start), _next_break(opened, stop)
+
+
+def _next_break(file: io.BufferedReader, place: int) -> int:
+    if place == 0:
+        return 0
+    file.seek(place - 1)
+    near = file.read(PIECE)
+    if len(near) <= 1:
+        return place - 1 + len(near)
+    if (line := near.find(b"\n")) >= 0:
+        return place + line
+    if (blank := near.find(b" ", 1)) >= 0:
+        return place - 1 + blank
+    character = re.search(rb"[^\x80-\xbf]", near[1:])
+    return place + (character.start() if character else len(near) - 1)
+
+
+def _blocks(part: Part, codec: str | None, whole: bool, tally: Tally) -> Iterator[Piece]:
+    """One long text, in pieces that end with a line or word."""
+    file = part[0]
+    place, stop = (0, sys.maxsize) if codec else _aligned(part)
+    with _open(Path(file), codec, tally.advance) as opened:
+        if place:
+            opened.seek(place)
+        left, rest, more = stop - place, b"", True
+        while more:
+            block = opened.read(-1 if whole else min(PIECE, left))
+            left -= len(block)
+            more = left > 0 and len(block) > 0
+            rest += block
+            if place == 0 and rest.startswith(_BOM):
+                place, rest = len(_BOM), rest[len(_BOM) :]
+            cut = _last_break(rest) if more and not whole else len(rest)
+            if cut:
+                yield Piece(file, "", place, rest[:cut])
+            place, rest = place + cut, rest[cut:]
+
+
+def _pieces(document: Piece) -> Iterator[Piece]:
+    start = 0
+    while len(document.data) - start > PIECE:
+        cut = _last_break(document.data[start : start + PIECE])
+        yield document._replace(start=start, data=document.data[start : start + cut])
+        start += cut
+    yield document._replace(start=start, data=document.data[start:])
+
+
+def _last_break(data: bytes) -> int:
+    """Where the last line or word of `data` begins, in its second half; or else its last character."""
+    for mark, behind in ((b"\n", 1), (b" ", 0)):
+        at = data.rfind(mark, len(data) // 2, len(data) - 1)
+        while at >= 0 and data[at + 1 : at + 2].isspace():
+            at = data.rfind(mark, len(data) // 2, at)
+        if at >= 0:
+            return at + behind
+    at = len(data) - 1
+    while at > len(data) - 4 and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return max(at, 0)
+
+
+def _lines(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
+    """The lines that begin in a part, without those that are blank."""
+    stop = None if codec else part[2]
+    for place, line in _all_lines(part, codec, tally):
+        if stop is not None and place >= stop:
+            return
+        if line.strip():
+            yield Piece(part[0], f"the line at byte {place}", 0, line.rstrip(b"\r\n"))
+
+
+def _paragraphs(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
+    """The paragraphs behind the blank lines that begin in a part, and the file's first one."""
+    start, stop = (0, None) if codec else part[1:]
+    begun: list[bytes] | None = [] if start == 0 else None  # None: in a paragraph that began in the part before
+    first = 0
+    for place, line in _all_lines(part, codec, tally):
+        if line.strip():
+            if begun is None:
+                if place >= stop:
+                    return
+            else:
+                first = first if begun else place
+                begun.append(line)
+            continue
+        if begun:
+            yield _paragraph(part[0], first, begun)
+        if stop is not None and place >= stop:
+            return
+        begun = []
+    if begun:
+        yield _paragraph(part[0], first, begun)
+
+
+def _paragraph(file: str, place: int, lines: list[bytes]) -> Piece:
+    return Piece(file, f"the paragraph at byte {place}", 0, b"".join(lines).rstrip(b"\r\n"))
+
+
+def _all_lines(part: Part, codec: str | None, tally: Tally) -> Iterator[tuple[int, bytes]]:
+    """All lines from the first that begins in a part to the file's end, each with its place."""
+    file, start, _ = part
+    with _open(Path(file), codec, tally.advance) as opened:
+        place = 0
+        if start and not codec:
+            opened.seek(start - 1)
+            place = start - 1 + len(opened.readline())  # the rest of a line that began before
+        for line in opened:
+            yield place, line if place else line.removeprefix(_BOM)
+            place += len(line)
+
+
+def _text_of(line: Piece, text_field: str) -> bytes:
+    """Raises DataError if a line is not a JSON object with text."""
+    if line.data.lstrip()[:1] == b"[":
+        raise DataError(f"{line} is a JSON array: write one object per line, such as with jq -c '.[]'")
+    try:
+        value = json.loads(line.text())
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{line} is no JSON ({' '.join(str(error).split())}): write one object per line") from None
+    if not isinstance(value, dict) or text_field not in value:
+        names = f" with one of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
+        raise DataError(f"{line} is no JSON object with '{text_field}': write text_field=...{names}")
+    text = value[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"{line} has no text in '{text_field}', but {json.dumps(text)[:40]}")
+    return _encode(text, line)
+
+
+def _encode(text: str, where: Piece) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"{where} holds {half}, half of a surrogate pair, which is no character") from None
+
+
+def _rows(part: Part, text_field: str, tally: Tally) -> Iterator[Piece | DataError]:
+    import pyarrow
+
+    file, first, stop = part
+    try:
+        size = Path(file).stat().st_size
+        opened = open_parquet(Path(file), text_field)
+        groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+        row = sum(groups[:first])
+        for batch in opened.iter_batches(256, row_groups=list(range(first, stop)), columns=[text_field]):
+            column = batch.column(0)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for data in column.cast(pyarrow.large_binary()).to_pylist():
+                if data is None:
+                    yield DataError(f"{file}: row {row} has no text in '{text_field}', but null")
+                else:
+                    yield Piece(file, f"row {row}", 0, data)
+                row += 1
+            tally.advance(size * len(batch) // max(1, sum(groups)))
+    except pyarrow.ArrowException as error:
+        raise _unreadable(file, error) from None
+
+
+def open_parquet(path: Path, text_field: str):
+    """A Parquet file with a column of text.
+
+    Raises:
+        DataError: if it is no such file.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        opened = ParquetFile(path)
+        schema = opened.schema_arrow
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: no Parquet file ({' '.join(str(error).split())})") from None
+    texts = [column.name for column in schema if _is_text(column.type)]
+    advice = f"write text_field=... with one of {', '.join(texts or schema.names)}"
+    if text_field not in schema.names:
+        raise DataError(f"{path}: no column '{text_field}': {advice}")
+    if text_field not in texts:
+        advice = advice if texts else "no column holds text"
+        raise DataError(f"{path}: column '{text_field}' holds {schema.field(text_field).type}, not text: {advice}")
+    return opened
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds strings, or bytes that may be UTF-8."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        is_kind(kind)
+        for is_kind in (types.is_string, types.is_large_string, types.is_string_view,
+                        types.is_binary, types.is_large_binary, types.is_binary_view)
+    )  # fmt: skip
