@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -392,7 +393,7 @@ def _plugin_must_not_fail() -> Iterator[None]:
     finally:
         root.handlers = before
     if said:
-        lines = said[-1].removeprefix("exec: ").strip().splitlines()
+        lines = re.sub(r"^exec: (process returned \d+\. )?", "", said[-1]).strip().splitlines()
         # On a terminal the plugin has spoken to the user itself, and the client stumbles over having nothing to add.
         cause = "its own words stand above" if "NoneType" in lines[-1] else lines[-1].strip()
         if "No such file" in cause:
