@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from powernap.parallel import loopback
+
 MEETING = "POWERNAP_MEETING"  # environment: the common name; MASTER_ADDR says where rank 0 is
 PORTS = range(10000, 32000)  # below those that systems give to whoever asks for any
 TRIES = 16
@@ -30,7 +32,7 @@ def met(name: str, rank: int, timeout_seconds: float) -> Iterator[dist.Store]:
     """
     timeout = timedelta(seconds=timeout_seconds)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = dist.TCPStore(loopback.address(), 0, is_master=True, wait_for_workers=False, timeout=timeout)
         os.environ["MASTER_PORT"] = str(store.port)
         with _listener(name) as listener:
             threading.Thread(target=_tell, args=(listener, _line(name) + str(store.port)), daemon=True).start()

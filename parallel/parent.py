@@ -16,6 +16,8 @@ import time
 PARENT = "POWERNAP_PARENT"  # environment: the number of the process not to outlive
 EVERY = 0.5  # seconds
 
+gone = threading.Event()  # set when it is: ranks that still wait for each other to join cannot agree to stop
+
 logger = logging.getLogger("powernap")
 
 
@@ -48,4 +50,5 @@ def _follow(number: int) -> None:
         pass
     who = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     logger.warning("%sprocess %d, which started this one, is gone: stopping", who, number)
+    gone.set()
     os.kill(os.getpid(), signal.SIGUSR1)

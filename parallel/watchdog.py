@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from powernap.parallel import exit_codes
+from powernap.parallel import exit_codes, parent
 
 LINGER = 2.0  # seconds: the first to leave takes the others down, who shall speak first
 JOINING = 60.0  # seconds at least for ranks to meet: one that still reads libraries from a busy disk is not lost
@@ -72,6 +72,8 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(min(1.0, self._patience / 4)):
             since = self._progress.changed
+            if parent.gone.is_set() and not self._progress.joined:
+                os._exit(exit_codes.PREEMPTED)  # it has said why; there is nothing to save yet
             if time.monotonic() - since > self._timeout - self._patience - LINGER:
                 self.noticed = True
                 reports = self._ask()

@@ -75,3 +75,30 @@ def test_workers_of_a_build_of_shards_that_was_killed_end(tmp_path):
     (tmp_path / "pool.py").write_text(POOL)
     done = subprocess.run([sys.executable, "pool.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60)
     runs.wait_for(lambda: not psutil.pid_exists(int(done.stdout)), 5)
+
+
+# Waits for a rank that never comes.
+JOINING = """
+from powernap.parallel import topology
+from powernap.parallel.parent import follow_parent
+from powernap.train.interruption import heeding_signals
+with heeding_signals():
+    follow_parent()
+    with topology.joined():
+        pass
+"""
+
+
+@pytest.mark.faults  # imports take seconds
+def test_a_rank_that_still_waits_for_others_leaves_at_once_when_its_launcher_is_gone():
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "POWERNAP_MEETING": "alone"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOINING],
+        env=os.environ | world | {PARENT: str(gone.pid)},
+        capture_output=True,
+        text=True,
+        timeout=50,  # the watchdog gives up after 60 s
+    )
+    assert done.returncode == 75 and "is gone: stopping" in done.stderr, done.stderr
