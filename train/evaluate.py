@@ -61,7 +61,7 @@ def evaluate(
     An answer is right when each of its tokens is the likeliest one given the true tokens before it, which is the case
     exactly when greedy decoding would produce it.
     """
-    floor = Floor.of_test(recipe.data) if floors else None
+    floor = Floor.of_test(recipe.data) if floors and recipe.data.test else None
     asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
     losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N

@@ -13,6 +13,8 @@ import yaml
 import yamlcore
 from pydantic import BaseModel
 
+from powernap.model.errors import PowernapError
+
 MOST_NESTED = 50  # sections and lists; a recipe has four
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {
@@ -22,7 +24,7 @@ _KINDS = {
 }
 
 
-class YamlError(ValueError):
+class YamlError(PowernapError):
     """Text that is not YAML, or more of YAML than is read here: one line, with line and column where they are known."""
 
 

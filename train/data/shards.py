@@ -397,9 +397,13 @@ _advanced: Any = None  # in a worker: the count that all share
 
 
 def _begin_worker(advanced: Any) -> None:
-    """A worker of the pool leaves interrupts to the process that made it, and ends when that one was killed."""
     global _advanced
     _advanced = advanced
+    _belong_to_the_parent()
+
+
+def _belong_to_the_parent() -> None:
+    """A worker of the pool leaves interrupts to the process that made it, and ends when that one was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
