@@ -57,13 +57,14 @@ def column(run, name):
 
 
 def assert_same_training(one, other, bound):
-    # At single steps the norm takes up rounding a hundred times as much as at those before and after: 1.6e-5 in float32.
+    # At single steps the norm takes up rounding a hundred times as much as at those before and after (1.6e-5 in float32),
+    # and Adam hands it on to the weights; two halves of a batch differ by over 1e-3 (the control below).
     for name, factor in ("loss", 1), ("grad_norm", 10), ("lr", 1):
         assert column(one, name) == pytest.approx(column(other, name), rel=factor * bound), name
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     for name in a:
-        assert (a[name].float() - b[name].float()).abs().max() < bound, name
+        assert (a[name].float() - b[name].float()).abs().max() < 10 * bound, name
 
 
 def test_two_processes_equal_one(trained):
