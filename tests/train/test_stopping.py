@@ -146,7 +146,7 @@ def test_what_nohup_and_a_script_have_ignored_stays_ignored(folder):
     assert code == 75, errors
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.mark.parametrize(
