@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
 from powernap.model.errors import PowernapError
-from powernap.train.paths import is_expanded
 from powernap.train.secrets import mask_secrets
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -79,7 +78,7 @@ class JobDescription(Section):
     @field_validator("environment")
     @classmethod
     def _whole_path(cls, path: str | None) -> str | None:
-        if path is not None and not is_expanded(path):
+        if path is not None and path.startswith(("~", "$")):  # further on, it may be a folder's name
             raise ValueError("~ and $NAME are not expanded on the cluster: write the whole path, as the nodes see it")
         return path
 
