@@ -19,11 +19,13 @@ class PathError(PowernapError):
 
 
 def expand(path: str) -> str:
-    """`path` with ~, ~USER, $NAME and ${NAME} as a shell has them.
+    """`path` with ~, ~USER, $NAME and ${NAME} as a shell has them; one that exists as written stays so.
 
     Raises:
         PathError: if there is no such user or variable, or no home.
     """
+    if "$" in path and "\0" not in path and os.path.lexists(path):
+        return path
     found = re.sub(r"^~[^/]*", lambda match: _home(match[0]), path)
     found = _VARIABLE.sub(lambda match: _value(match[1] or match[2]), found)
     if "${" in path and not _VARIABLE.search(path):

@@ -47,6 +47,15 @@ def test_what_cannot_be_expanded_says_so(here, path, words):
         expand(path)
 
 
+def test_a_path_that_exists_as_written_stays_so(tmp_path):
+    """A dollar may be part of a folder's name."""
+    there = tmp_path / "costs $HOME1"
+    with pytest.raises(PathError, match="HOME1"):
+        expand(str(there / "x"))
+    there.mkdir()
+    assert expand(str(there)) == str(there)
+
+
 def test_shards(here):
     assert expand_shards("{~/a,$SCRATCH/b}/{0..3}.tar") == "{/home/me/a,/scratch/me/b}/{0..3}.tar"
     for spec in ("http://host/~me/$a.tar", "pipe:cat ~/a.tar $TOKEN", "s3://$b/~"):  # a command has a shell of its own
