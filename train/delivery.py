@@ -322,9 +322,8 @@ class Delivery:
             )
         if experiment is not None:
             return experiment.experiment_id
-        # A server knows by itself where its artifacts go.
-        ours = not os.environ.get("MLFLOW_TRACKING_URI")
-        artifacts = (self._folder.parent / "mlartifacts").as_uri() if ours else None
+        # A server knows by itself where its artifacts go; without one MLflow would take the folder it is called from.
+        artifacts = (self._database[0].parent / "mlartifacts").as_uri() if self._database else None
         try:
             return self._client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:  # another run was faster

@@ -43,8 +43,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 def _serve(command: list[str]) -> int:
     """Run `command` until it ends or a signal asks this process to end; leaves no process of it behind.
 
-    Returns its exit code, or 128 + the signal's number. A signal that this process was started to ignore, as by nohup,
-    stays ignored.
+    Returns its exit code, or 128 + the signal's number. SIGHUP and SIGINT stay ignored where this process was started
+    so, as by nohup.
     """
     import signal
     import subprocess
@@ -52,7 +52,7 @@ def _serve(command: list[str]) -> int:
 
     came: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: came.append(number))
     # A group of its own: the server starts others, which do not all end with it.
     server = subprocess.Popen(command, process_group=0)

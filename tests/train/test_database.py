@@ -280,6 +280,7 @@ def test_a_database_that_the_user_names_is_not_renamed(root, monkeypatch, caplog
     path.unlink()
     assert sync_run(root / "one").delivered == 4
     assert sorted(one.name for one in root.iterdir() if one.is_file()) == ["mine.sqlite", "mine.sqlite.lock"]
+    assert list((root / "mlartifacts").rglob("config.yaml"))  # beside it, from whatever folder this was called
 
 
 def test_a_deleted_experiment_is_named_with_its_cure_and_delivered_to_after_it(root, caplog, capfd):

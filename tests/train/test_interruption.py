@@ -49,8 +49,15 @@ def test_other_errors_stay_what_they_are():
 def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(monkeypatch, launched_by_torchrun):
     if launched_by_torchrun:
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
-    ignored = signal.SIGHUP, signal.SIGINT
-    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    changed = (
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    )  # a process that was asked to stop ignores them
+    before = [signal.getsignal(number) for number in changed]
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     try:
         with heeding_signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -59,7 +66,7 @@ def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(m
             os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's
             assert signals.stop
     finally:
-        for number, handler in zip(ignored, before, strict=True):
+        for number, handler in zip(changed, before, strict=True):
             signal.signal(number, handler)
 
 

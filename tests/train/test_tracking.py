@@ -124,6 +124,16 @@ sys.exit(ui._serve(sys.argv[1:]))
 """
 
 
+def test_the_pages_end_on_a_sigterm_that_whoever_started_them_ignores(tmp_path):
+    """As a scheduler's or a container's: only a terminal's signals are somebody's wish to ignore."""
+    shell = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh"]
+    command = [*shell, sys.executable, "-c", SERVE, "sh", "-c", "echo > started; sleep 100"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    wait_for((tmp_path / "started").exists)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_nothing_that_the_pages_started_outlives_them(tmp_path, sent):
     server = "trap '' INT TERM HUP; sleep 100 & echo $$ $! > started; wait"  # which listens to nobody
