@@ -20,7 +20,7 @@ LAYOUTS = {
     "PP4": dict(pipeline=4),
     "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
     "DP2xPP2": dict(data=2, pipeline=2),
-    "DP2xTP2": dict(data=2, tensor=2),
+    "DP2xTP2": dict(data=2, tensor=2, micro_batches=2),
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
