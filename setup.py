@@ -1,33 +1,42 @@
-"""What pyproject.toml cannot say: wheels and source archives carry the commit they were made of, as train/commit.json."""
+"""What pyproject.toml cannot say: wheels and source archives carry the commit they were made of, as train/run/commit.json."""
 
 import importlib.util
 import json
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
+ROOT = Path(__file__).resolve().parent
+PROVENANCE = ROOT / "train" / "run" / "provenance.py"
+# The top-level folders are the packages of `powernap`: model/ is powernap.model, and so on.
+TOP = ("model", "parallel", "train", "launch")
+
 
 def write_commit(folder: str | Path) -> None:
-    """For train/origin.py, which reads it where there is no git; asked here, so that both mean the same."""
-    spec = importlib.util.spec_from_file_location("origin", Path(__file__).resolve().parent / "train" / "origin.py")
-    origin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(origin)
-    Path(folder, "commit.json").write_text(json.dumps(origin.commit()) + "\n")
+    """For train/run/provenance.py, which reads it where there is no git; asked here, so that both mean the same."""
+    spec = importlib.util.spec_from_file_location("provenance", PROVENANCE)
+    provenance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(provenance)
+    Path(folder, "commit.json").write_text(json.dumps(provenance.commit()) + "\n")
 
 
 class BuildWithCommit(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:  # which has its checkout beside it
-            write_commit(Path(self.build_lib, "powernap", "train"))
+            write_commit(Path(self.build_lib, "powernap", "train", "run"))
 
 
 class SourceWithCommit(sdist):
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, files)
-        write_commit(Path(base_dir, "train"))
+        write_commit(Path(base_dir, "train", "run"))
 
 
-setup(cmdclass={"build_py": BuildWithCommit, "sdist": SourceWithCommit})
+setup(
+    packages=[f"powernap.{package}" for package in find_packages(ROOT, include=[*TOP, *(f"{name}.*" for name in TOP)])],
+    package_dir={f"powernap.{name}": name for name in TOP},
+    cmdclass={"build_py": BuildWithCommit, "sdist": SourceWithCommit},
+)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Quick ones, of torch, Megatron-core and DeepSpeed; the runs reach WebDataset and MLflow.
-TESTS = ("tests/model/test_delta_rule.py", "tests/parallel/test_zero.py", "tests/train/test_interruption.py")
+TESTS = ("tests/model/mixers/test_delta_rule.py", "tests/parallel/test_zero.py", "tests/train/run/test_signals.py")
 # The first process of the namespace makes the container's mounts and becomes the image's entry point.
 ENTER = """
 root=$1 workspace=$2 tests=$3 user=$4; shift 4

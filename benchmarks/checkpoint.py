@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.common import in_processes, table, verdicts, write
+from benchmarks.common import table, verdicts, write
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
@@ -28,6 +28,7 @@ from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
+from tests.helpers.processes import in_processes
 
 RANKS = 2
 

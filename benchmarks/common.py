@@ -1,33 +1,26 @@
 """What every benchmark needs: paired timing, a description of the machine, one JSON file and one table from it."""
 
 import json
-import multiprocessing
 import os
-import pickle
 import secrets
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 from powernap.parallel import topology
 from powernap.parallel.topology import Topology
-from powernap.train import origin
-from powernap.train.tables import markdown_table
+from powernap.train.evaluation.tables import markdown_table
+from powernap.train.run import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
 MEASURED = ("model", "parallel", "train", "benchmarks/*.py")  # what a result depends on
-
-# What processes have imported when they are forked: each would take six seconds of its own.
-IMPORTED = ["powernap.launch.commands.train", "powernap.train.trainer", "powernap.train.evaluate", "mlflow"]
 
 Times = dict[str, list[float]]
 
@@ -71,30 +64,9 @@ def join_alone() -> Topology:
     return topology.initialize()
 
 
-def in_processes(function: Callable, world_size: int, *arguments) -> list:
-    """Call `function(rank, store, *arguments)` in `world_size` fresh processes of one thread; what each returned.
-
-    `store` is a key-value store they share, to meet in. The first process to fail takes the others down.
-    """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    multiprocessing.set_forkserver_preload(IMPORTED)
-    with tempfile.TemporaryDirectory() as folder:
-        call = function, store.port, Path(folder), dict(os.environ), arguments
-        start_processes(_call, call, world_size, start_method="forkserver")
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
-
-
-def _call(rank, function, port, folder, environment, arguments):
-    os.environ.clear()  # the fork server's, of the time when it was started
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
-    (folder / str(rank)).write_bytes(pickle.dumps(function(rank, store, *arguments)))
-
-
 def machine(clock: str = "CPU time") -> dict:
     """What the numbers depend on; nothing that names the machine or its folders."""
-    found = origin.machine()
+    found = provenance.machine()
     return {**found, "clock": "wall" if found["gpu"] else clock}
 
 
@@ -104,7 +76,12 @@ def write(name: str, command: str, numbers: dict, report: list[str], clock: str 
     Args:
         clock: what times on the CPU are.
     """
-    header = {"benchmark": name, "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", **origin.commit(MEASURED)}
+    header = {
+        "benchmark": name,
+        "command": command,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **provenance.commit(MEASURED),
+    }
     RESULTS.mkdir(exist_ok=True)
     about = machine(clock)
     document = {**header, "machine": about, **numbers}

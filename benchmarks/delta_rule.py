@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
-from powernap.model.delta_rule import MAX_CHUNK, chunked_delta_rule, sequential_delta_rule
+from powernap.model.mixers.delta_rule import MAX_CHUNK, chunked_delta_rule, sequential_delta_rule
 
 BATCH, HEADS, DIM = 8, 4, 64
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)

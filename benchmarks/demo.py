@@ -81,7 +81,7 @@ def describe(results: dict[int, dict]) -> tuple[list[dict], list[str]]:
         f"Held-out accuracy by hop after {steps} steps, each model read at its own N. No question is asked twice in a",
         "sequence. The *surface guess* draws among the nodes that no earlier answer, taken one at a time, rules out, and knows",
         "the way back where 4 hops were asked from the other end; what all earlier answers together imply, without",
-        "the cycle, is 76 % at 1 to 3 hops and 80 % at 4 (every cycle counted: tests/train/test_floors.py). A constant guess gets 13 %.",
+        "the cycle, is 76 % at 1 to 3 hops and 80 % at 4 (every cycle counted: tests/train/evaluation/test_floors.py). A constant guess gets 13 %.",
         "",
         *table(["seed", "trained", "1", "2", "3", "4"], rows),
         "",

@@ -15,8 +15,8 @@ from megatron.core.transformer import TransformerConfig
 from powernap.model.config import SleepConfig
 from powernap.model.segments import Segment
 from powernap.parallel import topology
+from powernap.parallel.planning.timeline import Timeline, schedule, simulate
 from powernap.parallel.schedule import MicroBatch, forward_backward
-from powernap.parallel.timeline import Timeline, schedule, simulate
 
 WINDOW, HIDDEN_SIZE, BATCH = 2, 8, 1
 
@@ -43,7 +43,7 @@ class Case:
         return len(self.forward)
 
     def plan(self) -> Timeline:
-        """One flush as parallel/timeline.py sees it."""
+        """One flush as parallel/planning/timeline.py sees it."""
         factor = self.backward_over_forward + self.recompute
         backward = [[factor * seconds for seconds in stage] for stage in self.forward]
         return simulate(schedule(self.stages, self.micro_batches, sum(self.passes)), self.forward, backward)

@@ -16,12 +16,10 @@ Wake latency. One prediction window answered from fast weights that N passes hav
 """
 
 import argparse
-import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +34,7 @@ from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
+from tests.helpers.live_bytes import LiveBytes
 
 PASSES = (1, 2, 4, 8)
 CONSOLIDATION_WINDOWS = 4
@@ -152,38 +151,6 @@ def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
         torch.autograd.backward(results, gradients)
 
     return run
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and are still alive, and the most there ever were.
-
-    Args:
-        known: tensors from outside: a view of one, such as a transposed weight, would count it.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor] = ()):
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.now -= size
 
 
 def memory(here: Topology):

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
 from benchmarks.sleep import MODEL
-from powernap.model.attention import rotary_tables, rotate
 from powernap.model.block import Window
 from powernap.model.config import ModelConfig
-from powernap.model.delta_rule import gated_delta_rule
-from powernap.model.gated_delta_net import causal_conv
+from powernap.model.mixers.attention import rotary_tables, rotate
+from powernap.model.mixers.delta_rule import gated_delta_rule
+from powernap.model.mixers.gated_delta_net import causal_conv
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.train import trainer

@@ -1,6 +1,6 @@
 """Memory of a pipeline's stages over N.
 
-The peak of live tensor bytes on each of two stages, parameters left out. By parallel/timeline.py a stage holds peak_live
+The peak of live tensor bytes on each of two stages, parameters left out. By parallel/planning/timeline.py a stage holds peak_live
 segments at once, each with its inputs, hidden states and fast weights; nothing else should grow with N.
 """
 
@@ -9,12 +9,14 @@ import argparse
 import torch.distributed as dist
 
 from benchmarks import sleep
-from benchmarks.common import in_processes, table, verdicts, write
+from benchmarks.common import table, verdicts, write
 from benchmarks.pipeline import GLOBAL_BATCH, MICRO_BATCH_SIZE, build
 from powernap.model import fast_weights as fw
 from powernap.model.stage import HybridStage
-from powernap.parallel import timeline, topology
+from powernap.parallel import topology
+from powernap.parallel.planning import timeline
 from powernap.parallel.schedule import MicroBatch, forward_backward
+from tests.helpers.processes import in_processes
 
 
 def main(options: argparse.Namespace, command: str) -> None:

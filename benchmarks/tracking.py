@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from benchmarks.common import ROOT, table, verdicts, write
-from powernap.train.tracking import ui_command
+from powernap.train.tracking.tracker import ui_command
 
 RECIPE = [
     "demo", "data.train=data/train-*.tar", "data.test=null", "train.global_batch_size=16", "optimizer.warmup_steps=5",

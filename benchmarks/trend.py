@@ -14,13 +14,13 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, write
 from powernap.launch.commands.demo import powernap
-from powernap.parallel.work import cut, step_flops
-from powernap.train.check_data import predicting_windows
-from powernap.train.intervals import wilson
-from powernap.train.metrics import read_metrics
-from powernap.train.pictures import BLUE, GREY, ORANGE, new_figure, share_axis
-from powernap.train.run_folder import RunFolder
-from powernap.train.tables import FLOOR_LABEL
+from powernap.parallel.planning.work import cut, step_flops
+from powernap.train.data.check import predicting_windows
+from powernap.train.evaluation.intervals import wilson
+from powernap.train.evaluation.pictures import BLUE, GREY, ORANGE, new_figure, share_axis
+from powernap.train.evaluation.tables import FLOOR_LABEL
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.metrics import read_metrics
 
 SEEDS = 3
 LONG_SEEDS = 1  # of the control

@@ -35,8 +35,8 @@ from powernap.launch.commands import (
     wait,
 )
 from powernap.model.errors import PowernapError
-from powernap.parallel import exit_codes
-from powernap.parallel.parent import follow_parent
+from powernap.parallel.liveness import exit_codes
+from powernap.parallel.liveness.parent import follow_parent
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of the help.
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if getattr(error, "filename", None) == STDOUT:
             _write_no_more()
-        from powernap.train.secrets import mask_secrets
+        from powernap.train.run.secrets import mask_secrets
 
         text = mask_secrets(" ".join(str(error).split()))
         # What is not printable, a terminal may obey.
@@ -163,7 +163,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        from powernap.train.origin import commit
+        from powernap.train.run.provenance import commit
 
         code = commit()
         reason = f" ({code['reason']})" if "reason" in code else ""

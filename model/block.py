@@ -8,11 +8,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from powernap.model.attention import SlidingAttention, WindowAttention
 from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory, empty_cache, zero_state
-from powernap.model.gated_delta_net import GatedDeltaNet
 from powernap.model.init import drawn_as
+from powernap.model.mixers.attention import SlidingAttention, WindowAttention
+from powernap.model.mixers.gated_delta_net import GatedDeltaNet
 from powernap.model.norm import RMSNorm
 from powernap.model.window import Reading, Window
 

@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from powernap.model.attention import rotary_tables
 from powernap.model.fast_weights import Memory
+from powernap.model.mixers.attention import rotary_tables
 from powernap.model.segments import sleep_on
 from powernap.model.stage import HybridStage
 from powernap.model.window import Window

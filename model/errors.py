@@ -8,4 +8,4 @@ class PowernapError(ValueError):
     `exit_code`, whatever module they come from. It is a ValueError, so that the validator of a recipe's field may raise it.
     """
 
-    exit_code = 2  # powernap.parallel.exit_codes.WRONG_USE
+    exit_code = 2  # powernap.parallel.liveness.exit_codes.WRONG_USE

@@ -10,11 +10,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from powernap.model.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
+from powernap.model.mixers.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.norm import RMSNorm
 from powernap.model.segments import Segment, cached_tokens
 from powernap.model.window import Reading, Window

@@ -30,7 +30,7 @@ from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu
-from powernap.parallel.timeline import BACKWARD, FORWARD, Step, needs, schedule
+from powernap.parallel.planning.timeline import BACKWARD, FORWARD, Step, needs, schedule
 from powernap.parallel.topology import Topology
 
 

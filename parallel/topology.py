@@ -15,10 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.model.errors import PowernapError
-from powernap.parallel import cpu, exit_codes, loopback
-from powernap.parallel.heartbeat import beating
+from powernap.parallel import cpu, loopback
+from powernap.parallel.liveness import exit_codes
+from powernap.parallel.liveness.heartbeat import beating
+from powernap.parallel.liveness.watchdog import JOINING, Progress, Watchdog
 from powernap.parallel.meeting import MEETING, met
-from powernap.parallel.watchdog import JOINING, Progress, Watchdog
 
 
 @dataclass(frozen=True)

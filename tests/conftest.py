@@ -39,7 +39,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def whole_database(tmp_path_factory):
     """An empty MLflow database to copy: making one takes seconds."""
-    from powernap.train.delivery import prepare_mlflow, store_uri
+    from powernap.train.tracking.delivery import prepare_mlflow, store_uri
 
     prepare_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore

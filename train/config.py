@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from powernap.model.config import ModelConfig, Section, SleepConfig
-from powernap.parallel.layout import sequence_costs, split_layers
+from powernap.parallel.planning.layout import sequence_costs, split_layers
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
 MOST_SEGMENTS = 2**16  # of a sequence: windows and the passes over them

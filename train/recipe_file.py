@@ -15,8 +15,7 @@ from powernap.model.config import Section
 from powernap.model.errors import PowernapError
 from powernap.train.config import Recipe
 from powernap.train.paths import PathError, expanded_path
-from powernap.train.secrets import mask_values
-from powernap.train.yaml_core import Scalar, YamlError, dump, is_model, members_of, parse, parse_argument, settle
+from powernap.train.yaml_core import Scalar, YamlError, is_model, members_of, parse, parse_argument, settle
 
 
 class RecipeError(PowernapError):
@@ -46,11 +45,6 @@ def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) ->
             raise RecipeError(f"'{override}' is no override: write key=value, such as train.steps=100")
         _set(values, key, text)
     return values
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe: every field, in order; secrets masked."""
-    path.write_text(dump(mask_values(recipe.model_dump(mode="json"))))
 
 
 def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:

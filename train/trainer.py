@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from powernap.model.delta_rule import check_kernels
 from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
+from powernap.model.mixers.delta_rule import check_kernels
 from powernap.model.segments import SegmentError, pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
@@ -23,20 +23,20 @@ from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
-from powernap.train.anomaly import anomalies_detected
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
 from powernap.train.data.sample import DataError
-from powernap.train.deterministic import deterministic
-from powernap.train.evaluate import evaluate, evaluation_passes
-from powernap.train.interruption import Signals
+from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
+from powernap.train.numerics.anomaly import anomalies_detected
+from powernap.train.numerics.deterministic import deterministic
+from powernap.train.numerics.skipped_steps import SkippedSteps
+from powernap.train.numerics.spikes import Spikes
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
-from powernap.train.origin import versions
-from powernap.train.run_folder import RunFolder, work_of
-from powernap.train.run_log import RunLog
-from powernap.train.secrets import mask_values
-from powernap.train.skipped_steps import SkippedSteps
-from powernap.train.spikes import Spikes
+from powernap.train.run.folder import RunFolder, work_of
+from powernap.train.run.provenance import versions
+from powernap.train.run.secrets import mask_values
+from powernap.train.run.signals import Signals
+from powernap.train.tracking.run_log import RunLog
 
 
 def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly: bool = False) -> bool:

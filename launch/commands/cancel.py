@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.launch.jobs.backend import backend_of
+    from powernap.launch.jobs.backends import backend_of
     from powernap.launch.jobs.overview import find_jobs
     from powernap.launch.jobs.submission import status_of
 

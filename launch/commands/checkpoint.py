@@ -74,9 +74,9 @@ def verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def export(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.checkpoint.reader import Checkpoint
-    from powernap.train.export import check_new_folder
-    from powernap.train.export import export as write
-    from powernap.train.run_folder import RunFolder
+    from powernap.train.generation.export import check_new_folder
+    from powernap.train.generation.export import export as write
+    from powernap.train.run.folder import RunFolder
 
     folder = RunFolder(run_folder(options.run_name))
     check_new_folder(options.to)
@@ -90,7 +90,7 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
 def _checkpoints(options: argparse.Namespace) -> list[Path]:
     """Those of the run, or the one that was asked for; at least one."""
     from powernap.parallel.checkpoint.manifest import CheckpointError, checkpoints, step_of
-    from powernap.train.run_folder import RunFolder
+    from powernap.train.run.folder import RunFolder
 
     folder = RunFolder(run_folder(options.run_name)).checkpoints
     found = checkpoints(folder)

@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.compare import compare
+    from powernap.train.report.compare import compare
 
     report, equal = compare(*(run_folder(run) for run in options.runs))
     print(report)

@@ -42,7 +42,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
 
 
 def run_build(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.data.shards import TextSource, build, build_task
+    from powernap.train.data.build import TextSource, build, build_task
     from powernap.train.data.text import Text
     from powernap.train.recipe_file import RecipeError, check, parse_overrides
     from powernap.train.tasks import TASKS
@@ -81,7 +81,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 
 def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.cache import ShardCache
-    from powernap.train.data.inspect_shards import inspect_shards
+    from powernap.train.data.inspect import inspect_shards
 
     print(inspect_shards(options.shards, ShardCache(), options.samples, options.window))
     return 0

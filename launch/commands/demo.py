@@ -49,10 +49,10 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     Raises:
         RecipeError: if `overrides` do not fit the recipe, or change what the demo sets itself.
     """
-    from powernap.train.metrics import read_metrics
-    from powernap.train.pictures import draw_demo
+    from powernap.train.evaluation.pictures import draw_demo
+    from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, with_intervals
     from powernap.train.recipe_file import RecipeError
-    from powernap.train.tables import FLOOR_LABEL, format_accuracy, with_intervals
+    from powernap.train.tracking.metrics import read_metrics
 
     check_overrides(overrides)
     results = folder / "results.json"
@@ -78,7 +78,7 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     summary = {
         "accuracy": accuracy,  # trained N -> read at N -> hop
         "interval": {str(n): evaluations[n]["interval"] for n in TRAINED},
-        "floor": floor,  # hop -> what the best surface guess gets, see train/floors.py
+        "floor": floor,  # hop -> what the best surface guess gets, see train/evaluation/floors.py
         "constant_guess": guesses["constant"],
         "steps": evaluations[TRAINED[0]]["step"],
         "seed": seed,
@@ -110,7 +110,7 @@ def check_overrides(overrides: list[str]) -> None:
     """Raises RecipeError, before anything is built, for what would fail later or take the runs out of the demo's folder."""
     from powernap.train.config import Recipe
     from powernap.train.recipe_file import RecipeError, load_recipe, parse_overrides
-    from powernap.train.run_folder import flatten
+    from powernap.train.run.folder import flatten
     from powernap.train.yaml_core import settle
 
     for key in flatten(settle(parse_overrides(overrides), Recipe)):
@@ -129,8 +129,8 @@ def read_evaluation(folder: Path, passes: int) -> dict:
 
 def powernap(*arguments: str) -> None:
     """Show and run one powernap command in a process of its own."""
-    from powernap.launch.local import passing_on
-    from powernap.parallel.parent import not_to_outlive_this
+    from powernap.launch.torchrun import passing_on
+    from powernap.parallel.liveness.parent import not_to_outlive_this
 
     print("$ powernap " + " ".join(arguments), flush=True)
     with passing_on(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):

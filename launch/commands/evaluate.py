@@ -28,10 +28,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     folder = run_folder(options.run_name)
-    from powernap.launch import local
+    from powernap.launch import torchrun
 
-    local.run_alone()
-    from powernap.train.evaluate import evaluate_run
+    torchrun.run_alone()
+    from powernap.train.evaluation.evaluate import evaluate_run
 
     print(evaluate_run(folder, options.passes, options.samples, options.test))
     return 0

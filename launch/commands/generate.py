@@ -57,7 +57,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     folder = run_folder(options.run_name, ("config.yaml", "config.json"))
-    from powernap.train.generate import GenerateError, load_run
+    from powernap.train.generation.generate import GenerateError, load_run
     from powernap.train.outputs import check_file
 
     if not options.prompts and not options.state:
@@ -113,7 +113,7 @@ def _tokens(text: str) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    from powernap.train.generate import GenerateError
+    from powernap.train.generation.generate import GenerateError
 
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()

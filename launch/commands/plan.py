@@ -23,9 +23,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.parallel.plan import plan
-    from powernap.parallel.suggest import suggest, suggestions_json, suggestions_text
-    from powernap.train.check_data import predicting_windows
+    from powernap.parallel.planning.plan import plan
+    from powernap.parallel.planning.suggest import suggest, suggestions_json, suggestions_text
+    from powernap.train.data.check import predicting_windows
     from powernap.train.recipe_file import RecipeError, load_recipe
 
     if options.devices and not options.suggest:

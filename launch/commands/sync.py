@@ -24,7 +24,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.delivery import SYNC_ATTEMPTS, Delivery, DeliveryError, prepare_mlflow, spooled_runs, sync_run
+    from powernap.train.tracking.delivery import (
+        SYNC_ATTEMPTS,
+        Delivery,
+        DeliveryError,
+        prepare_mlflow,
+        spooled_runs,
+        sync_run,
+    )
 
     folders = [folder for name in options.runs for folder in spooled_runs(Path(name)) or [run_folder(name)]]
     folders = folders or spooled_runs(ROOT)

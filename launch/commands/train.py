@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from powernap.launch.commands.arguments import add_recipe
 
 if TYPE_CHECKING:
-    from powernap.train.interruption import Signals
+    from powernap.train.run.signals import Signals
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -34,32 +34,32 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
-    from powernap.train.interruption import heeding_signals
+    from powernap.train.run.signals import heeding_signals
 
     with heeding_signals() as signals:  # from the start: imports take seconds
         return _run(options, arguments, signals)
 
 
 def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") -> int:
-    from powernap.launch import local
-    from powernap.parallel import exit_codes
+    from powernap.launch import torchrun
+    from powernap.parallel.liveness import exit_codes
     from powernap.train.recipe_file import load_recipe
-    from powernap.train.run_folder import RunFolder
+    from powernap.train.run.folder import RunFolder
 
     recipe = load_recipe(options.recipe, options.overrides)
     folder = RunFolder(recipe.run_folder)
     # All ranks see the same: the folder is made once they have met.
     resume = options.resume or (options.auto_resume and folder.config.is_file())
     folder.check_start(recipe, resume)
-    joining = local.already_started()
+    joining = torchrun.already_started()
     processes = recipe.parallel.world_size
     if joining:
         parallel = recipe.parallel
         grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
-        local.check_world_size(processes, grid)
+        torchrun.check_world_size(processes, grid)
     else:
-        local.share_of_this_machine(processes)
-        from powernap.train.check_data import check_data
+        torchrun.share_of_this_machine(processes)
+        from powernap.train.data.check import check_data
         from powernap.train.outputs import check_folder
 
         check_folder(folder.path, f"run.root={recipe.run.root}:")
@@ -67,8 +67,8 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:
-            return local.start(arguments, processes, signals)
-        local.run_alone()
+            return torchrun.start(arguments, processes, signals)
+        torchrun.run_alone()
 
     from powernap.train.data.loader import readers_watched
     from powernap.train.trainer import train

@@ -21,8 +21,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     import socket
 
     from powernap.parallel import loopback
-    from powernap.train.delivery import DeliveryError, prepare_mlflow
-    from powernap.train.tracking import ui_command
+    from powernap.train.tracking.delivery import DeliveryError, prepare_mlflow
+    from powernap.train.tracking.tracker import ui_command
 
     if not options.root.is_dir():
         raise DeliveryError(f"--root {options.root}: no such folder")
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         except OSError as error:
             raise DeliveryError(f"--port {options.port}: {error}: choose another one") from None
     prepare_mlflow()
-    from powernap.train.database import prepare_database
+    from powernap.train.tracking.database import prepare_database
 
     prepare_database(options.root.absolute() / "mlflow.db")
     return _serve(ui_command(options.root, options.port))

@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.launch.jobs.backend import backend_of
+    from powernap.launch.jobs.backends import backend_of
     from powernap.launch.jobs.overview import find_jobs, rows_of
     from powernap.launch.jobs.status import as_table
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.config import Section
 from powernap.model.errors import PowernapError
-from powernap.train.secrets import mask_secrets
+from powernap.train.run.secrets import mask_secrets
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 # The launcher sets these for every process.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from powernap.launch.jobs.description import JobError
 from powernap.train.config import Recipe
 from powernap.train.paths import expanded_path
-from powernap.train.run_folder import flatten
-from powernap.train.secrets import MASK, mask_values
+from powernap.train.run.folder import flatten
+from powernap.train.run.secrets import MASK, mask_values
 
 _REFERENCE = re.compile(r"\$\w+|\$\{\w+\}")  # a command's own look at its environment
 

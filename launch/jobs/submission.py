@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from powernap.launch.jobs.backend import Backend, backend_of
+from powernap.launch.jobs.backends import Backend, backend_of
 from powernap.launch.jobs.cluster import Cluster, find_cluster
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, JobFolder, Record, newest_record, next_attempt, sweep_file
@@ -17,13 +17,13 @@ from powernap.launch.jobs.status import Status
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import parse_size
 from powernap.model.config import Section
-from powernap.parallel.plan import in_bytes, plan
-from powernap.train.check_data import check_data, predicting_windows
+from powernap.parallel.planning.plan import in_bytes, plan
 from powernap.train.config import Recipe
-from powernap.train.origin import code_changes, commit
-from powernap.train.process_lock import ProcessLock
+from powernap.train.data.check import check_data, predicting_windows
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
-from powernap.train.run_folder import RunFolder
+from powernap.train.run.folder import RunFolder
+from powernap.train.run.lock import ProcessLock
+from powernap.train.run.provenance import code_changes, commit
 
 
 class _Jobs(Section):

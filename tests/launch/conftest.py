@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-import kube_cluster
-from kube_cluster import KubeCluster
-from slurm_cluster import SlurmCluster
+from helpers import kube_cluster
+from helpers.kube_cluster import KubeCluster
+from helpers.slurm_cluster import SlurmCluster
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import runs
-from powernap.launch import cli, local
+from helpers import runs
+from powernap.launch import cli, torchrun
 from powernap.model.errors import PowernapError
 
 ROOT = Path(__file__).parents[2]
@@ -292,17 +292,17 @@ def test_srun_is_recognised(monkeypatch):
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    assert not local.already_started()
+    assert not torchrun.already_started()
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
              "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,n[03-04]", "SLURM_STEP_ID": "7",
              "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7", "SLURM_JOB_ID": "12345"}  # fmt: skip
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    assert local.already_started()
+    assert torchrun.already_started()
     assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "12345.7.0"]
-    local.check_world_size(4, "parallel.data=4")
-    with pytest.raises(local.LaunchError, match=r"parallel.data=2 needs 2 processes, 4 were started"):
-        local.check_world_size(2, "parallel.data=2")
+    torchrun.check_world_size(4, "parallel.data=4")
+    with pytest.raises(torchrun.LaunchError, match=r"parallel.data=2 needs 2 processes, 4 were started"):
+        torchrun.check_world_size(2, "parallel.data=2")
 
 
 @pytest.mark.wide  # make test-clusters does it with pods

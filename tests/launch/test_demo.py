@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-import runs
+from helpers import runs
 from powernap.launch.cli import main
 
 SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=64")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from powernap.parallel import heartbeat
-from powernap.parallel.watchdog import Progress
-from powernap.train import origin
+from powernap.parallel.liveness import heartbeat
+from powernap.parallel.liveness.watchdog import Progress
+from powernap.train.run import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -53,10 +53,10 @@ def test_the_shell_scripts_have_none_of_the_known_mistakes(tmp_path):
 
 def test_the_commit_of_an_image_is_the_one_it_was_built_from(tmp_path, monkeypatch):
     built = {"commit": "abc", "uncommitted_changes": True}
-    assert origin.commit() != built
+    assert provenance.commit() != built
     (tmp_path / "commit.json").write_text(json.dumps(built))
-    monkeypatch.setattr(origin, "IMAGE_COMMIT", tmp_path / "commit.json")
-    assert origin.commit() == built and b"uncommitted changes" in origin.code_changes()
+    monkeypatch.setattr(provenance, "IMAGE_COMMIT", tmp_path / "commit.json")
+    assert provenance.commit() == built and b"uncommitted changes" in provenance.code_changes()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import runs
+from helpers import runs
 from powernap.launch.cli import main
 
 

@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-import plain
-import tiny
+from helpers import plain, tiny
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
 from powernap.model.segments import plan_segments

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tiny
+from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
 

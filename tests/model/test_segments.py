@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import tiny
+from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import pad_end, plan_segments
 

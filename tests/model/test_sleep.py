@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import plain
-import tiny
+from helpers import plain, tiny
 from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth

@@ -1,15 +1,14 @@
-"""Sliding eviction: the newest keys and values outlive their window. In float64, against tests/plain.py."""
+"""Sliding eviction: the newest keys and values outlive their window. In float64, against tests/helpers/plain.py."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-import plain
-import tiny
-from powernap.model.attention import hide_pads, rotary_tables, sliding_mask
+from helpers import plain, tiny
 from powernap.model.config import SleepConfig
 from powernap.model.health import FastWeightHealth
+from powernap.model.mixers.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.segments import plan_segments
 
 

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-import layouts
-from layouts import Case
-from processes import run_cases
+from helpers import layouts
+from helpers.layouts import Case
+from helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
 LAYOUTS = {

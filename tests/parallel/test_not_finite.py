@@ -7,9 +7,9 @@ from math import isfinite
 
 import pytest
 
-import not_finite
-from not_finite import PARAMETER, Case
-from processes import run_cases
+from helpers import not_finite
+from helpers.not_finite import PARAMETER, Case
+from helpers.processes import run_cases
 
 pytestmark = pytest.mark.faults
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-import tiny
+from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.segments import SegmentError, plan_segments
 from powernap.parallel import schedule

@@ -8,8 +8,8 @@ none, so a step is never faster.
 import pytest
 
 from benchmarks import fixed_cost
-from benchmarks.common import in_processes
 from benchmarks.fixed_cost import Case, even
+from helpers.processes import in_processes
 
 # On the clock: for a machine with nothing else to do, so not part of `make test`.
 pytestmark = pytest.mark.wide

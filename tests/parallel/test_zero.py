@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import tiny
 from benchmarks import sleep
+from helpers import tiny
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr

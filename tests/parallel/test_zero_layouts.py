@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-import zero_layouts
-from processes import run_cases
-from zero_layouts import CLIP, Case, Problem
+from helpers import zero_layouts
+from helpers.processes import run_cases
+from helpers.zero_layouts import CLIP, Case, Problem
 
 TIED = {"tie_embeddings": True}
 SP = dict(tensor=2, sequence=True)

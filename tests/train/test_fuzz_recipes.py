@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import runs
-from fuzzing import fuzz, no_longer_than
+from helpers import runs
+from helpers.fuzzing import fuzz, no_longer_than
 from powernap.launch import cli
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import field_names
@@ -59,9 +59,9 @@ class _Started(BaseException):
 def no_processes():
     """The checks of `train` run; where it would become or start the processes of the run, it ends."""
     with (
-        mock.patch("powernap.launch.local.run_alone", side_effect=_Started),
-        mock.patch("powernap.launch.local.start", return_value=0),
-        mock.patch("powernap.launch.local.already_started", return_value=False),
+        mock.patch("powernap.launch.torchrun.run_alone", side_effect=_Started),
+        mock.patch("powernap.launch.torchrun.start", return_value=0),
+        mock.patch("powernap.launch.torchrun.already_started", return_value=False),
     ):
         yield
 

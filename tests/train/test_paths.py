@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-import runs
+from helpers import runs
 from powernap.launch import cli
 from powernap.launch.commands import arguments
 from powernap.launch.jobs.cluster import find_cluster

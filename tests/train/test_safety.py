@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import tiny
-from fuzzing import Touching, fuzz, no_longer_than
+from helpers import tiny
+from helpers.fuzzing import Touching, fuzz, no_longer_than
 from powernap.model.config import SleepConfig
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.data.vocabulary import Numbers
-from powernap.train.export import CONFIG, FORMAT, WEIGHTS, ExportError, load_exported_weights, read_exported
-from powernap.train.generate import GenerateError, RunModel, load_run
-from powernap.train.tracking import ui_command
+from powernap.train.generation.export import CONFIG, FORMAT, WEIGHTS, ExportError, load_exported_weights, read_exported
+from powernap.train.generation.generate import GenerateError, RunModel, load_run
+from powernap.train.tracking.tracker import ui_command
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("model", "parallel", "train", "launch")

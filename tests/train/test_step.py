@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import tiny
+from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.train import trainer
 from powernap.train.data.loader import Batch

@@ -7,16 +7,16 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-import runs
+from helpers import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
-from powernap.train.data.shards import TextSource, build
+from powernap.train.data.build import TextSource, build
 from powernap.train.data.text import Text
-from powernap.train.evaluate import evaluate
-from powernap.train.metrics import read_metrics
+from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe
-from powernap.train.run_folder import RunFolder
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.metrics import read_metrics
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
 WINDOWS = 3  # in a sequence

@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 
-import runs
+from helpers import runs
+from helpers.runs import weights
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
-from powernap.train.evaluate import evaluate
-from powernap.train.metrics import read_metrics
+from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import load_recipe
-from runs import weights
+from powernap.train.tracking.metrics import read_metrics
 
 # name: processes, overrides. Ten steps each.
 RUNS = {

@@ -6,9 +6,10 @@ import json
 import pytest
 import yaml
 
-import runs
+from helpers import runs
 from powernap.train.config import Recipe
-from powernap.train.recipe_file import RecipeError, check, load_recipe, parse_overrides, read_sections, save_recipe
+from powernap.train.recipe_file import RecipeError, check, load_recipe, parse_overrides, read_sections
+from powernap.train.run.folder import save_recipe
 from powernap.train.yaml_core import YamlError, dump, parse, settle
 
 # What YAML 1.1 or 1.2 takes for something else than text.

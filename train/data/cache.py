@@ -24,14 +24,14 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 
 from powernap.train.config import DataConfig
+from powernap.train.data.build import MANIFEST
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import local_path
-from powernap.train.data.shards import MANIFEST
 from powernap.train.data.source import Unreachable, blocks_of, has_neighbours
 from powernap.train.data.tar_index import Damaged, index_tar, load_index, save_index
 from powernap.train.data.verify import Recorded, mismatch, not_recorded, recorded, recorded_in, sha256_of
 from powernap.train.paths import expanded_path
-from powernap.train.secrets import mask_secrets
+from powernap.train.run.secrets import mask_secrets
 
 FIRST_DELAY = 2.0  # seconds before the first retry; each further one waits twice as long
 LONGEST_DELAY = 300.0  # that a server may ask for: the other ranks wait for this one

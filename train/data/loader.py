@@ -20,14 +20,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from powernap.model.errors import PowernapError
-from powernap.parallel import exit_codes
+from powernap.parallel.liveness import exit_codes
 from powernap.train.config import DataConfig
 from powernap.train.data.cache import ShardCache, cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard, fingerprint
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
-from powernap.train.interruption import outlive_one_sigterm
+from powernap.train.run.signals import outlive_one_sigterm
 from powernap.train.tasks.sample import Sample
 
 FETCH_AHEAD = 8  # remote shards at once, by each reader

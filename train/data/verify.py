@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from powernap.train.data.build import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError
-from powernap.train.data.shards import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.tar_index import index_tar
 
 BLOCK = 1 << 20

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from powernap.model.config import Section
 from powernap.train.config import DataConfig
+from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.shards import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
 from powernap.train.recipe_file import RecipeError, check

@@ -3,7 +3,8 @@
 import statistics
 from dataclasses import dataclass, field
 
-from powernap.parallel.plan import in_bytes, in_units
+from powernap.parallel.planning.plan import in_bytes, in_units
+from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.figures import (
     Picture,
     Styles,
@@ -15,7 +16,6 @@ from powernap.train.report.figures import (
     styles_of,
 )
 from powernap.train.report.runs import Group, ReportedRun, Share, differing_fields
-from powernap.train.tables import FLOOR_LABEL
 
 DEPTH_NAMES = {"depo": "hops", "rule110": "steps", "gsm": "operations"}
 DEEPEST = 2  # depths that get a figure over N

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from powernap.parallel.plan import in_units
-from powernap.train.pictures import share_axis, smooth
+from powernap.parallel.planning.plan import in_units
+from powernap.train.evaluation.pictures import share_axis, smooth
+from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.runs import Group, Share
-from powernap.train.tables import FLOOR_LABEL
 
 # At least 3.8:1 against white and against the dark page; with markers and dashes, for who cannot tell them apart.
 COLORS = ("#2f7fd0", "#d4600f", "#1a8f63", "#9a5fc4", "#cf4a5f", "#0f8b9a", "#96771a", "#c2549c")

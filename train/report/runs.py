@@ -10,13 +10,13 @@ from os.path import commonprefix
 from pathlib import Path
 
 from powernap.model.errors import PowernapError
-from powernap.parallel.memory import parameters
-from powernap.parallel.work import cut, step_flops
-from powernap.train.check_data import predicting_windows
+from powernap.parallel.planning.memory import parameters
+from powernap.parallel.planning.work import cut, step_flops
 from powernap.train.config import Recipe
+from powernap.train.data.check import predicting_windows
 from powernap.train.data.sample import DataError
-from powernap.train.metrics import read_metrics
-from powernap.train.run_folder import FREE_ON_RESUME, RunFolder, first_manifest, flatten
+from powernap.train.run.folder import FREE_ON_RESUME, RunFolder, first_manifest, flatten
+from powernap.train.tracking.metrics import read_metrics
 
 # Fields in which the runs of a group may differ: names and places, the seed, and what changes no number.
 OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from powernap.train.evaluation.tables import markdown_table
 from powernap.train.outputs import check_folder
 from powernap.train.report.content import Cell, Report, Section, Table, report_of
 from powernap.train.report.runs import group_runs, read_runs
-from powernap.train.tables import markdown_table
 
 
 def write_report(runs: list[Path], to: Path, title: str | None = None) -> list[Path]:

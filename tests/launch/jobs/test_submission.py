@@ -9,10 +9,10 @@ import sys
 import pytest
 import yaml
 
-import runs
+from helpers import runs
+from powernap.launch.jobs.backends.local import Local
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import newest_record
-from powernap.launch.jobs.local import Local
 from powernap.launch.jobs.secret_values import read_secret_file
 from powernap.launch.jobs.submission import status_of
 from powernap.launch.jobs.sweep import expand
@@ -142,24 +142,26 @@ def test_a_scheduler_that_does_not_answer_may_have_the_job_so_it_is_looked_for(t
 
 def test_what_was_submitted_can_be_repeated(tmp_path, monkeypatch):
     """The patch in the folder turns the commit into the code that ran."""
-    from powernap.train import origin
+    from powernap.train.run import provenance
 
     root = tmp_path / "code"
     (root / "train").mkdir(parents=True)
     git = lambda *arguments: subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)  # noqa: E731
-    (root / "train/origin.py").write_text("before\n")
+    (root / "train/run/provenance.py").write_text("before\n")
     git("init")
     git("add", ".")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "first")
-    monkeypatch.setattr(origin, "ROOT", root)
-    assert origin.code_changes() == b"" and not origin.commit()["uncommitted_changes"]
-    (root / "train/origin.py").write_text("after\n")
+    monkeypatch.setattr(provenance, "ROOT", root)
+    assert provenance.code_changes() == b"" and not provenance.commit()["uncommitted_changes"]
+    (root / "train/run/provenance.py").write_text("after\n")
     (root / "train/new.py").write_text("new\n")
-    patch = origin.code_changes()
+    patch = provenance.code_changes()
     git("stash", "-u")
     (tmp_path / "patch").write_bytes(patch)
     git("apply", str(tmp_path / "patch"))
-    assert (root / "train/origin.py").read_text() == "after\n" and (root / "train/new.py").read_text() == "new\n"
+    assert (root / "train/run/provenance.py").read_text() == "after\n" and (
+        root / "train/new.py"
+    ).read_text() == "new\n"
 
 
 @pytest.mark.parametrize(

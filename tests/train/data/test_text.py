@@ -16,12 +16,12 @@ import tiktoken
 import tokenizers
 
 from powernap.train.data import documents as reading
+from powernap.train.data.build import Job, TextSource, build, make_shards
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.documents import Document, Reader, Tally
-from powernap.train.data.inspect_shards import inspect_shards
+from powernap.train.data.inspect import inspect_shards
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
-from powernap.train.data.shards import Job, TextSource, build, make_shards
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.recipe_file import RecipeError, check
@@ -244,7 +244,7 @@ def test_mended_input_continues_the_work(tmp_path, monkeypatch):
         made.append(number)
         return make_shards(source, number, *more)
 
-    monkeypatch.setattr("powernap.train.data.shards.make_shards", make)
+    monkeypatch.setattr("powernap.train.data.build.make_shards", make)
     folder = built(tmp_path / "data", corpus, shard_bytes=4000)
     assert made == [8, 9]  # one line is mended in a shard that was made
     whole = built(tmp_path / "whole", corpus, shard_bytes=4000)

@@ -1,0 +1,100 @@
+"""Jobs on this machine: a supervisor starts the run, and starts it again as a scheduler would."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from powernap.launch.jobs.backends.log_file import read_log
+from powernap.launch.jobs.backends.supervisor import is_supervised
+from powernap.launch.jobs.cluster import LocalCluster
+from powernap.launch.jobs.description import JobError
+from powernap.launch.jobs.job import Job, Record, read_json
+from powernap.launch.jobs.secret_values import check_sources
+from powernap.launch.jobs.status import OVER, Status
+from powernap.train.yaml_core import dump
+
+STARTS_WITHIN = 20.0  # seconds until a supervisor must have written its first state
+
+
+class Local:
+    arrays = False
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+
+    def check(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            wanted = job.description
+            if wanted.nodes != 1:
+                raise JobError(f"job.nodes={wanted.nodes} on this machine: write job.nodes=1, or submit to a cluster")
+            for field in ("image", "mounts"):
+                if getattr(wanted, field):
+                    raise JobError(f"job.{field} on this machine: there is no container here; leave it out")
+            if wanted.time:
+                raise JobError(f"job.time={wanted.time} on this machine: nothing limits it here; leave it out")
+            check_sources(wanted.secrets, self._cluster.secrets)
+
+    def render(self, jobs: list[Job]) -> dict[str, str]:
+        (job,) = jobs
+        plan = {
+            "token": job.token,
+            "command": job.command(),
+            "env": job.environment,
+            "secrets": {name: self._cluster.secrets.get(name) for name in job.description.secrets},
+            "retries": job.description.retries,
+            "grace_seconds": job.description.grace_seconds,
+        }
+        return {"local.yaml": dump(plan)}
+
+    def command(self, jobs: list[Job], folder: Path) -> list[str]:
+        return [sys.executable, "-m", "powernap.launch.jobs.backends.supervisor", str(folder)]
+
+    def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
+        with open(folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                self.command(jobs, folder),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + STARTS_WITHIN
+        while not (state := read_json(jobs[0].folder.state)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not state:
+            process.kill()
+            last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            raise JobError(f"the job's supervisor did not start: {''.join(last) or 'it said nothing'}")
+        return [str(process.pid)]
+
+    def find(self, record: Record) -> str | None:
+        state = read_json(record.own_folder.state)
+        return str(state["pid"]) if state and state["token"] == record.token else None
+
+    def status(self, record: Record) -> Status:
+        folder = record.own_folder.path
+        state = read_json(record.own_folder.state)
+        if state is None:
+            return Status("lost", "its supervisor has left nothing")
+        if state["state"] not in OVER and not is_supervised(folder):
+            state = read_json(record.own_folder.state)  # it may have ended in between
+            if state["state"] not in OVER:
+                return Status("lost", "its supervisor is gone, as after a restart of the machine", state["restarts"])
+        return Status(state["state"], state["reason"], state["restarts"], state["exit_code"], "this machine")
+
+    def pause(self, record: Record, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def logs(self, record: Record, follow: bool) -> Iterator[str]:
+        return read_log(record.own_folder.log, follow, lambda: self.status(record).is_over)
+
+    def cancel(self, record: Record) -> None:
+        folder = record.own_folder
+        folder.cancelled.touch()
+        state = read_json(folder.state)
+        with suppress(psutil.NoSuchProcess):
+            # The number may belong to somebody else by now: the lock tells whether the supervisor still lives.
+            if state and is_supervised(folder.path):
+                psutil.Process(state["pid"]).terminate()

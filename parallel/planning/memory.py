@@ -1,0 +1,308 @@
+"""Bytes of a rank before any process starts. Nothing here imports torch.
+
+Parameters, gradients, optimizer states and what live segments keep are exact: the tests compare them with the tensors of
+real ranks. Activations are counted from what torch keeps on a CPU; on CUDA they are an estimate that nobody has measured.
+What CUDA, NCCL and the allocator take beside is left to `RESERVE`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.parallel.planning.layout import DELTA_RULE_CHUNK
+from powernap.parallel.planning.timeline import FORWARD, schedule
+from powernap.parallel.planning.work import Recipe, Segment, micro_batches, round_up
+
+FP32, BF16 = 4, 2  # bytes
+RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
+FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
+REDUCE_BUCKET = 500_000_000  # numbers that gradients travel in at a time (parallel/zero.py)
+GATHERED = 1_000_000_000  # numbers that ZeRO 3 keeps gathered (deepspeed 0.19.8: stage3_max_reuse_distance)
+
+Device = Literal["cuda", "cpu"]  # cuda: NCCL, fused norms, FLA in bf16; cpu: gloo and torch's own operations
+
+
+class Weight(NamedTuple):
+    """One parameter of the model as HybridStage names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: bool = False  # over tensor ranks, along its first dimension, or the last for out_proj and linear_fc2
+
+    def size(self, tensor: int = 1) -> int:
+        return math.prod(self.shape) // (tensor if self.split else 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int  # as they are added up
+    optimizer: int  # float32 master weights and moments; 0 if offloaded
+    buffers: int  # what DeepSpeed has beside them during the backward passes
+    segments: int  # hidden states, fast weights and cached keys and values of the live segments; what sequences carry
+    activations: int  # estimate: of the segment that is recomputed, or of all live ones without recomputation
+    step: int  # what DeepSpeed has beside the first three while gradients are reduced and the optimizer steps
+    total: int  # the larger of the backward passes' and the optimizer step's
+    host: int  # offloaded optimizer states
+
+
+def stage_memory(recipe: Recipe, segments: list[Segment], stage: int, device: Device = "cuda") -> Memory:
+    """Bytes of a rank of one pipeline stage."""
+    weights, gradients, optimizer, buffers, step = state_bytes(recipe, stage_parameters(recipe, stage))
+    saved, most = replay(recipe, segments, stage, device)
+    host = optimizer if recipe.zero.offload else 0
+    total = weights + gradients + optimizer - host + max(buffers + most, step)
+    return Memory(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host)
+
+
+def fits(memory: Memory, limit: int) -> bool:
+    """Whether a rank's bytes leave the reserve free."""
+    return memory.total <= (1 - RESERVE) * limit
+
+
+def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
+    return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage])
+
+
+def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
+    """The parameters of the stage that owns `blocks`, named and shaped as in model/stage.py, whole over tensor ranks."""
+    first, last = blocks.start == 0, blocks.stop == model.num_layers
+    vocabulary = (model.vocab_size, model.hidden_size)
+    weights = []
+    if first or (last and model.tie_embeddings):
+        weights.append(Weight("embedding.weight", vocabulary, split=True))
+    if first and sleep.pass_norm:
+        weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
+    for index, block in enumerate(blocks):
+        prefix = f"decoder.layers.{index}."
+        weights += [w._replace(name=prefix + w.name) for w in _block_parameters(model, model.pattern[block])]
+    if last:
+        weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
+        if not model.tie_embeddings:
+            weights.append(Weight("output_layer.weight", vocabulary, split=True))
+    return weights
+
+
+def _block_parameters(model: ModelConfig, kind: str) -> Iterator[Weight]:
+    width, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.gdn_heads
+    d_k, d_v = model.gdn_key_dim, model.gdn_value_dim
+    yield Weight("input_layernorm.weight", (width,))
+    if kind == GATED_DELTA_NET:
+        yield Weight("self_attention.conv_weight", (heads, 2 * d_k + d_v, model.conv_kernel), split=True)
+        yield Weight("self_attention.A_log", (heads,), split=True)
+        yield Weight("self_attention.dt_bias", (heads,), split=True)
+        yield Weight("self_attention.in_proj.weight", (heads * (2 * d_k + 2 * d_v + 2), width), split=True)
+        yield Weight("self_attention.out_proj.weight", (width, heads * d_v), split=True)
+        yield Weight("self_attention.norm.weight", (d_v,))
+    else:
+        yield Weight("self_attention.qkv_proj.weight", (3 * width, width), split=True)
+        yield Weight("self_attention.out_proj.weight", (width, width), split=True)
+    yield Weight("pre_mlp_layernorm.weight", (width,))
+    yield Weight("mlp.linear_fc1.weight", (2 * ffn, width), split=True)
+    yield Weight("mlp.linear_fc2.weight", (width, ffn), split=True)
+
+
+def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[Weight], int]]:
+    """The optimizer's parameter groups and the moments it keeps for each, as train/optimizer.py makes them."""
+    matrices = [w for w in weights if len(w.shape) == 2 and not w.name.startswith("embedding.")]
+    if optimizer == "muon":
+        matrices = [w for w in matrices if w.name.startswith("decoder.")]
+    others = [w for w in weights if w not in matrices]
+    return [(matrices, 1 if optimizer == "muon" else 2), (others, 2)]
+
+
+class States(NamedTuple):
+    """Bytes of one rank that do not depend on the batch; fields as in `Memory`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    step: int
+
+
+def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
+    """What ZeRO allocates for a stage with these parameters (deepspeed 0.19.8).
+
+    ZeRO 1 and 2 flatten each parameter group and pad it to a multiple of twice the data ranks (stage_1_and_2.py,
+    bf16_optimizer.py: nccl_start_alignment_factor = 2); ZeRO 3 pads each parameter to a multiple of the data ranks
+    (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition, in fp32 as well.
+
+    Gradients are float32 and whole in every stage: each segment adds to all of them, so none can be reduced before the
+    last backward pass of a step. Beside them ZeRO 1 has a float32 bucket as it reduces (allreduce_bucket), in fp32 then its
+    partition; offloaded in fp32 it has the bucket all the time (setup_buckets); ZeRO 2 a bucket and its partition as it
+    reduces; ZeRO 3 both all the time (stage3.py: _setup_for_real_optimizer), and every parameter that it gathered and counts
+    on soon to need again.
+    """
+    ranks, stage, size = recipe.parallel.data, recipe.zero.stage, bytes_per_number(recipe)
+    whole = sum(w.size(recipe.parallel.tensor) for w in weights)
+    padded = held = moments = 0  # numbers: all, this rank's, this rank's moments
+    for group, per_number in optimizer_groups(weights, recipe.optimizer.name):
+        sizes = [w.size(recipe.parallel.tensor) for w in group]
+        part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else round_up(sum(sizes), 2 * ranks) // ranks
+        padded, held, moments = padded + part * ranks, held + part, moments + part * per_number
+    bucket = FP32 * min(REDUCE_BUCKET, whole)
+    gradients, optimizer = FP32 * whole, FP32 * (held + moments)
+    if stage == 3:
+        buffers = FP32 * held + bucket
+        return States(size * held, gradients, optimizer, buffers + size * min(GATHERED, whole), buffers)
+    if stage == 2:
+        return States(size * padded, gradients, optimizer, 0, FP32 * held + bucket)
+    if size == BF16:
+        return States(size * padded, FP32 * padded, optimizer, 0, bucket)
+    if recipe.zero.offload:
+        return States(size * padded, gradients, optimizer, bucket, bucket)
+    return States(size * padded, gradients, optimizer, 0, max(bucket, FP32 * held))
+
+
+def bytes_per_number(recipe: Recipe) -> int:
+    return BF16 if recipe.train.precision == "bf16" else FP32
+
+
+def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) -> tuple[int, int]:
+    """Run a stage's schedule with bytes for tensors.
+
+    Returns:
+        (the most that live segments keep, the most with activations)
+    """
+    blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
+    handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
+    computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
+    longest = hidden_bytes(recipe, max(s.tokens for s in segments))
+    # In a pipeline hidden states are received for the next segment, a gradient comes and one goes, and what a segment
+    # received stays until the next one has gone backward.
+    in_pipeline = recipe.parallel.pipeline > 1
+    passing, late = 3 * longest * in_pipeline, 0
+    steps = stage_steps(recipe, len(segments), stage)
+    # Under sleep.carry: what all sequences start from, and what those leave that are done.
+    state = fast_weight_bytes(recipe, blocks) if recipe.sleep.carry else 0
+    saved = state * (2 * micro_batches(recipe) - len(steps) // (2 * len(segments)))
+    kept = most_saved = most = 0
+    for kind, _, index in steps:
+        if kind == FORWARD:
+            saved += handed[index]
+            kept += 0 if recompute else computed[index]
+            most_saved = max(most_saved, saved + late)
+            most = max(most, saved + late + kept + passing)
+            continue
+        most = max(most, saved + late + kept + passing + (computed[index] if recompute else 0))
+        saved -= handed[index]
+        saved += state if index + 1 == len(segments) else 0
+        kept -= 0 if recompute else computed[index]
+        late = longest * (in_pipeline and (blocks.start > 0 or index > 0))
+    return most_saved, most
+
+
+def stage_steps(recipe: Recipe, segments: int, stage: int):
+    """A stage's steps as far as its memory still grows: three groups of micro-batches, alone one micro-batch."""
+    stages = recipe.parallel.pipeline
+    return schedule(stages, 1 if stages == 1 else min(micro_batches(recipe), 3 * stages), segments)[stage]
+
+
+def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int) -> int:
+    """Bytes that segment `index` of one micro-batch keeps from its forward to the end of its backward pass.
+
+    Fast weights and caches that it wrote; alone, the hidden states for the next pass. In a pipeline what it received, of
+    the longest window's length; what it sends is dropped.
+    """
+    segment, last = segments[index], index + 1 == len(segments)
+    states = written_bytes(recipe, blocks, segment)
+    if index == 0 and not recipe.sleep.carry:
+        unread = [] if segment.with_grad else writing_blocks(recipe, blocks, segment)  # nobody keeps their zeros
+        states += fast_weight_bytes(recipe, [block for block in blocks if block not in unread])
+    if recipe.parallel.pipeline == 1:
+        goes_on = not last and not segments[index + 1].from_embeddings
+        return states + goes_on * hidden_bytes(recipe, segment.tokens)
+    received = blocks.start > 0 or index > 0
+    return states + received * hidden_bytes(recipe, max(s.tokens for s in segments))
+
+
+def hidden_bytes(recipe: Recipe, tokens: int) -> int:
+    """Hidden states of a window, [L/shards, b, D]."""
+    numbers = tokens // recipe.sequence_shards * recipe.micro_batch_size * recipe.model.hidden_size
+    return numbers * bytes_per_number(recipe)
+
+
+def fast_weight_bytes(recipe: Recipe, blocks: Iterable[int]) -> int:
+    """Fast weights of a micro-batch, [b, heads/TP, d_k, d_v] for each gated delta net of `blocks`, in float32."""
+    model = recipe.model
+    state = model.gdn_heads // recipe.parallel.tensor * model.gdn_key_dim * model.gdn_value_dim * FP32
+    return recipe.micro_batch_size * state * sum(model.pattern[block] == GATED_DELTA_NET for block in blocks)
+
+
+def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]:
+    """Those of `blocks` whose fast weights, if they have any, the segment changes."""
+    run = segment.blocks if recipe.sleep.write == "every" else segment.final_blocks
+    return [block for block in blocks if block in run]
+
+
+def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
+    """New fast weights and caches that a segment leaves: what it does not change stays the tensor it was.
+
+    Under sliding eviction an attention block's last pass over a window leaves keys and values, [2, b, heads/TP, n,
+    head_dim].
+    """
+    model = recipe.model
+    states = fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment))
+    if recipe.sleep.eviction == "hard":
+        return states
+    cached = min(model.window - 1, segment.start + segment.tokens)
+    cache = 2 * cached * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
+    caches = sum(model.pattern[block] == ATTENTION for block in blocks if block in segment.final_blocks)
+    return states + recipe.micro_batch_size * caches * cache
+
+
+def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
+    """Bytes that autograd keeps of one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
+    model, size = recipe.model, bytes_per_number(recipe)
+    ran = [block for block in blocks if segment.flops[block]]
+    last_write = segment.blocks.stop - 1 if segment.write_only else -1
+    per_token = sum(_block_activations(recipe, model.pattern[block], device, block == last_write) for block in ran)
+    if segment.predicts and blocks.stop == model.num_layers:
+        # the final norm; logits, their float32 softmax and its gradient
+        per_token += _norm(recipe, device)
+        per_token += model.vocab_size / recipe.parallel.tensor * (size + 2 * FP32)
+    return int(per_token * segment.tokens * recipe.micro_batch_size)
+
+
+def _block_activations(recipe: Recipe, kind: str, device: Device, write_only: bool = False) -> float:
+    """Bytes per token that autograd keeps of one block.
+
+    For a CPU counted from what torch keeps, which the tests measure. For CUDA in bf16 read off FLA's source (chunk.py of
+    gated_delta_rule keeps q, k, v, g, beta and a 64 x 64 matrix a chunk) and torch's fused norm, and not measured.
+    """
+    model, size, tensor = recipe.model, bytes_per_number(recipe), recipe.parallel.tensor
+    norm, mlp = _norm(recipe, device), 5 * model.ffn_hidden_size * size / tensor
+    if kind == GATED_DELTA_NET:
+        mixer = model.gdn_heads * _delta_net_head(model, size, device, write_only) / tensor
+    elif write_only:
+        mixer = 0
+    else:  # q, k, v, the rotated q and k, the output; the log-sum of each head's scores
+        numbers = 6 if recipe.sleep.eviction == "hard" else 8  # ... keys and values joined to the cached ones
+        mixer = (numbers * model.hidden_size * size + model.num_attention_heads * FP32) / tensor
+    return norm + mixer if write_only else 2 * norm + mixer + mlp
+
+
+def _norm(recipe: Recipe, device: Device) -> float:
+    """Of an RMSNorm of the residual stream: input, normed, output; on CUDA not the second; on CPUs float32 inside."""
+    inside = {"cuda": bytes_per_number(recipe), "cpu": 2 * FP32}[device]
+    return recipe.model.hidden_size * (inside + bytes_per_number(recipe)) / recipe.sequence_shards
+
+
+def _delta_net_head(model: ModelConfig, size: int, device: Device, write_only: bool) -> float:
+    """Of one head of a gated delta net: projection, convolution before and after SiLU, the delta rule, gate and norm."""
+    d_k, d_v = model.gdn_key_dim, model.gdn_value_dim
+    projected = size * ((2 * d_k + 2 * d_v + 2) + 2 * (2 * d_k + d_v))
+    if device == "cuda" and size == BF16:
+        rule = size * ((2 * d_k + d_v) + 2 * d_k + FLA_CHUNK) + 11 * FP32
+        return projected + rule + (0 if write_only else 5 * d_v * size)
+    chunk = -(-model.window // -(-model.window // DELTA_RULE_CHUNK))
+    write = FP32 * (4 * chunk + 5 * d_k + 2 * d_v + d_k * d_v / chunk + 11) + (FP32 * d_v if size == BF16 else 0)
+    if write_only:
+        return projected + write
+    read = FP32 * (2 * chunk + 4 * d_k) + (5 * FP32 if size == FP32 else 14) * d_v
+    return projected + write + read

@@ -1,0 +1,280 @@
+"""What a layout costs before any process starts: `powernap plan`, for CUDA with NCCL. Nothing here imports torch."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
+from powernap.parallel.planning.memory import RESERVE, Memory, fits, parameters, stage_memory, stage_parameters
+from powernap.parallel.planning.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
+from powernap.parallel.planning.work import (
+    PlanError,
+    Recipe,
+    Segment,
+    cut,
+    micro_batches,
+    stage_work,
+    step_flops,
+    step_times,
+    windows_slept_and_read,
+)
+
+MOST_STEPS = 2**20  # of all stages forward: half a minute's work
+COLOURS = (39, 208, 76, 170, 220, 44, 203, 141)  # of 256, one for each window in turn
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage; memory is that of each of its ranks."""
+
+    stage: int
+    first_block: int
+    pattern: str
+    parameters: int
+    parameters_per_rank: int
+    share_of_work: float  # of the model's FLOPs
+    live_segments: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a run starts."""
+
+    data: int
+    tensor: int
+    pipeline: int
+    ranks: int
+    sequence_parallel: bool
+    zero_stage: int
+    precision: str
+    optimizer: str
+    recompute: bool
+    pattern: str
+    pipeline_layout: str
+    parameters: int
+    window: int
+    windows_slept: int
+    windows_read: int
+    windows_assumed: bool
+    windows_from: str  # what says which windows predict: the first "sample", the "recipe", or they are "assumed"
+    passes: int
+    segments: int
+    tokens_per_sequence: int
+    global_batch_size: int
+    micro_batch_size: int
+    micro_batches: int
+    tokens_per_step: int
+    flops_per_token_awake: int
+    flops_per_token_asleep: int
+    flops_per_step: int
+    bubble: float
+    bubble_formula: float
+    stages: list[StagePlan]
+    memory_limit: int | None
+    fits: bool | None
+    notes: list[str]
+    picture: Timeline
+    labels: list[str]
+
+    def as_json(self) -> str:
+        """Everything but the picture."""
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("picture", "labels")
+        }
+        return json.dumps({**values, "stages": [dataclasses.asdict(s) for s in self.stages]}, indent=2)
+
+    def text(self, colour: bool = False) -> str:
+        """The plan for a terminal of 80 columns."""
+        shards = ", sequence-parallel" if self.sequence_parallel else ""
+        windows = math.ceil(self.tokens_per_sequence / self.window)  # text's are read and slept on
+        source = {
+            "sample": "as in the first sample of data.train",
+            "recipe": "as sleep.every_window says",
+            "assumed": "if only the last window predicts",
+        }[self.windows_from]
+        micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
+        facts = {
+            "model": f"{in_units(self.parameters)} parameters, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
+            "ranks": f"{self.ranks} = data {self.data} x tensor {self.tensor} x pipeline {self.pipeline}{shards}",
+            "training": f"{self.precision}, {self.optimizer}, ZeRO {self.zero_stage}, "
+            f"activations {'recomputed' if self.recompute else 'kept'}",
+            "sequence": f"{self.tokens_per_sequence:,} tokens in {windows} windows of {self.window}: {self.windows_slept} "
+            f"slept on (N={self.passes}), {self.windows_read} read once",
+            "segments": f"{self.segments} a sequence, {source}",
+            "step": f"{self.global_batch_size} sequences, {self.tokens_per_step:,} tokens; a rank runs "
+            f"{micro_batches} of {self.micro_batch_size}",
+            "FLOPs": f"a token forward {in_units(self.flops_per_token_awake)} awake, "
+            f"{in_units(self.flops_per_token_asleep)} asleep; a step {in_units(self.flops_per_step)}",
+        }
+        lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
+        lines += ["", *self._stage_table(), "", *self._verdict(), "", self._bubble()]
+        if self.pipeline > 1:
+            colours = [f"\033[38;5;{COLOURS[ord(label[0]) % len(COLOURS)]}m" for label in self.labels]
+            lines += [*draw(self.picture, self.labels, 80, colours if colour else None), *self._legend()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _stage_table(self) -> list[str]:
+        lines = [
+            f"{'':<19} {'params':>6} {'live':>5}  bytes of a rank on CUDA with NCCL",
+            f"{'stage':<5} {'blocks':<13} {'a rank':>6} {'segm.':>5} weights   grads  optim.   saved  activ.   total",
+        ]
+        for s in self.stages:
+            blocks = f"{s.first_block}-{s.first_block + len(s.pattern) - 1} {_letters(s.pattern, 7)}"
+            m = s.memory
+            parts = (m.weights, m.gradients + m.buffers, m.optimizer, m.segments, m.activations, m.total)
+            numbers = " ".join(f"{in_bytes(n):>7}" for n in parts)
+            lines.append(
+                f"{s.stage:<5} {blocks:<13} {in_units(s.parameters_per_rank):>6} {s.live_segments:>5} {numbers}"
+            )
+        what = "the one recomputed" if self.recompute else "all of them"
+        lines += [
+            "grads: with DeepSpeed's buffers; saved: what live segments keep;",
+            f"activ.: of {what}, estimated",
+        ]
+        if any(s.memory.step > s.memory.buffers + s.memory.segments + s.memory.activations for s in self.stages):
+            lines.append("total: while the optimizer steps, when saved and activ. are gone")
+        return lines
+
+    def _verdict(self) -> list[str]:
+        fullest = max(self.stages, key=lambda s: s.memory.total)
+        total, host = fullest.memory.total, max(s.memory.host for s in self.stages)
+        lines = [f"memory     {in_bytes(total)} on a rank of stage {fullest.stage}"]
+        if host:
+            lines.append(f"           and {in_bytes(host)} in host memory for each rank's optimizer states")
+        if self.memory_limit is None:
+            return lines
+        left = (1 - RESERVE) * self.memory_limit - total
+        reserve = f"besides a reserve of {RESERVE:.0%} of {in_bytes(self.memory_limit)}"
+        answer = f"yes, {in_bytes(left)} to spare" if self.fits else f"NO, {in_bytes(-left)} too much"
+        return [*lines, f"fits       {answer} {reserve}"]
+
+    def _bubble(self) -> str:
+        if self.pipeline == 1:
+            return "schedule   one stage: a micro-batch's segments forward, then backward; no bubble"
+        formula = f"{self.bubble_formula:.1%} by formula if all steps were equal"
+        return f"bubble     {self.bubble:.1%} simulated from FLOPs, {formula}"
+
+    def _legend(self) -> list[str]:
+        first = self.labels[0]
+        kind = "prediction" if first[1] == "?" else f"pass {first[1]}"
+        return [
+            f"         {first} forward, window {first[0]}, {kind}; {first.upper()} backward; x? window x predicts;",
+            "         -- goes on; . waits; .. the middle is left out",
+        ]
+
+
+def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: int | None = None) -> Plan:
+    """Work out what `recipe` costs.
+
+    Args:
+        recipe: it has refused what cannot run.
+        predicts: for each window whether it holds loss tokens; None: what the recipe says, see `cut`.
+        memory_limit: bytes a rank may use.
+
+    Raises:
+        PlanError: if the schedule would take minutes to simulate.
+    """
+    model, sleep, parallel = recipe.model, recipe.sleep, recipe.parallel
+    segments, passes, batches = cut(recipe, predicts), max(recipe.sleep.pass_choices), micro_batches(recipe)
+    if (steps := parallel.pipeline * batches * len(segments)) > MOST_STEPS:
+        raise PlanError(
+            f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "
+            f"simulate, more than {MOST_STEPS:,}: write a larger train.micro_batch_size or model.window"
+        )
+    memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
+    timeline = simulate(schedule(parallel.pipeline, batches, len(segments)), *step_times(recipe, segments))
+    slept, read = windows_slept_and_read(segments)
+    tokens = recipe.data.sequence_length - 1
+    return Plan(
+        data=parallel.data,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        ranks=parallel.world_size,
+        sequence_parallel=parallel.sequence,
+        zero_stage=recipe.zero.stage,
+        precision=recipe.train.precision,
+        optimizer=recipe.optimizer.name,
+        recompute=recipe.train.recompute,
+        pattern=model.pattern,
+        pipeline_layout=format_layout(model.pattern, recipe.stage_blocks),
+        parameters=sum(w.size() for w in parameters(model, sleep, range(model.num_layers))),
+        window=model.window,
+        windows_slept=slept,
+        windows_read=read,
+        windows_assumed=predicts is None and not sleep.every_window,
+        windows_from="sample" if predicts is not None else "recipe" if sleep.every_window else "assumed",
+        passes=passes,
+        segments=len(segments),
+        tokens_per_sequence=tokens,
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        micro_batches=batches,
+        tokens_per_step=recipe.train.global_batch_size * tokens,
+        flops_per_token_awake=sum(prediction_flops(model, sleep)) + head_flops(model),
+        flops_per_token_asleep=sum(map(sum, consolidation_flops(model, sleep, passes))),
+        flops_per_step=step_flops(recipe, segments),
+        bubble=timeline.bubble,
+        bubble_formula=bubble(parallel.pipeline, batches, len(segments)),
+        stages=_stages(recipe, segments, memories),
+        memory_limit=memory_limit,
+        fits=None if memory_limit is None else all(fits(memory, memory_limit) for memory in memories),
+        notes=_notes(recipe),
+        picture=timeline,
+        labels=[segment.label for segment in segments],
+    )
+
+
+def _stages(recipe: Recipe, segments: list[Segment], memories: list[Memory]) -> list[StagePlan]:
+    work, stages = stage_work(recipe, segments), []
+    for stage, (blocks, memory) in enumerate(zip(recipe.stage_blocks, memories, strict=True)):
+        weights = stage_parameters(recipe, stage)
+        stages.append(
+            StagePlan(
+                stage=stage,
+                first_block=blocks.start,
+                pattern=recipe.model.pattern[blocks.start : blocks.stop],
+                parameters=sum(w.size() for w in weights),
+                parameters_per_rank=sum(w.size(recipe.parallel.tensor) for w in weights),
+                share_of_work=work[stage] / sum(work),
+                live_segments=peak_live(recipe.parallel.pipeline, stage, micro_batches(recipe), len(segments)),
+                memory=memory,
+            )
+        )
+    return stages
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    notes, choices = [], recipe.sleep.pass_choices
+    if len(choices) > 1:
+        notes.append(f"N is drawn from {choices}: all numbers are for N={max(choices)}")
+    if recipe.zero.stage >= 2:
+        notes.append("ZeRO 2 and 3 hold all gradients until a step's last backward pass")
+    return notes
+
+
+def _letters(pattern: str, most: int) -> str:
+    """A pattern, or how many of each letter where it is too long."""
+    if len(pattern) <= most:
+        return pattern
+    return " ".join(f"{pattern.count(kind)}{kind}" for kind in sorted(set(pattern)))
+
+
+def in_units(number: float) -> str:
+    return _scaled(number, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def in_bytes(number: float) -> str:
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    """Three digits and a decimal unit."""
+    power = 0
+    while number >= 999.5 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    digits = 0 if power == 0 or number >= 99.95 else 1
+    return f"{number:.{digits}f}{units[power]}"

@@ -1,0 +1,176 @@
+"""Better layouts for the same job: `powernap plan --suggest`. Nothing here imports torch."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_memory, stage_parameters
+from powernap.parallel.planning.plan import in_bytes
+from powernap.parallel.planning.timeline import bubble
+from powernap.parallel.planning.work import PlanError, Recipe, Segment, cut, micro_batches, stage_work, step_flops
+
+# Only the ratio of communication to computation matters to the order.
+NODE = 8  # ranks with fast links between them: the largest tensor parallelism
+FLOPS_PER_BYTE_IN_NODE = 1_000  # such as 400 TFLOP/s and 400 GB/s
+FLOPS_PER_BYTE_BETWEEN_NODES = 10_000  # such as 400 TFLOP/s and 40 GB/s
+SATURATION = 512  # tokens of a micro-batch's window at which a device does half of what it can
+MOST_MICRO_BATCHES = 512
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One layout for a number of devices."""
+
+    data: int
+    tensor: int
+    pipeline: int
+    sequence_parallel: bool
+    zero_stage: int
+    micro_batch_size: int
+    micro_batches: int
+    bubble: float
+    efficiency: float  # estimate: useful part of the devices' time
+    bytes: int  # of the fullest rank
+    fits: bool | None
+
+    def overrides(self) -> str:
+        """As `key=value` for the command line."""
+        return (
+            f"parallel.data={self.data} parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} "
+            f"parallel.sequence={str(self.sequence_parallel).lower()} zero.stage={self.zero_stage} "
+            f"train.micro_batch_size={self.micro_batch_size}"
+        )
+
+
+def suggest(
+    recipe: Recipe, devices: int, predicts: Sequence[bool] | None = None, memory_limit: int | None = None
+) -> list[Suggestion]:
+    """Layouts for `devices` ranks, best first: those that fit before those that do not, then by estimated efficiency.
+
+    For each grid of processes and ZeRO stage the best micro-batch size is kept.
+
+    Raises:
+        PlanError: if no layout can run.
+    """
+    best: dict[tuple[int, int, int, int], Suggestion] = {}
+    for candidate in _candidates(recipe, devices):
+        suggestion = _suggestion(candidate, cut(candidate, predicts), memory_limit)
+        place = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
+        if place not in best or _rank(suggestion) > _rank(best[place]):
+            best[place] = suggestion
+    if not best:
+        raise PlanError(
+            f"no layout of {devices} devices fits train.global_batch_size={recipe.train.global_batch_size}, the heads and "
+            f"the {recipe.model.num_layers} blocks of the model: write another --devices or a batch that more devices divide"
+        )
+    return sorted(best.values(), key=_rank, reverse=True)
+
+
+def _rank(suggestion: Suggestion) -> tuple:
+    """Fits, then efficient, then small, then simple."""
+    fits = suggestion.fits is not False
+    simple = (-suggestion.pipeline, -suggestion.tensor, -suggestion.zero_stage)
+    if not fits:  # the nearest to fitting
+        return (fits, -suggestion.bytes, suggestion.efficiency, *simple)
+    return (fits, round(suggestion.efficiency, 3), -suggestion.bytes, *simple)
+
+
+def _candidates(recipe: Recipe, devices: int) -> Iterator[Recipe]:
+    """The recipe in every layout of `devices` that it does not refuse."""
+    for tensor in _divisors(devices, most=NODE):
+        for pipeline in _divisors(devices // tensor, most=recipe.model.num_layers):
+            data = devices // tensor // pipeline
+            share = recipe.train.global_batch_size // data
+            for micro_batch_size in _divisors(share):
+                if share // micro_batch_size > MOST_MICRO_BATCHES:
+                    continue
+                for zero_stage in (1,) if pipeline > 1 or data == 1 else (1, 3):
+                    for sequence in (False,) if tensor == 1 else (True, False):
+                        grid = {"data": data, "tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+                        changed = _changed(recipe, grid, micro_batch_size, zero_stage)
+                        if changed is not None:
+                            yield changed
+
+
+def _changed(recipe: Recipe, grid: dict, micro_batch_size: int, zero_stage: int) -> Recipe | None:
+    """The recipe in another layout, or None if it refuses that."""
+    sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    sections["parallel"] = recipe.parallel.model_copy(update={**grid, "pipeline_layout": None})
+    sections["train"] = recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})
+    sections["zero"] = recipe.zero.model_copy(update={"stage": zero_stage})
+    try:
+        return type(recipe).model_validate(sections)
+    except ValueError:
+        return None
+
+
+def _suggestion(recipe: Recipe, segments: list[Segment], memory_limit: int | None) -> Suggestion:
+    parallel, work = recipe.parallel, stage_work(recipe, segments)
+    memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
+    waiting = bubble(parallel.pipeline, micro_batches(recipe), len(segments))
+    tokens = sum(s.tokens for s in segments) / len(segments) * recipe.micro_batch_size
+    efficiency = (1 - waiting) * (sum(work) / len(work) / max(work)) * (tokens / (tokens + SATURATION))
+    return Suggestion(
+        data=parallel.data,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        zero_stage=recipe.zero.stage,
+        micro_batch_size=recipe.micro_batch_size,
+        micro_batches=micro_batches(recipe),
+        bubble=waiting,
+        efficiency=efficiency / (1 + communication(recipe, segments)),
+        bytes=max(memory.total for memory in memories),
+        fits=None if memory_limit is None else all(fits(memory, memory_limit) for memory in memories),
+    )
+
+
+def suggestions_json(suggestions: Sequence[Suggestion]) -> str:
+    """All suggestions, best first, with the overrides that choose each."""
+    return json.dumps([{**dataclasses.asdict(s), "overrides": s.overrides()} for s in suggestions], indent=2)
+
+
+def suggestions_text(suggestions: Sequence[Suggestion], devices: int, most: int = 10) -> str:
+    """The best of `suggest` as a table of 80 columns."""
+    head = f"{'data':>5} {'tensor':>6} {'pipe':>4} {'seq.p.':>6} {'ZeRO':>4} {'micro-batches':>14} {'bubble':>7} "
+    lines = [f"{devices} devices, best first; efficiency is an estimate to compare layouts by", ""]
+    lines.append(head + f"{'efficiency':>10} {'memory':>8}  fits")
+    for s in suggestions[:most]:
+        micro = f"{s.micro_batches} of {s.micro_batch_size}"
+        fit = {None: "", True: "yes", False: "NO"}[s.fits]
+        lines.append(
+            f"{s.data:>5} {s.tensor:>6} {s.pipeline:>4} {'yes' if s.sequence_parallel else '-':>6} {s.zero_stage:>4} "
+            f"{micro:>14} {s.bubble:>7.1%} {s.efficiency:>10.1%} {in_bytes(s.bytes):>8}  {fit}".rstrip()
+        )
+    words = suggestions[0].overrides().split()
+    return "\n".join([*lines, "", "the first: " + " ".join(words[:3]), "           " + " ".join(words[3:])])
+
+
+def communication(recipe: Recipe, segments: list[Segment]) -> float:
+    """Estimated time a rank spends sending in a step, as a fraction of the time it computes; nothing overlaps.
+
+    Tensor parallelism: two all-reduces (or gather and scatter pairs) a block forward, two backward, two recomputed,
+    inside a node. Pipeline: a hidden state forward and back a segment, between nodes. Data: gradients reduced and weights
+    gathered once a step, between nodes; ZeRO 3 gathers the weights forward, recomputed and backward of every segment.
+    """
+    parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
+    tokens = sum(segment.tokens for segment in segments) * recipe.sequences_per_rank  # a rank passes over in a step
+    rounds = 4 + 2 * recipe.train.recompute
+    ring = 2 * (parallel.tensor - 1) / parallel.tensor
+    in_node = ring * rounds * max(map(len, recipe.stage_blocks)) * tokens * width * size
+    between = 2 * tokens * width * size / recipe.sequence_shards if parallel.pipeline > 1 else 0
+    stages = [stage_parameters(recipe, stage) for stage in range(parallel.pipeline)]
+    weights = max(sum(w.size(parallel.tensor) for w in stage) for stage in stages)
+    others = (parallel.data - 1) / parallel.data
+    between += others * weights * (FP32 + size)
+    if recipe.zero.stage == 3:
+        gathers = (2 + recipe.train.recompute) * len(segments) * micro_batches(recipe)
+        between += others * weights * size * gathers
+    per_device = step_flops(recipe, segments) / parallel.world_size
+    rate = FLOPS_PER_BYTE_IN_NODE if parallel.world_size <= NODE else FLOPS_PER_BYTE_BETWEEN_NODES
+    return (in_node * FLOPS_PER_BYTE_IN_NODE + between * rate) / per_device
+
+
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [d for d in range(1, min(number, most or number) + 1) if number % d == 0]

@@ -1,0 +1,125 @@
+"""What test_checkpoint.py runs in its processes: a few steps and a checkpoint in one layout, which others go on from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed.comm
+import torch
+from megatron.core import parallel_state
+
+from helpers import layouts, tiny, zero_layouts
+from powernap.model.config import SleepConfig
+from powernap.parallel import topology, zero
+from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.writer import Writer
+from powernap.parallel.planning.layout import split_layers
+from powernap.train.config import OptimizerConfig
+from powernap.train.optimizer import build_optimizer
+
+BEFORE, AFTER = 3, 10  # steps
+MODEL = {"pattern": "AGAG", "vocab_size": 20, "num_attention_heads": 4, "gdn_heads": 4}
+# Gradients of parts that hardly matter are rounding: with the usual eps Adam would make full steps of them.
+ADAMW = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3, eps=1e-6)
+MUON = OptimizerConfig(name="muon", lr=2e-3, muon_lr=2e-3, warmup_steps=3, eps=1e-6)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Train and save in this layout."""
+
+    layout: zero_layouts.Case
+    folder: str
+    optimizer: OptimizerConfig = ADAMW
+    tied: bool = False
+    broken: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+
+@dataclass(frozen=True)
+class Loading(Saving):
+    """Load in this layout what is in the folder, save it again, go on."""
+
+    saved: str = ""
+
+
+def run(case: Saving, **process_group) -> dict:
+    """Losses of the ten steps after the checkpoint; what this rank's sequences carry, and what they should; the manifest."""
+    layout = case.layout
+    here = topology.initialize(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
+    model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
+    blocks = split_layers(model.pattern, layout.pipeline)[here.stage]
+    stage = layouts.build(model, SleepConfig(), here.groups, blocks, layout.sequence).float()
+    if isinstance(case, Loading):  # nothing may be right because it was so before
+        with torch.no_grad():
+            [parameter.add_(1.0) for parameter in stage.parameters()]
+    engine = zero.ZeroOptimizer(
+        stage,
+        build_optimizer(stage, case.optimizer),
+        here,
+        precision=layout.problem.precision,
+        clip=zero_layouts.CLIP,
+        micro_batch_size=zero_layouts.MICRO_BATCH,
+        level=layout.level,
+        offload=layout.offload,
+    )
+    folder = Path(case.folder)
+    if here.is_main:
+        folder.mkdir(parents=True)
+    here.barrier()
+    if isinstance(case, Loading):
+        found, passed_over = Checkpoint.newest(Path(case.saved), here)
+        assert not passed_over
+        found.load(stage, engine, here)
+        if case.broken == "moments":
+            for state in engine.zero.optimizer.state.values():
+                [value.zero_() for value in state.values() if value.ndim]
+    else:
+        for step in range(1, BEFORE + 1):
+            zero_layouts.train_step(layout, stage, engine, here, step)
+    about = {"versions": {}, "config": {}}
+    writer = Writer(folder, here, about, asynchronous=layout.tensor == 1)
+    expected = memory = carried(stage, model, here)
+    if isinstance(case, Loading):
+        memory = found.load_memory(stage, here)
+    writer.save(BEFORE, stage, engine, {"data": {"samples": 7}}, memory)
+    found = [zero_layouts.train_step(layout, stage, engine, here, BEFORE + step)[0] for step in range(1, AFTER + 1)]
+    writer.finish()
+    engine.engine.destroy()
+    parallel_state.destroy_model_parallel()
+    deepspeed.comm.destroy_process_group()
+    return {
+        "losses": found,
+        "memory": memory,
+        "expected": expected,
+        "manifest": json.loads((folder / "step_00000003" / "manifest.json").read_text()),
+    }
+
+
+def carried(stage, model, here) -> tuple[torch.Tensor, ...]:
+    """This rank's part of what eight lanes carry: rows by data rank, heads by tensor rank, blocks by stage."""
+    memory = []
+    for block in stage.gdn_mixers:
+        generator = torch.Generator().manual_seed(block)
+        whole = torch.randn(8, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim, generator=generator)
+        memory.append(whole[here.data_rank :: here.data_size].chunk(here.tensor_size, 1)[here.tensor_rank].contiguous())
+    return tuple(memory)
+
+
+def differences(one: str, other: str) -> dict[str, float]:
+    """The largest difference of anything in two checkpoints, by kind/name."""
+    a, b = (Checkpoint.open(Path(folder) / "step_00000003") for folder in (one, other))
+    assert a.parameters and set(a.parameters) == set(b.parameters)
+    assert a.manifest["groups"] == b.manifest["groups"] and a.state == b.state
+    kinds = {
+        name: ["master", *a.manifest["groups"][told["group"]]["kinds"]]
+        for name, told in a.manifest["parameters"].items()
+    }
+    return {
+        f"{kind}/{name}": (a.whole(name, kind) - b.whole(name, kind)).abs().max().item()
+        for name, of_it in kinds.items()
+        for kind in of_it
+    }

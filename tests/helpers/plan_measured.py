@@ -1,0 +1,116 @@
+"""What test_plan_measured.py runs in its processes: training steps in a layout, every live tensor of a rank counted."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed.comm
+import torch
+from megatron.core import parallel_state
+from torch.utils._pytree import tree_leaves
+
+from helpers.live_bytes import LiveBytes
+from powernap.parallel import schedule, topology
+from powernap.parallel import zero as zero_module
+from powernap.train import trainer
+from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch
+
+
+def measure(recipe: Recipe, **process_group) -> dict[str, int]:
+    """Bytes of this rank in the second step of `recipe`: the first makes the optimizer's states and rotary tables."""
+    here = topology.initialize(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
+    with Tensors() as live:
+        stage, zero = trainer.build(recipe, here)
+        _, memory = trainer.train_step(recipe, stage, zero, batch(recipe), 2, here)
+        gc.collect()
+        live.peak = live.now
+        with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
+            trainer.train_step(recipe, stage, zero, batch(recipe), 3, here, memory)
+    result = {
+        "stage": here.stage,
+        "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
+        "gradients": gradients[0],
+        "optimizer": unique(tensors_of([[p, zero._state(p)] for p in zero._partitions()])),
+        "segments": kept.peak,
+        "total": live.peak,
+    }
+    zero.engine.destroy()
+    parallel_state.destroy_model_parallel()
+    deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed keeps of this case's groups
+    return result
+
+
+class Tensors(LiveBytes):
+    """Only what takes memory."""
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+@contextmanager
+def what_segments_keep() -> Iterator[Tensors]:
+    """Counts, inside, what segments are given and leave behind for as long as it is alive: hidden states, fast weights, caches."""
+    kept = Tensors()  # not entered: it counts what it is shown
+    run, handover = schedule.StageStep._run, schedule._Handover.forward
+
+    def show(*tensors):
+        for tensor in tensors:
+            if tensor is not None and tensor.ndim:
+                kept._count(tensor.untyped_storage())
+
+    def run_and_show(step, number, segment, hidden_states, fast_weights):
+        if segment.with_grad:  # else nobody keeps the zeros that it starts from
+            show(*fast_weights)
+        return run(step, number, segment, hidden_states, fast_weights)
+
+    def hand_over_and_show(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights):
+        sent = handover(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights)
+        show(received, *fast_weights)
+        return sent
+
+    schedule.StageStep._run = run_and_show
+    schedule._Handover.forward = staticmethod(hand_over_and_show)
+    try:
+        yield kept
+    finally:
+        schedule.StageStep._run = run
+        schedule._Handover.forward = staticmethod(handover)
+
+
+@contextmanager
+def gradients_before_they_are_reduced() -> Iterator[list[int]]:
+    """Inside, the bytes of a stage's gradients after the last backward pass of each step."""
+    found, original = [], zero_module.sum_shared_gradients
+
+    def count(stage, here, gradient_of):
+        found.append(unique([gradient_of(parameter) for parameter in stage.parameters()]))
+        original(stage, here, gradient_of)
+
+    zero_module.sum_shared_gradients = count
+    try:
+        yield found
+    finally:
+        zero_module.sum_shared_gradients = original
+
+
+def tensors_of(tree) -> list[torch.Tensor]:
+    """All tensors but step counters."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+
+
+def unique(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the storages under `tensors`, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def batch(recipe: Recipe) -> Batch:
+    """Random tokens; the last window predicts, or all do, and a document goes on in each second row."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (recipe.sequences_per_rank, recipe.data.sequence_length)
+    tokens = torch.randint(1, recipe.model.vocab_size, shape, generator=generator)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window // 2 :] = True
+    return Batch(tokens, loss_mask, torch.arange(len(tokens)) % 2 == 0, [])

@@ -1,0 +1,157 @@
+"""Real runs for tests: small shards, a small recipe, the command in processes of its own."""
+
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+
+from helpers.processes import in_processes
+from powernap.launch import cli
+from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.topology import Topology
+from powernap.train import trainer
+from powernap.train.data.build import build_task
+from powernap.train.run.folder import RunFolder
+from powernap.train.tasks import TASKS
+
+RECIPE = {
+    "run": {"name": "tiny"},
+    "model": {
+        "pattern": "AG", "window": 12, "vocab_size": 15, "pad_token_id": 0, "hidden_size": 32, "ffn_hidden_size": 64,
+        "num_attention_heads": 2, "gdn_heads": 2, "gdn_key_dim": 16, "gdn_value_dim": 16, "conv_kernel": 2,
+    },
+    "sleep": {"passes": 2},
+    "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},
+    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5}, "checkpoint": {"every": 5},
+    # With the usual eps, a gradient that is nothing but rounding becomes a step of full size.
+    "optimizer": {"lr": 5.0e-3, "eps": 1.0e-6, "warmup_steps": 2, "clip": 0.5},
+    "evaluation": {"samples": 64},
+}  # fmt: skip
+
+
+def prepare(folder: Path, train_samples: int = 256, seed: int = 0, **sections: dict) -> Path:
+    """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
+    task = TASKS["depo"](nodes=6, max_hop=2, queries=4, names="ends")
+    build_task(
+        "depo",
+        task,
+        folder / "data",
+        train_samples=train_samples,
+        test_samples=64,
+        samples_per_shard=64,
+        seed=seed,
+        workers=1,
+    )
+    recipe = {name: {**RECIPE.get(name, {}), **sections.get(name, {})} for name in RECIPE | sections}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+# In a process of its own.
+COMMAND = [sys.executable, "-m", "powernap.launch.cli"]
+
+
+def wait_for(condition, seconds: float = 90):
+    """What `condition` returns as soon as it is true; it must be in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run one command; a run that does not end in `timeout` seconds fails the test."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment}
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]], **environment: str) -> dict[str, Path]:
+    """Train folder/tiny.yaml once for each of `runs`, name -> overrides; name -> the run's folder.
+
+    The same processes join for one run after the other, since libraries take longer to import than a tiny run trains.
+    """
+    runs = {name: [f"run.name={name}", *overrides] for name, overrides in runs.items()}
+    meetings = [uuid.uuid4().hex for _ in runs]
+    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), meetings, environment)
+    return {name: folder / "runs" / name for name in runs}
+
+
+def _train_in_turn(rank, store, processes, folder, runs, meetings, environment):
+    os.chdir(folder)
+    for overrides, meeting in zip(runs, meetings, strict=True):
+        os.environ.pop("MASTER_PORT", None)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "POWERNAP_MEETING": meeting, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
+        }  # fmt: skip
+        assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
+
+
+def free_port() -> int:
+    """A port for processes that will meet there in a while: drawn below those that the kernel gives away."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    """The master weights in a run's checkpoint by name."""
+    checkpoint = Checkpoint.open(run / "checkpoints" / f"step_{step:08d}")
+    return {name: checkpoint.whole(name) for name in checkpoint.parameters}
+
+
+def write_drawn(run: RunFolder, here: Topology) -> None:
+    """A checkpoint of the weights that the run's recipe begins with."""
+    recipe = run.recipe()
+    stage, zero = trainer.build(recipe, here)
+    writer = trainer.checkpoint_writer(recipe, run, here)
+    writer.save(1, stage, zero, {"data": None})
+    writer.finish()
+    zero.engine.destroy()
+
+
+@contextmanager
+def seconds_of_commands_below(limit: float) -> Iterator[None]:
+    """The commands run inside take less processor time: on the clock other tests beside this one would count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < limit
+
+
+def assert_refused(arguments: list[str], capfd, *words: str) -> None:
+    """The command, run here, says why it cannot be done in one line that holds all of `words`."""
+    with mock.patch.dict(os.environ):  # a command that runs alone notes that there
+        assert cli.main(arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """The command failed and said why in one line that holds all of `words`."""
+    assert result.returncode != 0, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("powernap: error: ") or lines[0].startswith("powernap: rank "), lines[0]
+    for word in words:
+        assert word in lines[0], lines[0]

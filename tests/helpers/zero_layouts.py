@@ -1,0 +1,214 @@
+"""What test_zero_layouts.py runs in its processes: ten optimizer steps in a layout, against a plain optimizer.
+
+The plain optimizer is torch.optim.AdamW with clip_grad_norm_ around model/sleep.py's loop, on rank 0 alone, over whole
+global batches. Every rank compares the losses, the gradient norms and every weight it holds, in float32.
+"""
+
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
+
+import deepspeed.comm
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from helpers import layouts, tiny
+from powernap.model.config import SleepConfig
+from powernap.model.segments import plan_segments
+from powernap.model.sleep import sleep_and_predict
+from powernap.model.stage import HybridStage
+from powernap.parallel import topology, zero
+from powernap.parallel.planning.layout import split_layers
+from powernap.train import trainer
+from powernap.train.config import OptimizerConfig
+from powernap.train.data.loader import Batch
+from powernap.train.optimizer import build_optimizer, lr_factor
+
+STEPS = 10
+SEQUENCES, MICRO_BATCH = 4, 1  # of a global batch, of a micro-batch
+SEED = 300  # of the data
+CLIP = 0.05
+ANSWERS: dict[str, tuple] = {}  # the plain optimizer's by problem, on rank 0
+OPTIMIZER = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained: all layouts of one have the same right answer."""
+
+    passes: tuple[int, ...] = (2,)  # N of the steps, in turn
+    precision: str = "fp32"
+    silent: tuple[int, ...] = ()  # sequences without a loss token
+    model: dict = field(default_factory=dict)
+    sleep: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    level: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    offload: bool = False
+    recompute: bool = False
+    problem: Problem = Problem()
+    broken: str | None = None  # leave this out on purpose: the comparison must see it
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+def compare(case: Case, **process_group) -> dict:
+    """Run one case; this rank's largest differences and the smallest norm and movement of a weight."""
+    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
+    model = tiny.model_config(**{"pattern": "AG", "vocab_size": 20, **case.problem.model})
+    sleep = SleepConfig(**case.problem.sleep)
+    losses, norms, start, end = plain_answer(case.problem, model, sleep)
+
+    blocks = split_layers(model.pattern, case.pipeline)[here.stage]
+    stage = layouts.build(model, sleep, here.groups, blocks, case.sequence).float()
+    with broken(case.broken):
+        engine = zero.ZeroOptimizer(
+            stage,
+            build_optimizer(stage, OPTIMIZER),
+            here,
+            precision=case.problem.precision,
+            clip=CLIP,
+            micro_batch_size=MICRO_BATCH,
+            level=case.level,
+            offload=case.offload,
+        )
+        found = [train_step(case, stage, engine, here, step) for step in range(1, STEPS + 1)]
+
+    worst = {"error": 0.0, "name": None}
+    moved = float("inf")
+    with engine.gathered_parameters():
+        for name, parameter in stage.named_parameters():
+            name = stage.global_name(name)
+            expected, before = (layouts.own_slice(weights[name], parameter, here) for weights in (end, start))
+            assert parameter.shape == expected.shape
+            moved = min(moved, (expected - before).abs().max().item())
+            error = (parameter.detach() - expected.to(parameter.dtype)).float().abs().max().item()
+            if not error <= worst["error"]:
+                worst = {"error": error, "name": name}
+    result = {
+        "loss": max(abs(own / plain - 1) for (own, _), plain in zip(found, losses, strict=True)),
+        "norm": max(abs(own / plain - 1) for (_, own), plain in zip(found, norms, strict=True)),
+        "first_norm": abs(found[0][1] / norms[0] - 1),
+        "weight": worst,
+        "smallest_norm": min(norms),
+        "smallest_movement": moved,
+        "parameters": len(list(stage.parameters())),
+    }
+    engine.engine.destroy()
+    parallel_state.destroy_model_parallel()
+    deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed keeps of this case's groups
+    return result
+
+
+def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float]:
+    """Loss and gradient norm of train/trainer.py's own step."""
+    tokens, loss_mask = global_batch(case.problem, step)
+    recipe = tiny.recipe(
+        stage.model,
+        stage.sleep,
+        passes_of(case.problem, step),
+        tokens.shape[1],
+        train={
+            "steps": STEPS,
+            "global_batch_size": SEQUENCES,
+            "micro_batch_size": MICRO_BATCH,
+            "precision": case.problem.precision,
+            "recompute": case.recompute,
+        },
+        optimizer=OPTIMIZER,
+        parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
+        zero={"stage": case.level, "offload": case.offload},
+    )
+    share = slice(here.data_rank, None, here.data_size)
+    begins = torch.ones(SEQUENCES // case.data, dtype=torch.bool)
+    metrics, _ = trainer.train_step(
+        recipe, stage, engine, Batch(tokens[share], loss_mask[share], begins, []), step, here
+    )
+    return metrics["loss"], metrics["grad_norm"]
+
+
+def global_batch(problem: Problem, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and loss mask, each [B, T]; each sequence has other loss tokens in the last window."""
+    tokens, loss_mask = tiny.batch(SEQUENCES, windows=2, predicting=(1,), seed=SEED + step)
+    loss_mask = tiny.thin_out(loss_mask, step)
+    loss_mask[list(problem.silent)] = False
+    return tokens, loss_mask
+
+
+def passes_of(problem: Problem, step: int) -> int:
+    return problem.passes[step % len(problem.passes)]
+
+
+def plan(stage: HybridStage, tokens, loss_mask, problem: Problem, step: int):
+    return plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes_of(problem, step))
+
+
+def plain_answer(problem: Problem, model, sleep):
+    """(losses, norms before clipping, weights by name at the start and at the end), computed on rank 0 for all."""
+    found, key = [None], repr(astuple(problem))
+    groups = topology.alone()
+    if dist.get_rank() == 0:
+        if key not in ANSWERS:
+            ANSWERS[key] = train_plainly(problem, layouts.build(model, sleep, groups).float())
+        found = [ANSWERS[key]]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def train_plainly(problem: Problem, stage: HybridStage):
+    if problem.precision == "bf16":
+        stage = stage.bfloat16()
+    weights = dict(stage.named_parameters())
+    masters = {name: p.detach().float().clone() for name, p in weights.items()}
+    start = {name: p.clone() for name, p in masters.items()}
+    decaying = {name for name, p in weights.items() if p.ndim == 2 and name != "embedding.weight"}
+    groups = [
+        {"params": [masters[name] for name in decaying], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [masters[name] for name in masters.keys() - decaying], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        tokens, loss_mask = global_batch(problem, step)
+        for p in weights.values():
+            p.grad_dtype = torch.float32
+            # Zeros, not None: ZeRO steps flat partitions, where a weight without a part in a step has a gradient of zero.
+            p.grad = torch.zeros_like(p, dtype=torch.float32)
+        losses.append(0.0)
+        for part in zip(tokens.split(1), loss_mask.split(1), strict=True):
+            loss = sleep_and_predict(stage, plan(stage, *part, problem, step), *part).loss / loss_mask[:, 1:].sum()
+            if loss.requires_grad:
+                loss.backward()
+            losses[-1] += loss.item()
+        for name, p in weights.items():
+            masters[name].grad = p.grad
+        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP).item())
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER.lr * lr_factor(step, STEPS, OPTIMIZER)
+        optimizer.step()
+        for name, p in weights.items():
+            p.data.copy_(masters[name])
+    return losses, norms, start, masters
+
+
+@contextmanager
+def broken(what: str | None):
+    """Leave one part of the engine out for a while."""
+    shared, copy = zero.sum_shared_gradients, HybridStage.holds_tied_copy
+    if what == "sum_shared_gradients":
+        zero.sum_shared_gradients = lambda *_: None
+    elif what == "ds_pipe_replicated":
+        HybridStage.holds_tied_copy = False
+    elif what in layouts.MEANS:
+        trainer.forward_backward = layouts.MEANS[what]
+    yield
+    trainer.forward_backward = layouts.schedule.forward_backward
+    zero.sum_shared_gradients, HybridStage.holds_tied_copy = shared, copy

@@ -1,0 +1,111 @@
+"""The plan against real ranks: every live tensor of a training step in each layout is counted.
+
+On CPUs with gloo; what CUDA's kernels keep is not measured here.
+"""
+
+import pytest
+
+from helpers import plan_measured
+from helpers.processes import run_cases
+from powernap.parallel.planning.memory import stage_memory
+from powernap.parallel.planning.work import cut
+from powernap.train.config import Recipe
+
+MODEL = dict(
+    pattern="AGAG", window=32, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_attention_heads=2, gdn_heads=2,
+    gdn_key_dim=16, gdn_value_dim=24, conv_kernel=3,
+)  # fmt: skip
+LAYOUTS = {
+    "one process": {},
+    "TP2+SP": dict(tensor=2, sequence=True),
+    "PP2": dict(pipeline=2),
+    "DP2, ZeRO 1": dict(data=2),
+    "DP2, ZeRO 2": dict(data=2, zero=2),
+    "DP2, ZeRO 3": dict(data=2, zero=3),
+    "DP2xPP2": dict(data=2, pipeline=2),
+    "TP2xPP2": dict(tensor=2, pipeline=2),
+}
+SLIDING = {"passes": 3, "eviction": "sliding", "loop_range": [1, 3]}
+MANY_WEIGHTS = {"ffn_hidden_size": 1024, "window": 16}  # the optimizer's step is the peak, not the backward pass
+
+
+CARRY = {"passes": 2, "every_window": True, "carry": True}
+
+
+def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> Recipe:
+    """`sequences` on each data rank, in two micro-batches."""
+    batch = sequences * parallel.get("data", 1)
+    values = {
+        "run": {"name": "measured"},
+        "model": {**MODEL, **(model or {})},
+        "sleep": sleep or {"passes": 2},
+        "data": {"train": "nowhere", "sequence_length": 97, "lanes": batch},
+        "train": {
+            "steps": 10,
+            "global_batch_size": batch,
+            "micro_batch_size": sequences // 2,
+            "precision": precision,
+            "recompute": recompute,
+        },
+        "optimizer": {"warmup_steps": 0},
+        "parallel": parallel,
+        "zero": {"stage": zero},
+    }
+    return Recipe.model_validate(values)
+
+
+# Precision and recomputation in turn; all four for one process. The other half of the layouts is WIDE.
+CASES = {
+    f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
+    for number, (name, layout) in enumerate(LAYOUTS.items())
+    for precision, recompute in [("fp32", True) if number % 2 else ("bf16", False)]
+} | {
+    "one process, fp32, keep": recipe("fp32", False),
+    "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
+    "PP2, carried": recipe(sleep=CARRY, pipeline=2),
+}
+WIDE = {
+    f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
+    for number, (name, layout) in enumerate(LAYOUTS.items())
+    for precision, recompute in [("bf16", False) if number % 2 else ("fp32", True)]
+} | {
+    "one process, bf16, recompute": recipe("bf16", True),
+    "one process, carried": recipe(sleep=CARRY),
+    "one process, last write alone, truncated": recipe(sleep={"passes": 3, "write": "last", "backprop_passes": 1}),
+    "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
+    "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
+    "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
+    "PP2, last write alone": recipe(sleep={"passes": 3, "write": "last"}, pipeline=2),
+    "one process, embeddings again, keep": recipe(recompute=False, sleep={"passes": 3, "pass_input": "embeddings"}),
+}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return run_cases(plan_measured.measure, CASES, lambda recipe: recipe.parallel.world_size)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_what_ranks_hold(measured, name):
+    assert_as_planned(CASES[name], measured[name])
+
+
+@pytest.fixture(scope="module")
+def wide_measured():
+    return run_cases(plan_measured.measure, WIDE, lambda recipe: recipe.parallel.world_size)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", WIDE)
+def test_plan_is_what_ranks_hold_in_every_layout(wide_measured, name):
+    assert_as_planned(WIDE[name], wide_measured[name])
+
+
+def assert_as_planned(planned: Recipe, ranks: list[dict[str, int]]) -> None:
+    assert len(ranks) == planned.parallel.world_size
+    for rank in ranks:
+        predicts = [True] * 3 if planned.sleep.every_window else None
+        memory = stage_memory(planned, cut(planned, predicts), rank["stage"], "cpu")
+        for part in ("weights", "gradients", "optimizer", "segments"):
+            assert rank[part] == getattr(memory, part), part
+        assert memory.total == pytest.approx(rank["total"], rel=0.1)

@@ -1,0 +1,99 @@
+"""Ctrl-C at the places where Python loses it."""
+
+import os
+import signal
+import subprocess
+import sys
+import weakref
+
+import pytest
+
+from powernap.train.run.signals import heeding_signals
+
+
+class Kept:
+    pass
+
+
+def lose_an_interrupt():
+    """A signal that arrives in the callback of a weak reference: Python prints the exception and goes on."""
+    kept = Kept()
+    watched = weakref.ref(kept, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del kept
+    assert watched() is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_lost_in_a_callback_still_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), heeding_signals() as signals:
+        lose_an_interrupt()
+        for _ in range(3):
+            signals.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_that_follows_from_it_does_not_hide_it():
+    with pytest.raises(KeyboardInterrupt), heeding_signals():
+        lose_an_interrupt()
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+
+def test_other_errors_stay_what_they_are():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="mine"), heeding_signals():
+        raise RuntimeError("mine")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("launched_by_torchrun", [False, True])
+def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(monkeypatch, launched_by_torchrun):
+    if launched_by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    changed = (
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    )  # a process that was asked to stop ignores them
+    before = [signal.getsignal(number) for number in changed]
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with heeding_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.stop == ("SIGHUP" if launched_by_torchrun else None)
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) != launched_by_torchrun
+            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's
+            assert signals.stop
+    finally:
+        for number, handler in zip(changed, before, strict=True):
+            signal.signal(number, handler)
+
+
+HEEDING = """
+import sys, time
+from powernap.train.run.signals import heeding_signals
+with heeding_signals() as signals:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("scheduler", [None, "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"])
+def test_a_second_signal_ends_it_at_once_unless_a_scheduler_sends_it(scheduler):
+    environment = os.environ | ({scheduler: "1"} if scheduler else {})
+    process = subprocess.Popen([sys.executable, "-c", HEEDING], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # within a second: the same request
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.2)
+    process.send_signal(signal.SIGHUP)  # nobody closes a terminal twice to hurry a run
+    process.send_signal(signal.SIGTERM)
+    if scheduler:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.2)
+        process.kill()
+    assert process.wait(5) == (-signal.SIGKILL if scheduler else 128 + signal.SIGTERM)
+    process.stdout.close()

@@ -1,0 +1,96 @@
+"""What a run says: a bar on a terminal, plain lines elsewhere, and what happens to it when a run fails."""
+
+import os
+import pty
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import runs
+from powernap.train.recipe_file import load_recipe
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.run_log import RunLog
+from powernap.train.tracking.tracker import NullTracker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    runs.prepare(folder, train_samples=128)
+    return folder
+
+
+def on_a_terminal(command, folder):
+    """Run a command whose stderr is a terminal of 80 columns; returns what it showed there."""
+    import fcntl
+    import struct
+    import termios
+
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=end, stdout=subprocess.DEVNULL)
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # how a terminal whose other end is closed says so
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(60) == 0, shown
+    return shown.decode()
+
+
+def test_the_first_step_is_left_out_of_the_estimate(tmp_path, monkeypatch):
+    """A first step of 100 s and 49 more of a second each: once 1:21:40 were left after it, and 7:16 after ten."""
+    recipe = load_recipe("demo", ["train.steps=50", "train.log_every=10", f"run.root={tmp_path}"])
+    run, clock = RunFolder(recipe.run_folder), [0.0]
+    run.create(recipe)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("powernap.train.tracking.run_log.Tracker", lambda *_: NullTracker())
+    left = {}
+    with RunLog(recipe, run, SimpleNamespace(is_main=True), None) as log:
+        for step in range(1, 51):
+            clock[0] += 100 if step == 1 else 1
+            log.step(step, {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens": 10, "seconds": 1.0})
+            bar = log._bar.format_dict
+            rate = bar["rate"] or (bar["n"] - bar["initial"]) / bar["elapsed"] if bar["elapsed"] else None
+            left[step] = rate and (bar["total"] - bar["n"]) / rate
+    assert not left[1] and left[2] == pytest.approx(48) and left[10] == pytest.approx(40)
+    lines = [line for line in (run.logs / "train.log").read_text().splitlines() if "grad norm" in line]
+    assert [line.split("tokens/s  ")[1] for line in lines] == ["first step", *(f"{s} left" for s in ("0:40", "0:30", "0:20", "0:10", "0:00"))]  # fmt: skip
+
+
+def test_a_terminal_gets_a_bar_and_no_step_lines(folder):
+    command = [sys.executable, "-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=bar", "data.lanes=1"]
+    shown = on_a_terminal(command, folder)
+    bars = [piece for piece in shown.split("\r") if piece.startswith("bar:") and "|" in piece]
+    assert any("10/10" in bar and "loss " in bar and "tokens/s" in bar for bar in bars), shown
+    assert max(len(line) for piece in shown.split("\r") for line in piece.split("\n")) <= 80
+    assert "grad norm" not in shown  # the step lines are in the file
+    assert "held-out accuracy" in shown
+    log = (folder / "runs" / "bar" / "logs" / "train.log").read_text()
+    assert log.count("grad norm") == 3 and "held-out accuracy" in log and "\x1b" not in log
+
+
+def test_a_diverged_run_stops_with_one_line_and_is_marked_failed(folder):
+    from mlflow import MlflowClient
+
+    result = runs.powernap(
+        "train", "tiny.yaml", "run.name=diverged", "data.lanes=1", "optimizer.lr=1e30", "train.steps=50", cwd=folder
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("powernap: error: ")]
+    assert len(errors) == 1 and "not finite" in errors[0] and "optimizer.lr" in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    run = folder / "runs" / "diverged"
+    assert "DivergedError" in (run / "logs" / "train.log").read_text()
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    assert client.get_run((run / "mlflow_run_id").read_text().strip()).info.status == "FAILED"

@@ -1,0 +1,184 @@
+"""Check a recipe's shards before any process starts: what is wrong is said at once, in one line, by one process."""
+
+import itertools
+from pathlib import Path
+from tarfile import BLOCKSIZE
+from typing import Any
+
+import numpy as np
+
+from powernap.train.config import Recipe
+from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
+from powernap.train.data.cache import cache_of
+from powernap.train.data.sample import DataError, decode
+from powernap.train.data.shard import Shard
+from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
+from powernap.train.data.tar_index import not_a_tar
+from powernap.train.data.verify import mismatch, not_recorded, recorded
+from powernap.train.tasks.sample import Sample
+
+SAMPLES = 64  # read from the first shard of each list
+
+
+def check_data(recipe: Recipe) -> None:
+    """Check that every shard is there and whole, and that samples fit the model and its windows.
+
+    Local shards are looked at by their ends; the first shard of each list is opened, wherever it is.
+
+    Raises:
+        DataError: naming shard or field and what to write.
+    """
+    shards = {field: expand_shards(spec, field) for field, spec in recipe.data.shard_lists.items()}
+    for field, names in shards.items():
+        if field != "data.test":
+            count_lanes(len(names), recipe.data.lanes, field)
+    if recipe.data.on_error == "stop":
+        for shard in itertools.chain.from_iterable(shards.values()):
+            if path := local_path(shard):
+                _check_file(path)
+    vocabularies: dict[
+        str, tuple[str, int | None]
+    ] = {}  # field -> what its tokens stand for, and the end of a document
+    for field, names in shards.items():
+        if recipe.sleep.carry:
+            _check_documents(names[0], recipe)
+        samples = _first_samples(names[0], recipe)
+        path = local_path(names[0])
+        if manifest := read_manifest(path) if path else {}:
+            _check_manifest(manifest, names[0], samples, recipe)
+            tokenizer, (end, _) = (manifest.get("fields") or {}).get("tokenizer"), end_and_pad(manifest)
+            vocabularies[field] = (f"{manifest.get('task')}, {tokenizer}", end)
+        _check_windows(names[0], samples, recipe)
+    _check_vocabularies(vocabularies)
+
+
+def _check_file(path: Path) -> None:
+    """That a file begins like a tar, ends like one, and is as large as its manifest records."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(BLOCKSIZE)
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 2 * BLOCKSIZE))
+            tail = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not size:
+        raise DataError(f"{path}: is empty: build or copy it again")
+    if other := not_a_tar(head):
+        raise DataError(f"{path}: {other}: build or copy it again")
+    if size % BLOCKSIZE or tail.strip(b"\0"):
+        raise DataError(f"{path}: cut off after {size} bytes: build or copy it again")
+    if (told := recorded(path)) and (problem := mismatch(told, size, None)):
+        raise not_recorded(str(path), told, problem)
+
+
+def predicting_windows(recipe: Recipe) -> list[bool] | None:
+    """Which windows of the first training sample hold loss tokens, or None if no shard is here yet.
+
+    Raises:
+        DataError: if the sample is there and does not fit the recipe.
+    """
+    cache = cache_of(recipe.data)
+    try:
+        name = expand_shards(next(iter(recipe.data.datasets.values()))[0])[0]
+        if local_path(name) is None:
+            return None
+        first = Shard.open(name, cache)[0]
+    except DataError:
+        return None
+    sample = decode(first, recipe.data.sequence_length, recipe.model.vocab_size)
+    return _predicts([sample], recipe.model.window)[0].tolist()
+
+
+def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
+    """Those that can be used; on_error=skip passes over the others."""
+    found = Shard.open(shard, cache_of(recipe.data))
+    samples, error = [], None
+    for members in itertools.islice(found, SAMPLES):
+        try:
+            samples.append(decode(members, recipe.data.sequence_length, recipe.model.vocab_size))
+        except DataError as bad:
+            error = bad
+            if recipe.data.on_error == "stop":
+                break
+    if error and (recipe.data.on_error == "stop" or not samples):
+        raise error
+    return samples
+
+
+def _predicts(samples: list[Sample], window: int) -> np.ndarray:
+    """Whether each window holds loss tokens: bool [samples, windows]."""
+    targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
+    starts = range(0, targets.shape[1], window)
+    return np.stack([targets[:, start : start + window].any(axis=1) for start in starts], axis=1)
+
+
+def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample], recipe: Recipe) -> None:
+    """That the model cuts, pads and has tokens as the builder of the shards meant."""
+    window, context, pad, vocabulary = (
+        manifest.get(key) for key in ("window", "context_length", "pad_token_id", "vocab_size")
+    )
+    where = local_path(shard).parent / MANIFEST
+    if vocabulary and recipe.model.vocab_size < vocabulary:
+        raise DataError(
+            f"model.vocab_size={recipe.model.vocab_size}, but {where} counts {vocabulary} tokens: write "
+            f"model.vocab_size={vocabulary} or more"
+        )
+    whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
+    if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
+        raise DataError(
+            f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
+            f"({where}), or context shares its window and is not slept on: write model.window={window}"
+        )
+    if pad is not None and recipe.model.pad_token_id != pad and any((sample.tokens == pad).any() for sample in samples):
+        value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
+        raise DataError(
+            f"model.pad_token_id={value}, but {shard} pads with token {pad}: write model.pad_token_id={pad}"
+        )
+
+
+def _check_vocabularies(vocabularies: dict[str, tuple[str, int | None]]) -> None:
+    """That a token means the same in every list of shards."""
+    (first, (expected, end)), *others = vocabularies.items() or [("", ("", None))]
+    for field, (found, other_end) in others:
+        if not (found.startswith("text, ") and expected.startswith("text, ")):
+            continue
+        if found != expected:
+            raise DataError(
+                f"{first} has the vocabulary {expected[6:]}, {field} {found[6:]}: build both with the same tokenizer"
+            )
+        if other_end != end:
+            raise DataError(f"documents of {first} end with token {end}, of {field} with {other_end}: build both anew")
+
+
+def _check_documents(shard: str, recipe: Recipe) -> None:
+    """That there is something to carry."""
+    found = Shard.open(shard, cache_of(recipe.data))
+    if len(found.documents) == len(found):
+        raise DataError(
+            f"sleep.carry=true, but no document in {shard} is longer than a sequence: build text with documents=whole and "
+            "fewer windows, or write sleep.carry=false"
+        )
+
+
+def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
+    """That samples agree about which windows hold loss tokens (see segments.py), and that one is slept on."""
+    window = recipe.model.window
+    predicts = _predicts(samples, window)
+    ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[:, ::-1]  # whether it holds loss tokens from there on
+    disagreeing = (ahead & ~predicts).any(axis=0) & predicts.any(axis=0)
+    predicts = predicts.any(axis=0)
+    if disagreeing.any():
+        number = int(disagreeing.argmax())
+        first, last = number * window, min((number + 1) * window, recipe.data.sequence_length - 1) - 1
+        raise DataError(
+            f"model.window={window}: window {number} (tokens {first}..{last}) holds loss tokens in some samples "
+            f"of {shard} and none in others: choose a window that all answers share"
+        )
+    before_last_answer = predicts[: int(predicts.nonzero()[0][-1])]
+    sleeps_first = len(before_last_answer) > 0 if recipe.sleep.every_window else not before_last_answer.all()
+    if max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
+        raise DataError(
+            f"model.window={window} leaves nothing to sleep on: every window of {shard} up to the last answer holds "
+            f"loss tokens: write a smaller model.window, sleep.every_window=true or sleep.passes=1"
+        )

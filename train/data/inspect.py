@@ -1,0 +1,111 @@
+"""What lies in shards, for people: samples with their windows and loss tokens marked, and statistics of all."""
+
+import itertools
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+
+from powernap.model.config import Section
+from powernap.train.data.build import read_manifest
+from powernap.train.data.cache import ShardCache
+from powernap.train.data.sample import decode
+from powernap.train.data.shard import Shard
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.vocabulary import described_by
+
+COLUMNS = 80
+
+
+def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | None = None) -> str:
+    """A report of at most 80 columns.
+
+    Args:
+        spec: shards as a recipe names them, or a folder of them.
+        show: samples to write out.
+        window: L; None: the one in the manifest.
+
+    Raises:
+        DataError: if a shard cannot be read, or a sample is not one.
+    """
+    if (folder := local_path(spec)) and folder.is_dir():
+        spec = f"{folder}/*.tar"
+    shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
+    manifest = read_manifest(shards[0].path)
+    task = described_by(manifest)
+    name_token = _names(task) if task else str
+    window = window or manifest.get("window")
+
+    samples = ((shard, number) for shard in shards for number in range(len(shard)))
+    blocks = [_show(shard[number], name_token, window) for shard, number in itertools.islice(samples, show)]
+    return "\n\n".join([*blocks, _statistics(shards, manifest)])
+
+
+def _names(task: Section) -> Callable[[int], str]:
+    """A task's names of its tokens; shards beside another's manifest may have more."""
+    size = task.vocab_size
+    return lambda token: task.token_name(token) if token < size else f"<{token}>"
+
+
+def _show(members: dict[str, object], name_token: Callable[[int], str], window: int | None) -> str:
+    sample = decode(members)
+    lines = [f"{members['__key__']}: {len(sample.tokens)} tokens, *loss tokens* in stars"]
+    words = [name_token(int(token)) for token in sample.tokens]
+    words = [f"*{word}*" if loss else word for word, loss in zip(words, sample.loss_mask, strict=True)]
+    for number, start in enumerate(range(0, len(words), window or len(words))):
+        stop = min(start + (window or len(words)), len(words))
+        # A window predicts if the target of one of its inputs, which is the token after, is a loss token.
+        predicts = sample.loss_mask[start + 1 : stop + 1].any()
+        title = f"window {number}, {'answers' if predicts else 'slept on'}: "
+        text = " ".join(_fold(words[start:stop]))
+        lines += textwrap.wrap(
+            text, COLUMNS, initial_indent=f"  {title}", subsequent_indent="    ", break_on_hyphens=False
+        )
+    for start, stop, depth in sample.answers.tolist():
+        answer = " ".join(name_token(int(token)) for token in sample.tokens[start:stop])
+        lines.append(f"  depth {depth}: {answer}  (tokens {start}..{stop - 1})")
+    return "\n".join(lines)
+
+
+def _fold(words: list[str]) -> list[str]:
+    """Four times or more the same word in a row, such as pads, as one with its count."""
+    folded = []
+    for word, group in itertools.groupby(words):
+        count = len(list(group))
+        folded += [f"{word} x{count}"] if count > 3 else [word] * count
+    return folded
+
+
+def _statistics(shards: list[Shard], manifest: dict) -> str:
+    lengths, depths, tokens, losses, largest = Counter(), Counter(), 0, 0, 0
+    for members in itertools.chain.from_iterable(shards):
+        sample = decode(members)
+        lengths[len(sample.tokens)] += 1
+        depths.update(sample.answers[:, 2].tolist())
+        tokens += len(sample.tokens)
+        losses += int(sample.loss_mask.sum())
+        largest = max(largest, int(sample.tokens.max()))
+    size = sum(shard.path.stat().st_size for shard in shards)
+    short, long = min(lengths), max(lengths)
+    rows = [
+        ("shards", f"{len(shards)}, {size / 1e6:.1f} MB"),
+        ("samples", f"{sum(lengths.values()):,}"),
+        (
+            "tokens",
+            f"{tokens:,}, {short if short == long else f'{short} to {long}'} a sample, the largest is {largest}",
+        ),
+        ("loss tokens", f"{losses:,}, {losses / tokens:.1%}"),
+    ]
+    if depths:
+        most = max(depths.values())
+        rows.append(("answers", f"{sum(depths.values()):,}, by depth:"))
+        rows += [
+            (f"  {depth}", f"{depths[depth]:>8,} {'#' * round(50 * depths[depth] / most)}") for depth in sorted(depths)
+        ]
+    if manifest:
+        rows.append(("built by", manifest.get("command") or "an older version"))
+    lines = []
+    for name, value in rows:
+        lines += textwrap.wrap(
+            value, COLUMNS, initial_indent=f"{name:<14}", subsequent_indent=" " * 14, break_on_hyphens=False
+        ) or [name]
+    return "\n".join(lines)

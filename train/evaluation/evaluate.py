@@ -1,0 +1,204 @@
+"""Accuracy by depth: how many hops, steps or operations a model can do in its sleep, for several N."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from powernap.model.fast_weights import Memory
+from powernap.model.segments import pad_end, plan_segments
+from powernap.model.stage import HybridStage
+from powernap.parallel import topology
+from powernap.parallel.schedule import MicroBatch, predict
+from powernap.parallel.topology import Topology
+from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch, evaluation_batches
+from powernap.train.data.shard_list import local_path
+from powernap.train.evaluation.floors import Floor, best_guesses
+from powernap.train.evaluation.intervals import Tally
+from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
+from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, with_intervals
+from powernap.train.outputs import check_folder
+from powernap.train.recipe_file import RecipeError
+from powernap.train.run.folder import RunFolder
+from powernap.train.run.secrets import MASK, mask_secrets, mask_values
+from powernap.train.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows of held-out data. An answer counts when every token of it is right."""
+
+    loss: dict[str, float]  # N -> mean over the loss tokens
+    accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
+    interval: dict[str, dict[str, tuple[float, float]]]  # N -> depth -> 95 % interval, see intervals.py
+    floor: dict[str, float]  # depth -> share that the best surface guess gets, see floors.py; empty if not asked for
+    guesses: dict[str, dict[str, float]]  # surface guess -> depth -> share that it gets
+    answers: dict[str, int]  # depth -> answers asked
+    sequences: dict[str, int]  # depth -> sequences that they were asked in
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of metrics.jsonl and MLflow."""
+        loss = {f"held_out_loss/N{passes}": value for passes, value in self.loss.items()}
+        return loss | {
+            f"accuracy/N{passes}/depth_{depth}": value
+            for passes, by_depth in self.accuracy.items()
+            for depth, value in by_depth.items()
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, here: Topology, *, floors: bool = True
+) -> Evaluation:
+    """Read the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
+
+    floors: count surface guesses too, which takes a millisecond or some a sample and is the same after every step.
+
+    An answer is right when each of its tokens is the likeliest one given the true tokens before it, which is the case
+    exactly when greedy decoding would produce it.
+    """
+    floor = Floor.of_test(recipe.data) if floors and recipe.data.test else None
+    asked: Counter[int] = Counter()  # depth -> answers
+    by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
+    losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
+    memories: dict[int, Memory | None] = {}  # N -> what the batch before left, under sleep.carry
+    batches = evaluation_batches(
+        recipe.data,
+        batch_size=recipe.micro_batch_size,
+        vocab_size=recipe.model.vocab_size,
+        rank=here.data_rank,
+        world_size=here.data_size,
+        limit=samples,
+    )
+    for batch in batches:
+        asked.update(depth for _, depth, _ in _answers(batch))
+        if floor:
+            floor.add_all(batch.tokens.numpy(), batch.answers)
+        losses[0] += batch.counts * batch.loss_mask[:, 1:].sum()
+        for place, number in enumerate(passes, start=1):
+            before = None if batch.begins.all() else memories[number]
+            predictions, loss, left = _predict(stage, recipe, batch, number, here, before)
+            memories[number] = left if recipe.sleep.carry else None
+            losses[place] += batch.counts * loss
+            by_sequence.update(_tally(batch, predictions, number))
+    loss_tokens, *losses = here.sum_over_data(losses).tolist()
+    answers, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
+    depths = sorted(answers)
+    guesses = floor.shares(here.sum_counters_over_data(floor.counts)) if floor else {}
+    tallies = {
+        n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
+        for n in passes
+    }
+    return Evaluation(
+        loss={str(n): loss / loss_tokens for n, loss in zip(passes, losses, strict=True)},
+        accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
+        interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
+        floor={str(depth): max(by_depth[depth] for by_depth in guesses.values()) for depth in depths if guesses},
+        guesses={name: {str(depth): share for depth, share in by_depth.items()} for name, by_depth in guesses.items()},
+        answers={str(depth): answers[depth] for depth in depths},
+        sequences={str(depth): tallies[passes[0]][depth].sequences for depth in depths},
+    )
+
+
+def evaluate_run(
+    path: Path, passes: list[int] | None = None, samples: int | None = None, test: list[str] | None = None
+) -> str:
+    """Evaluate a run's newest checkpoint in this process; returns the table for people.
+
+    Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run. `passes` and
+    `samples` default to the recipe's. test: data.test with the secrets that config.yaml leaves out, if it has any.
+    """
+    folder = RunFolder(path)
+    recipe = folder.recipe()
+    if recipe.data.test is None:
+        raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
+    to_read = _with_secrets(recipe, test, folder.config)
+    check_folder(path, "")
+    newest = folder.newest_checkpoint()
+    with topology.joined() as here:
+        stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+        newest.load_weights(stage, recipe.train.precision)
+        result = evaluate(
+            stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
+        )
+    table, picture = path / "evaluation.json", path / "evaluation.png"
+    table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
+    title = f"{path.name}: held-out {'accuracy' if result.answers else 'loss'} after step {newest.step:,}"
+    if result.answers:
+        draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
+    else:
+        draw_loss(result.loss, title=title, to=picture)
+    tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"), running=False)
+    tracker.log_metrics(newest.step, result.metrics())
+    for file in (table, picture):
+        tracker.log_artifact(file)
+    tracker.close(status=None)
+    lines = [title]
+    if result.answers:
+        by_row = [{f"N={n}": row for n, row in values.items()} for values in (result.accuracy, result.interval)]
+        lines.append(format_accuracy(with_intervals(*by_row) | {FLOOR_LABEL: result.floor}))
+        lines.append(best_guesses(result.guesses))
+        lines.append(
+            f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
+        )
+    lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
+    return "\n".join([*lines, f"{table} and {picture.name} written"])
+
+
+def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:
+    """The recipe that a run's `config` holds, with `test` for data.test; RecipeError unless they are the same shards."""
+    known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
+    if test and mask_values(test) != mask_values(known):
+        given = mask_secrets(" ".join(test))
+        raise RecipeError(f"--test {given}: not the shards of the run: data.test is {' '.join(known)} in {config}")
+    for shard in test or known:
+        if MASK in shard and local_path(shard) is None:
+            raise RecipeError(
+                f"data.test={shard}: {config} keeps no secrets: give the shards with theirs in --test, or keep them where "
+                "the command that reads looks by itself, such as ~/.netrc"
+            )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": test or known})})
+
+
+def evaluation_passes(recipe: Recipe) -> list[int]:
+    """The N to read at: the recipe's evaluation.passes, or the trained ones."""
+    return recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
+
+
+def _predict(
+    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None
+) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, Memory]:
+    """The predicted answer at every place of an answer, (row, start, stop) -> tokens; the sum of the losses; memory."""
+    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
+    segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
+    batch_here = MicroBatch(segments, tokens.to(here.device), loss_mask.to(here.device), memory)
+    predictions, loss, memory = predict(stage, batch_here, here)
+    predictions = predictions.tolist()
+    answers = {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+    return answers, loss, memory
+
+
+def _tally(
+    batch: Batch, predictions: dict[tuple[int, int, int], tuple[int, ...]], passes: int
+) -> Counter[tuple[int, int, str]]:
+    """What a batch adds to the sums of every Tally, (N, depth, its field) -> number."""
+    asked, right = Counter(), Counter()  # (row, depth)
+    for where, depth, answer in _answers(batch):
+        asked[where[0], depth] += 1
+        right[where[0], depth] += predictions[where] == answer
+    sums = Counter()
+    for (row, depth), m in asked.items():
+        tally = Tally.of_sequence(right[row, depth], m)
+        sums.update({(passes, depth, name): value for name, value in asdict(tally).items()})
+    return sums
+
+
+def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:
+    """Every answer of a batch: its place (row, start, stop), its depth, its tokens."""
+    for row, (tokens, answers) in enumerate(zip(batch.tokens.tolist(), batch.answers, strict=True)):
+        for start, stop, depth in answers.tolist():
+            yield (row, start, stop), depth, tuple(tokens[start:stop])

@@ -1,0 +1,97 @@
+"""The floor under an accuracy: the share of right answers that the best *surface* guess gets. No torch here.
+
+A surface guess works nothing out. It is the same answer always, or the answer of the same question where that stands
+earlier in the sequence, or one of the task's own (surface_guesses in tasks/), which look at what stands beside a question,
+or rule out what cannot be.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from powernap.model.config import Section
+from powernap.model.errors import PowernapError
+from powernap.train.config import DataConfig
+from powernap.train.data.build import read_manifest
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.vocabulary import described_by
+from powernap.train.tasks.sample import Sample
+
+CONSTANT, COPY = "constant", "copied, else constant"
+
+Answer = tuple[int, ...]
+
+
+class Floor:
+    """Counts, sample by sample, what each surface guess gets right.
+
+    counts: (depth, guess, answer or None) -> answers that it gets right, expected where it draws; add them over ranks.
+    """
+
+    def __init__(self, task: Section | None):
+        """task: what the samples were drawn from; None if that is not known, or is text."""
+        self._guesses = getattr(task, "surface_guesses", None)
+        self.counts: Counter[tuple[int, str, Answer | None]] = Counter()
+
+    @classmethod
+    def of_test(cls, data: DataConfig) -> "Floor":
+        """That of the test shards, whose manifest names the task; without one, of the guesses that need no task."""
+        try:
+            path = local_path(expand_shards(data.test, "data.test")[0])
+            return cls(described_by(read_manifest(path)) if path else None)
+        except PowernapError:  # another version's manifest: samples are checked by themselves
+            return cls(None)
+
+    def add_all(self, tokens: np.ndarray, answers: Iterable[np.ndarray]) -> None:
+        """tokens [B, T]; answers: B arrays of rows (start, stop, depth)."""
+        for row, asked in zip(tokens, answers, strict=True):
+            if len(asked):
+                self._add(Sample(row, np.zeros(len(row), dtype=bool), asked))
+
+    def _add(self, sample: Sample) -> None:
+        rows, tokens, known = sample.answers.tolist(), sample.tokens.tolist(), {}
+        truth = [tuple(tokens[start:stop]) for start, stop, _ in rows]
+        for (_, _, depth), question, answer in zip(rows, _questions(tokens, rows), truth, strict=True):
+            self.counts[depth, CONSTANT, answer] += 1
+            if question in known:
+                self.counts[depth, COPY, None] += known[question] == answer
+            else:
+                self.counts[depth, COPY, answer] += 1
+            known[question] = answer
+        guesses = self._guesses(sample) if self._guesses else {}
+        for name, candidates in guesses.items():
+            for (_, _, depth), answer, drawn in zip(rows, truth, candidates, strict=True):
+                self.counts[depth, name, None] += drawn.count(answer) / len(drawn)
+
+    @staticmethod
+    def shares(counts: Mapping[tuple[int, str, Answer | None], float]) -> dict[str, dict[int, float]]:
+        """Guess -> depth -> share of right answers. A constant is the best one, chosen for each depth on these answers."""
+        asked, right, best = Counter(), Counter(), Counter()
+        for (depth, name, answer), count in counts.items():
+            asked[depth] += count if name == CONSTANT else 0
+            if answer is None:
+                right[depth, name] += count
+            else:
+                best[depth, name] = max(best[depth, name], count)
+        names, depths = dict.fromkeys(name for _, name, _ in counts), sorted(asked)
+        return {name: {d: (right[d, name] + best[d, name]) / asked[d] for d in depths} for name in names}
+
+
+def best_guesses(guesses: Mapping[str, Mapping[Any, float]]) -> str:
+    """Which guess is the floor at what depths, in a line."""
+    depths_of: dict[str, list[str]] = {}
+    for depth in next(iter(guesses.values()), {}):
+        best = max(guesses, key=lambda name: guesses[name][depth])  # the first of equals: the simplest
+        depths_of.setdefault(best, []).append(str(depth))
+    if len(depths_of) == 1:
+        return f"best surface guess: {next(iter(depths_of))}"
+    return "best surface guess: " + "; ".join(f"{name} (depth {', '.join(d)})" for name, d in depths_of.items())
+
+
+def _questions(tokens: list[int], rows: list[list[int]]) -> list[Answer]:
+    """What stands between an answer and the one before it; before the first one, as many tokens as before the second."""
+    gaps = [start - before for (_, before, _), (start, _, _) in zip(rows, rows[1:], strict=False)]
+    gaps = [gaps[0] if gaps else 1, *gaps]
+    return [tuple(tokens[max(0, start - gap) : start]) for (start, _, _), gap in zip(rows, gaps, strict=True)]

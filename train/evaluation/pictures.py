@@ -1,0 +1,132 @@
+"""Pictures of a run: accuracy by depth with its intervals, and loss."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals
+
+BLUE, ORANGE = "#08519c", "#d95f0e"
+GREY = "#777777"  # for what no model did
+
+
+def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
+    """Loss over N."""
+    figure, axes = new_figure()
+    axes.plot(list(loss), list(loss.values()), "o-", color=BLUE, clip_on=False)
+    axes.set_xlabel("N, passes of sleep")
+    axes.set_ylabel("loss per token")
+    axes.set_title(title, loc="left")
+    figure.savefig(to)
+
+
+def draw_accuracy(
+    accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float], *, title: str, to: Path
+) -> None:
+    """Accuracy over depth, a line with its interval for each N, and the best surface guess below them.
+
+    With a single depth the N are what is compared, so they become the axis.
+    """
+    figure, axes = new_figure()
+    depths = list(floor)
+    if len(depths) == 1:
+        (depth,) = depths
+        heights = [values[depth] for values in accuracy.values()]
+        ends = [interval[depth] for interval in intervals.values()]
+        axes.plot(list(accuracy), heights, "o-", color=BLUE, clip_on=False)
+        axes.errorbar(list(accuracy), heights, _reach(heights, ends), fmt="none", color=BLUE, capsize=3)
+        axes.axhline(floor[depth], color=GREY, linestyle=":")
+        axes.annotate(FLOOR_LABEL, (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
+        axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
+    else:
+        for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
+            axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
+            _band(axes, depths, intervals[passes], color)
+        axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label=FLOOR_LABEL)
+        axes.set_xlabel("depth (hops, steps, operations); bands: 95 %")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    share_axis(axes)
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.savefig(to, dpi=150)
+
+
+def draw_demo(
+    accuracy: Accuracy,
+    intervals: Intervals,
+    floor: Mapping[str, float],
+    losses: Mapping[str, list[float]],
+    *,
+    title: str,
+    to: Path,
+) -> None:
+    """The demo's picture: held-out accuracy by hop (left) and the training loss (right), a colour for each model.
+
+    accuracy: model name -> hop -> share. intervals: their 95 % intervals. losses: model name -> loss at every step, in the same order.
+    """
+    figure, (left, right) = new_figure(columns=2)
+    colors = dict(zip(accuracy, (BLUE, ORANGE), strict=True))
+    hops = list(floor)
+    for name, values in accuracy.items():
+        left.plot(hops, [values[hop] for hop in hops], "o-", color=colors[name], linewidth=2, clip_on=False)
+        _band(left, hops, intervals[name], colors[name])
+        for hop in hops[1:]:
+            left.annotate(
+                f"{values[hop]:.0%}", (hop, values[hop]), xytext=(0, -14), textcoords="offset points",
+                ha="center", color=colors[name], fontsize=9,
+            )  # fmt: skip
+        right.plot(range(1, len(losses[name]) + 1), smooth(losses[name]), color=colors[name], label=name)
+    left.plot(hops, [floor[hop] for hop in hops], ":", color=GREY)
+    left.annotate(FLOOR_LABEL, (hops[0], floor[hops[0]]), xytext=(0, 4), textcoords="offset points", color=GREY)
+    left.set_xlabel("hops along the cycle")
+    left.set_title("answers right on held-out cycles", loc="left", fontsize=11)
+    share_axis(left)
+    right.set_xlabel("optimizer step")
+    right.set_title("training loss (nats per answer)", loc="left", fontsize=11)
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.savefig(to, dpi=150)
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+    """The mean of the last `window` values at each place, without those that are not finite: of skipped steps."""
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    parts = [[value for value in part if math.isfinite(value)] for part in parts]
+    return [sum(part) / len(part) if part else math.nan for part in parts]
+
+
+def _band(axes, depths: list[str], interval: Mapping[str, tuple[float, float]], color) -> None:
+    low, high = zip(*(interval[depth] for depth in depths), strict=True)
+    axes.fill_between(depths, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _reach(heights: list[float], ends: list[tuple[float, float]]) -> list[list[float]]:
+    """How far each interval goes down and up from its point, as errorbar takes it."""
+    down = [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)]
+    return [down, [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)]]
+
+
+def _from_light_to_dark(count: int) -> list:
+    """Colours that can be told apart, also in grey: more passes, darker."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.85 * (1 - index / max(1, count - 1))) for index in range(count)]
+
+
+def new_figure(columns: int = 1):
+    """A figure without a display, with the spines that only decorate left out."""
+    from matplotlib.figure import Figure  # late: a second of import
+
+    figure = Figure(figsize=(5 * columns + 1.5, 4), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for one in [axes] if columns == 1 else axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def share_axis(axes) -> None:
+    """0 to 100 % on the vertical axis."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,0 +1,183 @@
+"""Steps whose loss or gradient was not finite: they change nothing, and leave a record of where it came from.
+
+parallel/zero.py skips them. Here it is written down what a person wants to know then: which ranks' gradients of which
+parameters, and which samples the batch held, in runs/NAME/skipped_steps.jsonl, a line a step.
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from powernap.model.errors import PowernapError
+from powernap.model.fast_weights import Memory, begin_anew
+from powernap.model.stage import HybridStage
+from powernap.parallel.topology import Topology
+from powernap.train.config import Recipe
+from powernap.train.data.cache import cache_of
+from powernap.train.data.loader import Batch, sample_names
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.metrics import cut_after, to_json
+
+PARAMETERS_NAMED = 3  # of a rank, in the model's order
+RANKS_NAMED = 8
+
+
+class DivergedError(PowernapError):
+    """More steps than a run may skip were not finite, in one line."""
+
+
+class SkippedSteps:
+    """The skipped steps of a run. All ranks hold one and call it together; the main rank writes.
+
+    Args:
+        steps: those skipped before the checkpoint that a run goes on from.
+        resume_step: the step of that checkpoint, None for a new run: what was written of later steps is removed.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, here: Topology, steps: list[int], resume_step: int | None):
+        self.steps = list(steps)
+        self._recipe, self._file, self._here = recipe, folder.skipped_steps, here
+        self._first_place = ""  # of those that this process saw
+        if here.is_main and resume_step is not None and self._file.exists():
+            cut_after(self._file, resume_step)
+
+    def add(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        batch: Batch,
+        stage: HybridStage,
+        norms: torch.Tensor,
+        memory: Memory | None,
+    ) -> tuple[str, Memory | None]:
+        """Record `step`, which was skipped.
+
+        Args:
+            metrics: of the step, with loss and grad_norm.
+            norms: [parameters of `stage`], of this rank's gradients.
+            memory: under sleep.carry what the step's sequences leave.
+
+        Returns:
+            a line for the log; the memory, with zeros for lanes in which it was not finite
+        """
+        self._here.progress.note("recording a skipped step")
+        names = _names_not_finite(stage, norms)
+        own = [len(names), names[:PARAMETERS_NAMED]] if names else None
+        ranks = [(rank, *found) for rank, found in enumerate(self._here.gather(own)) if found]
+        # Each rank that reads looks up its own: the shards are in its cache.
+        samples = sample_names(batch.places, cache_of(self._recipe.data))
+        parts = self._here.gather_over_data(samples)
+        memory, anew = forget_broken(memory, self._here)
+        record = {
+            "step": step,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "not_finite": [
+                {"rank": self._here.describe_rank(rank), "parameters": count, "first": first}
+                for rank, count, first in ranks[:RANKS_NAMED]
+            ],
+            "ranks_not_finite": len(ranks),
+            # Sample k of the run is rank k's, modulo their number.
+            "samples": [name for row in zip(*parts, strict=True) for name in row],
+        }
+        if memory is not None:
+            record["lanes_begun_anew"] = anew
+        self.steps.append(step)
+        self._first_place = self._first_place or _where(record)
+        if self._here.is_main:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        return _describe(record), memory
+
+    def check_budget(self) -> None:
+        """Raise DivergedError, on all ranks, if more steps were skipped than train.skip_budget allows."""
+        count, budget = len(self.steps), self._recipe.train.skip_budget
+        if count <= budget:
+            return
+        row = _last_in_a_row(self.steps)
+        if row > max(1, count // 2):
+            advice = (
+                f"the last {row} follow each other, so it is the weights: start a new run with a lower optimizer.lr or "
+                "optimizer.clip"
+            )
+        else:
+            advice = "look at the samples, or raise train.skip_budget"
+        raise DivergedError(
+            f"loss or gradient not finite in {count} step{'s' if count > 1 else ''}, {_listed(self.steps)} "
+            f"(train.skip_budget={budget}); {self._first_place}; {advice}; --resume --detect-anomaly names the module, "
+            f"{self._file} the samples"
+        )
+
+
+def forget_broken(memory: Memory | None, here: Topology) -> tuple[Memory | None, list[int]]:
+    """Under sleep.carry: fast weights of zero for sequences of which any are not finite on any rank of the model.
+
+    The others keep theirs. All ranks call it together.
+
+    Returns:
+        the memory, and the lanes of all data ranks that start anew
+    """
+    if memory is None:
+        return None, []
+    # A stage without gated-delta-net blocks has no memory, and learns from the others how many sequences there are.
+    rows = len(memory[0]) if memory else 0
+    broken = torch.zeros(rows, dtype=torch.bool)
+    for state in memory:
+        broken |= ~state.isfinite().flatten(1).all(1).cpu()
+    own = broken.nonzero().flatten().tolist()
+    found = here.gather((here.data_rank, own))
+    everywhere = {(rank, row) for rank, rows in found for row in rows}
+    for row in (row for rank, row in everywhere if rank == here.data_rank):
+        broken[row : row + 1] = True
+    memory = begin_anew(memory, broken.to(memory[0].device)) if memory else memory
+    return memory, sorted(row * here.data_size + rank for rank, row in everywhere)
+
+
+def _describe(record: dict[str, Any]) -> str:
+    loss, norm = record["loss"], record["grad_norm"]
+    lanes = ", ".join(map(str, record.get("lanes_begun_anew", [])))
+    return (
+        f"step {record['step']} skipped: loss {loss:.4g}, gradient norm {norm:.4g}; {_where(record)}"
+        + f"; the fast weights of lanes {lanes} begin anew" * bool(lanes)
+        + "; its samples: skipped_steps.jsonl"
+    )
+
+
+def _names_not_finite(stage: HybridStage, norms: torch.Tensor) -> list[str]:
+    names = [stage.global_name(name) for name, _ in stage.named_parameters()]
+    return [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
+
+
+def _where(record: dict[str, Any]) -> str:
+    if not record["not_finite"]:
+        return "the loss alone" if not math.isfinite(record["loss"]) else "only in the sum of the ranks' gradients"
+    first = record["not_finite"][0]
+    names, more = ", ".join(first["first"]), first["parameters"] - len(first["first"])
+    others = record["ranks_not_finite"] - 1
+    return (
+        f"first in {first['rank']}: {names}"
+        + f" and {more} more" * (more > 0)
+        + f", and in {others} other rank{'s' * (others > 1)}" * (others > 0)
+    )
+
+
+def _last_in_a_row(steps: list[int]) -> int:
+    """How many of the last steps follow each other."""
+    row = 1
+    while row < len(steps) and steps[-row] - 1 == steps[-row - 1]:
+        row += 1
+    return row
+
+
+def _listed(steps: list[int]) -> str:
+    """`3, 5-7, 9`; the oldest are left out where there are many."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[-10:]]
+    return ("... " if len(ranges) > 10 else "") + ", ".join(shown)

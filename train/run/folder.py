@@ -1,0 +1,228 @@
+"""The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from powernap.parallel.checkpoint.manifest import CheckpointError
+from powernap.parallel.planning.work import cut, step_flops
+from powernap.train.config import Recipe
+from powernap.train.data.build import read_manifest
+from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.recipe_file import RecipeError, check, read_sections
+from powernap.train.run.lock import RUN_LOCK, ProcessLock
+from powernap.train.run.provenance import origin
+from powernap.train.run.secrets import mask_values
+from powernap.train.yaml_core import dump
+
+if TYPE_CHECKING:
+    from powernap.parallel.checkpoint.reader import Checkpoint
+    from powernap.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+RUN_ID_FILE = "mlflow_run_id"  # a resumed run goes on in the same MLflow run
+
+# Fields, and sections, that may differ when a run goes on: none changes the numbers of the steps to come, by more than
+# rounding.
+FREE_ON_RESUME = {
+    "data.workers",
+    "data.on_error",
+    "data.skip_budget",
+    "data.cache",
+    "data.cache_limit_gb",
+    "data.retries",
+    "data.timeout_seconds",
+    "train.micro_batch_size",
+    "run.root",
+    "run.experiment",
+    "train.log_every",
+    "train.recompute",
+    "checkpoint",
+    "parallel",
+    "zero",
+    "train.skip_budget",
+    "train.spike_factor",
+    "train.deterministic",
+    "evaluation.every",
+    "evaluation.passes",
+    "evaluation.samples",
+}
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe: every field, in order; secrets masked."""
+    path.write_text(dump(mask_values(recipe.model_dump(mode="json"))))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def skipped_steps(self) -> Path:
+        return self.path / "skipped_steps.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The id of the run in MLflow, where it has one; kept in checkpoints too, which may be all that is left."""
+        path = self.path / RUN_ID_FILE
+        return path.read_text().strip() if path.is_file() else None
+
+    def restore_mlflow_run_id(self, run_id: str | None) -> None:
+        if run_id and self.mlflow_run_id is None:
+            (self.path / RUN_ID_FILE).write_text(run_id + "\n")
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
+    def work(self) -> Path:
+        """What its steps compute, as it saw its first batch: see work_of."""
+        return self.path / "work.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @contextmanager
+    def locked(self, here: "Topology") -> Iterator[None]:
+        """Inside, no other process trains this run; the main rank holds the lock, which ends with its process.
+
+        Raises:
+            RecipeError: on all ranks, if another one does, such as a job that was started again too early.
+        """
+        lock = ProcessLock(self.path / RUN_LOCK)
+
+        def acquire() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not lock.acquire():
+                raise RecipeError(f"{self.path}: another process is training this run: wait for its end")
+
+        here.raise_together(acquire)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folders, write the resolved recipe and where the run's numbers come from."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, self.config)
+        self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
+
+    def write_work(self, work: Mapping[str, Any]) -> None:
+        """Raises OSError."""
+        self.work.write_text(json.dumps(work, indent=2) + "\n")
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was started with, without its secrets."""
+        if not self.config.is_file():
+            raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
+        return check(Recipe, read_sections(self.config))
+
+    def newest_checkpoint(self) -> "Checkpoint":
+        """The newest whole checkpoint, to read with.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        from powernap.parallel.checkpoint.reader import Checkpoint  # late: it imports torch
+
+        found, passed_over = Checkpoint.newest(self.checkpoints)
+        for reason in passed_over:
+            logger.warning("passed over a checkpoint: %s", reason)
+        if found is None:
+            why = (
+                f"none is whole: {passed_over[0]}"
+                if passed_over
+                else "no checkpoint yet: train the run to its first one"
+            )
+            raise CheckpointError(f"{self.checkpoints}: {why}")
+        return found
+
+    def check_start(self, recipe: Recipe, resume: bool) -> None:
+        """Raise RecipeError where starting would overwrite a run or resuming would go on with another."""
+        exists = self.config.is_file()
+        if not resume:
+            if exists:
+                raise RecipeError(f"{self.path} exists: go on with --resume, or choose another run.name")
+            return
+        if not exists:
+            raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
+        # A secret that has been renewed, as in a signed URL, is no change.
+        before, now = (flatten(mask_values(one.model_dump(mode="json"))) for one in (self.recipe(), recipe))
+        changed = [key for key in now if now[key] != before.get(key) and not _is_free(key)]
+        if changed:
+            key = changed[0]
+            raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
+
+
+def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
+    """What a report must not have to find out again from shards that may be elsewhere by then.
+
+    Args:
+        predicts: for each window whether it is read with its loss.
+
+    Returns:
+        "predicts"; "flops_per_step", of every trained N; "task" and "fields", None where no manifest says them
+    """
+    flops = {}
+    for passes in sorted(set(recipe.sleep.pass_choices)):
+        one = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
+        flops[str(passes)] = step_flops(one, cut(one, predicts))
+    manifest = first_manifest(recipe) or {}
+    return {
+        "predicts": list(predicts),
+        "flops_per_step": flops,
+        "task": manifest.get("task"),
+        "fields": mask_values(manifest.get("fields")),
+    }
+
+
+def first_manifest(recipe: Recipe) -> dict[str, Any] | None:
+    """What the builder of the first dataset's shards left beside them, if they are here and it says the task."""
+    try:
+        first = local_path(expand_shards(next(iter(recipe.data.datasets.values()))[0])[0])
+        manifest = read_manifest(first) if first else {}
+    except DataError:
+        return None
+    return manifest if manifest.get("task") else None
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_ON_RESUME or key.split(".")[0] in FREE_ON_RESUME
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

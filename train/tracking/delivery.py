@@ -1,0 +1,469 @@
+"""From a run's spool to MLflow: every record, in order, once the server answers; into one MLflow run whatever happens."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from powernap.model.errors import PowernapError
+from powernap.train.run.folder import RUN_ID_FILE
+from powernap.train.run.secrets import mask_secrets
+from powernap.train.tracking.database import identity, prepare_database, sqlite_file
+from powernap.train.tracking.spool import SPOOL, Line, Position, Spool, delivery_lock
+
+logger = logging.getLogger(__name__)
+
+KEY_TAG = "powernap_key"  # of the MLflow run: our own name for it, known before the server has given it an id
+THREAD_NAME = "mlflow-tracking"
+VALUES_PER_REQUEST = 1000  # MLflow's limit
+SYNC_ATTEMPTS = 2  # without a record delivered, and with all the patience there is
+
+# What a server answers when a record can never be stored. Everything else may pass.
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
+# What MLflow's client calls a server that is away, slow or in trouble.
+TROUBLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
+# What SQLite says of a database with damage, which MLflow reports as a bad request.
+DAMAGE = "database disk image is malformed", "file is not a database"
+
+# Only where the user has not decided otherwise. MLflow's own 7 retries x 120 s would hold up the end of a run for minutes.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool is what is tried again
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; `powernap sync` raises it to LONGEST_TIMEOUT for a slow server
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # no INFO line for every database migration
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training job should call nobody but its tracking server
+    "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns where there is no git, as in a container
+}
+
+
+LONGEST_TIMEOUT = 120
+
+
+class DeliveryError(PowernapError):
+    """Why records still wait, in one line."""
+
+
+class Synced(NamedTuple):
+    """What `sync_run` did.
+
+    Attributes:
+        delivered: how many records.
+        refused: why MLflow will never take some others, a reason each.
+        unknown: why it is not known whether MLflow has this run, where nothing waits; None: it has it.
+    """
+
+    delivered: int
+    refused: list[str]
+    unknown: str | None
+
+
+class Delivery:
+    """Takes the spool of the run in `folder` to MLFLOW_TRACKING_URI, or to the database beside the run.
+
+    Only the holder of the run's delivery lock may call `deliver`. A request whose answer was lost is sent again, which
+    leaves no trace: MLflow keeps one of several equal metrics (same name, step, timestamp and value), and creating a run
+    is preceded by looking for one with this run's key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(os.path.abspath(folder))
+        self._spool = Spool(self._folder)
+        self._position = Position(self._folder)
+        self._client: Any = None
+        self._run_id: str | None = None  # checked since the last failure
+        self._database: tuple[Path, tuple[int, int] | None] | None = None  # where there is no server: which file it was
+        self._damaged = False  # whether the database may be
+        self._values_per_request = VALUES_PER_REQUEST
+        self._told_refusal = False
+
+    def waiting(self) -> int:
+        """How many records MLflow does not have yet and may still take; any process and thread may ask."""
+        position = Position(self._folder)
+        return sum(1 for _ in self._spool.read(position.delivered)) + len(position.aside)
+
+    def aside(self) -> list[str]:
+        """Why records that were tried still wait, a reason each."""
+        return list(Position(self._folder).aside.values())
+
+    def refused(self) -> list[str]:
+        """Why MLflow will never take some records, a reason each."""
+        return list(Position(self._folder).refused.values())
+
+    def deliver(self, again: bool = False, progress: Callable[[int], None] = lambda records: None) -> None:
+        """Deliver all records that wait; those that were set aside only with `again`.
+
+        progress: called with the number of records of each request.
+
+        Raises:
+            DeliveryError, DatabaseError: if somebody has to do something first.
+            Exception: MLflow's and its libraries', when the server is away. Records delivered before stay delivered.
+        """
+        if self._database and identity(self._database[0]) != self._database[1]:
+            self._run_id = None  # the file was set aside or removed: what is written to it now nobody will see
+        try:
+            if self._run_id is None:
+                self._position = Position(self._folder)  # another process may have delivered meanwhile
+                self._run_id = self._open_run()
+            self._deliver_all(again, progress)
+        except Exception as error:
+            lost = self._run_id is not None and self._is_lost(error)
+            self._run_id = None
+            self._damaged = any(word in str(error) for word in DAMAGE)
+            if _is_timeout(error):  # the next request asks for less
+                self._values_per_request = max(1, self._values_per_request // 4)
+            if not lost:
+                raise
+        else:
+            return
+        self.deliver(again, progress)
+
+    def reset_if_lost(self) -> None:
+        """Have all records wait again if MLflow does not know this run, such as after its database was set aside.
+
+        A run that somebody has deleted there is left alone.
+        """
+        self._connect()
+        if not self._id_file.exists() or self._known_run(self._id_file.read_text().strip()) is None:
+            self._position.reset()
+
+    def _deliver_all(self, again: bool, progress: Callable[[int], None]) -> None:
+        position = self._position
+        for lines in _batches(self._spool.read(position.delivered), self._values_per_request):
+            self._deliver(lines)
+            position.delivered = lines[-1].end
+            position.save()
+            progress(sum(line.start not in position.aside | position.refused for line in lines))
+        for start, reason in list(position.aside.items()) if again else []:
+            if line := next(self._spool.read(start), None):
+                line.record["running"] = False  # long ago
+                del position.aside[start]
+                try:
+                    self._deliver([line])
+                except Exception:
+                    position.aside[start] = reason
+                    raise
+                position.save()
+                progress(start not in position.aside | position.refused)
+
+    def _deliver(self, lines: list[Line]) -> None:
+        """One request's worth; what MLflow does not take is noted in the position."""
+        start, _, record = lines[0]
+        match record["type"]:
+            case "metrics":
+                self._log("metrics", [(line.start, metric) for line in lines for metric in _metrics(line.record)])
+            case "start":
+                self._log_start(start, record)
+            case "artifact":
+                self._log_artifact(start, record)
+            case "status":
+                self._remove_doubles()
+                self._client.set_terminated(self._run_id, record["status"], record["time"])
+            case other:
+                self._set_aside(start, f"its type, {other}, is a newer Powernap's")
+
+    def _log(self, kind: str, entries: list[tuple[int, Any]]) -> None:
+        """Log metrics, params or tags, each with the start of its line. If one of them is refused, the others are kept."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(self._run_id, **{kind: [entry for _, entry in entries]})
+        except MlflowException as error:
+            if error.error_code not in REFUSALS or any(word in str(error) for word in DAMAGE) or not self._is_active():
+                raise
+            if len(entries) == 1:
+                self._position.refused[entries[0][0]] = one_line(error)
+                self._tell_refusal(f"MLflow refuses a record: {one_line(error)}")
+                return
+            half = len(entries) // 2
+            self._log(kind, entries[:half])
+            self._log(kind, entries[half:])
+
+    def _log_start(self, start: int, record: dict[str, Any]) -> None:
+        """A process begins to track: its parameters. MLflow's never change: what differs becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        if record["running"]:
+            self._client.update_run(self._run_id, status="RUNNING")
+        run = self._client.get_run(self._run_id)
+        known, parameters = run.data.params, record["parameters"]
+        new = [(start, Param(key, value)) for key, value in parameters.items() if key not in known]
+        changes = [
+            f"{key}: {known[key]} -> {value}"
+            for key, value in parameters.items()
+            if key in known and known[key] != value
+        ]
+        tags = []
+        if record["resume_step"] is not None:
+            steps = [step for step in run.data.tags.get("resumed_at_steps", "").split(", ") if step]
+            steps = dict.fromkeys([*steps, str(record["resume_step"])])  # once, if this record comes twice
+            tags.append((start, RunTag("resumed_at_steps", ", ".join(steps))))
+        if changes:
+            tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
+        self._log("params", new)
+        self._log("tags", tags)
+
+    def _log_artifact(self, start: int, record: dict[str, Any]) -> None:
+        """Set aside for any reason but a server that is away: the store of artifacts may be another machine's."""
+        from mlflow.exceptions import MlflowException
+
+        path = os.path.normpath(self._folder / record["path"])
+        try:
+            self._client.log_artifact(self._run_id, path, record["folder"])
+        except Exception as error:
+            if isinstance(error, MlflowException) and error.error_code in TROUBLE or not self._is_active():
+                raise
+            self._set_aside(start, f"{record['path']}: {one_line(error)}")
+
+    def _set_aside(self, start: int, reason: str) -> None:
+        self._position.aside[start] = reason
+        self._tell_refusal(f"MLflow does not take a record, which is set aside: {reason}")
+
+    def _connect(self) -> None:
+        """Have a client; the database beside the run is made whole first."""
+        from mlflow import MlflowClient
+
+        named = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = named or store_uri(self._folder.parent)
+        self._database = None
+        if path := sqlite_file(uri):
+            prepare_database(path, ours=not named, thorough=self._damaged)
+            self._damaged = False
+            self._database = path, identity(path)
+        self._client = MlflowClient(uri)
+
+    def _open_run(self) -> str:
+        """Find this run's MLflow run or create it; returns its id."""
+        begin = self._spool.begin()
+        if begin is None:
+            raise DeliveryError(f"{self._spool.path} does not say which run it belongs to")
+        self._connect()
+        known = None
+        if self._id_file.exists():
+            run_id = self._id_file.read_text().strip()
+            known = self._known_run(run_id)
+            if known and known.info.lifecycle_stage == "active":
+                return run_id
+        experiment = self._experiment_id(self._spool.experiment())
+        if self._id_file.exists():
+            logger.warning(
+                "MLflow %s the run in %s: tracking goes on in a new one",
+                "has deleted" if known else "does not know",
+                self._id_file,
+            )
+        # The answer to an earlier attempt may have been lost.
+        run_id = next(iter(self._runs_with_key(experiment, begin["key"])), None)
+        if run_id is None:
+            run = self._client.create_run(
+                experiment, start_time=begin["time"], run_name=begin["name"], tags={KEY_TAG: begin["key"]}
+            )
+            run_id = run.info.run_id
+        self._position.reset()  # whatever another server, or one that has lost its runs, was given
+        new_file = self._id_file.with_name(self._id_file.name + ".tmp")
+        with suppress(OSError):  # it is found again by its key
+            new_file.write_text(run_id + "\n")
+            os.replace(new_file, self._id_file)
+        return run_id
+
+    @property
+    def _id_file(self) -> Path:
+        return self._folder / RUN_ID_FILE
+
+    def _known_run(self, run_id: str) -> Any:
+        """MLflow's run, which may be deleted; None if the server knows no such run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def _is_active(self) -> bool:
+        run = self._known_run(self._run_id)
+        return run is not None and run.info.lifecycle_stage == "active"
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether `error` came since the run was deleted meanwhile."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(Exception):  # then another attempt will tell
+            answered = isinstance(error, MlflowException) and error.error_code in {*REFUSALS, "RESOURCE_DOES_NOT_EXIST"}
+            return answered and not self._is_active()
+        return False
+
+    def _runs_with_key(self, experiment: str, key: str) -> list[str]:
+        """Ids of this run's MLflow runs, the same one always first."""
+        return sorted(run.info.run_id for run in self._client.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'"))
+
+    def _remove_doubles(self) -> None:
+        """Delete runs that a frozen server made of requests which had been given up and sent again: they are empty."""
+        run = self._client.get_run(self._run_id)
+        if key := run.data.tags.get(KEY_TAG):
+            for other in self._runs_with_key(run.info.experiment_id, key):
+                if other != self._run_id and not self._client.get_run(other).data.metrics:
+                    self._client.delete_run(other)
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            uri = mask_secrets(self._client.tracking_uri)
+            raise DeliveryError(
+                f"the experiment '{name}' was deleted in MLflow: restore it (MLFLOW_TRACKING_URI='{uri}' "
+                f"mlflow experiments restore -x {experiment.experiment_id}), or choose another run.experiment"
+            )
+        if experiment is not None:
+            return experiment.experiment_id
+        # A server knows by itself where its artifacts go; without one MLflow would take the folder it is called from.
+        artifacts = (self._database[0].parent / "mlartifacts").as_uri() if self._database else None
+        try:
+            return self._client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:  # another run was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return self._client.get_experiment_by_name(name).experiment_id
+
+    def _tell_refusal(self, reason: str) -> None:
+        if not self._told_refusal:
+            self._told_refusal = True
+            logger.warning("%s", reason)
+
+
+def sync_run(folder: Path, progress: bool = False, ask: bool = True, attempts: int = SYNC_ATTEMPTS) -> Synced:
+    """Deliver what waits in the run's `folder`, for as long as the server takes records.
+
+    progress: show a bar. ask: also ask MLflow whether it knows the run, where nothing waits; one that it does not know is
+    delivered again. attempts: without any progress, before giving up.
+
+    Raises:
+        DeliveryError: if records are left, or another process delivers them.
+    """
+    lock = delivery_lock(folder)
+    if not lock.acquire():
+        raise DeliveryError(f"{folder}: in use, such as still training: the process that uses it delivers its records")
+    try:
+        delivery = Delivery(folder)
+        unknown = None
+        if ask and not delivery.waiting():
+            try:
+                delivery.reset_if_lost()
+            except Exception as error:
+                unknown = one_line(error)
+        with tqdm(total=delivery.waiting(), unit="record", desc=folder.name, disable=not progress) as bar:
+            delivered, reason = _deliver_with_patience(delivery, attempts, bar) if bar.total else (0, None)
+        if left := delivery.waiting():
+            reason = reason or next(iter(delivery.aside()), "they came meanwhile")
+            raise DeliveryError(f"{folder}: {left} records still wait for MLflow: {reason}")
+        return Synced(delivered, delivery.refused(), unknown)
+    finally:
+        lock.release()
+
+
+def _deliver_with_patience(delivery: Delivery, attempts: int, bar: tqdm) -> tuple[int, str | None]:
+    """Returns the number of records delivered, and what the last attempt failed with."""
+    delivered = fruitless = 0
+
+    def count(records: int) -> None:
+        nonlocal delivered
+        delivered += records
+        bar.update(records)
+
+    while True:
+        before = delivered
+        try:
+            delivery.deliver(again=True, progress=count)
+            return delivered, None
+        except PowernapError as error:  # trying again does not help
+            return delivered, one_line(error)
+        except Exception as error:
+            reason = one_line(error)
+            fruitless = 0 if delivered > before else fruitless + 1
+            if fruitless >= attempts and not (_is_timeout(error) and _raise_timeout()):
+                return delivered, reason
+        bar.write(f"trying again: {reason}", file=sys.stderr)
+        time.sleep(min(fruitless, 5))
+
+
+def _is_timeout(error: Exception) -> bool:
+    return "timed out" in str(error) or "timeout" in str(error)
+
+
+def _raise_timeout() -> bool:
+    """Wait longer for answers; returns whether that was possible. What the user has set stays."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    steps = [ENVIRONMENT[name], "40", str(LONGEST_TIMEOUT)]
+    if os.environ.get(name) not in steps[:-1]:
+        return False
+    os.environ[name] = steps[steps.index(os.environ[name]) + 1]
+    return True
+
+
+def spooled_runs(root: Path) -> list[Path]:
+    """The folders of all runs below `root` that have a spool."""
+    return sorted(path.parent for path in root.rglob(SPOOL))
+
+
+def prepare_mlflow() -> None:
+    """Import MLflow (1-3 s, once), quiet and impatient."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # urllib3 warns at every retry; the thread's failures get one warning.
+    logging.getLogger("urllib3.connectionpool").addFilter(_not_from_the_thread)
+    # It logs SQLite's errors with a traceback, and raises them, too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    with suppress(Exception):  # delivering meets the same error and reports it
+        import mlflow.tracking  # noqa: F401
+    # DeepSpeed may have imported MLflow before the environment above was set.
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+
+
+def store_uri(root: Path) -> str:
+    """The database beside the runs in `root`."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def shorten(text: str, limit: int = 6000) -> str:
+    """`limit`: MLflow's for parameters, in characters (tags may have 8000)."""
+    mark = " ... [cut]"
+    return text if len(text) <= limit else text[: limit - len(mark)] + mark
+
+
+def one_line(error: Exception) -> str:
+    """An error in at most 300 characters; its URL may hold a password. One of ours needs no name, and is whole."""
+    if isinstance(error, PowernapError):
+        return mask_secrets(str(error))
+    text = mask_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _batches(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
+    """Metrics that follow each other together, at most `limit` values a request; everything else alone."""
+    batch: list[Line] = []
+    values = 0
+    for line in lines:
+        size = len(line.record["values"]) if line.record["type"] == "metrics" else VALUES_PER_REQUEST
+        if batch and values + size > limit:
+            yield batch
+            batch, values = [], 0
+        batch.append(line)
+        values += size
+    if batch:
+        yield batch
+
+
+def _metrics(record: dict[str, Any]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(name, float(value), record["time"], record["step"]) for name, value in record["values"].items()]
+
+
+def _not_from_the_thread(record: logging.LogRecord) -> bool:
+    return record.threadName != THREAD_NAME

@@ -1,0 +1,210 @@
+"""What a run says while it trains: a bar on a terminal, lines in logs/train.log, metrics.jsonl, MLflow."""
+
+import logging
+import sys
+import time
+from contextlib import suppress
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from powernap.parallel.checkpoint.writer import Outcome
+from powernap.parallel.topology import Topology
+from powernap.train.config import Recipe
+from powernap.train.run.folder import RunFolder
+from powernap.train.run.secrets import mask_secrets
+from powernap.train.tracking.metrics import MetricsLog
+from powernap.train.tracking.tracker import NullTracker, Tracker
+
+logger = logging.getLogger("powernap")  # the parent of every module's logger here
+step_logger = logging.getLogger("powernap.step")  # its lines are too many for a terminal, which has the bar
+
+
+class RunLog:
+    """Everything rank 0 writes while a run goes on; on the other ranks every method does nothing.
+
+    resume_step: the step a resumed run goes on from, None for a new run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, here: Topology, resume_step: int | None) -> None:
+        self._recipe, self._folder, self._here = recipe, folder, here
+        self._first = resume_step or 0
+        self._resume_step = resume_step
+        self._enabled = here.is_main
+        self._tracker: NullTracker = NullTracker()
+        self._stopped_after: int | None = None
+
+    def __enter__(self) -> Self:
+        if not self._enabled:
+            return self
+        self._metrics = MetricsLog(self._folder.metrics, self._resume_step)
+        self._handlers = [_file_handler(self._folder), _console_handler()]
+        for handler in self._handlers:
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        config = self._recipe.model_dump(mode="json")
+        self._tracker = Tracker(self._folder.path, self._recipe.run.experiment, config, self._resume_step)
+        self._bar = tqdm(
+            total=self._recipe.train.steps,
+            initial=self._first,
+            desc=self._recipe.run.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._start = time.monotonic()
+        return self
+
+    def start(self, num_parameters: int, passed_over: list[str]) -> None:
+        """Say what is about to run, and which checkpoints it does not go on from."""
+        if not self._enabled:
+            return
+        recipe, here = self._recipe, self._here
+        passes = recipe.sleep.passes
+        logger.info(
+            "%s: %s parameters, pattern %s, windows of %d tokens, N=%s",
+            recipe.run.name,
+            f"{num_parameters:,}",
+            recipe.model.pattern,
+            recipe.model.window,
+            passes if isinstance(passes, int) else f"one of {passes}",
+        )
+        processes = f"{here.world_size} process{'es' if here.world_size > 1 else ''}"
+        logger.info("%s on %s, %s, into %s", processes, here.device.type, recipe.train.precision, self._folder.path)
+        for reason in passed_over:
+            logger.warning("passed over a checkpoint: %s", reason)
+        if self._first:
+            logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record a step; its line and MLflow's copy only every train.log_every steps, and where there is an accuracy."""
+        if not self._enabled:
+            return
+        record = self._metrics.write(step, **metrics)
+        if step == self._first + 1:
+            self._begin_estimating()
+        else:
+            self._bar.update()
+        accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
+        loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
+        if self._is_due(step) or loss:
+            self._tracker.log_metrics(step, record)
+            self._say(step, record)
+        if loss:
+            logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n[14:]} {v:.4f}" for n, v in loss.items()))
+        if accuracy:
+            logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
+
+    def event(self, text: str, *arguments: Any) -> None:
+        """A line on the terminal and in the log file."""
+        if self._enabled:
+            logger.info(text, *arguments)
+
+    def checkpoint(self, outcome: Outcome | None) -> None:
+        """Say how a save ended, if one did."""
+        if self._enabled and outcome:
+            (logger.warning if outcome.error else logger.info)("%s", outcome.describe())
+
+    def stopped(self, step: int) -> None:
+        """The run was asked to stop, and did after `step`."""
+        self._stopped_after = step
+        self.event("asked to stop: stopped after step %d of %d; go on with --resume", step, self._recipe.train.steps)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not self._enabled:
+            return
+        self._bar.close()
+        if kind is not None:
+            stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: somebody's decision
+            step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
+            self._tracker.close("KILLED" if stopped else "FAILED", timeout=5.0)
+        elif self._stopped_after is not None:  # the time until somebody pulls the plug is short
+            self._tracker.close("KILLED", timeout=5.0)
+        else:
+            logger.info("done in %s", _duration(time.monotonic() - self._start))
+            self._tracker.close()
+        self._metrics.close()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+
+    def _begin_estimating(self) -> None:
+        """Time from here on: the first step warms up, reads and compiles, and says nothing about the others."""
+        self._warm = time.monotonic()
+        if not self._bar.disable:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._first + 1
+            self._bar.unpause()
+            self._bar.refresh()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
+
+    def _say(self, step: int, record: dict[str, Any]) -> None:
+        speed = record["tokens"] / record["seconds"]
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s")
+        steps = self._recipe.train.steps
+        timed = step - self._first - 1
+        left = f"{_duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
+        step_logger.info(
+            "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s",
+            len(str(steps)), step, steps, record["loss"], record["grad_norm"], record["lr"],
+            f"{speed:,.0f}", left,
+        )  # fmt: skip
+
+
+class _Formatter(logging.Formatter):
+    """Without secrets: errors, with their tracebacks, name shards by their whole URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))
+
+
+class _BarHandler(logging.StreamHandler):
+    """Writes above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a terminal that was closed is no reason to end a run
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _console_handler() -> logging.Handler:
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if sys.stderr.isatty():
+        handler = _BarHandler()
+        handler.addFilter(lambda record: record.name != step_logger.name)
+    # A failure's traceback is the interpreter's to print; here it is for the file.
+    handler.addFilter(lambda record: not record.exc_info)
+    handler.setFormatter(_Formatter("%(message)s"))
+    return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk is told once: a line is not worth a traceback, and not a run."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"powernap: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+def _file_handler(folder: RunFolder) -> logging.Handler:
+    handler = _LogFile(folder.logs / "train.log", encoding="utf-8")
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def _short(accuracy: dict[str, float]) -> str:
+    """accuracy/N4/depth_1 ... as `N=4: 1.00 0.98`, in the order of depth."""
+    by_passes: dict[str, list[str]] = {}
+    for name, value in accuracy.items():
+        by_passes.setdefault(name.split("/")[1], []).append(f"{value:.2f}")
+    return "; ".join(f"N={passes[1:]}: {' '.join(values)}" for passes, values in by_passes.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,190 @@
+"""MLflow: runs to browse and compare in a web page. A convenience: the record of a run is its metrics.jsonl.
+
+Without MLFLOW_TRACKING_URI, MLflow keeps its data beside the runs: `mlflow.db` (SQLite) and `mlartifacts/` in the folder
+that holds the run folders. `ui_command` shows them.
+"""
+
+import json
+import logging
+import numbers
+import os
+import shlex
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from powernap.model.errors import PowernapError
+from powernap.parallel import loopback
+from powernap.train.run.folder import flatten
+from powernap.train.run.secrets import mask_values
+from powernap.train.tracking.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
+from powernap.train.tracking.metrics import to_json
+from powernap.train.tracking.spool import Spool, delivery_lock
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow's work stays a small share of the process
+# The first and the longest pause before a server that did not answer is tried again; each is twice the one before.
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
+
+
+class NullTracker:
+    """A Tracker that tracks nothing, for all ranks but 0."""
+
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        pass
+
+    def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> int:
+        return 0
+
+
+class Tracker(NullTracker):
+    """One run's line to MLflow. Rank 0 only.
+
+    run_folder: `runs/NAME`; NAME becomes the run's name, and its config.yaml an artifact. experiment: MLflow's name for a
+    group of runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step:
+    the step a resumed run goes on from. running: whether the run goes on now; its evaluation does not change its status.
+
+    No method raises, and none waits for MLflow except `close`: records are written to the run's spool, from which a daemon
+    thread delivers them in order; what fails is tried again, and what is left at the end waits for `powernap sync` or the
+    next start. While another process delivers this run's spool, its records are left to that one. A resumed run goes on in
+    its MLflow run, where steps that are done again appear twice: MLflow cannot delete metrics.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        experiment: str,
+        config: Mapping[str, Any],
+        resume_step: int | None = None,
+        running: bool = True,
+    ) -> None:
+        self._given_folder = run_folder
+        self._folder = Path(os.path.abspath(run_folder))
+        self._told_write_error = False
+        self._told: set[str] = set()  # failures
+        self._failure: str | None = None  # why what waits now waits
+        self._spool = Spool(self._folder)
+        self._delivery = Delivery(self._folder)
+        self._lock = delivery_lock(self._folder)
+        self._closing = threading.Event()
+        earlier = self._spool.begin()
+        self._put(
+            type="start",
+            key=earlier["key"] if earlier else uuid.uuid4().hex,
+            name=self._folder.name,
+            experiment=experiment,
+            parameters={key: _as_text(value) for key, value in flatten(mask_values(config)).items()},
+            resume_step=resume_step,
+            running=running,
+        )
+        self.log_artifact(self._folder / "config.yaml")
+        # Here and not in the thread: data workers forked in the middle of an import can deadlock.
+        prepare_mlflow()
+        self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Track the numbers among `metrics`, such as a record of metrics.jsonl, at `step`."""
+        values = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and name != "step"
+        }
+        self._put(type="metrics", step=step, values=to_json(values))
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Track a file, in `folder` among the run's artifacts. It must stay in place until it is delivered."""
+        self._put(type="artifact", path=os.path.relpath(path, self._folder), folder=folder)
+
+    def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> int:
+        """Deliver what is left, waiting at most `timeout` seconds; returns how many records MLflow does not have yet.
+
+        status: how the run ended; None leaves it as it is.
+        """
+        if not self._closing.is_set():
+            if status:
+                self._put(type="status", status=status)
+            self._spool.close()
+            self._closing.set()
+        self._thread.join(timeout)
+        waiting, refused = self._delivery.waiting(), self._delivery.refused()
+        if refused:
+            logger.warning("MLflow refused %d records of this run, which it will not get: %s", len(refused), refused[0])
+        if waiting:
+            aside = self._delivery.aside()
+            why = self._failure or ("not done yet" if self._thread.is_alive() or not aside else aside[0])
+            logger.warning(
+                "%d records of this run wait for MLflow: `powernap sync %s` delivers them (%s)",
+                waiting,
+                shlex.quote(str(self._given_folder)),
+                why,
+            )
+        return waiting
+
+    def _put(self, **record: Any) -> None:
+        try:
+            self._spool.append({**record, "time": int(time.time() * 1000)})  # milliseconds since 1970
+        except OSError as error:
+            if not self._told_write_error:
+                self._told_write_error = True
+                logger.warning("%s: MLflow misses records: %s", self._spool.path, error.strerror)
+
+    def _work(self) -> None:
+        """The thread."""
+        pause = retry = FIRST_RETRY_SECONDS
+        while True:
+            closing = self._closing.is_set()  # read first: what was written before close() is still delivered
+            if not self._lock.acquire():
+                self._failure = "another process delivers this run's records"
+            elif self._deliver(closing):
+                pause, retry = FLUSH_SECONDS, FIRST_RETRY_SECONDS
+            else:
+                pause, retry = retry, min(2 * retry, LAST_RETRY_SECONDS)
+                closing = self._closing.is_set()  # once is enough: the end of a run does not wait for two time-outs
+            if closing:
+                break
+            self._closing.wait(pause)
+        self._lock.release()
+
+    def _deliver(self, closing: bool) -> bool:
+        """Whether MLflow answered. The one place where tracking fails."""
+        try:
+            self._delivery.deliver(again=closing)
+        except Exception as error:
+            self._failure = one_line(error)
+            # A library's error may name something else each time; ours say what to do.
+            if not self._told or isinstance(error, PowernapError) and self._failure not in self._told:
+                logger.warning("tracking to MLflow failed, training goes on and records wait: %s", self._failure)
+            self._told.add(self._failure)
+            return False
+        self._failure = None
+        return True
+
+
+def ui_command(root: Path, port: int = 5000) -> list[str]:
+    """The command that serves the MLflow data in `root` (the folder of all runs) on loopback: http://127.0.0.1:PORT."""
+    root = Path(os.path.abspath(root))
+    return [
+        # MLflow would also start a runner of background jobs (six processes), which trained models have no use for.
+        *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", store_uri(root)),
+        *("--artifacts-destination", (root / "mlartifacts").as_uri()),
+        *("--host", loopback.address(), "--port", str(port)),
+        *("--workers", "1"),  # the default of 4 takes four times the memory
+    ]
+
+
+def _as_text(value: Any) -> str:
+    """As an override on the command line would say it: null, true, [1, 2]."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, default=str))
