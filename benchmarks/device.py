@@ -25,8 +25,9 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from benchmarks.common import join_alone, table, write
+from powernap.model.batch import plan_segments
 from powernap.model.config import ATTENTION, ModelConfig
-from powernap.model.segments import Segment, plan_segments
+from powernap.model.segments import Segment
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
@@ -167,8 +168,8 @@ def step_flops(model: ModelConfig, segments: list[Segment], sequences: int) -> f
 def segment_flops(model: ModelConfig, segment: Segment) -> tuple[float, float]:
     """Forward FLOPs of one sequence: (products with weights, attention and delta rule)."""
     d, heads, k, v = model.hidden_size, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim
-    length = segment.tokens[1] - segment.tokens[0]
-    kinds = model.pattern[slice(*segment.blocks)]
+    length = len(segment.tokens)
+    kinds = model.pattern[segment.blocks.start : segment.blocks.stop]
     mlp, in_proj, out_proj = 3 * d * model.ffn_hidden_size, d * heads * (2 * k + 2 * v + 2), heads * v * d
     weights = mixing = 0
     for kind in kinds:

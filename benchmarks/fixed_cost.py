@@ -86,9 +86,9 @@ def segments(passes: tuple[int, ...]) -> list[Segment]:
         Segment(
             window,
             number,
-            (window * WINDOW, (window + 1) * WINDOW),
-            (0, 1),
-            (0, 1),
+            range(window * WINDOW, (window + 1) * WINDOW),
+            range(1),
+            range(1),
             from_embeddings=number == 1,
             predicts=index + 1 == len(order),
         )  # fmt: skip

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from benchmarks import fixed_cost, sleep
 from benchmarks.common import Times, milliseconds, paired_ratio, table, verdicts, write
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.segments import plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.parallel.planning import timeline

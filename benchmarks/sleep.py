@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
 from powernap.model import fast_weights as fw
+from powernap.model.batch import plan_segments
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.segments import Segment, plan_segments
+from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, forward_backward

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, write
 from powernap.launch.commands.demo import powernap
-from powernap.parallel.planning.work import cut, step_flops
+from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.data.check import predicting_windows
 from powernap.train.evaluation.intervals import wilson
 from powernap.train.evaluation.pictures import BLUE, GREY, ORANGE, new_figure, share_axis
@@ -160,7 +160,7 @@ def read(path: Path, seed: int, name: str) -> Trained:
     """What a finished run's folder says."""
     folder, passes = RunFolder(path), PASSES[name]
     recipe, found = folder.recipe(), json.loads((path / "evaluation.json").read_text())
-    accuracy, segments = found["accuracy"][str(passes)], cut(recipe, predicting_windows(recipe))
+    accuracy, segments = found["accuracy"][str(passes)], segments_of(recipe, predicting_windows(recipe))
     records = read_metrics(folder.metrics)
     sequences = recipe.train.steps * recipe.train.global_batch_size
     return Trained(
@@ -180,7 +180,7 @@ def read(path: Path, seed: int, name: str) -> Trained:
             statistics.mean(record["loss"] for record in records[start : start + EVERY])
             for start in range(0, len(records), EVERY)
         ],
-        token_passes=sequences * sum(segment.tokens for segment in segments),
+        token_passes=sequences * sum(len(segment.tokens) for segment in segments),
         flops=recipe.train.steps * step_flops(recipe, segments),
         seconds=sum(record["seconds"] for record in records),
     )

@@ -156,8 +156,8 @@ class Decoder:
         awake = Window(tuple(table[:, rows] for table in self._rotary), self._valid(tokens), mask)
 
         memory, hidden_states, tokens = self._memory(rows), None, tokens.to(device)
-        for segment in sleep_on(0, (0, model.window), padded, model, sleep, self.passes):
-            window = replace(awake, final_blocks=range(*segment.final_blocks))
+        for segment in sleep_on(0, range(model.window), padded, model, sleep, self.passes):
+            window = replace(awake, final_blocks=segment.final_blocks)
             hidden_states, memory = self.stage.run_pass(segment, tokens, hidden_states, memory, window)
 
         for index, left in zip(self.stage.decoder.layers_with_state, memory, strict=True):

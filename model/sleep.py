@@ -54,7 +54,7 @@ def sleep_and_predict(
     for index, segment in enumerate(segments):
         if between_windows and index and segment.window != segments[index - 1].window:
             memory = between_windows(memory)
-        where = slice(*segment.tokens)
+        where = segment.where
 
         def run(hidden_states, *memory, segment=segment, where=where):
             hidden_states, memory = stage(segment, inputs, hidden_states, memory)

@@ -126,7 +126,7 @@ class HybridStage(MegatronModule):
         Returns:
             (hidden_states [L, B, D], None where the segment only writes; memory)
         """
-        where = slice(*segment.tokens)
+        where = segment.where
         return self.run_pass(segment, tokens[:, where], hidden_states, memory, self._window(segment, tokens))
 
     def run_pass(
@@ -140,9 +140,9 @@ class HybridStage(MegatronModule):
         """`forward` given the window's tokens [B, L] alone, with its positions, mask and pads."""
         if self.is_first:
             hidden_states = self._pass_input(segment, tokens, hidden_states)
-        layers = range(max(segment.blocks[0], self.blocks.start), min(segment.blocks[1], self.blocks.stop))
+        layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
-        write_only = segment.write_only and segment.blocks[1] - 1 in self.blocks  # the last write is here
+        write_only = segment.write_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
         return self.decoder(hidden_states, memory, window, layers, write_only)
 
     def first_readings(self, batch: int, slots: int) -> list[Reading]:
@@ -196,15 +196,14 @@ class HybridStage(MegatronModule):
 
     def _window(self, segment: Segment, tokens: torch.Tensor) -> Window:
         """tokens [B, T], the whole sequences' inputs."""
-        start, stop = segment.tokens
+        start, stop = segment.tokens.start, segment.tokens.stop
         cached = cached_tokens(start, self.model, self.sleep)
         rotary = self._rotary_tables(start if self.sleep.eviction == "sliding" else 0, stop - start)
-        final_blocks = range(*segment.final_blocks)
         if not segment.padded:
-            return Window(rotary, None, self._mask(stop - start, cached) if cached else None, final_blocks)
+            return Window(rotary, None, self._mask(stop - start, cached) if cached else None, segment.final_blocks)
         valid = tokens[:, start - cached : stop] != self.model.pad_token_id
         mask = hide_pads(self._mask(stop - start, cached), valid)
-        return Window(rotary, valid[:, cached:].t().to(rotary[0].dtype), mask, final_blocks)
+        return Window(rotary, valid[:, cached:].t().to(rotary[0].dtype), mask, segment.final_blocks)
 
     def _rotary_tables(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         tables = self._rotary.get((start, length))

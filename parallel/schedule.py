@@ -24,9 +24,10 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
+from powernap.model.batch import SegmentError
 from powernap.model.fast_weights import Memory, detach
 from powernap.model.health import FastWeightHealth
-from powernap.model.segments import Segment, SegmentError
+from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu
@@ -102,7 +103,7 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
             hidden_states = ring.receive(segment) if takes else None
             hidden_states, memory = stage(segment, inputs, hidden_states, memory)
             if segment.predicts and stage.is_last:
-                where = slice(*segment.tokens)
+                where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
                 loss += stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
             goes_on = index + 1 < len(segments) and not segments[index + 1].from_embeddings
@@ -185,7 +186,7 @@ class StageStep:
 
     def _run(self, number, segment, hidden_states, memory):
         stage, batch = self.stage, self.micro_batches[number]
-        where = slice(*segment.tokens)
+        where = segment.where
         inputs, targets, loss_mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
 
         def run(hidden_states, *memory):
@@ -236,7 +237,7 @@ class StageStep:
 
     def _length(self, segment: Segment) -> int:
         """Tokens of the segment that this rank holds between blocks."""
-        return (segment.tokens[1] - segment.tokens[0]) // self.stage.sequence_shards
+        return len(segment.tokens) // self.stage.sequence_shards
 
     def _link_shape(self, link_length, batch, segment) -> tuple[int, int, int]:
         return link_length or self._length(segment), len(batch.tokens), self.stage.model.hidden_size
@@ -353,7 +354,7 @@ def _pipeline(step: StageStep, here: Topology) -> None:
 
 def longest(segments: list[Segment]) -> int:
     """Tokens of the longest window: a pipeline's links have one shape for all segments."""
-    return max(segment.tokens[1] - segment.tokens[0] for segment in segments)
+    return max(len(segment.tokens) for segment in segments)
 
 
 def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
@@ -385,7 +386,7 @@ class Ring:
 
     def receive(self, segment: Segment) -> torch.Tensor:
         dist.recv(self.buffer, group=self.group, group_src=self.previous)
-        return self.buffer[: (segment.tokens[1] - segment.tokens[0]) // self.stage.sequence_shards].clone()
+        return self.buffer[: len(segment.tokens) // self.stage.sequence_shards].clone()
 
     def send(self, hidden_states: torch.Tensor | None) -> None:
         message = torch.zeros_like(self.buffer)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from powernap.model.batch import SegmentError, pad_end, plan_segments
 from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.delta_rule import check_kernels
-from powernap.model.segments import SegmentError, pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.parallel.checkpoint.manifest import CheckpointError

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.segments import Segment
 from powernap.parallel.planning.layout import DELTA_RULE_CHUNK
 from powernap.parallel.planning.timeline import FORWARD, schedule
-from powernap.parallel.planning.work import Recipe, Segment, micro_batches, round_up
+from powernap.parallel.planning.work import Recipe, micro_batches, round_up
 
 FP32, BF16 = 4, 2  # bytes
 RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
@@ -172,7 +173,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
     blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
     handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
     computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
-    longest = hidden_bytes(recipe, max(s.tokens for s in segments))
+    longest = hidden_bytes(recipe, max(len(s.tokens) for s in segments))
     # In a pipeline hidden states are received for the next segment, a gradient comes and one goes, and what a segment
     # received stays until the next one has gone backward.
     in_pipeline = recipe.parallel.pipeline > 1
@@ -216,9 +217,9 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
         states += fast_weight_bytes(recipe, [block for block in blocks if block not in unread])
     if recipe.parallel.pipeline == 1:
         goes_on = not last and not segments[index + 1].from_embeddings
-        return states + goes_on * hidden_bytes(recipe, segment.tokens)
+        return states + goes_on * hidden_bytes(recipe, len(segment.tokens))
     received = blocks.start > 0 or index > 0
-    return states + received * hidden_bytes(recipe, max(s.tokens for s in segments))
+    return states + received * hidden_bytes(recipe, max(len(s.tokens) for s in segments))
 
 
 def hidden_bytes(recipe: Recipe, tokens: int) -> int:
@@ -250,7 +251,7 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
     states = fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment))
     if recipe.sleep.eviction == "hard":
         return states
-    cached = min(model.window - 1, segment.start + segment.tokens)
+    cached = min(model.window - 1, segment.tokens.stop)
     cache = 2 * cached * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
     caches = sum(model.pattern[block] == ATTENTION for block in blocks if block in segment.final_blocks)
     return states + recipe.micro_batch_size * caches * cache
@@ -259,14 +260,14 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
 def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
     """Bytes that autograd keeps of one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
     model, size = recipe.model, bytes_per_number(recipe)
-    ran = [block for block in blocks if segment.flops[block]]
+    ran = [block for block in blocks if block in segment.blocks]
     last_write = segment.blocks.stop - 1 if segment.write_only else -1
     per_token = sum(_block_activations(recipe, model.pattern[block], device, block == last_write) for block in ran)
     if segment.predicts and blocks.stop == model.num_layers:
         # the final norm; logits, their float32 softmax and its gradient
         per_token += _norm(recipe, device)
         per_token += model.vocab_size / recipe.parallel.tensor * (size + 2 * FP32)
-    return int(per_token * segment.tokens * recipe.micro_batch_size)
+    return int(per_token * len(segment.tokens) * recipe.micro_batch_size)
 
 
 def _block_activations(recipe: Recipe, kind: str, device: Device, write_only: bool = False) -> float:

@@ -13,8 +13,8 @@ from powernap.parallel.planning.work import (
     PlanError,
     Recipe,
     Segment,
-    cut,
     micro_batches,
+    segments_of,
     stage_work,
     step_flops,
     step_times,
@@ -172,14 +172,14 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
 
     Args:
         recipe: it has refused what cannot run.
-        predicts: for each window whether it holds loss tokens; None: what the recipe says, see `cut`.
+        predicts: for each window whether it holds loss tokens; None: what the recipe says, see `segments_of`.
         memory_limit: bytes a rank may use.
 
     Raises:
         PlanError: if the schedule would take minutes to simulate.
     """
     model, sleep, parallel = recipe.model, recipe.sleep, recipe.parallel
-    segments, passes, batches = cut(recipe, predicts), max(recipe.sleep.pass_choices), micro_batches(recipe)
+    segments, passes, batches = segments_of(recipe, predicts), max(recipe.sleep.pass_choices), micro_batches(recipe)
     if (steps := parallel.pipeline * batches * len(segments)) > MOST_STEPS:
         raise PlanError(
             f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.plan import in_bytes
 from powernap.parallel.planning.timeline import bubble
-from powernap.parallel.planning.work import PlanError, Recipe, Segment, cut, micro_batches, stage_work, step_flops
+from powernap.parallel.planning.work import (
+    PlanError,
+    Recipe,
+    Segment,
+    micro_batches,
+    segments_of,
+    stage_work,
+    step_flops,
+)
 
 # Only the ratio of communication to computation matters to the order.
 NODE = 8  # ranks with fast links between them: the largest tensor parallelism
@@ -55,7 +63,7 @@ def suggest(
     """
     best: dict[tuple[int, int, int, int], Suggestion] = {}
     for candidate in _candidates(recipe, devices):
-        suggestion = _suggestion(candidate, cut(candidate, predicts), memory_limit)
+        suggestion = _suggestion(candidate, segments_of(candidate, predicts), memory_limit)
         place = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
         if place not in best or _rank(suggestion) > _rank(best[place]):
             best[place] = suggestion
@@ -109,7 +117,7 @@ def _suggestion(recipe: Recipe, segments: list[Segment], memory_limit: int | Non
     parallel, work = recipe.parallel, stage_work(recipe, segments)
     memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
     waiting = bubble(parallel.pipeline, micro_batches(recipe), len(segments))
-    tokens = sum(s.tokens for s in segments) / len(segments) * recipe.micro_batch_size
+    tokens = sum(len(s.tokens) for s in segments) / len(segments) * recipe.micro_batch_size
     efficiency = (1 - waiting) * (sum(work) / len(work) / max(work)) * (tokens / (tokens + SATURATION))
     return Suggestion(
         data=parallel.data,
@@ -155,7 +163,9 @@ def communication(recipe: Recipe, segments: list[Segment]) -> float:
     gathered once a step, between nodes; ZeRO 3 gathers the weights forward, recomputed and backward of every segment.
     """
     parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
-    tokens = sum(segment.tokens for segment in segments) * recipe.sequences_per_rank  # a rank passes over in a step
+    tokens = (
+        sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
+    )  # a rank passes over in a step
     rounds = 4 + 2 * recipe.train.recompute
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     in_node = ring * rounds * max(map(len, recipe.stage_blocks)) * tokens * width * size

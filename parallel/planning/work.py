@@ -1,11 +1,10 @@
 """What one optimizer step computes: the segments of a sequence and their FLOPs. Nothing here imports torch."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from powernap.model.errors import PowernapError
+from powernap.model.segments import Segment, cut, windows_of
 from powernap.parallel.planning.layout import (
     Costs,
     consolidation_flops,
@@ -22,30 +21,7 @@ class PlanError(PowernapError):
     """What no layout can do: one line that says what to write instead."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One pass over one window, as model/segments.py cuts it, with what it computes."""
-
-    window: int
-    pass_number: int
-    start: int  # its first token
-    tokens: int
-    blocks: range
-    final_blocks: range  # those that no later pass over this window runs
-    flops: list[int]  # of every block of the model, per token
-    from_embeddings: bool = True  # False: from the hidden states of the pass before
-    predicts: bool = False
-    write_only: bool = False  # its last block writes and is done: nobody reads the hidden states
-    with_grad: bool = True
-
-    @property
-    def label(self) -> str:
-        """Two characters: the window as a letter, the pass as a digit, "?" where it predicts."""
-        window = chr(ord("a") + self.window % 26)
-        return window + ("?" if self.predicts else str(self.pass_number % 10))
-
-
-def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]:
+def segments_of(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]:
     """The segments of a sequence, with sequence parallelism lengthened as train/trainer.py does; N is the largest.
 
     Args:
@@ -55,38 +31,24 @@ def cut(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]
     Raises:
         PlanError: if `predicts` does not name every window.
     """
-    model, sleep, passes = recipe.model, recipe.sleep, max(recipe.sleep.pass_choices)
+    model, sleep = recipe.model, recipe.sleep
     length = round_up(recipe.data.sequence_length - 1, recipe.sequence_shards)
-    count = math.ceil(length / model.window)
-    predicts = [sleep.every_window or number == count - 1 for number in range(count)] if predicts is None else predicts
-    if len(predicts) != count:
-        raise PlanError(f"{length} tokens are {count} windows of model.window={model.window}, not {len(predicts)}")
-    every, awake = range(model.num_layers), prediction_flops(model, sleep)
-    asleep = list(zip(sleep.pass_blocks(model, passes), consolidation_flops(model, sleep, passes), strict=True))
-    loop_start = sleep.loop_range[0] if sleep.loop_range else 0
-    backprop = sleep.backprop_passes or passes
-    segments = []
-    for window in range(count):
-        start = window * model.window
-        tokens = min(model.window, length - start)
-        sleeps = not predicts[window] or (sleep.every_window and (window < count - 1 or sleep.carry))
-        if predicts[window]:
-            number, final = (0, range(0)) if sleeps else (1, every)
-            segments.append(Segment(window, number, start, tokens, every, final, awake, predicts=True))
-        if not sleeps:
-            continue
-        for number, (blocks, flops) in enumerate(asleep, start=1):
-            final = range(blocks.start, blocks.stop if number == passes else loop_start)
-            needed = not sleep.carry or any(predicts[window + 1 :])  # not after the last loss: see model/segments.py
-            segments.append(
-                Segment(
-                    window, number, start, tokens, blocks, final, flops,
-                    from_embeddings=number == 1 or sleep.pass_input == "embeddings",
-                    write_only=sleep.only_writes(number, passes),
-                    with_grad=number > passes - backprop and needed,
-                )
-            )  # fmt: skip
-    return segments
+    windows = windows_of(length, model)
+    if predicts is None:
+        predicts = [sleep.every_window or window.stop == length for window in windows]
+    if len(predicts) != len(windows):
+        raise PlanError(
+            f"{length} tokens are {len(windows)} windows of model.window={model.window}, not {len(predicts)}"
+        )
+    return cut(windows, predicts, [False] * len(windows), model, sleep, max(sleep.pass_choices))
+
+
+def segment_flops(recipe: Recipe, segment: Segment) -> list[int]:
+    """Forward FLOPs per token of every block of the model in this segment."""
+    if segment.predicts:
+        return prediction_flops(recipe.model, recipe.sleep)
+    passes = max(recipe.sleep.pass_choices)
+    return consolidation_flops(recipe.model, recipe.sleep, passes)[segment.pass_number - 1]
 
 
 def micro_batches(recipe: Recipe) -> int:
@@ -115,21 +77,22 @@ def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
     """FLOPs of one optimizer step over all ranks: forward, twice that backward, once more where it is recomputed."""
     total = 0
     for segment in segments:
-        flops = sum(segment.flops) + (head_flops(recipe.model) if segment.predicts else 0)
-        total += flops * segment.tokens * (1 + _backward_factor(recipe, segment))
+        flops = sum(segment_flops(recipe, segment)) + (head_flops(recipe.model) if segment.predicts else 0)
+        total += flops * len(segment.tokens) * (1 + _backward_factor(recipe, segment))
     return total * recipe.train.global_batch_size
 
 
 def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float]], list[list[float]]]:
     """FLOPs of a forward and a backward step, [stages][segments], for one sequence on one rank."""
-    forward = []
+    forward: list[list[float]] = []
+    by_block = [segment_flops(recipe, segment) for segment in segments]
     for blocks in recipe.stage_blocks:
         forward.append([])
-        for segment in segments:
-            flops = sum(segment.flops[blocks.start : blocks.stop])
+        for segment, own in zip(segments, by_block, strict=True):
+            flops = sum(own[blocks.start : blocks.stop])
             flops += embedding_flops(recipe.model) if blocks.start == 0 else 0
             flops += head_flops(recipe.model) if segment.predicts and blocks.stop == recipe.model.num_layers else 0
-            forward[-1].append(float(flops * segment.tokens))
+            forward[-1].append(float(flops * len(segment.tokens)))
     backward = [
         [time * _backward_factor(recipe, segment) for time, segment in zip(times, segments, strict=True)]
         for times in forward

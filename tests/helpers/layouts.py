@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import GATED_DELTA_NET, SleepConfig
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth
-from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule, topology

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from powernap.model.batch import plan_segments
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.segments import plan_segments
 from powernap.model.sleep import SleepOutput, sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.train.config import Recipe

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from helpers import layouts, tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.segments import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology, zero

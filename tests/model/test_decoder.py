@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from helpers import plain, tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
-from powernap.model.segments import plan_segments
 
 WINDOWS = 4
 SLEEPS = {

@@ -195,7 +195,7 @@ def test_pads_leave_no_trace(here, passes):
     one = tiny.run(stage, padded, loss_mask, passes)
     # The same four tokens as a window of their own, then the prediction window.
     segments = tiny.plan_segments(padded, loss_mask, model, SleepConfig(), passes)
-    moved = [replace(s, tokens=(max(0, s.tokens[0] - 2), s.tokens[1] - 2), padded=False) for s in segments]
+    moved = [replace(s, tokens=range(max(0, s.tokens.start - 2), s.tokens.stop - 2), padded=False) for s in segments]
     other = tiny.sleep_and_predict(stage, moved, short, loss_mask[:, 2:])
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-13)
     for padded_state, state in zip(one.memory, other.memory, strict=True):
@@ -305,7 +305,9 @@ def test_pads_do_not_count_in_the_means_of_the_gates(here):
     padded, unpadded = FastWeightHealth(stage), FastWeightHealth(stage)
     tiny.run(stage, tokens, loss_mask, health=padded)
     segments = tiny.plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 1)
-    two_tokens = [replace(s, tokens=(max(0, s.tokens[0] - 4), s.tokens[1] - 4), padded=False) for s in segments]
+    two_tokens = [
+        replace(s, tokens=range(max(0, s.tokens.start - 4), s.tokens.stop - 4), padded=False) for s in segments
+    ]
     short, short_mask = (x[:, 4:].to(here.device) for x in (tokens, loss_mask))
     tiny.sleep_and_predict(stage, two_tokens, short, short_mask, health=unpadded)
     assert padded.summary() == pytest.approx(unpadded.summary(), rel=1e-12)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from helpers import plain, tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.attention import hide_pads, rotary_tables, sliding_mask
-from powernap.model.segments import plan_segments
 
 
 def sliding(**changes) -> SleepConfig:
@@ -131,7 +131,7 @@ def test_pads_leave_no_trace(here, passes):
     segments = plan_segments(padded, loss_mask, stage.model, sliding(), passes)
     assert [s.padded for s in segments] == [True] * (passes + 1) + [False]
     # The same two tokens as a window of their own, then the others.
-    moved = [replace(s, tokens=(max(0, s.tokens[0] - 4), s.tokens[1] - 4), padded=False) for s in segments]
+    moved = [replace(s, tokens=range(max(0, s.tokens.start - 4), s.tokens.stop - 4), padded=False) for s in segments]
     one = tiny.run(stage, padded, loss_mask, passes, sliding())
     other = tiny.sleep_and_predict(stage, moved, tokens[:, 4:], loss_mask[:, 4:])
     assert_same(stage, one.loss, other.loss)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from helpers import tiny
+from powernap.model.batch import SegmentError, plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.segments import SegmentError, plan_segments
 from powernap.parallel import schedule
 from powernap.parallel.schedule import MicroBatch
 from powernap.train.trainer import check_same_segments

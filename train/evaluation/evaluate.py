@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from powernap.model.batch import pad_end, plan_segments
 from powernap.model.fast_weights import Memory
-from powernap.model.segments import pad_end, plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.parallel.schedule import MicroBatch, predict

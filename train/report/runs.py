@@ -11,7 +11,7 @@ from pathlib import Path
 
 from powernap.model.errors import PowernapError
 from powernap.parallel.planning.memory import parameters
-from powernap.parallel.planning.work import cut, step_flops
+from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows
 from powernap.train.data.sample import DataError
@@ -103,7 +103,7 @@ class ReportedRun:
             return known
         sleep = self.recipe.sleep.model_copy(update={"passes": passes})
         recipe = self.recipe.model_copy(update={"sleep": sleep})
-        return step_flops(recipe, cut(recipe, self._predicts))
+        return step_flops(recipe, segments_of(recipe, self._predicts))
 
     @cached_property
     def flops(self) -> int:

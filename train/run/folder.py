@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powernap.parallel.checkpoint.manifest import CheckpointError
-from powernap.parallel.planning.work import cut, step_flops
+from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.build import read_manifest
 from powernap.train.data.sample import DataError
@@ -193,7 +193,7 @@ def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
     flops = {}
     for passes in sorted(set(recipe.sleep.pass_choices)):
         one = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
-        flops[str(passes)] = step_flops(one, cut(one, predicts))
+        flops[str(passes)] = step_flops(one, segments_of(one, predicts))
     manifest = first_manifest(recipe) or {}
     return {
         "predicts": list(predicts),

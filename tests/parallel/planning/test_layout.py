@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.mixers import delta_rule
-from powernap.model.segments import plan_segments
 from powernap.parallel.planning import layout
 from powernap.parallel.planning.layout import (
     Costs,
@@ -104,7 +104,7 @@ def test_passes_cost_the_blocks_that_segments_run(pattern, loop_range, passes, e
     tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
     segments = plan_segments(tokens, loss_mask, model, sleep, passes)
     run = [[block for block, flops in enumerate(row) if flops] for row in consolidation_flops(model, sleep, passes)]
-    assert run == [list(range(*s.blocks)) for s in segments if not s.predicts]
+    assert run == [list(s.blocks) for s in segments if not s.predicts]
 
 
 def test_costs_count_runs():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from deepspeed.runtime.utils import align_dense_tensors
 
 from helpers import tiny
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.segments import plan_segments
 from powernap.model.stage import HybridStage
 from powernap.parallel.planning import memory
 from powernap.parallel.planning.layout import split_layers
@@ -21,7 +22,7 @@ from powernap.parallel.planning.memory import parameters
 from powernap.parallel.planning.plan import plan
 from powernap.parallel.planning.suggest import suggest, suggestions_text
 from powernap.parallel.planning.timeline import bubble, peak_live
-from powernap.parallel.planning.work import PlanError, cut
+from powernap.parallel.planning.work import PlanError, segment_flops, segments_of
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import (
     DataConfig,
@@ -135,22 +136,18 @@ def test_segments_are_the_models(loop_range, backprop_passes, every_window, pass
     )  # fmt: skip
     tokens, loss_mask = tiny.batch(windows=4, predicting=(1, 3))
     tokens, loss_mask = tokens[:, :-2], loss_mask[:, :-2]  # a short last window
-    ours = cut(recipe(model, sleep=sleep, tokens=tokens.shape[1] - 1), [False, True, False, True])
-    theirs = plan_segments(tokens, loss_mask, model, sleep, 3)
-    assert [(s.window, s.pass_number, s.tokens, s.predicts, s.with_grad) for s in ours] == [
-        (s.window, s.pass_number, s.tokens[1] - s.tokens[0], s.predicts, s.with_grad) for s in theirs
-    ]
-    assert [(s.start, s.blocks, s.final_blocks, s.from_embeddings, s.write_only) for s in ours] == [
-        (s.tokens[0], range(*s.blocks), range(*s.final_blocks), s.from_embeddings, s.write_only) for s in theirs
-    ]
-    assert [[i for i, flops in enumerate(s.flops) if flops] for s in ours] == [list(range(*s.blocks)) for s in theirs]
+    planned = recipe(model, sleep=sleep, tokens=tokens.shape[1] - 1)
+    ours = segments_of(planned, [False, True, False, True])
+    assert ours == [replace(s, padded=False) for s in plan_segments(tokens, loss_mask, model, sleep, 3)]
+    run = [[block for block, flops in enumerate(segment_flops(planned, s)) if flops] for s in ours]
+    assert run == [list(s.blocks) for s in ours]
     assert [s.label for s in ours][:5] == ["a1", "a2", "a3", "b?", "b1" if every_window else "c1"]
 
 
 def test_a_window_lengthened_for_sequence_parallelism():
     model = tiny.model_config(vocab_size=18)
-    assert [s.tokens for s in cut(recipe(model, tokens=9, tensor=2, sequence=True))] == [6, 6, 4]
-    assert [s.tokens for s in cut(recipe(model, tokens=9, tensor=2))] == [6, 6, 3]
+    assert [len(s.tokens) for s in segments_of(recipe(model, tokens=9, tensor=2, sequence=True))] == [6, 6, 4]
+    assert [len(s.tokens) for s in segments_of(recipe(model, tokens=9, tensor=2))] == [6, 6, 3]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -211,7 +208,7 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_states, _ = stage(segment, tokens[:, :-1], None, fast_weights)
         if segment.predicts:
-            where = slice(*segment.tokens)
+            where = segment.where
             stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
     return sum(size for size, _ in kept.values())
 
@@ -233,7 +230,7 @@ def test_activations_are_about_what_autograd_keeps(here, pattern, precision, pre
     measured = kept_by_autograd(stage, tokens, loss_mask, segment)
     sizes = {"micro_batch_size": 2, "precision": precision}
     planned = recipe(model, sleep=SleepConfig(), tokens=64, train=sizes)
-    estimate = memory.segment_activations(planned, range(len(pattern)), cut(planned, [predicts])[0], "cpu")
+    estimate = memory.segment_activations(planned, range(len(pattern)), segments_of(planned, [predicts])[0], "cpu")
     if predicts:  # logits and the gradient of their softmax live, but are not kept
         estimate -= 2 * 64 * 97 * (8 if precision == "fp32" else 6)
     assert estimate == pytest.approx(measured, rel=0.04)
@@ -251,7 +248,7 @@ def test_live_segments_hold_hidden_states_and_fast_weights(here):
 
 def test_a_stage_keeps_what_it_was_sent_and_not_what_it_sends():
     planned = recipe(pipeline=2, train={"global_batch_size": 2})
-    saved, _ = memory.replay(planned, cut(planned), 0, "cpu")
+    saved, _ = memory.replay(planned, segments_of(planned), 0, "cpu")
     states = memory.fast_weight_bytes(planned, planned.stage_blocks[0])
     hidden_states, live, zeros = 4 * tiny.WINDOW * 16, 14, 2  # two micro-batches of seven segments, each from zeros
     assert saved == live * (hidden_states + states) + zeros * (states - hidden_states)

@@ -8,7 +8,7 @@ import pytest
 from helpers import plan_measured
 from helpers.processes import run_cases
 from powernap.parallel.planning.memory import stage_memory
-from powernap.parallel.planning.work import cut
+from powernap.parallel.planning.work import segments_of
 from powernap.train.config import Recipe
 
 MODEL = dict(
@@ -105,7 +105,7 @@ def assert_as_planned(planned: Recipe, ranks: list[dict[str, int]]) -> None:
     assert len(ranks) == planned.parallel.world_size
     for rank in ranks:
         predicts = [True] * 3 if planned.sleep.every_window else None
-        memory = stage_memory(planned, cut(planned, predicts), rank["stage"], "cpu")
+        memory = stage_memory(planned, segments_of(planned, predicts), rank["stage"], "cpu")
         for part in ("weights", "gradients", "optimizer", "segments"):
             assert rank[part] == getattr(memory, part), part
         assert memory.total == pytest.approx(rank["total"], rel=0.1)

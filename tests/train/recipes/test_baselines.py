@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from powernap.parallel.planning.memory import parameters
-from powernap.parallel.planning.work import cut, step_flops
+from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train import trainer
 from powernap.train.data.build import build_task
 from powernap.train.data.check import check_data
@@ -28,7 +28,7 @@ def size(recipe) -> int:
 def flops(name: str) -> int:
     recipe, base = load_recipe(name), name.split("/")[0]
     whole = recipe.model.window == recipe.data.sequence_length - 1
-    return step_flops(recipe, cut(recipe, [True] if whole else PREDICTS[base]))
+    return step_flops(recipe, segments_of(recipe, [True] if whole else PREDICTS[base]))
 
 
 def test_these_are_shipped():

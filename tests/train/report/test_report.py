@@ -9,7 +9,7 @@ import pytest
 
 from helpers import runs
 from powernap.launch import cli
-from powernap.parallel.planning.work import cut, step_flops
+from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.outputs import OutputError
 from powernap.train.recipe_file import load_recipe
 from powernap.train.report import figures
@@ -169,7 +169,7 @@ def test_seeds_are_a_mean_and_a_range_and_a_single_run_an_interval(written, fold
 def test_cost_is_counted_from_recipe_and_metrics(tmp_path):
     folder = make_run(tmp_path, "several", "sleep.passes=[1,4]", evaluated=False)
     (run,) = read_runs([folder])
-    one, four = (step_flops(r, cut(r)) for r in (load_recipe("demo", [f"sleep.passes={n}"]) for n in (1, 4)))
+    one, four = (step_flops(r, segments_of(r)) for r in (load_recipe("demo", [f"sleep.passes={n}"]) for n in (1, 4)))
     assert run.flops == 20 * one + 20 * four and one < four
     assert run.seconds == 20 and run.tokens_per_second == 3408 / 0.5
     assert run.parameters == 110_824 and run.peak_memory == 10**9
@@ -186,11 +186,11 @@ def test_a_runs_flops_are_those_it_wrote_down_wherever_its_shards_are(tmp_path, 
         monkeypatch.chdir(place)
         (read,) = read_runs([run])
         found.append((read.step_flops(4), read.windows_known, read.task, read.fields(with_task=True)["task.nodes"]))
-    assert found == [(step_flops(recipe, cut(recipe, at_start)), True, "depo", 8)] * 2
-    assert found[0][0] < step_flops(recipe, cut(recipe))  # where the windows of answers would be slept on
+    assert found == [(step_flops(recipe, segments_of(recipe, at_start)), True, "depo", 8)] * 2
+    assert found[0][0] < step_flops(recipe, segments_of(recipe))  # where the windows of answers would be slept on
     RunFolder(run).work.unlink()  # as an older version left it
     (read,) = read_runs([run])
-    assert (read.step_flops(4), read.windows_known) == (step_flops(recipe, cut(recipe)), False)
+    assert (read.step_flops(4), read.windows_known) == (step_flops(recipe, segments_of(recipe)), False)
     files = write_report([run], tmp_path / "report")
     assert "FLOPs of mine assume that only the last window predicts" in files[1].read_text()
 
