@@ -145,7 +145,7 @@ def test_what_was_submitted_can_be_repeated(tmp_path, monkeypatch):
     from powernap.train.run import provenance
 
     root = tmp_path / "code"
-    (root / "train").mkdir(parents=True)
+    (root / "train" / "run").mkdir(parents=True)
     git = lambda *arguments: subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)  # noqa: E731
     (root / "train/run/provenance.py").write_text("before\n")
     git("init")

@@ -127,5 +127,7 @@ def test_what_megatron_refuses_is_refused(stages, micro_batches, group):
 
 
 def test_no_torch():
-    code = "import sys; import powernap.model.segments, powernap.parallel.planning.suggest; print('torch' in sys.modules)"
+    code = (
+        "import sys; import powernap.model.segments, powernap.parallel.planning.suggest; print('torch' in sys.modules)"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

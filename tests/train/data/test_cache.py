@@ -213,6 +213,14 @@ class Stalling:
         return b""
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Empty for one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 @pytest.mark.parametrize("source", ["silent", "body", "pipe", "pipe-silent", "pipe-open", "fsspec"])
 def test_a_source_that_stalls_is_given_up_and_said(folder, server, tmp_path, monkeypatch, caplog, source):
     monkeypatch.setattr(cache_module, "SAY_EVERY", 0.1)
@@ -234,7 +242,7 @@ def test_a_source_that_stalls_is_given_up_and_said(folder, server, tmp_path, mon
     assert re.search(f"{stalled}, 2 tries in", text)
     assert f"{shard}: being fetched, " in caplog.text and " so far, none for " in caplog.text
     assert re.search(f"{re.escape(shard)}: {stalled}; try 2 of 2 in 0 s", caplog.text)
-    left = [process for process in psutil.Process().children(recursive=True) if "987" in process.cmdline()]
+    left = [process for process in psutil.Process().children(recursive=True) if "987" in command_of(process)]
     assert not psutil.wait_procs(left, timeout=5)[1]  # killed with what it had started
 
 
