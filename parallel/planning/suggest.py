@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from powernap.model.segments import Segment
 from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.plan import in_bytes
 from powernap.parallel.planning.timeline import bubble
 from powernap.parallel.planning.work import (
     PlanError,
     Recipe,
-    Segment,
     micro_batches,
     segments_of,
     stage_work,

@@ -43,12 +43,11 @@ def segments_of(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[
     return cut(windows, predicts, [False] * len(windows), model, sleep, max(sleep.pass_choices))
 
 
-def segment_flops(recipe: Recipe, segment: Segment) -> list[int]:
-    """Forward FLOPs per token of every block of the model in this segment."""
-    if segment.predicts:
-        return prediction_flops(recipe.model, recipe.sleep)
-    passes = max(recipe.sleep.pass_choices)
-    return consolidation_flops(recipe.model, recipe.sleep, passes)[segment.pass_number - 1]
+def segment_flops(recipe: Recipe, segments: list[Segment]) -> list[list[int]]:
+    """Forward FLOPs per token, [segments][blocks of the model]."""
+    awake = prediction_flops(recipe.model, recipe.sleep)
+    asleep = consolidation_flops(recipe.model, recipe.sleep, max(recipe.sleep.pass_choices))
+    return [awake if segment.predicts else asleep[segment.pass_number - 1] for segment in segments]
 
 
 def micro_batches(recipe: Recipe) -> int:
@@ -76,8 +75,8 @@ def _work(costs: Costs, blocks: range) -> int:
 def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
     """FLOPs of one optimizer step over all ranks: forward, twice that backward, once more where it is recomputed."""
     total = 0
-    for segment in segments:
-        flops = sum(segment_flops(recipe, segment)) + (head_flops(recipe.model) if segment.predicts else 0)
+    for segment, blocks in zip(segments, segment_flops(recipe, segments), strict=True):
+        flops = sum(blocks) + (head_flops(recipe.model) if segment.predicts else 0)
         total += flops * len(segment.tokens) * (1 + _backward_factor(recipe, segment))
     return total * recipe.train.global_batch_size
 
@@ -85,7 +84,7 @@ def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
 def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float]], list[list[float]]]:
     """FLOPs of a forward and a backward step, [stages][segments], for one sequence on one rank."""
     forward: list[list[float]] = []
-    by_block = [segment_flops(recipe, segment) for segment in segments]
+    by_block = segment_flops(recipe, segments)
     for blocks in recipe.stage_blocks:
         forward.append([])
         for segment, own in zip(segments, by_block, strict=True):

@@ -139,7 +139,7 @@ def test_segments_are_the_models(loop_range, backprop_passes, every_window, pass
     planned = recipe(model, sleep=sleep, tokens=tokens.shape[1] - 1)
     ours = segments_of(planned, [False, True, False, True])
     assert ours == [replace(s, padded=False) for s in plan_segments(tokens, loss_mask, model, sleep, 3)]
-    run = [[block for block, flops in enumerate(segment_flops(planned, s)) if flops] for s in ours]
+    run = [[block for block, flops in enumerate(blocks) if flops] for blocks in segment_flops(planned, ours)]
     assert run == [list(s.blocks) for s in ours]
     assert [s.label for s in ours][:5] == ["a1", "a2", "a3", "b?", "b1" if every_window else "c1"]
 
