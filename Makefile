@@ -29,7 +29,7 @@ test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
 
 chaos: install  ## 100 runs killed, stopped or damaged at random moments, resumed and compared
-	PYTHONPATH=tests $(BIN)/python -m helpers.chaos --trials 100
+	$(BIN)/python -m tests.helpers.chaos --trials 100
 
 bench: install  ## measure speed and memory on this machine, into benchmarks/results/
 	$(BIN)/python -m benchmarks

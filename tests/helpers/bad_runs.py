@@ -9,10 +9,10 @@ from unittest import mock
 
 import torch
 
-from helpers.processes import in_processes
 from powernap.launch import cli
 from powernap.parallel import topology
 from powernap.parallel.schedule import forward_backward
+from tests.helpers.processes import in_processes
 
 BLOCK = 1  # the gated-delta-net block of runs.RECIPE, the last
 PARAMETER = f"decoder.layers.{BLOCK}.self_attention.in_proj.weight"

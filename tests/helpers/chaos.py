@@ -1,6 +1,6 @@
 """Runs that are killed, stopped and cut short at random moments, and go on as if nothing had happened.
 
-    PYTHONPATH=tests python -m helpers.chaos --trials 100 --seed 0
+    python -m tests.helpers.chaos --trials 100 --seed 0
 
 A trial trains a small model in a layout, does something to it at a random moment, and resumes until the run is done; then
 losses, sample fingerprints and weights must be those of a run that nothing happened to: to the last bit in the same layout, to
@@ -99,8 +99,8 @@ class Chaos:
     def __init__(self, folder: Path, seed: int):
         import torch
 
-        from helpers import runs
         from powernap.train.tracking import tracker  # noqa: F401  once, for all the processes that fork from this one
+        from tests.helpers import runs
 
         torch.set_num_threads(1)
         self.folder, self.seed = folder, seed
@@ -320,7 +320,7 @@ def _lines(where: Path) -> list[dict]:
 
 
 def _weights(where: Path) -> dict:
-    from helpers import runs
+    from tests.helpers import runs
 
     return runs.weights(where, STEPS)
 

@@ -8,7 +8,6 @@ import deepspeed.comm
 import torch
 from megatron.core import parallel_state
 
-from helpers import layouts, tiny, zero_layouts
 from powernap.model.config import SleepConfig
 from powernap.parallel import topology, zero
 from powernap.parallel.checkpoint.reader import Checkpoint
@@ -16,6 +15,7 @@ from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.planning.layout import split_layers
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
+from tests.helpers import layouts, tiny, zero_layouts
 
 BEFORE, AFTER = 3, 10  # steps
 MODEL = {"pattern": "AGAG", "vocab_size": 20, "num_attention_heads": 4, "gdn_heads": 4}

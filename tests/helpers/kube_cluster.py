@@ -179,7 +179,7 @@ class KubeCluster:
         """The namespace, its users' rights, and the custom resources."""
         from kubernetes import client
 
-        from helpers import kube_schema
+        from tests.helpers import kube_schema
 
         admin = self.clients()
         client.CoreV1Api(admin).create_namespace({"metadata": {"name": NAMESPACE}})

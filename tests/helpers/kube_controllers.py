@@ -16,8 +16,8 @@ from pathlib import Path
 from kubernetes import client
 from urllib3.exceptions import HTTPError
 
-from helpers.kube_cluster import NAMESPACE, KubeCluster
-from helpers.kube_node import LABEL, Kubelet, now, owner_of
+from tests.helpers.kube_cluster import NAMESPACE, KubeCluster
+from tests.helpers.kube_node import LABEL, Kubelet, now, owner_of
 
 KIND = ("jobset.x-k8s.io", "v1alpha2", NAMESPACE, "jobsets")
 TRAIN_JOBS = ("trainer.kubeflow.org", "v1alpha1", NAMESPACE, "trainjobs")

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from kubernetes import client
 
-from helpers.kube_cluster import NAMESPACE, KubeCluster, end_with_parent, free_port
+from tests.helpers.kube_cluster import NAMESPACE, KubeCluster, end_with_parent, free_port
 
 LABEL = "jobset.sigs.k8s.io/"
 

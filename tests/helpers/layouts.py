@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from helpers import tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import GATED_DELTA_NET, SleepConfig
 from powernap.model.fast_weights import detach
@@ -23,6 +22,7 @@ from powernap.parallel import schedule, topology
 from powernap.parallel.planning.layout import split_layers
 from powernap.train import trainer
 from powernap.train.data.loader import Batch
+from tests.helpers import tiny
 
 ANSWERS: dict[str, tuple] = {}  # one process's by what it computes, on rank 0: layouts of one problem share it
 

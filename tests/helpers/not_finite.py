@@ -9,13 +9,13 @@ import torch
 from deepspeed.runtime.zero import stage_1_and_2
 from megatron.core import parallel_state
 
-from helpers import layouts, tiny, zero_layouts
 from powernap.model.config import SleepConfig
 from powernap.parallel import schedule, topology, zero
 from powernap.parallel.planning.layout import split_layers
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
+from tests.helpers import layouts, tiny, zero_layouts
 
 STEPS = 3
 BAD_AFTER = {1: "gradient", 2: "loss"}  # good step -> what is wrong in the one after it

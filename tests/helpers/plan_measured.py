@@ -9,12 +9,12 @@ import torch
 from megatron.core import parallel_state
 from torch.utils._pytree import tree_leaves
 
-from helpers.live_bytes import LiveBytes
 from powernap.parallel import schedule, topology
 from powernap.parallel import zero as zero_module
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
+from tests.helpers.live_bytes import LiveBytes
 
 
 def measure(recipe: Recipe, **process_group) -> dict[str, int]:

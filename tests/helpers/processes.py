@@ -6,6 +6,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ def in_processes(function: Callable, world_size: int, *arguments) -> list:
     `store` is a key-value store they share, to meet in. The first process to fail takes the others down.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert all(map(find_spec, IMPORTED))  # the fork server passes over a name that it cannot import
     multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         call = function, store.port, Path(folder), dict(os.environ), arguments

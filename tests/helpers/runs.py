@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 import yaml
 
-from helpers.processes import in_processes
 from powernap.launch import cli
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.topology import Topology
@@ -24,6 +23,7 @@ from powernap.train import trainer
 from powernap.train.data.build import build_task
 from powernap.train.run.folder import RunFolder
 from powernap.train.tasks import TASKS
+from tests.helpers.processes import in_processes
 
 RECIPE = {
     "run": {"name": "tiny"},

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from helpers import layouts, tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.sleep import sleep_and_predict
@@ -23,6 +22,7 @@ from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.data.loader import Batch
 from powernap.train.optimizer import build_optimizer, lr_factor
+from tests.helpers import layouts, tiny
 
 STEPS = 10
 SEQUENCES, MICRO_BATCH = 4, 1  # of a global batch, of a micro-batch

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from helpers import kube_cluster
-from helpers.kube_cluster import KubeCluster
-from helpers.slurm_cluster import SlurmCluster
+from tests.helpers import kube_cluster
+from tests.helpers.kube_cluster import KubeCluster
+from tests.helpers.slurm_cluster import SlurmCluster
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import runs
 from powernap.launch import cli, torchrun
 from powernap.model.errors import PowernapError
+from tests.helpers import runs
 
 ROOT = Path(__file__).parents[2]
 

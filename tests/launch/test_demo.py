@@ -10,8 +10,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from helpers import runs
 from powernap.launch.cli import main
+from tests.helpers import runs
 
 SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=64")
 

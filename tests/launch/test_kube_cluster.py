@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from helpers import kube_schema
-from helpers.kube_cluster import NAMESPACE
+from tests.helpers import kube_schema
+from tests.helpers.kube_cluster import NAMESPACE
 
 pytestmark = pytest.mark.clusters
 
@@ -84,7 +84,7 @@ def core(kube):
 
 @pytest.fixture(scope="module")
 def controller(kube, core, tmp_path_factory):
-    from helpers.kube_controllers import JobSetController
+    from tests.helpers.kube_controllers import JobSetController
 
     core.create_namespaced_config_map(NAMESPACE, {"metadata": {"name": "recipe"}, "data": {"path": "in /runs/here"}})
     with JobSetController(kube, tmp_path_factory.mktemp("node")) as controller:
@@ -210,7 +210,7 @@ def test_a_time_limit_is_its_own_reason(custom, controller):
 
 
 def test_a_train_job_becomes_a_jobset(custom, core, controller):
-    from helpers.kube_controllers import TRAIN_JOBS
+    from tests.helpers.kube_controllers import TRAIN_JOBS
 
     trainer = TRAIN_JOBS[:3]
     template = jobset("trained", "echo $PET_NODE_RANK of $PET_NNODES at $PET_MASTER_ADDR")

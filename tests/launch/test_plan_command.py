@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from helpers import runs
 from powernap.launch.cli import main
+from tests.helpers import runs
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from helpers.slurm_cluster import SlurmCluster
+from tests.helpers.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.clusters
 

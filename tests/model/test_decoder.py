@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from helpers import plain, tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
+from tests.helpers import plain, tiny
 
 WINDOWS = 4
 SLEEPS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

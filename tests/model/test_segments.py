@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from helpers import tiny
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.config import SleepConfig
+from tests.helpers import tiny
 
 
 def plan(passes=3, sleep=None, model=None, **batch):

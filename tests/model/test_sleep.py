@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import plain, tiny
 from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth
+from tests.helpers import plain, tiny
 
 
 @pytest.mark.parametrize(("recompute", "tied"), [(True, False), (False, False), (True, True)])

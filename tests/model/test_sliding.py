@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import plain, tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.attention import hide_pads, rotary_tables, sliding_mask
+from tests.helpers import plain, tiny
 
 
 def sliding(**changes) -> SleepConfig:

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-from helpers import layouts
-from helpers.layouts import Case
-from helpers.processes import run_cases
+from tests.helpers import layouts
+from tests.helpers.layouts import Case
+from tests.helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
 LAYOUTS = {

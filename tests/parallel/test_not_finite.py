@@ -7,9 +7,9 @@ from math import isfinite
 
 import pytest
 
-from helpers import not_finite
-from helpers.not_finite import PARAMETER, Case
-from helpers.processes import run_cases
+from tests.helpers import not_finite
+from tests.helpers.not_finite import PARAMETER, Case
+from tests.helpers.processes import run_cases
 
 pytestmark = pytest.mark.faults
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from helpers import tiny
 from powernap.model.batch import SegmentError, plan_segments
 from powernap.model.config import SleepConfig
 from powernap.parallel import schedule
 from powernap.parallel.schedule import MicroBatch
 from powernap.train.trainer import check_same_segments
+from tests.helpers import tiny
 
 
 def micro_batch(predicting):

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import fixed_cost
 from benchmarks.fixed_cost import Case, even
-from helpers.processes import in_processes
+from tests.helpers.processes import in_processes
 
 # On the clock: for a machine with nothing else to do, so not part of `make test`.
 pytestmark = pytest.mark.wide

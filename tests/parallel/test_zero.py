@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from benchmarks import sleep
-from helpers import tiny
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from tests.helpers import tiny
 
 CLIP = 0.5
 

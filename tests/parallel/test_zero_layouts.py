@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-from helpers import zero_layouts
-from helpers.processes import run_cases
-from helpers.zero_layouts import CLIP, Case, Problem
+from tests.helpers import zero_layouts
+from tests.helpers.processes import run_cases
+from tests.helpers.zero_layouts import CLIP, Case, Problem
 
 TIED = {"tie_embeddings": True}
 SP = dict(tensor=2, sequence=True)

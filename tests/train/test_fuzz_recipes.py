@@ -12,11 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import runs
-from helpers.fuzzing import fuzz, no_longer_than
 from powernap.launch import cli
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import field_names
+from tests.helpers import runs
+from tests.helpers.fuzzing import fuzz, no_longer_than
 
 FIELDS = field_names(Recipe)
 

@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from helpers import runs
 from powernap.launch import cli
 from powernap.launch.commands import arguments
 from powernap.launch.jobs.cluster import find_cluster
@@ -12,6 +11,7 @@ from powernap.train.config import Recipe
 from powernap.train.data.text import Text
 from powernap.train.paths import PathError, expand, expand_shards
 from powernap.train.recipe_file import RecipeError, check, load_recipe
+from tests.helpers import runs
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from helpers import tiny
-from helpers.fuzzing import Touching, fuzz, no_longer_than
 from powernap.model.config import SleepConfig
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
@@ -21,6 +19,8 @@ from powernap.train.data.vocabulary import Numbers
 from powernap.train.generation.export import CONFIG, FORMAT, WEIGHTS, ExportError, load_exported_weights, read_exported
 from powernap.train.generation.generate import GenerateError, RunModel, load_run
 from powernap.train.tracking.tracker import ui_command
+from tests.helpers import tiny
+from tests.helpers.fuzzing import Touching, fuzz, no_longer_than
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("model", "parallel", "train", "launch")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from helpers import tiny
 from powernap.model.config import SleepConfig
 from powernap.train import trainer
 from powernap.train.data.loader import Batch
+from tests.helpers import tiny
 
 
 def recipe(passes=2, seed=0, **optimizer):

@@ -7,7 +7,6 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from helpers import runs
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
@@ -17,6 +16,7 @@ from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
+from tests.helpers import runs
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
 WINDOWS = 3  # in a sequence

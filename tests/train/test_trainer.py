@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 
-from helpers import runs
-from helpers.runs import weights
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import load_recipe
 from powernap.train.tracking.metrics import read_metrics
+from tests.helpers import runs
+from tests.helpers.runs import weights
 
 # name: processes, overrides. Ten steps each.
 RUNS = {

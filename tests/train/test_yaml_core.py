@@ -6,11 +6,11 @@ import json
 import pytest
 import yaml
 
-from helpers import runs
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError, check, load_recipe, parse_overrides, read_sections
 from powernap.train.run.folder import save_recipe
 from powernap.train.yaml_core import YamlError, dump, parse, settle
+from tests.helpers import runs
 
 # What YAML 1.1 or 1.2 takes for something else than text.
 AMBIGUOUS = [

@@ -9,7 +9,6 @@ import sys
 import pytest
 import yaml
 
-from helpers import runs
 from powernap.launch.jobs.backends.local import Local
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import newest_record
@@ -18,6 +17,7 @@ from powernap.launch.jobs.submission import status_of
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import format_duration, parse_duration, parse_size
 from powernap.train.recipe_file import RecipeError
+from tests.helpers import runs
 
 
 @pytest.fixture(scope="module")

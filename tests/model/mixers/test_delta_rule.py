@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import tiny
 from powernap.model.mixers import delta_rule
 from powernap.model.mixers.delta_rule import chunked_delta_rule, gated_delta_rule, sequential_delta_rule
+from tests.helpers import tiny
 
 B, H, K, V = 2, 3, 5, 4
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import checkpoint_layouts
-from helpers.checkpoint_layouts import MUON, Loading, Saving
-from helpers.processes import run_cases
-from helpers.tiny import WINDOW
-from helpers.zero_layouts import Case, Problem
+from tests.helpers import checkpoint_layouts
+from tests.helpers.checkpoint_layouts import MUON, Loading, Saving
+from tests.helpers.processes import run_cases
+from tests.helpers.tiny import WINDOW
+from tests.helpers.zero_layouts import Case, Problem
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import tiny
-from helpers.disks import small_disk
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest, writer
@@ -23,6 +21,8 @@ from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
+from tests.helpers import tiny
+from tests.helpers.disks import small_disk
 
 ABOUT = {"versions": {"powernap": "1"}, "config": {}}
 

@@ -7,8 +7,8 @@ import sys
 import psutil
 import pytest
 
-from helpers import runs
 from powernap.parallel.liveness.parent import PARENT
+from tests.helpers import runs
 
 # Leaves when asked to stop.
 CHILD = """

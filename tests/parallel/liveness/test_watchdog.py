@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import runs
+from tests.helpers import runs
 
 pytestmark = pytest.mark.faults
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.mixers import delta_rule
@@ -21,6 +20,7 @@ from powernap.parallel.planning.layout import (
     sequence_costs,
     split_layers,
 )
+from tests.helpers import tiny
 
 COSTS = [
     Costs(0, (1,) * 7, 0),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from deepspeed.runtime.utils import align_dense_tensors
 
-from helpers import tiny
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
@@ -34,6 +33,7 @@ from powernap.train.config import (
     ZeroConfig,
 )
 from powernap.train.optimizer import build_optimizer
+from tests.helpers import tiny
 
 GB = 10**9
 
@@ -113,7 +113,7 @@ def test_parameters_are_the_models(here, tensor):
         theirs = stage_sizes(here.groups)
     else:
         code = "import test_plan, json; print('RESULT', json.dumps(test_plan.sizes_of_two_shards()))"
-        path = os.pathsep.join([os.path.dirname(__file__), str(Path(tiny.__file__).parents[1])])
+        path = os.pathsep.join([os.path.dirname(__file__), str(Path(tiny.__file__).parents[2])])
         environment = {**os.environ, "PYTHONPATH": path}
         output = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], text=True, env=environment)
         theirs = json.loads(output.split("RESULT ")[-1])

@@ -5,11 +5,11 @@ On CPUs with gloo; what CUDA's kernels keep is not measured here.
 
 import pytest
 
-from helpers import plan_measured
-from helpers.processes import run_cases
 from powernap.parallel.planning.memory import stage_memory
 from powernap.parallel.planning.work import segments_of
 from powernap.train.config import Recipe
+from tests.helpers import plan_measured
+from tests.helpers.processes import run_cases
 
 MODEL = dict(
     pattern="AGAG", window=32, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_attention_heads=2, gdn_heads=2,

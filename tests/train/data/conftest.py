@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from helpers.streams import SHARDS, VOCABULARY, write_shard
 from powernap.train.data import cache
+from tests.helpers.streams import SHARDS, VOCABULARY, write_shard
 
 
 @pytest.fixture(scope="module")

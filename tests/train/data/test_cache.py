@@ -18,18 +18,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from filelock import FileLock
 
-from helpers.servers import breaks_off, says, serving, stalls
-from helpers.streams import (
-    config,
-    numbers,
-    one_line,
-    read,
-)
 from powernap.train.data import cache as cache_module
 from powernap.train.data import source
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard import Shard
+from tests.helpers.servers import breaks_off, says, serving, stalls
+from tests.helpers.streams import (
+    config,
+    numbers,
+    one_line,
+    read,
+)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from webdataset.writer import TarWriter
 
-from helpers import tiny
 from powernap.train.config import Recipe
 from powernap.train.data.build import build_task
 from powernap.train.data.check import check_data
@@ -17,6 +16,7 @@ from powernap.train.data.sample import DataError, encode
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.sample import Sample
+from tests.helpers import tiny
 
 ENDS = Depo(nodes=8, max_hop=4, queries=5, names="ends")  # L = 18, T = 33, 21 tokens
 

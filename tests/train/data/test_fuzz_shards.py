@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import tiny
-from helpers.fuzzing import Touching, fuzz, no_longer_than
-from helpers.streams import LENGTH, VOCABULARY, write_shard
 from powernap.train.config import Recipe
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.check import check_data
 from powernap.train.data.inspect import inspect_shards
 from powernap.train.data.sample import MEMBERS, DataError, decode
 from powernap.train.data.shard import Shard
+from tests.helpers import tiny
+from tests.helpers.fuzzing import Touching, fuzz, no_longer_than
+from tests.helpers.streams import LENGTH, VOCABULARY, write_shard
 
 
 @pytest.fixture

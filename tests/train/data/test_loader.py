@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.streams import LENGTH, VOCABULARY, evaluate, numbers, one_line, read, write_shard
 from powernap.parallel.liveness import exit_codes
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.loader import ReaderError, readers_watched
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
+from tests.helpers.streams import LENGTH, VOCABULARY, evaluate, numbers, one_line, read, write_shard
 
 
 def test_a_batch_holds_what_the_shards_hold(folder):

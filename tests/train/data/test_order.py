@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from helpers.streams import evaluate, global_order, numbers, read, stream, write_documents, write_shard
 from powernap.train.data import loader
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
+from tests.helpers.streams import evaluate, global_order, numbers, read, stream, write_documents, write_shard
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(w, n) for w in (1, 2, 4) for n in (0, 1, 2) if (w, n) != (1, 0)])

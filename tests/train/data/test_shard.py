@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from helpers.streams import one_line, samples_of, write_shard
 from powernap.train.data.sample import DataError
+from tests.helpers.streams import one_line, samples_of, write_shard
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["plain", "members-end-in-zeros"])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from helpers.streams import SHARDS, one_line, read
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards
+from tests.helpers.streams import SHARDS, one_line, read
 
 
 def test_shards_by_path_glob_braces_and_list(folder):

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
-from helpers.servers import breaks_off, says, serving
-from helpers.streams import one_line, read
 from powernap.launch.cli import main
 from powernap.train.data.build import build_task
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard import Shard
 from powernap.train.tasks.depo import Depo
+from tests.helpers.servers import breaks_off, says, serving
+from tests.helpers.streams import one_line, read
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import runs
 from powernap.model.stage import HybridStage
 from powernap.train.data.loader import evaluation_batches
 from powernap.train.evaluation.evaluate import evaluate
@@ -17,6 +16,7 @@ from powernap.train.evaluation.pictures import draw_accuracy
 from powernap.train.evaluation.tables import format_accuracy
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
+from tests.helpers import runs
 
 
 @pytest.fixture(scope="module")

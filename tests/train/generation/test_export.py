@@ -8,7 +8,6 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import runs
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.config import Recipe
 from powernap.train.data.vocabulary import Numbers
@@ -16,6 +15,7 @@ from powernap.train.generation.export import ExportError, export, read_exported
 from powernap.train.generation.generate import load_run
 from powernap.train.recipe_file import check
 from powernap.train.run.folder import RunFolder
+from tests.helpers import runs
 
 
 def write_run(folder, here, manifest, precision="fp32"):

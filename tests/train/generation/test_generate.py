@@ -9,7 +9,6 @@ import tiktoken
 import tokenizers
 import torch
 
-from helpers import runs
 from powernap.launch.cli import main
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
@@ -22,6 +21,7 @@ from powernap.train.generation.generate import GenerateError, load_run
 from powernap.train.recipe_file import check
 from powernap.train.run.folder import RunFolder
 from powernap.train.tasks import TASKS
+from tests.helpers import runs
 
 DEPO = {"task": "depo", "fields": {"nodes": 6, "max_hop": 2, "queries": 4, "names": "ends"}}
 BYTES = {"task": "text", "fields": {"inputs": "corpus", "tokenizer": "bytes"}}

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import bad_runs, runs
-from helpers.bad_runs import PARAMETER
 from powernap.parallel.checkpoint.manifest import read_manifest
 from powernap.train.config import DataConfig
 from powernap.train.data.cache import cache_of
@@ -22,6 +20,8 @@ from powernap.train.data.shard_list import expand_shards
 from powernap.train.numerics.deterministic import ENVIRONMENT, deterministic
 from powernap.train.numerics.skipped_steps import forget_broken
 from powernap.train.tracking.metrics import read_metrics
+from tests.helpers import bad_runs, runs
+from tests.helpers.bad_runs import PARAMETER
 
 pytestmark = pytest.mark.faults
 

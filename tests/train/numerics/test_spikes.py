@@ -2,8 +2,8 @@
 
 import torch
 
-from helpers import tiny
 from powernap.train.numerics.spikes import LEAST, WINDOW, History, Spikes
+from tests.helpers import tiny
 
 
 def test_a_spike_is_judged_by_the_median_of_the_last_values():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers import runs
 from powernap.launch import cli
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.outputs import OutputError
@@ -17,6 +16,7 @@ from powernap.train.report.runs import differing_fields, group_runs, read_runs
 from powernap.train.report.write import write_report
 from powernap.train.run.folder import RunFolder, save_recipe, work_of
 from powernap.train.tracking.metrics import MetricsLog
+from tests.helpers import runs
 
 DEPTHS = ("1", "2", "4")
 VOID = {"meta", "link", "br", "path", "use", "line", "rect"}

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from helpers import runs
 from powernap.train.recipe_file import RecipeError, load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets, mask_values
+from tests.helpers import runs
 
 SECRET = "hunter2/Zx+9"
 

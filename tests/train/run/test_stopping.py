@@ -15,12 +15,12 @@ from functools import partial
 import psutil
 import pytest
 
-from helpers import runs
-from helpers.disks import small_disk
 from powernap.parallel.checkpoint.manifest import checkpoints, newest_valid, read_manifest
 from powernap.parallel.liveness import exit_codes
 from powernap.train.run.lock import ProcessLock
 from powernap.train.tracking.metrics import read_metrics
+from tests.helpers import runs
+from tests.helpers.disks import small_disk
 
 pytestmark = pytest.mark.faults
 

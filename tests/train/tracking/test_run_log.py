@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import runs
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.run_log import RunLog
 from powernap.train.tracking.tracker import NullTracker
+from tests.helpers import runs
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import urllib.request
 import psutil
 import pytest
 
-from helpers import runs
 from powernap.launch import cli
 from powernap.train.run.folder import flatten
 from powernap.train.tracking.delivery import sync_run
 from powernap.train.tracking.tracker import NullTracker, Tracker
+from tests.helpers import runs
 
 CONFIG = {"run": {"name": "demo"}, "sleep": {"passes": [1, 4], "loop_range": None}, "train": {"steps": 100}}
 

@@ -12,11 +12,11 @@ import urllib.request
 
 import pytest
 
-from helpers import runs
 from powernap.launch import cli
 from powernap.train.report.compare import compare
 from powernap.train.tracking.metrics import read_metrics
 from powernap.train.tracking.tracker import Tracker, ui_command
+from tests.helpers import runs
 
 pytestmark = pytest.mark.faults
 

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from kubernetes import client
 
-from helpers import runs
-from helpers.kube_cluster import NAMESPACE
-from helpers.kube_controllers import JobSetController
-from helpers.runs import wait_for
 from powernap.launch.jobs.backends import backend_of
 from powernap.launch.jobs.job import newest_record
+from tests.helpers import runs
+from tests.helpers.kube_cluster import NAMESPACE
+from tests.helpers.kube_controllers import JobSetController
+from tests.helpers.runs import wait_for
 
 pytestmark = pytest.mark.clusters
 

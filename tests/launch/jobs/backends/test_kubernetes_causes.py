@@ -11,10 +11,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from helpers import runs
 from powernap.launch import cli
 from powernap.launch.jobs.backends import backend_of, kubernetes_causes
 from powernap.launch.jobs.job import newest_record
+from tests.helpers import runs
 
 NOW = datetime.now(UTC)
 POD = "mine-1-node-0-0-abcde"

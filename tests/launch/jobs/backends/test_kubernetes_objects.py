@@ -13,7 +13,6 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
 
-from helpers import kube_schema, runs
 from powernap.launch.jobs.backends.kubernetes import Kubernetes
 from powernap.launch.jobs.backends.kubernetes_objects import check, object_name, objects
 from powernap.launch.jobs.cluster import parse_cluster
@@ -21,6 +20,7 @@ from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.launch.jobs.job import Job
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError
+from tests.helpers import kube_schema, runs
 
 MODELS = {
     "JobSet": JobsetV1alpha2JobSet,

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import runs
-from helpers.runs import wait_for
+from tests.helpers import runs
+from tests.helpers.runs import wait_for
 
 STEPS = 12
 pytestmark = pytest.mark.faults

@@ -14,9 +14,9 @@ from unittest import mock
 import psutil
 import pytest
 
-from helpers import runs
-from helpers.slurm_cluster import SlurmCluster
 from powernap.launch import cli
+from tests.helpers import runs
+from tests.helpers.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.clusters
 STEPS = 12

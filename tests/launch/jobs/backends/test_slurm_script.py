@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import runs
 from powernap.launch.jobs.backends.slurm import Slurm, _parse_line, _status
 from powernap.launch.jobs.backends.slurm_json import parse_jobs
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.launch.jobs.job import Job
 from powernap.train.recipe_file import load_recipe
+from tests.helpers import runs
 
 NASTY = "a b'c\"d$HOME`id`$(id)\\;#&|<>*~\n{{e}}%f"
 
