@@ -276,19 +276,19 @@ def test_who_waits_for_another_process_says_so(server, tmp_path, monkeypatch, ca
 
 
 def test_a_fetch_ahead_that_stalls_does_not_hold_up_the_end(server):
-    first = []
+    place = dict(lanes=1, batch_size=1)
+    needed = next(read(f"{server.folder}/train-{{0,1}}.tar", **place)).places[0][0]
+    (ahead,) = {"train-0.tar", "train-1.tar"} - {needed.rpartition("/")[2]}
+    asked = threading.Event()
 
-    def all_but_the_first(handler):
-        first.append(handler.path)
-        if handler.path == first[0]:
-            return says((handler.server.folder / handler.path[1:]).read_bytes())(handler)
+    def stalls_when_asked(handler):
+        asked.set()
         stalls(b"")(handler)
 
-    server.answers = {f"/train-{n}.tar": [all_but_the_first] for n in (0, 1)}
-    batches = read(f"{server.url}/train-{{0,1}}.tar", lanes=1, batch_size=1, timeout_seconds=20, retries=0)
+    server.answers = {f"/{ahead}": [stalls_when_asked]}
+    batches = read(f"{server.url}/train-{{0,1}}.tar", **place, timeout_seconds=20, retries=0)
     next(batches)
-    while len(first) < 2:
-        time.sleep(0.01)
+    assert asked.wait(10)
     began = time.monotonic()
     batches.close()
     assert time.monotonic() - began < 5
