@@ -78,8 +78,9 @@ def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int)
     """This rank's seconds by what was done, one a round."""
     here = topology.initialize(store=store, rank=rank, world_size=RANKS)
     model = ModelConfig(
-        pattern="AGAGAGAG", window=64, vocab_size=8192, pad_token_id=0, hidden_size=width, ffn_hidden_size=3 * width,
-        num_attention_heads=8, gdn_heads=8, gdn_key_dim=width // 8, gdn_value_dim=width // 8, conv_kernel=4,
+        pattern="AGAGAGAG", window=64, vocab_size=8192, pad_token_id=0, hidden_size=width,
+        mlp={"ffn_hidden_size": 3 * width}, attention={"heads": 8},
+        gdn={"heads": 8, "key_dim": width // 8, "value_dim": width // 8},
     )  # fmt: skip
     stage = HybridStage(model, SleepConfig(), here.groups)
     zero = ZeroOptimizer(

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import join_alone, table, write
 from powernap.model.batch import plan_segments
-from powernap.model.config import ATTENTION, ModelConfig
+from powernap.model.config import ModelConfig
 from powernap.model.segments import Segment
 from powernap.train import trainer
 from powernap.train.config import Recipe
@@ -134,11 +134,9 @@ def build_recipe(size: str) -> Recipe:
             window=window,
             vocab_size=vocabulary,
             hidden_size=width,
-            ffn_hidden_size=mlp,
-            num_attention_heads=width // head,
-            gdn_heads=width // head,
-            gdn_key_dim=head,
-            gdn_value_dim=head,
+            mlp={"ffn_hidden_size": mlp},
+            attention={"heads": width // head},
+            gdn={"heads": width // head, "key_dim": head, "value_dim": head},
             tie_embeddings=True,
         ),
         data={"train": "-", "sequence_length": WINDOWS * window + 1},
@@ -167,15 +165,15 @@ def step_flops(model: ModelConfig, segments: list[Segment], sequences: int) -> f
 
 def segment_flops(model: ModelConfig, segment: Segment) -> tuple[float, float]:
     """Forward FLOPs of one sequence: (products with weights, attention and delta rule)."""
-    d, heads, k, v = model.hidden_size, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim
+    d, (heads, k, v) = model.hidden_size, model.gdn.state_shape
     length = len(segment.tokens)
     kinds = model.pattern[segment.blocks.start : segment.blocks.stop]
-    mlp, in_proj, out_proj = 3 * d * model.ffn_hidden_size, d * heads * (2 * k + 2 * v + 2), heads * v * d
+    mlp, in_proj, out_proj = 3 * d * model.mlp.ffn_hidden_size, d * heads * (2 * k + 2 * v + 2), heads * v * d
     weights = mixing = 0
     for kind in kinds:
-        weights += mlp + (4 * d * d if kind == ATTENTION else in_proj + out_proj)
-        mixing += 2 * length * d if kind == ATTENTION else 6 * heads * k * v
-    if segment.write_only:  # ends inside its last G block, by construction its last one
+        weights += mlp + (4 * d * d if kind == "A" else in_proj + out_proj)
+        mixing += 2 * length * d if kind == "A" else 6 * heads * k * v
+    if segment.state_only:  # ends inside its last G block, by construction its last one
         weights -= mlp + out_proj
         mixing -= 2 * heads * k * v
     if segment.predicts:

@@ -28,8 +28,9 @@ from powernap.parallel.topology import Topology
 
 SMALL = MODEL.model_copy(
     update={
-        "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "gdn_heads": 2, "gdn_key_dim": 16,
-        "gdn_value_dim": 16, "pattern": "AG",
+        "pattern": "AG", "hidden_size": 32, "mlp": MODEL.mlp.model_copy(update={"ffn_hidden_size": 64}),
+        "attention": MODEL.attention.model_copy(update={"heads": 2}),
+        "gdn": MODEL.gdn.model_copy(update={"heads": 2, "key_dim": 16, "value_dim": 16}),
     }
 )  # fmt: skip
 PLACES = (1_000, 10_000, 100_000)

@@ -45,11 +45,9 @@ MODEL = ModelConfig(
     window=64,
     vocab_size=256,
     hidden_size=256,
-    ffn_hidden_size=768,
-    num_attention_heads=4,
-    gdn_heads=4,
-    gdn_key_dim=64,
-    gdn_value_dim=64,
+    mlp={"ffn_hidden_size": 768},
+    attention={"heads": 4},
+    gdn={"heads": 4, "key_dim": 64, "value_dim": 64},
 )
 
 
@@ -218,7 +216,7 @@ def training_step(here: Topology, passes: int, precision: str, micro_batches: in
             )
         zero.step()
 
-    return TrainingStep(stage, zero, run, hidden + fw.nbytes(stage.empty_memory(BATCH)))
+    return TrainingStep(stage, zero, run, hidden + sum(state.nbytes for state in stage.empty_memory(BATCH)))
 
 
 def peak_bytes(run: Callable[[], object], known: Callable[[], Iterable[torch.Tensor]]) -> int:

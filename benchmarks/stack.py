@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
 from benchmarks.sleep import MODEL
-from powernap.model.block import Window
 from powernap.model.config import ModelConfig
-from powernap.model.mixers.attention import rotary_tables, rotate
+from powernap.model.mixers.conv import causal_conv
 from powernap.model.mixers.delta_rule import gated_delta_rule
-from powernap.model.mixers.gated_delta_net import causal_conv
+from powernap.model.mixers.rotary import rotary_of, rotate
 from powernap.model.stage import HybridStage
+from powernap.model.window import Positions, Window
 from powernap.parallel.topology import Topology
 from powernap.train import trainer
 from powernap.train.config import Recipe
@@ -249,17 +249,10 @@ class Blocks(nn.Module):
 
     def forward(self, tokens, states, predicts: bool):
         stage = self._stage[0]
-        window = Window(self._rotary(tokens.shape[1]))
+        window = Window(Positions((0,), tokens.shape[1]))
         hidden = stage._embed(tokens)
         hidden, states = stage.decoder(hidden, tuple(states), window, range(stage.model.num_layers), not predicts)
         return stage._logits(hidden) if predicts else None, states
-
-    def _rotary(self, length: int):
-        stage = self._stage[0]
-        if length not in stage._rotary:
-            head_dim = stage.model.hidden_size // stage.model.num_attention_heads
-            stage._rotary[length] = rotary_tables(length, head_dim, stage.model.rope_base, stage.embedding.weight)
-        return stage._rotary[length]
 
 
 class Plain(nn.Module):
@@ -278,23 +271,24 @@ class Plain(nn.Module):
 
     def zero_states(self, batch: int) -> list[torch.Tensor]:
         model = self.model
-        shape = (batch, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim)
-        return [torch.zeros(shape) for _ in range(model.pattern.count("G"))]
+        return [torch.zeros(batch, *model.gdn.state_shape) for _ in model.fast_weight_blocks]
 
     def forward(self, tokens, states, predicts: bool):
         model, length, states = self.model, tokens.shape[1], list(states)
         if length not in self._rotary:
-            head_dim = model.hidden_size // model.num_attention_heads
-            cos, sin = rotary_tables(length, head_dim, model.rope_base, self.norm.weight)
+            attention = model.attention
+            cos, sin = rotary_of(
+                Positions((0,), length), attention.head_dim(model), attention.rope_base, self.norm.weight
+            )
             self._rotary[length] = cos.transpose(0, 1), sin.transpose(0, 1)  # [1, L, 1, 1, head_dim]
         x, place, last = self.embedding(tokens), 0, model.pattern.rfind("G")
         for index, block in enumerate(self.decoder):
             if model.pattern[index] == "A":
                 x = x + block.attend(block.norm_1(x), self._rotary[length])
             else:
-                write_only = index == last and not predicts
-                mixed, states[place] = block.recur(block.norm_1(x), states[place], write_only)
-                if write_only:
+                state_only = index == last and not predicts
+                mixed, states[place] = block.recur(block.norm_1(x), states[place], state_only)
+                if state_only:
                     return None, states
                 x, place = x + mixed, place + 1
             x = x + block.mlp(block.norm_2(x))
@@ -308,15 +302,15 @@ class PlainBlock(nn.Module):
         mixer, d = layer.self_attention, model.hidden_size
         self.norm_1, self.norm_2 = (nn.RMSNorm(d, eps=model.norm_eps) for _ in range(2))
         weights = {"fc1": layer.mlp.linear_fc1, "fc2": layer.mlp.linear_fc2, "out_proj": mixer.out_proj}
-        weights["in_proj"] = mixer.in_proj if layer.has_state else mixer.qkv_proj
+        weights["in_proj"] = mixer.in_proj if mixer.has_state else mixer.qkv_proj
         for name, theirs in weights.items():
             linear = nn.Linear(*reversed(theirs.weight.shape), bias=False)
             linear.weight.data.copy_(theirs.weight.data)
             self.add_module(name, linear)
-        if layer.has_state:
+        if mixer.has_state:
             for name in ("conv_weight", "A_log", "dt_bias"):
                 self.register_parameter(name, nn.Parameter(getattr(mixer, name).data.clone()))
-            self.norm_out = nn.RMSNorm(model.gdn_value_dim, eps=model.norm_eps)
+            self.norm_out = nn.RMSNorm(model.gdn.value_dim, eps=model.norm_eps)
 
     def mlp(self, x):
         gate, up = self.fc1(x).chunk(2, dim=-1)
@@ -324,20 +318,20 @@ class PlainBlock(nn.Module):
 
     def attend(self, x, rotary):
         batch, length, width = x.shape
-        qkv = self.in_proj(x).view(batch, length, self.sizes.num_attention_heads, 3, -1)
+        qkv = self.in_proj(x).view(batch, length, self.sizes.attention.heads, 3, -1)
         q, k = rotate(qkv[..., :2, :], *rotary).unbind(3)
         q, k, v = (t.transpose(1, 2) for t in (q, k, qkv[..., 2, :]))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
-    def recur(self, x, state, write_only: bool):
-        m, (batch, length, _) = self.sizes, x.shape
-        y = self.in_proj(x).view(batch, length, m.gdn_heads, -1)
-        qkv, z, beta, alpha = y.split([2 * m.gdn_key_dim + m.gdn_value_dim, m.gdn_value_dim, 1, 1], dim=-1)
+    def recur(self, x, state, state_only: bool):
+        m, (batch, length, _) = self.sizes.gdn, x.shape
+        y = self.in_proj(x).view(batch, length, m.heads, -1)
+        qkv, z, beta, alpha = y.split([2 * m.key_dim + m.value_dim, m.value_dim, 1, 1], dim=-1)
         qkv = F.silu(causal_conv(qkv.transpose(0, 1), self.conv_weight)).transpose(0, 1)
-        q, k, v = qkv.split([m.gdn_key_dim, m.gdn_key_dim, m.gdn_value_dim], dim=-1)
+        q, k, v = qkv.split([m.key_dim, m.key_dim, m.value_dim], dim=-1)
         g = -self.A_log.exp() * F.softplus(alpha.squeeze(-1) + self.dt_bias)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        output, state = gated_delta_rule(q, k, v, g, beta.squeeze(-1).sigmoid(), state, not write_only)
-        if write_only:
+        output, state = gated_delta_rule(q, k, v, g, beta.squeeze(-1).sigmoid(), state, not state_only)
+        if state_only:
             return None, state
         return self.out_proj((self.norm_out(output) * F.silu(z)).flatten(2)), state

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from benchmarks import sleep
 from benchmarks.common import table, verdicts, write
 from benchmarks.pipeline import GLOBAL_BATCH, MICRO_BATCH_SIZE, build
-from powernap.model import fast_weights as fw
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.parallel.planning import timeline
@@ -60,7 +59,7 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
     for n in passes:
         stage, batches = build(here, n)
         peaks[n] = sleep.peak_bytes(lambda: step(stage, batches, here), lambda: stage.parameters())  # noqa: B023
-    states = fw.nbytes(stage.empty_memory(MICRO_BATCH_SIZE))
+    states = sum(state.nbytes for state in stage.empty_memory(MICRO_BATCH_SIZE))
     hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
     topology.shutdown()
     return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}

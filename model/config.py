@@ -3,70 +3,61 @@
 Nothing here imports torch: `powernap --help` and every check of a recipe read these classes.
 """
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-ATTENTION = "A"
-GATED_DELTA_NET = "G"
-LARGEST = 2**32  # of all whole numbers: what is computed from sizes must stay within a float
+from powernap.model.mixers import MIXERS
+from powernap.model.mlp import SwiGLU
+from powernap.model.part import Mixer, Part
+from powernap.model.section import Section
 
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, values keep their type (no "4" for 4)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _of_this_world(cls, value: object) -> object:
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, int) and abs(part) > LARGEST:
-                raise ValueError(f"no whole number is larger than {LARGEST}")
-            if isinstance(part, str) and "\0" in part:
-                raise ValueError("a NUL character, which no file's name may have")
-        return value
+WITH_FAST_WEIGHTS = " or ".join(letter for letter, mixer in MIXERS.items() if mixer.has_fast_weights)
 
 
-class ModelConfig(Section):
-    """A stack of attention (A) and gated-delta-net (G) blocks, each followed by a SwiGLU MLP."""
+class _ModelConfig(Section):
+    """A stack of blocks, each a sequence mixer followed by an MLP. Every mixer has a section of its own beside these fields."""
 
     pattern: str = Field(
-        "AGAG", min_length=1, max_length=256, description="one letter a block: A attention, G gated delta net"
+        "AGAG",
+        min_length=1,
+        max_length=256,
+        description="one letter a block: " + ", ".join(f"{letter} {kind.title}" for letter, kind in MIXERS.items()),
     )
     window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each")
     vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
     pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
     hidden_size: int = Field(ge=1, description="width of the residual stream")
-    ffn_hidden_size: int = Field(ge=1, description="width inside the SwiGLU MLP")
-    num_attention_heads: int = Field(ge=1, description="heads of an attention block")
-    gdn_heads: int = Field(ge=1, description="heads of a gated-delta-net block")
-    gdn_key_dim: int = Field(ge=1, description="d_k, rows of a head's fast weights")
-    gdn_value_dim: int = Field(ge=1, description="d_v, columns of a head's fast weights")
-    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before q, k and v")
-    rope_base: float = Field(10000.0, gt=1, description="base of the rotary position embedding")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
     embedding_std: float = Field(1.0, gt=0, description="standard deviation of the embeddings at the start")
     tie_embeddings: bool = Field(False, description="use the embedding matrix as the output head")
+    mlp: SwiGLU = Field(description="the MLP of every block")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: object) -> object:
+        for old, (section, field) in RENAMED.items():
+            if isinstance(values, dict) and old in values:
+                raise ValueError(f"{old} is now {section}.{field}")
+        return values
 
     @field_validator("pattern")
     @classmethod
     def _only_known_blocks(cls, pattern: str) -> str:
-        if set(pattern) - {ATTENTION, GATED_DELTA_NET}:
-            raise ValueError("use only the letters A (attention) and G (gated delta net)")
+        if set(pattern) - MIXERS.keys():
+            letters = ", ".join(f"{letter} ({kind.title})" for letter, kind in MIXERS.items())
+            raise ValueError(f"use only the letters {letters}")
         return pattern
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
-            )
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads = {self.hidden_size // self.num_attention_heads} must be even "
-                "(rotary embeddings turn pairs)"
-            )
+        for kind in dict.fromkeys(MIXERS[letter] for letter in self.pattern):
+            if getattr(self, kind.section) is None:
+                fields = [name for name, field in kind.model_fields.items() if field.is_required()]
+                wanted = ", ".join(f"{kind.section}.{name}" for name in fields)
+                raise ValueError(f"{kind.section} is missing: pattern={self.pattern} needs {wanted}")
+        for part in self.parts:
+            part.check(self)
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}")
         return self
@@ -74,6 +65,62 @@ class ModelConfig(Section):
     @property
     def num_layers(self) -> int:
         return len(self.pattern)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Of each block."""
+        return tuple(getattr(self, MIXERS[letter].section) for letter in self.pattern)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Each mixer that some block has, and the MLP."""
+        return (*dict.fromkeys(self.mixers), self.mlp)
+
+    @property
+    def fast_weight_blocks(self) -> tuple[int, ...]:
+        """Blocks with fast weights, counted from 0."""
+        return tuple(block for block, mixer in enumerate(self.mixers) if mixer.has_fast_weights)
+
+    @property
+    def after_last_write(self) -> int:
+        """The first block after the last one with fast weights; 0 if none has any."""
+        return self.fast_weight_blocks[-1] + 1 if self.fast_weight_blocks else 0
+
+
+# Fields that stood in `model` itself before each part had a section.
+RENAMED = {
+    "ffn_hidden_size": ("mlp", "ffn_hidden_size"),
+    "num_attention_heads": ("attention", "heads"),
+    "rope_base": ("attention", "rope_base"),
+    "gdn_heads": ("gdn", "heads"),
+    "gdn_key_dim": ("gdn", "key_dim"),
+    "gdn_value_dim": ("gdn", "value_dim"),
+    "conv_kernel": ("gdn", "conv_kernel"),
+}
+
+
+def with_sections(model: dict[str, Any]) -> dict[str, Any]:
+    """A `model` section as checkpoints and exports have it, with the fields where they are now."""
+    moved = {name: value for name, value in model.items() if name not in RENAMED}
+    for old, (section, field) in RENAMED.items():
+        if old in model:
+            moved[section] = {**moved.get(section, {}), field: model[old]}
+    return moved
+
+
+if TYPE_CHECKING:
+    ModelConfig = _ModelConfig
+else:
+    ModelConfig = create_model(
+        "ModelConfig",
+        __base__=_ModelConfig,
+        __module__=__name__,
+        __doc__=_ModelConfig.__doc__,
+        **{
+            kind.section: (kind | None, Field(None, description=f"{kind.title}, letter {letter}"))
+            for letter, kind in MIXERS.items()
+        },
+    )
 
 
 Passes = Annotated[int, Field(ge=1, le=1024)]
@@ -146,9 +193,9 @@ class SleepConfig(Section):
         first, stop = self.loop_range or (0, model.num_layers)
         stops = [stop] * (passes - 1)
         if self.pass_input == "embeddings":
-            stops = [model.pattern.rfind(GATED_DELTA_NET) + 1] * (passes - 1)
+            stops = [model.after_last_write] * (passes - 1)
         # In the last pass, under sliding eviction, attention leaves keys and values.
-        stops.append(model.num_layers if self.eviction == "sliding" else model.pattern.rfind(GATED_DELTA_NET) + 1)
+        stops.append(model.num_layers if self.eviction == "sliding" else model.after_last_write)
         return [range(0 if number == 0 else first, stop) for number, stop in enumerate(stops)]
 
     def only_writes(self, pass_number: int, passes: int) -> bool:
@@ -163,12 +210,14 @@ class SleepConfig(Section):
         """Raise ValueError if this way of sleeping does not fit `model`."""
         if self.carry and self.eviction == "sliding":
             raise ValueError("carry=true carries fast weights alone, no cached keys: use eviction=hard")
-        if self.carry and GATED_DELTA_NET not in model.pattern:
-            raise ValueError(f"carry=true needs a G block: model.pattern={model.pattern} has no fast weights to carry")
-        if self.eviction == "hard" and max(self.pass_choices) > 1 and GATED_DELTA_NET not in model.pattern:
+        if self.carry and not model.fast_weight_blocks:
             raise ValueError(
-                f"sleep.passes={self.passes} with model.pattern={model.pattern}: without a G block sleep writes nothing; "
-                "write sleep.passes=1"
+                f"carry=true needs a block with fast weights ({WITH_FAST_WEIGHTS}): model.pattern={model.pattern} has none"
+            )
+        if self.eviction == "hard" and max(self.pass_choices) > 1 and not model.fast_weight_blocks:
+            raise ValueError(
+                f"sleep.passes={self.passes} with model.pattern={model.pattern}: without fast weights "
+                f"({WITH_FAST_WEIGHTS}) sleep writes nothing; write sleep.passes=1"
             )
         if self.loop_range is None:
             return
@@ -177,8 +226,8 @@ class SleepConfig(Section):
             raise ValueError(
                 f"loop_range={[first, last]} must satisfy 0 <= i < j <= {model.num_layers} (blocks in {model.pattern})"
             )
-        if self.eviction == "hard" and GATED_DELTA_NET not in model.pattern[first:last]:
+        if self.eviction == "hard" and not any(first <= block < last for block in model.fast_weight_blocks):
             raise ValueError(
-                f"loop_range={[first, last]} repeats only {model.pattern[first:last]}: it must hold a G block, "
-                "or the extra passes write nothing"
+                f"loop_range={[first, last]} repeats only {model.pattern[first:last]}: it must hold a block with fast "
+                f"weights ({WITH_FAST_WEIGHTS}), or the extra passes write nothing"
             )

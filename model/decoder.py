@@ -1,8 +1,8 @@
 """Decoding token by token, with sleep: what model/sleep.py computes for whole sequences, as the tokens come.
 
 Windows begin at multiples of L from the start of a stream. The one that is being read is *awake*: its tokens go once
-through all blocks; attention keeps their keys and values, at most L, and a gated-delta-net block its running state and
-the last inputs of its convolution. When a window is full and a further token arrives, the window sleeps: N passes, the
+through all blocks; attention keeps their keys and values, at most L, a recurrent mixer its running state and the last
+inputs of its convolution. When a window is full and a further token arrives, the window sleeps: N passes, the
 same segments as in training, from the fast weights at the window's start; with sleep.every_window they go on from where
 reading left them, unless only the last pass writes. Its keys and values are then gone, under sliding eviction but for the newest L-1 of the last pass.
 
@@ -19,10 +19,10 @@ from dataclasses import replace
 import torch
 
 from powernap.model.fast_weights import Memory
-from powernap.model.mixers.attention import rotary_tables
+from powernap.model.part import Mixer
 from powernap.model.segments import sleep_on
 from powernap.model.stage import HybridStage
-from powernap.model.window import Window
+from powernap.model.window import Positions, Window
 
 
 class Decoder:
@@ -44,7 +44,7 @@ class Decoder:
         self.batch = batch
         # Slots of attention's cache: the newest tokens of earlier windows, then the L of this one.
         self._before = model.window - 1 if sleep.eviction == "sliding" else 0
-        self._readings = stage.first_readings(batch, self._before + model.window)
+        self._caches = stage.init_caches(batch, self._before + model.window)
         # Sleep starts from the fast weights that reading left, or else from those it began with.
         self._starts_after_reading = sleep.every_window and sleep.write == "every"
         self._at_start = {} if self._starts_after_reading else self._fast_weights()
@@ -53,7 +53,6 @@ class Decoder:
         self._start = torch.zeros(batch, dtype=torch.int64)  # of the current window, in the stream
         self._filled = torch.zeros(batch, dtype=torch.int64)  # tokens of the current window that were read
         self.logits = stage.like.new_zeros((batch, model.vocab_size))
-        self._rotary = self._rotary_of(range(batch))
 
     @property
     def lengths(self) -> list[int]:
@@ -88,12 +87,10 @@ class Decoder:
         for name, tensor in own.items():
             assert tensor.shape == state[name].shape and tensor.dtype == state[name].dtype, name
             tensor.copy_(state[name])
-        self._rotary = self._rotary_of(range(self.batch))
 
     def nbytes(self) -> int:
         """Bytes of all tensors held, the model's left out."""
-        tensors = [*self._named().values(), *self._rotary]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._named().values())
 
     def _feed(self, tokens: Sequence[Sequence[int]], hear: list[list[torch.Tensor]] | None) -> None:
         assert len(tokens) == self.batch
@@ -125,19 +122,19 @@ class Decoder:
         offsets = self._filled[rows, None] + torch.arange(tokens.shape[1])
         slots = self._before + offsets
         self._tokens[torch.tensor(rows)[:, None], slots] = tokens
-        cos, sin = (table[offsets.t(), rows] for table in self._rotary)
         device = self.logits.device
-        window = Window((cos, sin), self._valid(tokens), self._mask(rows, offsets).to(device), slots=slots.to(device))
+        positions, mask = self._positions(rows, offsets.t()), self._mask(rows, offsets).to(device)
+        window = Window(positions, self._valid(tokens), mask, slots=slots.to(device))
 
         everyone = len(rows) == self.batch
-        readings = self._readings
+        caches = self._caches
         if not everyone:
-            readings = [{name: tensor[rows] for name, tensor in reading.items()} for reading in readings]
-        hidden_states = self.stage.extend(tokens.to(device), readings, window)
+            caches = [{name: tensor[rows] for name, tensor in cache.items()} for cache in caches]
+        hidden_states = self.stage.decode(tokens.to(device), caches, window)
         logits = self.stage.logits(hidden_states if hear else hidden_states[-1:])
         if not everyone:
-            for own, reading in zip(self._readings, readings, strict=True):
-                for name, tensor in reading.items():
+            for own, cache in zip(self._caches, caches, strict=True):
+                for name, tensor in cache.items():
                     own[name][rows] = tensor
         self.logits[rows] = logits[-1]
         self._filled[rows] += tokens.shape[1]
@@ -153,7 +150,7 @@ class Decoder:
         mask = None
         if padded or before:
             mask = self._mask(rows, torch.arange(model.window).expand(len(rows), -1)).to(device)
-        awake = Window(tuple(table[:, rows] for table in self._rotary), self._valid(tokens), mask)
+        awake = Window(self._positions(rows), self._valid(tokens), mask)
 
         memory, hidden_states, tokens = self._memory(rows), None, tokens.to(device)
         for segment in sleep_on(0, range(model.window), padded, model, sleep, self.passes):
@@ -161,31 +158,24 @@ class Decoder:
             hidden_states, memory = self.stage.run_pass(segment, tokens, hidden_states, memory, window)
 
         for index, left in zip(self.stage.decoder.layers_with_state, memory, strict=True):
-            reading = self._readings[index]
-            if "keys_values" in reading:
-                reading["keys_values"][rows, :, :, :before] = left.transpose(0, 1)
-            else:
-                reading["state"][rows] = left
-                reading["history"][rows] = 0
-                if self._at_start:
-                    self._at_start[index][rows] = left
+            self._mixer(index).begin_window(self._caches[index], rows, before, left)
+            if index in self._at_start:
+                self._at_start[index][rows] = left
         self._tokens[rows, :before] = self._tokens[rows, model.window :]
         self._start[rows] += model.window
         self._filled[rows] = 0
-        if before:
-            for table, new in zip(self._rotary, self._rotary_of(rows), strict=True):
-                table[:, rows] = new
 
     def _memory(self, rows: list[int]) -> Memory:
         """What the sleep of the current windows begins with."""
-        memory = []
-        for index in self.stage.decoder.layers_with_state:
-            reading = self._readings[index]
-            if "keys_values" in reading:
-                memory.append(reading["keys_values"][rows, :, :, : self._before].transpose(0, 1))
-            else:
-                memory.append((self._at_start[index] if self._at_start else reading["state"])[rows])
-        return tuple(memory)
+        return tuple(
+            self._at_start[index][rows]
+            if index in self._at_start
+            else self._mixer(index).state_of(self._caches[index], rows, self._before)
+            for index in self.stage.decoder.layers_with_state
+        )
+
+    def _mixer(self, block: int) -> Mixer:
+        return self.stage.model.mixers[block]
 
     def _mask(self, rows: list[int], offsets: torch.Tensor) -> torch.Tensor:
         """What tokens at `offsets` [R, n] of their windows see of the slots: [R, 1, n, slots], cut after the last seen.
@@ -208,21 +198,18 @@ class Decoder:
         valid = tokens != self.stage.model.pad_token_id if self.stage.model.pad_token_id is not None else None
         return None if valid is None or valid.all() else valid.t().to(self.logits)
 
-    def _rotary_of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the current windows' positions: [L, R, 1, 1, head_dim]."""
-        model = self.stage.model
-        head_dim = model.hidden_size // model.num_attention_heads
+    def _positions(self, rows: Sequence[int], offsets: torch.Tensor | None = None) -> Positions:
+        """Of the current windows, or of their tokens at `offsets` [n, R]."""
         # Under hard eviction positions begin anew in every window.
-        starts = [int(self._start[row]) if self._before else 0 for row in rows]
-        tables = [rotary_tables(model.window, head_dim, model.rope_base, self.logits, start) for start in starts]
-        return tuple(torch.cat(part, dim=1) for part in zip(*tables, strict=True))
+        starts = tuple(int(self._start[row]) if self._before else 0 for row in rows)
+        return Positions(starts, self.stage.model.window, offsets)
 
     def _fast_weights(self) -> dict[int, torch.Tensor]:
         """A copy of the fast weights by block."""
-        return {i: reading["state"].clone() for i, reading in enumerate(self._readings) if "state" in reading}
+        return {block: self._caches[block]["state"].clone() for block in self.stage.model.fast_weight_blocks}
 
     def _named(self) -> dict[str, torch.Tensor]:
         named = {"tokens": self._tokens, "start": self._start, "filled": self._filled, "logits": self.logits}
-        for index, reading in enumerate(self._readings):
-            named |= {f"block_{index}.{name}": tensor for name, tensor in reading.items()}
+        for index, cache in enumerate(self._caches):
+            named |= {f"block_{index}.{name}": tensor for name, tensor in cache.items()}
         return named | {f"block_{index}.at_start": tensor for index, tensor in self._at_start.items()}

@@ -1,6 +1,6 @@
 """What a stage carries from segment to segment: fast weights, and under sliding eviction cached keys and values.
 
-Fast weights are the matrix states of the gated-delta-net blocks, one [B, heads/TP, d_k, d_v] tensor a block. Under sliding
+Fast weights are the matrix states of the recurrent mixers, one [B, heads/TP, rows, columns] tensor a block. Under sliding
 eviction an attention block has its newest keys and values beside them, one [2, B, heads/TP, n, head_dim] tensor a block.
 
 Both are data, not parameters: sharded by heads over tensor parallelism, by blocks over pipeline stages and by sequence
@@ -13,18 +13,13 @@ import torch
 Memory = tuple[torch.Tensor, ...]  # one a block that carries anything: fast weights and, if there are any, caches
 
 
-def zero_state(batch: int, heads: int, key_dim: int, value_dim: int, like: torch.Tensor) -> torch.Tensor:
+def zero_state(batch: int, heads: int, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """A block's fast weights at the start of a sequence, on the device of `like`; float32, or float64 where `like` is.
 
     Lower precision is no option: a state is a sum over thousands of small writes.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros((batch, heads, key_dim, value_dim), dtype=dtype, device=like.device)
-
-
-def empty_cache(batch: int, heads: int, head_dim: int, like: torch.Tensor) -> torch.Tensor:
-    """A block's keys and values at the start of a sequence: of no token, with device and precision of `like`."""
-    return like.new_zeros((2, batch, heads, 0, head_dim))
+    return torch.zeros((batch, heads, rows, columns), dtype=dtype, device=like.device)
 
 
 def detach(memory: Memory) -> Memory:
@@ -45,8 +40,3 @@ def split(memory: Memory, batch: int, size: int) -> list[Memory]:
 def join(parts: list[Memory]) -> Memory:
     """The rows of all parts."""
     return tuple(torch.cat(states) for states in zip(*parts, strict=True))
-
-
-def nbytes(memory: Memory) -> int:
-    """Bytes one process holds for it."""
-    return sum(state.numel() * state.element_size() for state in memory)

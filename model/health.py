@@ -16,7 +16,7 @@ class FastWeightHealth:
     the means of alpha (what a token leaves of the old state) and beta (how strongly it writes)."""
 
     def __init__(self, stage: HybridStage):
-        self._mixers = stage.gdn_mixers
+        self._mixers = stage.fast_weight_mixers
         self._blocks_with_state = [stage.blocks[index] for index in stage.decoder.layers_with_state]
         self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -24,16 +24,16 @@ class FastWeightHealth:
     def watch(self, segment: Segment) -> Iterator[None]:
         """Gates are seen inside this block only: a recomputation in the backward pass does not count them twice."""
         for mixer in self._mixers.values():
-            mixer.gate_means = []
+            mixer.gates = []
         try:
             yield
             for block, mixer in self._mixers.items():
-                for alpha, beta in mixer.gate_means if not segment.predicts else []:
-                    self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/alpha"].append(alpha)
-                    self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/beta"].append(beta)
+                for gates in mixer.gates if not segment.predicts else []:
+                    for name, mean in gates.items():
+                        self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/{name}"].append(mean)
         finally:
             for mixer in self._mixers.values():
-                mixer.gate_means = None
+                mixer.gates = None
 
     def record(self, segment: Segment, memory: Memory) -> None:
         """Note the Frobenius norm of a head's state, averaged over batch and heads, as the segment left it."""

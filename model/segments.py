@@ -31,7 +31,7 @@ class Segment:
     final_blocks: range  # those that no later pass over this window runs
     from_embeddings: bool = True  # False: from the hidden states of the pass before
     predicts: bool = False  # the window holds loss tokens: the output head runs
-    write_only: bool = False  # nobody reads the hidden states: skip what follows the last write
+    state_only: bool = False  # nobody reads the hidden states: skip what follows the last write
     padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
 
@@ -107,7 +107,7 @@ def sleep_on(
             blocks,
             final_blocks=range(blocks.start, blocks.stop if number == passes else loop_start),
             from_embeddings=number == 1 or sleep.pass_input == "embeddings",
-            write_only=sleep.only_writes(number, passes),
+            state_only=sleep.only_writes(number, passes),
             padded=padded,
             with_grad=sleep.backprop_passes is None or number > passes - sleep.backprop_passes,
         )

@@ -11,13 +11,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from powernap.model.block import HybridBlock, block_submodules
-from powernap.model.config import GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
-from powernap.model.mixers.attention import hide_pads, rotary_tables, sliding_mask
 from powernap.model.norm import RMSNorm
+from powernap.model.part import Cache
 from powernap.model.segments import Segment, cached_tokens
-from powernap.model.window import Reading, Window
+from powernap.model.window import Positions, Window, hide_pads, sliding_mask
 
 
 class HybridStage(MegatronModule):
@@ -76,7 +76,6 @@ class HybridStage(MegatronModule):
                     skip_weight_param_allocation=model.tie_embeddings,
                     tp_group=groups.tp,
                 )
-        self._rotary: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by first position and length
         self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
 
     @property
@@ -103,14 +102,15 @@ class HybridStage(MegatronModule):
         return f"{prefix}{int(index) + self.blocks.start}{dot}{rest}"
 
     @property
-    def gdn_mixers(self) -> dict[int, torch.nn.Module]:
-        """The gated-delta-net mixers of this stage by block index (from 0, over the whole model)."""
-        blocks = zip(self.blocks, self.decoder.layers, strict=True)
-        return {block: layer.self_attention for block, layer in blocks if self.model.pattern[block] == GATED_DELTA_NET}
+    def fast_weight_mixers(self) -> dict[int, torch.nn.Module]:
+        """The mixers of this stage that have fast weights, by block (from 0, over the whole model)."""
+        layers = zip(self.blocks, self.decoder.layers, strict=True)
+        return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
 
     def empty_memory(self, batch: int) -> Memory:
         """What the first segment of `batch` sequences starts from: fast weights of zero, caches of no token."""
-        return tuple(layer.first_state(batch, self.like) for layer in self.decoder.layers if layer.has_state)
+        mixers = [self.decoder.layers[index].self_attention for index in self.decoder.layers_with_state]
+        return tuple(mixer.first_state(batch, self.like) for mixer in mixers)
 
     def forward(
         self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, memory: Memory
@@ -142,17 +142,17 @@ class HybridStage(MegatronModule):
             hidden_states = self._pass_input(segment, tokens, hidden_states)
         layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
-        write_only = segment.write_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
-        return self.decoder(hidden_states, memory, window, layers, write_only)
+        state_only = segment.state_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
+        return self.decoder(hidden_states, memory, window, layers, state_only)
 
-    def first_readings(self, batch: int, slots: int) -> list[Reading]:
-        """What `extend` starts from, one a block; `slots`: tokens that attention sees, of the window and before."""
-        return [layer.first_reading(batch, slots, self.like) for layer in self.decoder.layers]
+    def init_caches(self, batch: int, slots: int) -> list[Cache]:
+        """What `decode` starts from, one a block; `slots`: tokens that attention sees, of the window and before."""
+        return [layer.self_attention.init_cache(batch, slots, self.like) for layer in self.decoder.layers]
 
-    def extend(self, tokens: torch.Tensor, readings: list[Reading], window: Window) -> torch.Tensor:
-        """Read a piece of a window, awake: tokens [B, n] -> hidden states [n, B, D]. The whole model on one rank only."""
+    def decode(self, tokens: torch.Tensor, caches: list[Cache], window: Window) -> torch.Tensor:
+        """Read a chunk of a window, awake: tokens [B, n] -> hidden states [n, B, D]. The whole model on one rank only."""
         assert self.is_first and self.is_last and self.tp_group.size() == 1
-        return self.decoder.extend(self._embed(tokens), readings, window)
+        return self.decoder.decode(self._embed(tokens), caches, window)
 
     def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropy over the tokens in `loss_mask`; hidden_states [L, B, D], the others [B, L]."""
@@ -198,20 +198,12 @@ class HybridStage(MegatronModule):
         """tokens [B, T], the whole sequences' inputs."""
         start, stop = segment.tokens.start, segment.tokens.stop
         cached = cached_tokens(start, self.model, self.sleep)
-        rotary = self._rotary_tables(start if self.sleep.eviction == "sliding" else 0, stop - start)
+        positions = Positions((start if self.sleep.eviction == "sliding" else 0,), stop - start)
         if not segment.padded:
-            return Window(rotary, None, self._mask(stop - start, cached) if cached else None, segment.final_blocks)
+            return Window(positions, None, self._mask(stop - start, cached) if cached else None, segment.final_blocks)
         valid = tokens[:, start - cached : stop] != self.model.pad_token_id
         mask = hide_pads(self._mask(stop - start, cached), valid)
-        return Window(rotary, valid[:, cached:].t().to(rotary[0].dtype), mask, segment.final_blocks)
-
-    def _rotary_tables(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tables = self._rotary.get((start, length))
-        if tables is None or tables[0].device != self.like.device or tables[0].dtype != self.like.dtype:
-            head_dim = self.model.hidden_size // self.model.num_attention_heads
-            tables = rotary_tables(length, head_dim, self.model.rope_base, self.like, start)
-            self._rotary[start, length] = tables
-        return tables
+        return Window(positions, valid[:, cached:].t().to(self.like.dtype), mask, segment.final_blocks)
 
     def _mask(self, length: int, cached: int) -> torch.Tensor:
         mask = self._masks.get((length, cached))
@@ -234,16 +226,8 @@ def transformer_config(
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        linear_attention_freq=2,  # unused, but Megatron wants one beside the linear_* sizes
-        linear_num_key_heads=model.gdn_heads,
-        linear_num_value_heads=model.gdn_heads,
-        linear_key_head_dim=model.gdn_key_dim,
-        linear_value_head_dim=model.gdn_value_dim,
-        linear_conv_kernel_dim=model.conv_kernel,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        num_attention_heads=tensor_parallel_size,  # Megatron wants some; mixers have their own
+        **model.mlp.transformer_config(),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,

@@ -1,23 +1,61 @@
 """What all blocks share while they read one window."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where a window's tokens stand.
+
+    Under hard eviction positions begin anew in every window; under sliding eviction they count from the sequence's start.
+    """
+
+    starts: tuple[int, ...]  # position of the window's first token: one for all sequences, or one for each
+    length: int  # tokens of the whole window
+    offsets: torch.Tensor | None = None  # [L, B], of a chunk's tokens in the window; None: all of its tokens
 
 
 @dataclass(frozen=True)
 class Window:
     """Positions and pads of a window of L tokens, after n that attention has in its cache (none under hard eviction).
 
-    Of a window that is read piece by piece: of the piece's L tokens, after n of the window and of those before.
+    When decoding in chunks L is the chunk's length, n the tokens already cached.
     """
 
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [L, 1 or B, 1, 1, head_dim]
+    positions: Positions
     valid: torch.Tensor | None = None  # [L, B], 0 at pads; None: no pads
     attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
     final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window
-    slots: torch.Tensor | None = None  # [B, L], where in its cache attention keeps a piece's keys and values
+    slots: torch.Tensor | None = None  # [B, L], where in its cache attention keeps a chunk's keys and values
+    computed: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed for the first block that asks."""
+        if key not in self.computed:
+            self.computed[key] = compute()
+        return self.computed[key]
 
 
-# What a block keeps while a window is read piece by piece; of every tensor the first dimension is the batch.
-Reading = dict[str, torch.Tensor]
+def sliding_mask(length: int, cached: int, reach: int, device: torch.device) -> torch.Tensor:
+    """What each query of a window sees of the cached keys and its own window: itself and up to reach-1 before.
+
+    Returns:
+        [L, n+L], True where seen.
+    """
+    queries, keys = (torch.arange(start, cached + length, device=device) for start in (cached, 0))
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < reach)
+
+
+def hide_pads(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], valid [B, n+L] is False at pads.
+
+    A pad may see itself: a row that sees nothing would be a softmax over nothing, NaN.
+    """
+    length, keys = mask.shape
+    itself = torch.ones_like(mask).triu(keys - length).tril(keys - length)
+    return (mask & (valid[:, None, :] | itself)).unsqueeze(1)

@@ -30,11 +30,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from powernap.parallel.planning.memory import REDUCE_BUCKET
 from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
 
-# Elements that gradients travel in at a time: DeepSpeed's default.
-REDUCE_BUCKET = 500_000_000
 MASTER = "master"  # float32 weights, among the names of optimizer states
 
 

@@ -8,7 +8,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from powernap.model.config import ModelConfig, Section, SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.section import Section
 from powernap.parallel.planning.layout import sequence_costs, split_layers
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
@@ -255,8 +256,8 @@ class Recipe(Section):
 
     def _tensor_parallel_fits(self) -> None:
         tensor, model = self.parallel.tensor, self.model
-        for field in ("num_attention_heads", "gdn_heads", "ffn_hidden_size", "vocab_size"):
-            size = getattr(model, field)
+        sizes = {f"{part.section}.{field}": size for part in model.parts for field, size in part.split_sizes().items()}
+        for field, size in {**sizes, "vocab_size": model.vocab_size}.items():
             if size % tensor:
                 raise ValueError(
                     f"model.{field}={size} must be a multiple of parallel.tensor={tensor}: "

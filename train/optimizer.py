@@ -2,38 +2,39 @@
 
 import torch
 
+from powernap.model.parameters import parameters
+from powernap.model.stage import HybridStage
+from powernap.parallel.planning.memory import optimizer_groups
 from powernap.train.config import OptimizerConfig
 
 
-def build_optimizer(stage: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters, or Muon over the blocks' matrices with AdamW over the rest.
 
     Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone, beside Muon the output
     head too.
     """
-    matrices, others = [], []
-    for name, parameter in stage.named_parameters():
-        is_matrix = parameter.ndim == 2 and not name.startswith("embedding.")
-        (matrices if is_matrix else others).append((name, parameter))
+    weights = {weight.name: weight for weight in parameters(stage.model, stage.sleep, stage.blocks)}
+    ordered = [weights[name] for name, _ in stage.named_parameters()]
+    named = dict(stage.named_parameters())
+    matrices, rest = ([named[w.name] for w in group] for group, _ in optimizer_groups(ordered, config.name))
     adamw = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         groups = [
-            {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in others], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([{**adamw, **group} for group in groups], fused=True)
     # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    inside = [p for name, p in matrices if name.startswith("decoder.")]
-    rest = [p for name, p in matrices + others if not (p.ndim == 2 and name.startswith("decoder."))]
-    for parameter in inside:
+    for parameter in matrices:
         parameter.use_muon = True
     muon = {"use_muon": True, "lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "standard"}
     aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
     # Two groups on every pipeline stage, whatever it holds: ZeRO adds up the norm group by group.
     groups = [
-        {"params": inside, "weight_decay": config.weight_decay, **muon},
+        {"params": matrices, "weight_decay": config.weight_decay, **muon},
         {"params": rest, "use_muon": False, "weight_decay": 0.0, **aux},
     ]
     optimizer = MuonWithAuxAdam(groups)

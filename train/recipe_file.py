@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from powernap.model.config import Section
 from powernap.model.errors import PowernapError
+from powernap.model.section import Section
 from powernap.train.config import Recipe
 from powernap.train.paths import PathError, expanded_path
 from powernap.train.yaml_core import Scalar, YamlError, is_model, members_of, parse, parse_argument, settle
@@ -29,21 +29,24 @@ def load_recipe(name_or_path: str, overrides: list[str] = (), cluster: str | Non
     being relative to the file, says only what differs from that recipe. `cluster`: the kind of the one that will run it, None
     for this process: what ~ and $NAME in a path mean depends on it.
     """
-    values = parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path)))
+    values = parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path)), model=Recipe)
     return check(Recipe, values, cluster=cluster)
 
 
-def parse_overrides(overrides: list[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
+def parse_overrides(
+    overrides: list[str], into: dict[str, Any] | None = None, model: type[Section] | None = None
+) -> dict[str, Any]:
     """Set every `dotted.key=value` in nested sections; values are YAML, and a section keeps the fields that are not named.
 
-    The values are for `check`, which knows what each field takes.
+    The values are for `check`, which knows what each field takes. `model`: what tells a section inside a section from a field
+    whose value is a mapping.
     """
     values = {} if into is None else into
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"'{override}' is no override: write key=value, such as train.steps=100")
-        _set(values, key, text)
+        _set(values, key, text, model)
     return values
 
 
@@ -100,11 +103,17 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: base={base}: {error}") from None
     if any(found.samefile(file) for file in derived):
         raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
-    inherited = _read_recipe(found, derived)
-    for section, own in values.items():
-        both = isinstance(own, dict) and isinstance(inherited.get(section), dict)
-        inherited[section] = inherited[section] | own if both else own
-    return inherited
+    return _merged(_read_recipe(found, derived), values, Recipe)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any], model: type[Section] | None) -> dict[str, Any]:
+    """`base` with what `own` says: sections, and sections inside them, field by field."""
+    merged = dict(base)
+    for name, value in own.items():
+        section = _section(model, (name,)) if model else None
+        both = section and isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value, section) if both else value
+    return merged
 
 
 def read_sections(path: Path) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def read_sections(path: Path) -> dict[str, Any]:
     return values
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
+def _set(values: dict[str, Any], key: str, text: str, model: type[Section] | None) -> None:
     try:
         value = parse_argument(text)
     except YamlError as error:
@@ -133,8 +142,9 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
         values[section] = values = inner
     before, now = _as_mapping(values.get(field)), _as_mapping(value)
     # A section given whole changes what it names. A field is taken whole: a mixture of datasets replaces another.
-    both = not sections and isinstance(before, dict) and isinstance(now, dict)
-    values[field] = before | now if both else value
+    section = _section(model, (*sections, field)) if model else None
+    both = (section or not sections) and isinstance(before, dict) and isinstance(now, dict)
+    values[field] = _merged(before, now, section) if both else value
 
 
 def _as_mapping(value: Any) -> Any:

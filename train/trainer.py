@@ -14,7 +14,6 @@ import torch
 from powernap.model.batch import SegmentError, pad_end, plan_segments
 from powernap.model.fast_weights import Memory, begin_anew, join, split
 from powernap.model.health import FastWeightHealth
-from powernap.model.mixers.delta_rule import check_kernels
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
 from powernap.parallel.checkpoint.manifest import CheckpointError
@@ -165,7 +164,8 @@ def agree_to_stop(signals: Signals, here: Topology) -> bool:
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
     """The model with its first weights, the same on every rank, and the optimizer around it."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    check_kernels(recipe.model, dtype, here.device)
+    for mixer in dict.fromkeys(recipe.model.mixers):
+        mixer.check_kernels(dtype, here.device)
     torch.manual_seed(recipe.run.seed)
     blocks = recipe.stage_blocks[here.stage]
     stage = HybridStage(

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from powernap.launch.jobs.description import VARIABLE, JobDescription, JobError
 from powernap.launch.jobs.units import parse_duration, parse_size
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.paths import PathError, expanded_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
 from powernap.train.yaml_core import settle

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from powernap.launch.jobs.units import parse_duration, parse_size
-from powernap.model.config import Section
 from powernap.model.errors import PowernapError
+from powernap.model.section import Section
 from powernap.train.run.secrets import mask_secrets
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from powernap.launch.jobs.cluster import Cluster, parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.yaml_core import dump

@@ -16,7 +16,7 @@ from powernap.launch.jobs.secret_values import refuse_secrets
 from powernap.launch.jobs.status import Status
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import parse_size
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.parallel.planning.plan import in_bytes, plan
 from powernap.train.config import Recipe
 from powernap.train.data.check import check_data, predicting_windows

@@ -1,0 +1,34 @@
+"""The registry of sequence mixers: letter in model.pattern -> section of the recipe. Nothing here imports torch."""
+
+import inspect
+
+from powernap.model.mixers.attention import Attention
+from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.model.part import Mixer
+from powernap.model.plugins import PluginError, plugins
+
+BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet)
+
+
+def _registry() -> dict[str, type[Mixer]]:
+    """Powernap's own, and those of installed packages (entry points of `powernap.mixers`)."""
+    found: dict[str, type[Mixer]] = {}
+    for name, kind in [*((mixer.__name__, mixer) for mixer in BUILT_IN), *plugins("mixers").items()]:
+        where = f"entry point {name} of powernap.mixers"
+        if not (inspect.isclass(kind) and issubclass(kind, Mixer)):
+            raise PluginError(f"{where}: {kind!r} is no class derived from powernap.model.part.Mixer")
+        if missing := [field for field in ("letter", "title", "section") if not hasattr(kind, field)]:
+            raise PluginError(f"{where}: {kind.__name__} does not say its {missing[0]}")
+        if len(kind.letter) != 1 or not kind.letter.isalpha() or not kind.section.isidentifier():
+            raise PluginError(f"{where}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
+        for other in found.values():
+            if kind.letter == other.letter or kind.section == other.section:
+                raise PluginError(
+                    f"{where}: letter {kind.letter} and section {kind.section} must differ from those of {other.title} "
+                    f"({other.letter}, {other.section})"
+                )
+        found[kind.letter] = kind
+    return found
+
+
+MIXERS = _registry()

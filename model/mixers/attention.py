@@ -1,148 +1,152 @@
 """Causal self-attention over one window, or over a sliding one, tensor-parallel over heads."""
 
-import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.module import MegatronModule
+from __future__ import annotations
 
-from powernap.model.window import Reading, Window
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from powernap.model.part import FP32, Cache, Device, Mixer, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from powernap.model.config import ModelConfig, SleepConfig
+    from powernap.model.mixers.module import MixerModule
+    from powernap.model.window import Window
 
 
-class WindowAttention(MegatronModule):
-    """Multi-head attention that sees its own window only: keys and values are computed anew in every pass.
+class Attention(Mixer):
+    """Multi-head attention. Under hard eviction it sees its own window only; under sliding eviction also the cached keys
+    and values of earlier windows, as far back as L-1 tokens.
 
     The fused projection is head-major, per head [q | k | v], so a tensor-parallel shard is a plain slice of rows and
     the weights at the start do not depend on the number of shards.
     """
 
-    def __init__(self, config, layer_number, pg_collection):
-        super().__init__(config)
-        self.layer_number = layer_number
-        self.head_dim = config.kv_channels
-        self.local_heads = config.num_attention_heads // pg_collection.tp.size()
-        width = config.num_attention_heads * self.head_dim
-        self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size,
-            3 * width,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            tp_group=pg_collection.tp,
-        )
-        self.out_proj = RowParallelLinear(
-            width,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=pg_collection.tp,
-        )
+    letter: ClassVar[str] = "A"
+    title: ClassVar[str] = "attention"
+    section: ClassVar[str] = "attention"
+    has_fast_weights: ClassVar[bool] = False
 
-    def forward(self, hidden_states: torch.Tensor, window: Window) -> torch.Tensor:
-        """hidden_states [L, B, D] -> [L, B, D]."""
-        return self._attend(*self._project(hidden_states, window), window)
+    heads: int = Field(ge=1, description="heads; each is model.hidden_size / heads wide")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary position embedding")
 
-    def first_reading(self, batch: int, slots: int, like: torch.Tensor) -> Reading:
-        """An empty cache with room for `slots` tokens, those of the window and those before that are still seen."""
-        return {"keys_values": like.new_zeros((batch, 2, self.local_heads, slots, self.head_dim))}
+    def check(self, model: ModelConfig) -> None:
+        if model.hidden_size % self.heads:
+            raise ValueError(f"attention.heads={self.heads} must divide hidden_size={model.hidden_size}")
+        if self.head_dim(model) % 2:
+            raise ValueError(
+                f"hidden_size / attention.heads = {self.head_dim(model)} must be even (rotary embeddings turn pairs)"
+            )
 
-    def extend(self, hidden_states: torch.Tensor, reading: Reading, window: Window) -> torch.Tensor:
-        """Read a piece of a window: hidden_states [n, B, D] -> [n, B, D]; its keys and values are written to the cache."""
-        query, key, value = self._project(hidden_states, window)
-        cache = reading["keys_values"]
-        new = torch.stack([key, value], dim=1)
-        cache.scatter_(3, window.slots[:, None, None, :, None].expand_as(new), new)
-        keys, values = cache[:, :, :, : window.attention_mask.shape[-1]].unbind(1)
-        return self._attend(query, keys, values, window)
+    def head_dim(self, model: ModelConfig) -> int:
+        return model.hidden_size // self.heads
 
-    def _project(self, hidden_states: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys, both rotated, and values: [L, B, D] -> three [B, heads/TP, L, head_dim]."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        length, batch, _ = qkv.shape
-        qkv = qkv.view(length, batch, self.local_heads, 3 * self.head_dim)
-        queries_keys, value = qkv.split([2 * self.head_dim, self.head_dim], dim=-1)
-        queries_keys = rotate(queries_keys.unflatten(-1, (2, self.head_dim)), *window.rotary)
-        query, key = queries_keys.unbind(-2)
-        return tuple(x.permute(1, 2, 0, 3) for x in (query, key, value))
+    def split_sizes(self) -> dict[str, int]:
+        return {"heads": self.heads}
 
-    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: Window) -> torch.Tensor:
-        """query [B, heads/TP, L, head_dim], keys and values [B, heads/TP, n+L, head_dim] -> [L, B, D]."""
-        mask = window.attention_mask
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
-        output, _ = self.out_proj(context.permute(2, 0, 1, 3).flatten(2))
-        return output
+    def weights(self, model: ModelConfig) -> list[Weight]:
+        width = model.hidden_size
+        return [
+            Weight("qkv_proj.weight", (3 * width, width), split=0),
+            Weight("out_proj.weight", (width, width), split=1),
+        ]
 
+    def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
+        """Projections, and scores and sum over the keys: (L + 1) / 2 of a causal window on average, L of a sliding one."""
+        projections = 6 * model.hidden_size**2
+        if state_only:
+            return projections
+        keys_twice = 2 * model.window if sleep.eviction == "sliding" else model.window + 1
+        return projections + 2 * model.hidden_size**2 + 2 * model.hidden_size * keys_twice
 
-class SlidingAttention(WindowAttention):
-    """Attention that also sees the cached keys and values of earlier windows, as far back as L-1 tokens.
+    def has_state(self, sleep: SleepConfig) -> bool:
+        return sleep.eviction == "sliding"
 
-    Args:
-        block: its index in the whole model, to know which of a window's passes is its last.
-        reach: L, tokens a query sees with its own; L-1 of them stay in the cache.
-    """
+    def state_bytes(self, model: ModelConfig, number: int, cached: int) -> int:
+        return 2 * cached * model.hidden_size * number
 
-    def __init__(self, config, layer_number, pg_collection, block: int, reach: int):
-        super().__init__(config, layer_number, pg_collection)
-        self.block = block
-        self.reach = reach
+    def activation_bytes(
+        self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
+    ) -> float:
+        """q, k, v, the rotated q and k, the output; the log-sum of each head's scores."""
+        if state_only:
+            return 0
+        kept = 6 if sleep.eviction == "hard" else 8  # ... keys and values joined to the cached ones
+        return kept * model.hidden_size * number + self.heads * FP32
+
+    def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
+        """Keys and values of no token, [2, B, heads/TP, 0, head_dim], with device and precision of `like`."""
+        return like.new_zeros((2, batch, self.heads // layer.tensor_size, 0, self.head_dim(layer.model)))
 
     def forward(
         self,
+        layer: MixerModule,
         hidden_states: torch.Tensor,
-        cache: torch.Tensor,
+        state: torch.Tensor | None,
         window: Window,
         need_output: bool = True,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """hidden_states [L, B, D], cache [2, B, heads/TP, n, head_dim] -> (output [L, B, D] or None, cache).
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states [L, B, D], cache [2, B, heads/TP, n, head_dim] or None -> (output [L, B, D] or None, cache).
 
         The cache changes in the block's last pass over the window only: all passes see the same earlier tokens.
         """
-        query, key, value = self._project(hidden_states, window)
-        seen = torch.cat([cache, torch.stack([key, value])], dim=3)
-        output = self._attend(query, *seen, window) if need_output else None
-        if self.block in window.final_blocks:
-            kept = min(self.reach - 1, seen.shape[3])
-            cache = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep alive what is evicted
-        return output, cache
+        import torch
 
+        query, key, value = self._project(layer, hidden_states, window)
+        if state is None:
+            return self._attend(layer, query, key, value, window), None
+        seen = torch.cat([state, torch.stack([key, value])], dim=3)
+        output = self._attend(layer, query, *seen, window) if need_output else None
+        if layer.block in window.final_blocks:
+            kept = min(layer.model.window - 1, seen.shape[3])
+            state = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep alive what is evicted
+        return output, state
 
-def rotary_tables(
-    length: int, head_dim: int, base: float, like: torch.Tensor, start: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [L, 1, 1, 1, head_dim] of the rotary position embedding (arXiv 2104.09864), from `start` on."""
-    # Position 2^20 times a float32 frequency is an angle off by 0.06.
-    dtype = torch.float64 if start or like.dtype == torch.float64 else torch.float32
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim)
-    angles = torch.outer(torch.arange(start, start + length, dtype=dtype, device=like.device), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)[:, None, None, None, :]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
+        """Room for `slots` tokens, those of the window and those before that are still seen."""
+        shape = (batch, 2, self.heads // layer.tensor_size, slots, self.head_dim(layer.model))
+        return {"keys_values": like.new_zeros(shape)}
 
+    def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
+        import torch
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim/2) of x [L, B, H, 2, head_dim] by their position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+        query, key, value = self._project(layer, hidden_states, window)
+        keys_values = cache["keys_values"]
+        new = torch.stack([key, value], dim=1)
+        keys_values.scatter_(3, window.slots[:, None, None, :, None].expand_as(new), new)
+        keys, values = keys_values[:, :, :, : window.attention_mask.shape[-1]].unbind(1)
+        return self._attend(layer, query, keys, values, window)
 
+    def state_of(self, cache: Cache, rows: list[int], before: int) -> torch.Tensor:
+        return cache["keys_values"][rows, :, :, :before].transpose(0, 1)
 
-def sliding_mask(length: int, cached: int, reach: int, device: torch.device) -> torch.Tensor:
-    """What each query of a window sees of the cached keys and its own window: itself and up to reach-1 before.
+    def begin_window(self, cache: Cache, rows: list[int], before: int, state: torch.Tensor) -> None:
+        cache["keys_values"][rows, :, :, :before] = state.transpose(0, 1)
 
-    Returns:
-        [L, n+L], True where seen.
-    """
-    queries, keys = (torch.arange(start, cached + length, device=device) for start in (cached, 0))
-    distance = queries[:, None] - keys
-    return (distance >= 0) & (distance < reach)
+    def _project(
+        self, layer: MixerModule, hidden_states: torch.Tensor, window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, both rotated, and values: [L, B, D] -> three [B, heads/TP, L, head_dim]."""
+        from powernap.model.mixers.rotary import rotary_of, rotate
 
+        qkv, _ = layer.qkv_proj(hidden_states)
+        length, batch, _ = qkv.shape
+        head_dim = self.head_dim(layer.model)
+        qkv = qkv.view(length, batch, self.heads // layer.tensor_size, 3 * head_dim)
+        queries_keys, value = qkv.split([2 * head_dim, head_dim], dim=-1)
+        cos, sin = window.once(self, lambda: rotary_of(window.positions, head_dim, self.rope_base, qkv))
+        query, key = rotate(queries_keys.unflatten(-1, (2, head_dim)), cos, sin).unbind(-2)
+        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
 
-def hide_pads(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], valid [B, n+L] is False at pads.
+    def _attend(
+        self, layer: MixerModule, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: Window
+    ) -> torch.Tensor:
+        """query [B, heads/TP, L, head_dim], keys and values [B, heads/TP, n+L, head_dim] -> [L, B, D]."""
+        import torch.nn.functional as F
 
-    A pad may see itself: a row that sees nothing would be a softmax over nothing, NaN.
-    """
-    length, keys = mask.shape
-    itself = torch.ones_like(mask).triu(keys - length).tril(keys - length)
-    return (mask & (valid[:, None, :] | itself)).unsqueeze(1)
+        mask = window.attention_mask
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
+        output, _ = layer.out_proj(context.permute(2, 0, 1, 3).flatten(2))
+        return output

@@ -11,60 +11,13 @@ Layout of every form, the field's own: q, k [B, T, H, K], v [B, T, H, V], g, bet
 """
 
 import functools
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch.torch_version import TorchVersion
 
-from powernap.model.config import GATED_DELTA_NET, ModelConfig
-from powernap.model.errors import PowernapError
-
-# Longest chunk of the chunked form. Inside a chunk work grows with the square of its length, between chunks the loop
-# costs Python time; benchmarks/delta_rule.py measured the balance.
-MAX_CHUNK = 32
-
-FLA_LARGEST_KEY_DIM = 256
-# FLA 0.6.0 refuses its backward pass (chunk_bwd_dqkwg) on Hopper with Triton in [first, second): wrong gradients.
-HOPPER = 9  # major compute capability
-TRITON_WRONG_ON_HOPPER = ("3.4.0", "3.7.1")
-
-
-class KernelError(PowernapError):
-    """A model that the installed kernels cannot train on this device, in one line."""
-
-
-def check_kernels(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise KernelError if training `model` in `dtype` on `device` needs FLA's kernels and they would fail.
-
-    Without this the first segment fails: in a queue, after the weights were built.
-    """
-    if device.type != "cuda" or GATED_DELTA_NET not in model.pattern or not _fla_is_precise_enough_for(dtype):
-        return
-    if find_spec("fla") is None:
-        raise KernelError(f"{_name(dtype)} on CUDA needs FLA's kernels: pip install 'powernap[cuda]'")
-    if model.gdn_key_dim > FLA_LARGEST_KEY_DIM:
-        raise KernelError(
-            f"model.gdn_key_dim={model.gdn_key_dim}: FLA's kernels on CUDA take at most {FLA_LARGEST_KEY_DIM}; "
-            "use more heads, or train.precision=fp32, which needs no kernel of FLA's"
-        )
-    try:
-        triton = TorchVersion(version("triton"))
-    except PackageNotFoundError:
-        raise KernelError("FLA's kernels need Triton: pip install 'powernap[cuda]'") from None
-    first, fixed = TRITON_WRONG_ON_HOPPER
-    if torch.cuda.get_device_capability(device)[0] == HOPPER and first <= triton < fixed:
-        raise KernelError(
-            f"Triton {triton} computes wrong gradients on Hopper GPUs and FLA refuses it: pip install 'triton>={fixed}', "
-            "which torch 2.13 brings"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "train.precision=bf16", torch.float32: "train.precision=fp32 with TF32"}.get(
-        dtype, str(dtype)
-    )
+from powernap.model.mixers.fla import fla_is_precise_enough_for
+from powernap.model.mixers.gated_delta_net import MAX_CHUNK
+from powernap.model.part import even_chunk
 
 
 def gated_delta_rule(
@@ -92,7 +45,7 @@ def gated_delta_rule(
     """
     if q.shape[1] == 1:
         return sequential_delta_rule(q, k, v, g, beta, state, need_output)
-    if q.is_cuda and _fla_is_precise_enough_for(q.dtype):
+    if q.is_cuda and fla_is_precise_enough_for(q.dtype):
         return _fla(q, k, v, g, beta, state)
     return chunked_delta_rule(q, k, v, g, beta, state, need_output)
 
@@ -126,8 +79,8 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     """
     batch, length, heads, key_dim = q.shape
     value_dim, dtype = v.shape[-1], v.dtype
-    num_chunks = -(-length // max_chunk)
-    chunk = -(-length // num_chunks)  # even chunks: 75 tokens become 3 x 25, not 32 + 32 + 11 and padding
+    chunk = even_chunk(length, max_chunk)
+    num_chunks = -(-length // chunk)
     padding = num_chunks * chunk - length
 
     def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [chunks, B * H, C, ...]
@@ -179,14 +132,6 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
 @functools.lru_cache(maxsize=8)
 def _causal_mask(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
-def _fla_is_precise_enough_for(dtype: torch.dtype) -> bool:
-    """FLA takes float32 but multiplies in TF32 (10-bit mantissas), so it is used there only if torch's own matrix
-    products may do the same; it has no float64."""
-    if dtype == torch.float32:
-        return torch.get_float32_matmul_precision() != "highest"
-    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _fla(q, k, v, g, beta, state):

@@ -120,7 +120,7 @@ class Checkpoint:
             return None
         own = range(here.data_rank, lanes["count"], here.data_size)
         memory = []
-        for block in stage.gdn_mixers:
+        for block in stage.fast_weight_mixers:
             heads, *rest = lanes["blocks"][str(block)]
             whole = torch.empty(lanes["count"], heads, *rest)
             share = heads // self._tensor_ranks

@@ -195,7 +195,7 @@ class Writer:
             for kind, (start, value) in zero.values(parameter, fragment).items():
                 tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, fragment.size)
         if memory is not None:
-            found["blocks"] = [str(block) for block in stage.gdn_mixers]
+            found["blocks"] = [str(block) for block in stage.fast_weight_mixers]
             states = zip(found["blocks"], memory, strict=True)
             tensors |= {f"fast_weights/{block}": state.detach() for block, state in states}
         return tensors, found
@@ -212,7 +212,7 @@ class Writer:
             parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of[id(parameter)]}
         lanes = None
         if memory is not None:
-            shapes = {str(b): list(state.shape[1:]) for b, state in zip(stage.gdn_mixers, memory, strict=True)}
+            shapes = {str(b): list(state.shape[1:]) for b, state in zip(stage.fast_weight_mixers, memory, strict=True)}
             blocks = {block: [heads * here.tensor_size, *rest] for block, (heads, *rest) in shapes.items()}
             rows = len(memory[0]) if memory else 0
             lanes = {"count": rows * here.data_size, "blocks": blocks}

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.errors import PowernapError
-
-# Longest chunk of the delta rule (model/mixers/delta_rule.py: MAX_CHUNK, which cannot be imported without torch).
-DELTA_RULE_CHUNK = 32
 
 
 class LayoutError(PowernapError):
@@ -93,43 +90,13 @@ def consolidation_flops(model: ModelConfig, sleep: SleepConfig, passes: int) -> 
     for number, blocks in enumerate(sleep.pass_blocks(model, passes), start=1):
         flops.append([awake[block] if block in blocks else 0 for block in range(model.num_layers)])
         if blocks and sleep.only_writes(number, passes):  # its last block writes and is done
-            is_gdn = model.pattern[blocks[-1]] == GATED_DELTA_NET
-            flops[-1][blocks[-1]] = delta_net_flops(model, write_only=True) if is_gdn else 6 * model.hidden_size**2
+            flops[-1][blocks[-1]] = model.mixers[blocks[-1]].flops(model, sleep, state_only=True)
     return flops
 
 
 def prediction_flops(model: ModelConfig, sleep: SleepConfig) -> list[int]:
-    """Forward FLOPs per token of every block in the one pass over a prediction window."""
-    return [block_flops(model, kind, sliding=sleep.eviction == "sliding") for kind in model.pattern]
-
-
-def block_flops(model: ModelConfig, kind: str, sliding: bool = False) -> int:
-    """Forward FLOPs per token of one block: mixer and MLP. Matrix products and convolution only, 2 a multiply-add."""
-    mixer = attention_flops(model, sliding) if kind == ATTENTION else delta_net_flops(model)
-    return mixer + 6 * model.hidden_size * model.ffn_hidden_size
-
-
-def attention_flops(model: ModelConfig, sliding: bool = False) -> int:
-    """Projections, and scores and sum over the keys: (L + 1) / 2 of a causal window on average, L of a sliding one."""
-    keys_twice = 2 * model.window if sliding else model.window + 1
-    return 8 * model.hidden_size**2 + 2 * model.hidden_size * keys_twice
-
-
-def delta_net_flops(model: ModelConfig, write_only: bool = False) -> int:
-    """Projections, convolution, and the chunked delta rule with chunks of C tokens (model/mixers/delta_rule.py).
-
-    Per head and token the rule takes k k^T 2 C d_k, the triangular solve C (d_k + d_v), two products with the state
-    4 d_k d_v; and for its output q k^T 2 C d_k, scores times u 2 C d_v, one more product with the state 2 d_k d_v.
-    """
-    heads, d_k, d_v = model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim
-    chunk = -(-model.window // -(-model.window // DELTA_RULE_CHUNK))  # even chunks
-    projection = 2 * model.hidden_size * heads * (2 * d_k + 2 * d_v + 2)
-    convolution = 2 * model.conv_kernel * heads * (2 * d_k + d_v)
-    write = heads * (2 * chunk * d_k + chunk * (d_k + d_v) + 4 * d_k * d_v)
-    if write_only:
-        return projection + convolution + write
-    read = heads * (2 * chunk * (d_k + d_v) + 2 * d_k * d_v)
-    return projection + convolution + write + read + 2 * model.hidden_size * heads * d_v
+    """Forward FLOPs per token of every block, mixer and MLP, in the one pass over a prediction window."""
+    return [mixer.flops(model, sleep) + model.mlp.flops(model, sleep) for mixer in model.mixers]
 
 
 def head_flops(model: ModelConfig) -> int:

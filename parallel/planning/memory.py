@@ -6,34 +6,20 @@ What CUDA, NCCL and the allocator take beside is left to `RESERVE`.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from powernap.model.config import ATTENTION, GATED_DELTA_NET, ModelConfig, SleepConfig
+from powernap.model.parameters import parameters
+from powernap.model.part import FP32, Device, Weight
 from powernap.model.segments import Segment
-from powernap.parallel.planning.layout import DELTA_RULE_CHUNK
 from powernap.parallel.planning.timeline import FORWARD, schedule
 from powernap.parallel.planning.work import Recipe, micro_batches, round_up
 
-FP32, BF16 = 4, 2  # bytes
+BF16 = 2  # bytes
 RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
-FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
-REDUCE_BUCKET = 500_000_000  # numbers that gradients travel in at a time (parallel/zero.py)
+REDUCE_BUCKET = 500_000_000  # elements that gradients travel in at a time: DeepSpeed's default
 GATHERED = 1_000_000_000  # numbers that ZeRO 3 keeps gathered (deepspeed 0.19.8: stage3_max_reuse_distance)
-
-Device = Literal["cuda", "cpu"]  # cuda: NCCL, fused norms, FLA in bf16; cpu: gloo and torch's own operations
-
-
-class Weight(NamedTuple):
-    """One parameter of the model as HybridStage names it."""
-
-    name: str
-    shape: tuple[int, ...]
-    split: bool = False  # over tensor ranks, along its first dimension, or the last for out_proj and linear_fc2
-
-    def size(self, tensor: int = 1) -> int:
-        return math.prod(self.shape) // (tensor if self.split else 1)
 
 
 @dataclass(frozen=True)
@@ -69,51 +55,13 @@ def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
     return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage])
 
 
-def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
-    """The parameters of the stage that owns `blocks`, named and shaped as in model/stage.py, whole over tensor ranks."""
-    first, last = blocks.start == 0, blocks.stop == model.num_layers
-    vocabulary = (model.vocab_size, model.hidden_size)
-    weights = []
-    if first or (last and model.tie_embeddings):
-        weights.append(Weight("embedding.weight", vocabulary, split=True))
-    if first and sleep.pass_norm:
-        weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
-    for index, block in enumerate(blocks):
-        prefix = f"decoder.layers.{index}."
-        weights += [w._replace(name=prefix + w.name) for w in _block_parameters(model, model.pattern[block])]
-    if last:
-        weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
-        if not model.tie_embeddings:
-            weights.append(Weight("output_layer.weight", vocabulary, split=True))
-    return weights
-
-
-def _block_parameters(model: ModelConfig, kind: str) -> Iterator[Weight]:
-    width, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.gdn_heads
-    d_k, d_v = model.gdn_key_dim, model.gdn_value_dim
-    yield Weight("input_layernorm.weight", (width,))
-    if kind == GATED_DELTA_NET:
-        yield Weight("self_attention.conv_weight", (heads, 2 * d_k + d_v, model.conv_kernel), split=True)
-        yield Weight("self_attention.A_log", (heads,), split=True)
-        yield Weight("self_attention.dt_bias", (heads,), split=True)
-        yield Weight("self_attention.in_proj.weight", (heads * (2 * d_k + 2 * d_v + 2), width), split=True)
-        yield Weight("self_attention.out_proj.weight", (width, heads * d_v), split=True)
-        yield Weight("self_attention.norm.weight", (d_v,))
-    else:
-        yield Weight("self_attention.qkv_proj.weight", (3 * width, width), split=True)
-        yield Weight("self_attention.out_proj.weight", (width, width), split=True)
-    yield Weight("pre_mlp_layernorm.weight", (width,))
-    yield Weight("mlp.linear_fc1.weight", (2 * ffn, width), split=True)
-    yield Weight("mlp.linear_fc2.weight", (width, ffn), split=True)
-
-
 def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[Weight], int]]:
-    """The optimizer's parameter groups and the moments it keeps for each, as train/optimizer.py makes them."""
-    matrices = [w for w in weights if len(w.shape) == 2 and not w.name.startswith("embedding.")]
-    if optimizer == "muon":
-        matrices = [w for w in matrices if w.name.startswith("decoder.")]
-    others = [w for w in weights if w not in matrices]
-    return [(matrices, 1 if optimizer == "muon" else 2), (others, 2)]
+    """The optimizer's two parameter groups and the moments it keeps for each: AdamW's for matrices and for the rest, or
+    Muon's, for the blocks' matrices, and AdamW's for the rest."""
+    matrices = [w for w in weights if w.is_matrix]
+    inside = [w for w in matrices if optimizer == "adamw" or w.name.startswith("decoder.")]
+    rest = [w for w in matrices if w not in inside] + [w for w in weights if not w.is_matrix]
+    return [(inside, 1 if optimizer == "muon" else 2), (rest, 2)]
 
 
 class States(NamedTuple):
@@ -229,10 +177,14 @@ def hidden_bytes(recipe: Recipe, tokens: int) -> int:
 
 
 def fast_weight_bytes(recipe: Recipe, blocks: Iterable[int]) -> int:
-    """Fast weights of a micro-batch, [b, heads/TP, d_k, d_v] for each gated delta net of `blocks`, in float32."""
-    model = recipe.model
-    state = model.gdn_heads // recipe.parallel.tensor * model.gdn_key_dim * model.gdn_value_dim * FP32
-    return recipe.micro_batch_size * state * sum(model.pattern[block] == GATED_DELTA_NET for block in blocks)
+    """Fast weights of a micro-batch, float32, [b, heads/TP, rows, columns] for each block that has any."""
+    return sum(_state_bytes(recipe, block, 0) for block in blocks if block in recipe.model.fast_weight_blocks)
+
+
+def _state_bytes(recipe: Recipe, block: int, cached: int) -> int:
+    """What a block hands from window to window."""
+    one = recipe.model.mixers[block].state_bytes(recipe.model, bytes_per_number(recipe), cached)
+    return recipe.micro_batch_size * one // recipe.parallel.tensor
 
 
 def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]:
@@ -244,25 +196,22 @@ def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]
 def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
     """New fast weights and caches that a segment leaves: what it does not change stays the tensor it was.
 
-    Under sliding eviction an attention block's last pass over a window leaves keys and values, [2, b, heads/TP, n,
-    head_dim].
+    Under sliding eviction an attention block's last pass over a window leaves keys and values.
     """
-    model = recipe.model
-    states = fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment))
-    if recipe.sleep.eviction == "hard":
-        return states
-    cached = min(model.window - 1, segment.tokens.stop)
-    cache = 2 * cached * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
-    caches = sum(model.pattern[block] == ATTENTION for block in blocks if block in segment.final_blocks)
-    return states + recipe.micro_batch_size * caches * cache
+    cached = min(recipe.model.window - 1, segment.tokens.stop)
+    mixers = recipe.model.mixers
+    caches = [b for b in blocks if not mixers[b].has_fast_weights and mixers[b].has_state(recipe.sleep)]
+    return fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment)) + sum(
+        _state_bytes(recipe, block, cached) for block in caches if block in segment.final_blocks
+    )
 
 
 def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
     """Bytes that autograd keeps of one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
     model, size = recipe.model, bytes_per_number(recipe)
     ran = [block for block in blocks if block in segment.blocks]
-    last_write = segment.blocks.stop - 1 if segment.write_only else -1
-    per_token = sum(_block_activations(recipe, model.pattern[block], device, block == last_write) for block in ran)
+    last_write = segment.blocks.stop - 1 if segment.state_only else -1
+    per_token = sum(_block_activations(recipe, block, device, block == last_write) for block in ran)
     if segment.predicts and blocks.stop == model.num_layers:
         # the final norm; logits, their float32 softmax and its gradient
         per_token += _norm(recipe, device)
@@ -270,40 +219,18 @@ def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device:
     return int(per_token * len(segment.tokens) * recipe.micro_batch_size)
 
 
-def _block_activations(recipe: Recipe, kind: str, device: Device, write_only: bool = False) -> float:
+def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:
     """Bytes per token that autograd keeps of one block.
 
-    For a CPU counted from what torch keeps, which the tests measure. For CUDA in bf16 read off FLA's source (chunk.py of
-    gated_delta_rule keeps q, k, v, g, beta and a 64 x 64 matrix a chunk) and torch's fused norm, and not measured.
+    For a CPU counted from what torch keeps, which the tests measure. For CUDA read off sources, and not measured.
     """
-    model, size, tensor = recipe.model, bytes_per_number(recipe), recipe.parallel.tensor
-    norm, mlp = _norm(recipe, device), 5 * model.ffn_hidden_size * size / tensor
-    if kind == GATED_DELTA_NET:
-        mixer = model.gdn_heads * _delta_net_head(model, size, device, write_only) / tensor
-    elif write_only:
-        mixer = 0
-    else:  # q, k, v, the rotated q and k, the output; the log-sum of each head's scores
-        numbers = 6 if recipe.sleep.eviction == "hard" else 8  # ... keys and values joined to the cached ones
-        mixer = (numbers * model.hidden_size * size + model.num_attention_heads * FP32) / tensor
-    return norm + mixer if write_only else 2 * norm + mixer + mlp
+    model, norm = recipe.model, _norm(recipe, device)
+    arguments = (model, recipe.sleep, bytes_per_number(recipe), device, state_only)
+    inside = model.mixers[block].activation_bytes(*arguments) + model.mlp.activation_bytes(*arguments)
+    return norm * (1 if state_only else 2) + inside / recipe.parallel.tensor
 
 
 def _norm(recipe: Recipe, device: Device) -> float:
     """Of an RMSNorm of the residual stream: input, normed, output; on CUDA not the second; on CPUs float32 inside."""
     inside = {"cuda": bytes_per_number(recipe), "cpu": 2 * FP32}[device]
     return recipe.model.hidden_size * (inside + bytes_per_number(recipe)) / recipe.sequence_shards
-
-
-def _delta_net_head(model: ModelConfig, size: int, device: Device, write_only: bool) -> float:
-    """Of one head of a gated delta net: projection, convolution before and after SiLU, the delta rule, gate and norm."""
-    d_k, d_v = model.gdn_key_dim, model.gdn_value_dim
-    projected = size * ((2 * d_k + 2 * d_v + 2) + 2 * (2 * d_k + d_v))
-    if device == "cuda" and size == BF16:
-        rule = size * ((2 * d_k + d_v) + 2 * d_k + FLA_CHUNK) + 11 * FP32
-        return projected + rule + (0 if write_only else 5 * d_v * size)
-    chunk = -(-model.window // -(-model.window // DELTA_RULE_CHUNK))
-    write = FP32 * (4 * chunk + 5 * d_k + 2 * d_v + d_k * d_v / chunk + 11) + (FP32 * d_v if size == BF16 else 0)
-    if write_only:
-        return projected + write
-    read = FP32 * (2 * chunk + 4 * d_k) + (5 * FP32 if size == FP32 else 14) * d_v
-    return projected + write + read

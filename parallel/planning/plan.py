@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from powernap.model.parameters import parameters
 from powernap.model.segments import Segment
 from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
-from powernap.parallel.planning.memory import RESERVE, Memory, fits, parameters, stage_memory, stage_parameters
+from powernap.parallel.planning.memory import RESERVE, Memory, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
 from powernap.parallel.planning.work import (
     PlanError,

@@ -18,7 +18,7 @@ from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny, zero_layouts
 
 BEFORE, AFTER = 3, 10  # steps
-MODEL = {"pattern": "AGAG", "vocab_size": 20, "num_attention_heads": 4, "gdn_heads": 4}
+MODEL = {"pattern": "AGAG", "vocab_size": 20, "attention": {"heads": 4}, "gdn": {"heads": 4}}
 # Gradients of parts that hardly matter are rounding: with the usual eps Adam would make full steps of them.
 ADAMW = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3, eps=1e-6)
 MUON = OptimizerConfig(name="muon", lr=2e-3, muon_lr=2e-3, warmup_steps=3, eps=1e-6)
@@ -102,9 +102,9 @@ def run(case: Saving, **process_group) -> dict:
 def carried(stage, model, here) -> tuple[torch.Tensor, ...]:
     """This rank's part of what eight lanes carry: rows by data rank, heads by tensor rank, blocks by stage."""
     memory = []
-    for block in stage.gdn_mixers:
+    for block, mixer in stage.fast_weight_mixers.items():
         generator = torch.Generator().manual_seed(block)
-        whole = torch.randn(8, model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim, generator=generator)
+        whole = torch.randn(8, *mixer.mixer.state_shape, generator=generator)
         memory.append(whole[here.data_rank :: here.data_size].chunk(here.tensor_size, 1)[here.tensor_rank].contiguous())
     return tuple(memory)
 

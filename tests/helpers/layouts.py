@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from powernap.model.batch import plan_segments
-from powernap.model.config import GATED_DELTA_NET, SleepConfig
+from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import detach
 from powernap.model.health import FastWeightHealth
+from powernap.model.mixers.module import MixerModule
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule, topology
@@ -61,7 +62,8 @@ def compare(case: Case, **process_group) -> dict:
     loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
-    stage = build(model, sleep, here.groups, blocks, case.sequence)
+    with broken(case.broken):
+        stage = build(model, sleep, here.groups, blocks, case.sequence)
     own = batches[here.data_rank :: case.data]
     if sleep.carry:
         for batch in own:
@@ -120,12 +122,9 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     segments = plan_segments(tokens, loss_mask, model, sleep, case.passes)
     memory = None
     if sleep.carry:
-        shape = (len(tokens), model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim)
+        shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
-        memory = tuple(
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-            for _ in range(model.pattern.count(GATED_DELTA_NET))
-        )
+        memory = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return schedule.MicroBatch(segments, tokens, loss_mask, memory)
 
 
@@ -173,10 +172,8 @@ class NoOptimizer:
 
 def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
     """The blocks and heads that this rank holds of the whole model's fast weights."""
-    pattern = stage.model.pattern
-    first = pattern[: stage.blocks.start].count(GATED_DELTA_NET)
-    count = pattern[stage.blocks.start : stage.blocks.stop].count(GATED_DELTA_NET)
-    return tuple(state.chunk(here.tensor_size, 1)[here.tensor_rank] for state in memory[first : first + count])
+    states = dict(zip(stage.model.fast_weight_blocks, memory, strict=True))
+    return tuple(states[block].chunk(here.tensor_size, 1)[here.tensor_rank] for block in stage.fast_weight_mixers)
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
@@ -273,7 +270,10 @@ def watched_sends(case: Case):
 def broken(what: str | None):
     """Break one part of the engine for a while."""
     backward, shared = schedule._Handover.backward, schedule.sum_shared_gradients
-    config, keep = schedule._schedule_config, schedule.StageStep._keep
+    config, keep, parameter = schedule._schedule_config, schedule.StageStep._keep, MixerModule._parameter
+
+    def of_the_next_rank(mixer, weight):
+        return parameter(mixer, weight._replace(draw=lambda shape: weight.draw(shape).roll(shape[0] // 2, 0)))
 
     def without_fast_weights(ctx, gradient):
         return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
@@ -291,9 +291,12 @@ def broken(what: str | None):
         schedule.StageStep._keep = lambda self, output: None
     elif what == "links":
         schedule._schedule_config = batched
+    elif what == "split of a mixer":
+        MixerModule._parameter = of_the_next_rank
     elif what in MEANS:
         trainer.forward_backward = MEANS[what]
     yield
     trainer.forward_backward = schedule.forward_backward
     schedule._Handover.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep
+    MixerModule._parameter = parameter

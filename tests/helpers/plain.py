@@ -4,7 +4,6 @@ checkpoint, token-by-token delta rule."""
 import torch
 import torch.nn.functional as F
 
-from powernap.model.config import GATED_DELTA_NET
 from powernap.model.mixers.delta_rule import sequential_delta_rule
 
 
@@ -15,7 +14,7 @@ def hybrid(stage, tokens, sliding=False):
     x = F.embedding(inputs, stage.embedding.weight)
     for kind, layer in zip(model.pattern, stage.decoder.layers, strict=True):
         y = norm(x, layer.input_layernorm, model)
-        if kind == GATED_DELTA_NET:
+        if kind == "G":
             y, _ = gated_delta_net(layer.self_attention, y, model)
         elif sliding:
             y = attention(layer.self_attention, project(layer.self_attention, y), model)
@@ -59,7 +58,7 @@ def sleep(
             with torch.set_grad_enabled(backprop is None or time >= times - backprop):
                 for index, (kind, layer) in run:
                     y = norm(x, layer.input_layernorm, model)
-                    if kind == GATED_DELTA_NET:
+                    if kind == "G":
                         y, latest[index] = gated_delta_net(layer.self_attention, y, model, latest[index])
                     else:
                         y = project(layer.self_attention, y)
@@ -67,7 +66,7 @@ def sleep(
                         y = attention(layer.self_attention, latest[index], model)[:, -window.shape[1] :]
                     x = x + y
                     x = x + mlp(layer.mlp, norm(x, layer.pre_mlp_layernorm, model))
-        earlier = [x if kind == GATED_DELTA_NET else linked(x) for kind, x in zip(model.pattern, latest, strict=True)]
+        earlier = [x if kind == "G" else linked(x) for kind, x in zip(model.pattern, latest, strict=True)]
         if number in predicting:
             answers.append(logits(stage, x))
     return answers
@@ -101,10 +100,10 @@ def project(mixer, x):
 def attention(mixer, qkv, model):
     """qkv [B, T, 3D]: every token sees itself and the window - 1 tokens before it."""
     batch, length, _ = qkv.shape
-    head_dim = model.hidden_size // model.num_attention_heads
+    head_dim = model.hidden_size // model.attention.heads
     q, k, v = qkv.view(batch, length, -1, 3, head_dim).transpose(1, 2).unbind(3)
     position, pair = (torch.arange(n, dtype=torch.float64) for n in (length, head_dim // 2))
-    angle = position[:, None] * model.rope_base ** (-2 * pair / head_dim)
+    angle = position[:, None] * model.attention.rope_base ** (-2 * pair / head_dim)
     turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
 
     def rotated(t):
@@ -120,19 +119,19 @@ def attention(mixer, qkv, model):
 
 def gated_delta_net(mixer, x, model, state=None):
     batch, length, _ = x.shape
-    k_dim, v_dim = model.gdn_key_dim, model.gdn_value_dim
-    y = F.linear(x, mixer.in_proj.weight).view(batch, length, model.gdn_heads, -1)
+    k_dim, v_dim = model.gdn.key_dim, model.gdn.value_dim
+    y = F.linear(x, mixer.in_proj.weight).view(batch, length, model.gdn.heads, -1)
     qkv, z, beta, alpha = y.split([2 * k_dim + v_dim, v_dim, 1, 1], dim=-1)
     pieces = []  # the convolution starts from zero padding in each window
     for part in qkv.split(model.window, dim=1):
         channels = part.flatten(2).transpose(1, 2)
         taps = mixer.conv_weight.flatten(0, 1).unsqueeze(1)
-        padded = F.pad(channels, (model.conv_kernel - 1, 0))
+        padded = F.pad(channels, (model.gdn.conv_kernel - 1, 0))
         pieces.append(F.conv1d(padded, taps, groups=taps.shape[0]).transpose(1, 2).unflatten(2, part.shape[2:]))
     q, k, v = F.silu(torch.cat(pieces, dim=1)).split([k_dim, k_dim, v_dim], dim=-1)
     g = -mixer.A_log.exp() * F.softplus(alpha.squeeze(-1) + mixer.dt_bias)
     if state is None:
-        state = x.new_zeros(batch, model.gdn_heads, k_dim, v_dim)
+        state = x.new_zeros(batch, model.gdn.heads, k_dim, v_dim)
     output, state = sequential_delta_rule(
         F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta.squeeze(-1).sigmoid(), state
     )

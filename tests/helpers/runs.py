@@ -28,8 +28,9 @@ from tests.helpers.processes import in_processes
 RECIPE = {
     "run": {"name": "tiny"},
     "model": {
-        "pattern": "AG", "window": 12, "vocab_size": 15, "pad_token_id": 0, "hidden_size": 32, "ffn_hidden_size": 64,
-        "num_attention_heads": 2, "gdn_heads": 2, "gdn_key_dim": 16, "gdn_value_dim": 16, "conv_kernel": 2,
+        "pattern": "AG", "window": 12, "vocab_size": 15, "pad_token_id": 0, "hidden_size": 32,
+        "mlp": {"ffn_hidden_size": 64}, "attention": {"heads": 2},
+        "gdn": {"heads": 2, "key_dim": 16, "value_dim": 16, "conv_kernel": 2},
     },
     "sleep": {"passes": 2},
     "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},

@@ -7,6 +7,7 @@ import torch
 
 from powernap.model.batch import plan_segments
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.mixers import MIXERS
 from powernap.model.sleep import SleepOutput, sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.train.config import Recipe
@@ -15,20 +16,23 @@ WINDOW = 6
 
 
 def model_config(**changes) -> ModelConfig:
+    """`changes`: fields, and sections with the fields of theirs that change."""
     sizes = dict(
         pattern="AGAG",
         window=WINDOW,
         vocab_size=17,
         pad_token_id=0,
         hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=2,
-        gdn_heads=2,
-        gdn_key_dim=4,
-        gdn_value_dim=6,
-        conv_kernel=3,
+        mlp=dict(ffn_hidden_size=24),
+        attention=dict(heads=2),
+        gdn=dict(heads=2, key_dim=4, value_dim=6, conv_kernel=3),
     )
-    return ModelConfig(**{**sizes, **changes})
+    for mixer in MIXERS.values():  # any other's: what it requires, and what tensor ranks split
+        fields = [name for name, field in mixer.model_fields.items() if field.is_required() or name == "groups"]
+        sizes.setdefault(mixer.section, {name: 2 if name in ("heads", "groups") else 4 for name in fields})
+    for name, value in changes.items():  # a section keeps the fields that are not named
+        sizes[name] = {**sizes.get(name, {}), **value} if isinstance(value, dict) else value
+    return ModelConfig(**sizes)
 
 
 def build_stage(here, model=None, sleep=None, dtype=torch.float64, seed=0) -> HybridStage:

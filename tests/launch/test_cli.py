@@ -73,7 +73,7 @@ def test_checking_a_recipe_does_not_import_torch():
         (["sleep.passes=0"], ["sleep.passes=0", "N, passes over a consolidation window"]),
         (["sleep.passes=[]"], ["sleep.passes=[]"]),
         (["model.pattern=AX"], ["model.pattern=AX", "A (attention) and G (gated delta net)"]),
-        (["model.num_attention_heads=5"], ["num_attention_heads=5", "hidden_size=32"]),
+        (["model.attention.heads=5"], ["attention.heads=5", "hidden_size=32"]),
         (["sleep.loop_range=[0,3]"], ["loop_range=[0, 3]", "2"]),
         (["sleep.loop_range=[0,1]"], ["loop_range=[0, 1]", "G block"]),
         (["model.vocab_size=10"], ["model.vocab_size", "15"]),
@@ -85,7 +85,7 @@ def test_checking_a_recipe_does_not_import_torch():
         (["parallel.data=2", "train.global_batch_size=3"], ["train.global_batch_size=3", "parallel.data=2"]),
         (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "16"]),
         (["parallel.tensor=2"], ["model.vocab_size=15", "parallel.tensor=2", "16"]),
-        (["parallel.tensor=4", "model.vocab_size=16"], ["num_attention_heads=2", "parallel.tensor=4", "4 would be"]),
+        (["parallel.tensor=4", "model.vocab_size=16"], ["attention.heads=2", "parallel.tensor=4", "4 would be"]),
         (
             ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_size=16", "model.window=11"],
             ["model.window=11", "parallel.tensor=2", "12 would be"],

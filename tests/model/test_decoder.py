@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
 from tests.helpers import plain, tiny
+from tests.helpers.mixers import training_logits
 
 WINDOWS = 4
 SLEEPS = {
@@ -23,26 +23,6 @@ SLEEPS = {
     "write last, every_window": {"write": "last", "every_window": True},
     "sliding, loop_range": {"eviction": "sliding", "loop_range": (1, 2)},
 }
-
-
-@torch.no_grad()
-def training_logits(stage, tokens, passes):
-    """After every token [B, T, vocabulary], by the segments of training: all windows before slept on, this one predicts."""
-    length = tokens.shape[1]
-    tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # the last target, which nobody looks at
-    # Where all windows predict one run is enough, else each window is the last of one.
-    step = length if stage.sleep.every_window else stage.model.window
-    logits = []
-    for start in range(0, length, step):
-        own = tokens[:, : start + step + 1]
-        loss_mask = torch.zeros_like(own, dtype=torch.bool)
-        loss_mask[:, start + 1 :] = True
-        memory, hidden_states = stage.empty_memory(len(own)), None
-        for segment in plan_segments(own, loss_mask, stage.model, stage.sleep, passes):
-            hidden_states, memory = stage(segment, own[:, :-1].to(stage.like.device), hidden_states, memory)
-            if segment.predicts:
-                logits.append(stage.logits(hidden_states).transpose(0, 1))
-    return torch.cat(logits, dim=1)
 
 
 def stream(sequences=3, tokens=WINDOWS * tiny.WINDOW - 2, pads=False):
@@ -110,7 +90,9 @@ def test_other_models(here, pattern, window):
     for eviction in ("hard", "sliding"):
         stage = tiny.build_stage(
             here,
-            tiny.model_config(pattern=pattern, window=window, conv_kernel=1 + window % 3, tie_embeddings=True),
+            tiny.model_config(
+                pattern=pattern, window=window, gdn=dict(conv_kernel=1 + window % 3), tie_embeddings=True
+            ),
             SleepConfig(eviction=eviction),
         )
         tokens = stream(tokens=17)
@@ -143,9 +125,9 @@ def test_the_comparison_notices_a_piece_that_does_not_see_the_one_before(here, f
     decoder = Decoder(stage, 1, len(tokens))
     expected = training_logits(stage, tokens, 1)
     decoder.feed(tokens[:, :3].tolist())
-    for reading in decoder._readings:
-        if forgotten in reading:
-            reading[forgotten].zero_()
+    for cache in decoder._caches:
+        if forgotten in cache:
+            cache[forgotten].zero_()
     found = decoder.feed(tokens[:, 3:4].tolist())
     assert (found - expected[:, 3]).abs().max() > 1e-6
 
@@ -218,7 +200,7 @@ def test_memory_does_not_grow(here, name):
         while decoder.lengths[0] < length:
             decoder.feed([[source.randrange(1, 17) for _ in range(source.randint(1, 15))]])
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in decoder._named().values()}
-        tables = len(stage._rotary) + len(stage._masks)  # the stage keeps its own, by the place of a window it is given
+        tables = len(stage._masks)  # the stage keeps its own, by the place of a window it is given
         return decoder.nbytes(), sum(storages.values()), tables
 
     held = held_after(2 * tiny.WINDOW)

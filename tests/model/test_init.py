@@ -16,7 +16,12 @@ from tests.helpers import tiny
 def stage(here):
     torch.manual_seed(0)
     model = tiny.model_config(
-        vocab_size=400, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, gdn_heads=64, embedding_std=0.5
+        vocab_size=400,
+        hidden_size=64,
+        mlp=dict(ffn_hidden_size=96),
+        attention=dict(heads=4),
+        gdn=dict(heads=64),
+        embedding_std=0.5,
     )
     return HybridStage(model, SleepConfig(), here.groups)
 
@@ -37,7 +42,7 @@ def test_matrices_keep_the_size_of_what_they_read_and_branches_add_up_to_it(stag
 
 def test_fast_weights_outlive_windows(stage):
     """Half-lives of a hundred to seven thousand tokens, as the input's part of the decay is zero."""
-    for mixer in stage.gdn_mixers.values():
+    for mixer in stage.fast_weight_mixers.values():
         half_lives = math.log(2) / (mixer.A_log.exp() * F.softplus(mixer.dt_bias))
         assert 85 < half_lives.min() < 300 and 2000 < half_lives.max() < 7000
 

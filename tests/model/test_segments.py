@@ -55,8 +55,8 @@ def test_last_window_may_be_short():
 
 def test_the_last_pass_ends_with_the_last_write():
     segments = plan(passes=2, model=tiny.model_config(pattern="GAGA"))
-    assert segments[0].blocks == range(4) and not segments[0].write_only
-    assert segments[1].blocks == range(3) and segments[1].write_only
+    assert segments[0].blocks == range(4) and not segments[0].state_only
+    assert segments[1].blocks == range(3) and segments[1].state_only
 
 
 def test_loop_range_runs_outer_blocks_once():

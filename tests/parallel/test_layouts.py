@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 
+from powernap.model.mixers import MIXERS
 from tests.helpers import layouts
 from tests.helpers.layouts import Case
 from tests.helpers.processes import run_cases
@@ -26,6 +27,15 @@ ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
 EVICTIONS = {"hard": {}, "sliding": {"eviction": "sliding"}}
 
+OTHERS = [letter for letter, mixer in MIXERS.items() if mixer.has_fast_weights and letter != "G"]
+
+
+def with_others(pattern: str = "AGAG") -> dict:
+    """The pattern with the other mixers in turn in the place of the gated delta nets."""
+    others = itertools.cycle(OTHERS)
+    return {"pattern": "".join(next(others) if letter == "G" else letter for letter in pattern)}
+
+
 # Each layout once with each choice of the other axes, and what only some layouts can get wrong.
 CASES = {
     "one process": Case(),
@@ -38,6 +48,17 @@ CASES = {
             (True, ONE, "hard") if number % 2 else (True, SEVERAL, "sliding"),
             (False, SEVERAL, "hard") if number % 2 else (False, ONE, "hard"),
         ]
+    },
+    **{
+        f"{name}, every other mixer, {eviction}": Case(
+            **{**layout, "layout": None, "model": with_others(layout.get("model", {}).get("pattern", "AGAG"))},
+            **windows,
+            recompute=recompute,
+            sleep=EVICTIONS[eviction],
+        )
+        for number, (name, layout) in enumerate({"one process": {}, **LAYOUTS}.items())
+        for recompute, windows, eviction in [(True, SEVERAL, "sliding") if number % 2 else (False, ONE, "hard")]
+        if OTHERS
     },
     "PP2, tied embeddings": Case(pipeline=2, model=TIED),
     "TP2xPP2+SP, tied embeddings, pads": Case(tensor=2, pipeline=2, sequence=True, model=TIED, pads=True),
@@ -94,6 +115,7 @@ BROKEN = {
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
     "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),
+    "a mixer's heads of another rank, TP2": Case(tensor=2, broken="split of a mixer"),
     "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
     "messages batched, PP2": Case(pipeline=2, broken="links"),
     "nothing carried, PP2": Case(

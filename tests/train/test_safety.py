@@ -103,10 +103,11 @@ def exported(here, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "ffn_hidden_size", "vocab_size", "gdn_value_dim", "pattern"])
+@pytest.mark.parametrize("field", ["hidden_size", "mlp.ffn_hidden_size", "vocab_size", "gdn.value_dim", "pattern"])
 def test_an_exported_model_that_claims_terabytes_gets_nothing(exported, field):
     config = json.loads((exported / CONFIG).read_text())
-    config["model"][field] = "AG" * 128 if field == "pattern" else 2**32
+    *section, name = field.split(".")
+    (config["model"][section[0]] if section else config["model"])[name] = "AG" * 128 if field == "pattern" else 2**32
     (exported / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ExportError, match="not the weights of the model in config.json"):
         load_run(exported)

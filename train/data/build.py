@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from powernap.model.config import LARGEST, Section
+from powernap.model.section import LARGEST, Section
 from powernap.train.data.documents import Tally, check_budget, describe_left_out
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.text import Text

@@ -5,7 +5,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.data.build import read_manifest
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import decode

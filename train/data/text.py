@@ -16,7 +16,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.data.documents import Document, Part, Piece, Reader, Tally, find_files
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import Tokenizer, load_tokenizer

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from powernap.model.config import Section
 from powernap.model.errors import PowernapError
+from powernap.model.section import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.build import read_manifest
 from powernap.train.data.shard_list import expand_shards, local_path

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig, with_sections
 from powernap.model.errors import PowernapError
+from powernap.model.parameters import parameters
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import FILE_MODE
-from powernap.parallel.planning.memory import parameters
 from powernap.train.config import Recipe
 from powernap.train.data.sample import DataError
 from powernap.train.data.text import Text
@@ -100,7 +100,7 @@ def read_exported(folder: Path) -> Exported:
         config = json.loads(path.read_text(encoding="utf-8"))
         assert config["format"] == FORMAT
         name, told = str(config["name"]), config["vocabulary"]
-        model, sleep = check(ModelConfig, config["model"]), check(SleepConfig, config["sleep"])
+        model, sleep = check(ModelConfig, with_sections(config["model"])), check(SleepConfig, config["sleep"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         why = f" ({error})" if isinstance(error, RecipeError) else ""
         raise ExportError(f"{path}: not what powernap checkpoint export writes{why}") from None

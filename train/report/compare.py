@@ -62,7 +62,7 @@ def _config_differences(one: Path, other: Path) -> list[str]:
     if not all(config.is_file() for config in configs):
         return []
     a, b = (flatten(RunFolder(folder).recipe().model_dump(mode="json")) for folder in (one, other))
-    return [f"{key} = {a[key]} and {b[key]}" for key in a if a[key] != b.get(key) and key != "run.name"]
+    return [f"{key} = {a.get(key)} and {b.get(key)}" for key in a | b if a.get(key) != b.get(key) and key != "run.name"]
 
 
 def _same(a: object, b: object) -> bool:

@@ -10,7 +10,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from powernap.model.errors import PowernapError
-from powernap.parallel.planning.memory import parameters
+from powernap.model.parameters import parameters
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows

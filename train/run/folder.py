@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powernap.model.config import with_sections
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
@@ -142,7 +143,10 @@ class RunFolder:
         """The recipe this run was started with, without its secrets."""
         if not self.config.is_file():
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
-        return check(Recipe, read_sections(self.config))
+        values = read_sections(self.config)
+        if isinstance(values.get("model"), dict):
+            values["model"] = with_sections(values["model"])
+        return check(Recipe, values)
 
     def newest_checkpoint(self) -> "Checkpoint":
         """The newest whole checkpoint, to read with.

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.tasks.sample import PAD, Candidates, Sample, TaskError, draw_problem
 
 ITEMS = (

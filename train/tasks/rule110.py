@@ -13,7 +13,7 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from powernap.model.config import Section
+from powernap.model.section import Section
 from powernap.train.tasks.sample import Candidates, Sample, draw_problem
 
 FIRST_BIT = 1  # token of bit 0; bit 1 is the next

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powernap.model.mixers import delta_rule
+from powernap.model.mixers import fla as fla_module
 from powernap.model.mixers.delta_rule import chunked_delta_rule, gated_delta_rule, sequential_delta_rule
+from powernap.model.mixers.fla import KernelError
 from tests.helpers import tiny
 
 B, H, K, V = 2, 3, 5, 4
@@ -116,15 +117,15 @@ class TestKernelsAreCheckedBeforeTheFirstStep:
     @pytest.fixture
     def check(self, monkeypatch):
         installed, capability = {"triton": "3.7.1"}, [9, 0]
-        monkeypatch.setattr(delta_rule, "find_spec", lambda name: name if name in {"fla"} else None)
-        monkeypatch.setattr(delta_rule, "version", installed.__getitem__)
+        monkeypatch.setattr(fla_module, "find_spec", lambda name: name if name in {"fla"} else None)
+        monkeypatch.setattr(fla_module, "version", installed.__getitem__)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
 
-        def check(dtype=torch.bfloat16, device="cuda", triton="3.7.1", major=9, fla=True, **model):
+        def check(dtype=torch.bfloat16, device="cuda", triton="3.7.1", major=9, fla=True, **sizes):
             installed["triton"], capability[0] = triton, major
             if not fla:
-                monkeypatch.setattr(delta_rule, "find_spec", lambda name: None)
-            return delta_rule.check_kernels(tiny.model_config(**model), dtype, torch.device(device))
+                monkeypatch.setattr(fla_module, "find_spec", lambda name: None)
+            return tiny.model_config(gdn=sizes).gdn.check_kernels(dtype, torch.device(device))
 
         return check
 
@@ -132,25 +133,24 @@ class TestKernelsAreCheckedBeforeTheFirstStep:
         ("case", "message"),
         [
             (dict(fla=False), r"train.precision=bf16 on CUDA needs FLA's kernels: pip install 'powernap\[cuda\]'"),
-            (dict(gdn_key_dim=264), "model.gdn_key_dim=264: .* at most 256; use more heads"),
+            (dict(key_dim=264), "model.gdn.key_dim=264: .* at most 256; use more heads"),
             (dict(triton="3.6.0"), r"Triton 3.6.0 computes wrong gradients on Hopper .*pip install 'triton>=3.7.1'"),
-            (dict(triton="3.10.0", gdn_key_dim=257), "gdn_key_dim"),
+            (dict(triton="3.10.0", key_dim=257), "gdn.key_dim"),
         ],
     )
     def test_refused(self, check, case, message):
-        with pytest.raises(delta_rule.KernelError, match=message):
+        with pytest.raises(KernelError, match=message):
             check(**case)
 
     @pytest.mark.parametrize(
         "case",
         [
             dict(),
-            dict(gdn_key_dim=256),
+            dict(key_dim=256),
             dict(triton="3.10.0"),
             dict(triton="3.6.0", major=8),
-            dict(device="cpu", fla=False, gdn_key_dim=264),
-            dict(dtype=torch.float32, fla=False, gdn_key_dim=264),
-            dict(pattern="AA", fla=False),
+            dict(device="cpu", fla=False, key_dim=264),
+            dict(dtype=torch.float32, fla=False, key_dim=264),
         ],
     )
     def test_taken(self, check, case):

@@ -5,13 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.mixers import delta_rule
-from powernap.parallel.planning import layout
 from powernap.parallel.planning.layout import (
     Costs,
     LayoutError,
@@ -116,32 +112,6 @@ def test_costs_count_runs():
     assert 11 < runs[3] < 14  # the last pass over 3 windows ends with its write
     assert runs[4] == 11  # ... and never comes here
     assert slept.head == 2 * once.head and slept.embedding == 5 * once.embedding
-
-
-@pytest.mark.parametrize("case", ["A", "G", "write only"])
-def test_block_flops_against_what_the_block_computes(here, case):
-    """torch counts matrix products; the formula adds the convolution, and counts the keys a causal mask leaves."""
-    kind = case if case == "A" else "G"
-    model = tiny.model_config(pattern=kind, window=64, hidden_size=32, gdn_key_dim=8, gdn_value_dim=12)
-    stage, tokens = tiny.build_stage(here, model, dtype=torch.float32), torch.ones(1, 65, dtype=torch.long)
-    loss_mask = torch.full_like(tokens, case != "write only", dtype=torch.bool)
-    segment = plan_segments(tokens, loss_mask, model, SleepConfig(), 1)[0]
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        stage(segment, tokens[:, :-1], None, stage.empty_memory(1))
-    measured = counter.get_total_flops() / model.window
-    heads, d_k, d_v = model.gdn_heads, model.gdn_key_dim, model.gdn_value_dim
-    # torch does not count the triangular solve and our own convolution
-    uncounted = heads * 32 * (d_k + d_v) + 2 * model.conv_kernel * heads * (2 * d_k + d_v)
-    if case == "A":  # it counts the keys that are masked
-        assert measured == layout.block_flops(model, kind) + 2 * model.hidden_size * (model.window - 1)
-    elif case == "G":
-        assert measured == layout.block_flops(model, kind) - uncounted
-    else:
-        assert measured == layout.delta_net_flops(model, write_only=True) - uncounted
-
-
-def test_the_chunk_is_the_delta_rules():
-    assert layout.DELTA_RULE_CHUNK == delta_rule.MAX_CHUNK
 
 
 def test_no_torch():

@@ -12,8 +12,8 @@ from tests.helpers import plan_measured
 from tests.helpers.processes import run_cases
 
 MODEL = dict(
-    pattern="AGAG", window=32, vocab_size=128, hidden_size=64, ffn_hidden_size=96, num_attention_heads=2, gdn_heads=2,
-    gdn_key_dim=16, gdn_value_dim=24, conv_kernel=3,
+    pattern="AGAG", window=32, vocab_size=128, hidden_size=64, mlp=dict(ffn_hidden_size=96), attention=dict(heads=2),
+    gdn=dict(heads=2, key_dim=16, value_dim=24, conv_kernel=3),
 )  # fmt: skip
 LAYOUTS = {
     "one process": {},
@@ -26,7 +26,10 @@ LAYOUTS = {
     "TP2xPP2": dict(tensor=2, pipeline=2),
 }
 SLIDING = {"passes": 3, "eviction": "sliding", "loop_range": [1, 3]}
-MANY_WEIGHTS = {"ffn_hidden_size": 1024, "window": 16}  # the optimizer's step is the peak, not the backward pass
+MANY_WEIGHTS = {
+    "mlp": {"ffn_hidden_size": 1024},
+    "window": 16,
+}  # the optimizer's step is the peak, not the backward pass
 
 
 CARRY = {"passes": 2, "every_window": True, "carry": True}

@@ -8,13 +8,15 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+from powernap.model.config import RENAMED
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.config import Recipe
 from powernap.train.data.vocabulary import Numbers
 from powernap.train.generation.export import ExportError, export, read_exported
 from powernap.train.generation.generate import load_run
-from powernap.train.recipe_file import check
+from powernap.train.recipe_file import RecipeError, check
 from powernap.train.run.folder import RunFolder
+from powernap.train.yaml_core import dump
 from tests.helpers import runs
 
 
@@ -31,6 +33,29 @@ def write_run(folder, here, manifest, precision="fp32"):
     run.create(check(Recipe, {**runs.RECIPE, **sections}))
     runs.write_drawn(run, here)
     return run
+
+
+def as_before_sections(model):
+    """The model's fields as runs and exports had them before each part had a section."""
+    flat = {name: value for name, value in model.items() if not isinstance(value, dict) and value is not None}
+    return flat | {old: model[section][field] for old, (section, field) in RENAMED.items()}
+
+
+def test_runs_and_exports_of_before_are_read(tmp_path, here):
+    run = write_run(tmp_path, here, {"task": "text", "fields": {"inputs": "-", "tokenizer": "bytes"}})
+    recipe = run.recipe()
+    folder = export(run.newest_checkpoint(), recipe, tmp_path / "exported")
+    expected = said(folder)
+    old = recipe.model_dump(mode="json")
+    old["model"] = as_before_sections(old["model"])
+    assert "gdn" not in old["model"] and old["model"]["gdn_heads"] == 2
+    run.config.write_text(dump(old))
+    assert run.recipe() == recipe
+    with pytest.raises(RecipeError, match="ffn_hidden_size is now mlp.ffn_hidden_size"):
+        check(Recipe, old)  # but a recipe says it as it is now
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model": old["model"]}))
+    assert said(folder) == expected
 
 
 @pytest.fixture

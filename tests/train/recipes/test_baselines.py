@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from powernap.parallel.planning.memory import parameters
+from powernap.model.parameters import parameters
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train import trainer
 from powernap.train.data.build import build_task
@@ -70,8 +70,8 @@ def test_a_baseline_differs_from_its_base_in_what_it_says(name):
 
 
 SMALL = [
-    "model.hidden_size=32", "model.ffn_hidden_size=32", "model.num_attention_heads=1", "model.gdn_heads=1",
-    "model.gdn_key_dim=8", "model.gdn_value_dim=8", "train.steps=2", "train.global_batch_size=4",
+    "model.hidden_size=32", "model.mlp.ffn_hidden_size=32", "model.attention.heads=1",
+    "model.gdn={heads: 1, key_dim: 8, value_dim: 8}", "train.steps=2", "train.global_batch_size=4",
     "train.micro_batch_size=null", "optimizer.warmup_steps=1", "parallel.data=1", "evaluation.samples=8",
     "evaluation.every=null", "data.lanes=1",
 ]  # fmt: skip

@@ -125,7 +125,7 @@ def test_two_nodes_by_two_ranks_train_as_four_local_processes(jobs):
     assert jobs.powernap(*shards.split()).returncode == 0
     data = ["data.train=demo/train-*.tar", "data.test=demo/test-*.tar"]
     size = [f"train.steps={STEPS}", "train.global_batch_size=16", "optimizer.warmup_steps=4", "evaluation.samples=16"]
-    layout = ["parallel.data=2", "parallel.tensor=2", "model.vocab_size=22", "model.num_attention_heads=2"]
+    layout = ["parallel.data=2", "parallel.tensor=2", "model.vocab_size=22", "model.attention.heads=2"]
     fields = [*data, *size, *layout]
     id = jobs.submit("four", *fields, "job.nodes=2", "job.device=gpu", "job.cpus_per_process=1", recipe="demo")
     assert "TresPerNode=gres:gpu:2" in jobs.shown(id) and "NumNodes=2" in jobs.shown(id)

@@ -1,0 +1,61 @@
+"""When FLA's Triton kernels compute a recurrence, and whether they would: one rule for all mixers."""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch.torch_version import TorchVersion
+
+from powernap.model.errors import PowernapError
+
+LARGEST_KEY_DIM = 256
+# FLA 0.6.0 refuses its backward pass (chunk_bwd_dqkwg) on Hopper with Triton in [first, second): wrong gradients.
+HOPPER = 9  # major compute capability
+TRITON_WRONG_ON_HOPPER = ("3.4.0", "3.7.1")
+
+
+class KernelError(PowernapError):
+    """A model that the installed kernels cannot train on this device, in one line."""
+
+
+def check_fla(dtype: torch.dtype, device: torch.device, field: str, key_dim: int) -> None:
+    """Raise KernelError if training in `dtype` on `device` needs FLA's kernels and they would fail.
+
+    Without this the first segment fails: in a queue, after the weights were built.
+
+    Args:
+        field, key_dim: rows of a head's state, and what they are called in a recipe.
+    """
+    if device.type != "cuda" or not fla_is_precise_enough_for(dtype):
+        return
+    if find_spec("fla") is None:
+        raise KernelError(f"{_name(dtype)} on CUDA needs FLA's kernels: pip install 'powernap[cuda]'")
+    if key_dim > LARGEST_KEY_DIM:
+        raise KernelError(
+            f"{field}={key_dim}: FLA's kernels on CUDA take at most {LARGEST_KEY_DIM}; "
+            "use more heads, or train.precision=fp32, which needs no kernel of FLA's"
+        )
+    try:
+        triton = TorchVersion(version("triton"))
+    except PackageNotFoundError:
+        raise KernelError("FLA's kernels need Triton: pip install 'powernap[cuda]'") from None
+    first, fixed = TRITON_WRONG_ON_HOPPER
+    if torch.cuda.get_device_capability(device)[0] == HOPPER and first <= triton < fixed:
+        raise KernelError(
+            f"Triton {triton} computes wrong gradients on Hopper GPUs and FLA refuses it: pip install 'triton>={fixed}', "
+            "which torch 2.13 brings"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "train.precision=bf16", torch.float32: "train.precision=fp32 with TF32"}.get(
+        dtype, str(dtype)
+    )
+
+
+def fla_is_precise_enough_for(dtype: torch.dtype) -> bool:
+    """FLA takes float32 but multiplies in TF32 (10-bit mantissas), so it is used there only if torch's own matrix
+    products may do the same; it has no float64."""
+    if dtype == torch.float32:
+        return torch.get_float32_matmul_precision() != "highest"
+    return dtype in (torch.bfloat16, torch.float16)

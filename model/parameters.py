@@ -1,0 +1,35 @@
+"""Every parameter of a model, or of a stage of it, as its parts list them. Nothing here imports torch."""
+
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.part import Weight
+
+
+def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
+    """The parameters of the stage that owns `blocks`, named and shaped as in stage.py, whole over tensor ranks."""
+    first, last = blocks.start == 0, blocks.stop == model.num_layers
+    vocabulary = (model.vocab_size, model.hidden_size)
+    weights = []
+    if first or (last and model.tie_embeddings):
+        weights.append(Weight("embedding.weight", vocabulary, split=0))
+    if first and sleep.pass_norm:
+        weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
+    for index, block in enumerate(blocks):
+        weights += [w._replace(name=f"decoder.layers.{index}.{w.name}") for w in _block_parameters(model, block)]
+    if last:
+        weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
+        if not model.tie_embeddings:
+            weights.append(Weight("output_layer.weight", vocabulary, split=0))
+    return weights
+
+
+def _block_parameters(model: ModelConfig, block: int) -> list[Weight]:
+    def inside(module: str, weights: list[Weight]) -> list[Weight]:
+        return [w._replace(name=f"{module}.{w.name}") for w in weights]
+
+    norm = [Weight("weight", (model.hidden_size,))]
+    return [
+        *inside("input_layernorm", norm),
+        *inside("self_attention", model.mixers[block].weights(model)),
+        *inside("pre_mlp_layernorm", norm),
+        *inside("mlp", model.mlp.weights(model)),
+    ]

@@ -1,0 +1,29 @@
+"""Other people's code: what installed packages offer under Powernap's entry points. Nothing here imports torch."""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+from powernap.model.errors import PowernapError
+
+
+class PluginError(PowernapError):
+    """An installed package whose entry point cannot be used, in one line."""
+
+
+def plugins(group: str) -> dict[str, Any]:
+    """Name -> object of every entry point of `powernap.<group>`.
+
+    Raises:
+        PluginError: if one cannot be imported, or two have one name.
+    """
+    found: dict[str, Any] = {}
+    for point in entry_points(group=f"powernap.{group}"):
+        package = point.dist.name if point.dist else "?"
+        where = f"entry point {point.name} = {point.value} in powernap.{group} (package {package})"
+        if point.name in found:
+            raise PluginError(f"{where}: another installed package has this name, too; uninstall one of them")
+        try:
+            found[point.name] = point.load()
+        except Exception as error:  # another's code may raise anything
+            raise PluginError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
+    return found
