@@ -92,7 +92,7 @@ def activations_are_about_those_kept(here, letter: str) -> None:
 
 
 def check_activations(here, pattern: str, precision: str, dtype: torch.dtype, predicts: bool) -> None:
-    sizes = {"heads": 4, "groups": 4}
+    sizes = {"heads": 4, "groups": 2}
     sections = {
         MIXERS[letter].section: {
             name: sizes.get(name, 16)
@@ -116,7 +116,7 @@ def check_activations(here, pattern: str, precision: str, dtype: torch.dtype, pr
     estimate = memory.segment_activations(planned, range(len(pattern)), segments_of(planned, [predicts])[0], "cpu")
     if predicts:  # logits and the gradient of their softmax live, but are not kept
         estimate -= 2 * 64 * 97 * (8 if precision == "fp32" else 6)
-    assert estimate == pytest.approx(measured, rel=0.04), (precision, predicts)
+    assert estimate == pytest.approx(measured, rel=0.04), (precision, predicts, estimate, measured)
 
 
 def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
