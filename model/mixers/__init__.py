@@ -4,10 +4,11 @@ import inspect
 
 from powernap.model.mixers.attention import Attention
 from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.model.mixers.mamba2 import Mamba2
 from powernap.model.part import Mixer
 from powernap.model.plugins import PluginError, plugins
 
-BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet)
+BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet, Mamba2)
 
 
 def _registry() -> dict[str, type[Mixer]]:

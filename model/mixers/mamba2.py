@@ -1,0 +1,326 @@
+"""Mamba-2 (state space duality, arXiv 2405.21060): its fast weights are the state-space model's, one matrix a head.
+
+With S_t in R^{N x P}, per head, for input x_t, input and output maps B_t and C_t that a group of heads shares, and step
+size dt_t:
+
+    S_t = exp(-A dt_t) S_{t-1} + dt_t B_t x_t^T        y_t = S_t^T C_t + D x_t
+
+which is equation 3 of arXiv 2605.26099. Written with a gated delta net's letters: k = B, v = x, q = C, g = -A dt, beta = dt,
+without the delta rule's correction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from powernap.model.part import FP32, Cache, Device, Mixer, Weight, even_chunk
+
+if TYPE_CHECKING:
+    import torch
+
+    from powernap.model.config import ModelConfig, SleepConfig
+    from powernap.model.mixers.module import MixerModule
+    from powernap.model.window import Window
+
+# The reference's ranges at the start (state-spaces/mamba, modules/mamba2.py: A_init_range, dt_min and dt_max).
+A_RANGE = (1.0, 16.0)
+STEP_RANGE = (0.001, 0.1)
+
+MAX_CHUNK = 32  # tokens in a chunk of the chunked form, as of the delta rule
+FLA_CHUNK = 64  # of FLA's kernel
+
+
+class Mamba2(Mixer):
+    """x, B, C, gate z and step size dt from one projection.
+
+    Per group its rows are [x | B | C | z | dt], so a tensor-parallel shard of whole groups is a plain slice.
+    """
+
+    letter: ClassVar[str] = "M"
+    title: ClassVar[str] = "Mamba-2"
+    section: ClassVar[str] = "mamba2"
+
+    heads: int = Field(ge=1, description="heads")
+    head_dim: int = Field(ge=1, description="P, columns of a head's fast weights")
+    state_dim: int = Field(ge=1, description="N, rows of a head's fast weights")
+    groups: int = Field(1, ge=1, description="groups of heads, each with one B and C; tensor ranks split them")
+    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before x, B and C")
+
+    def check(self, model: ModelConfig) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"mamba2.groups={self.groups} must divide mamba2.heads={self.heads}")
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.state_dim, self.head_dim
+
+    @property
+    def _width(self) -> int:
+        """Numbers of a group's x, all heads of it."""
+        return self.heads // self.groups * self.head_dim
+
+    @property
+    def _channels(self) -> int:
+        """Of a group's x, B and C."""
+        return self._width + 2 * self.state_dim
+
+    def split_sizes(self) -> dict[str, int]:
+        return {"groups": self.groups}
+
+    def weights(self, model: ModelConfig) -> list[Weight]:
+        rows = self.groups * (self._channels + self._width) + self.heads
+        channels = (self.groups, self._channels)
+        return [
+            Weight("in_proj.weight", (rows, model.hidden_size), split=0),
+            Weight("out_proj.weight", (model.hidden_size, self.groups * self._width), split=1),
+            Weight("conv_weight", (*channels, self.conv_kernel), split=0, draw=self._draw_taps),
+            Weight("conv_bias", channels, split=0, draw=self._draw_taps),
+            Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
+            Weight("dt_bias", (self.heads,), split=0, draw=_draw_step),
+            Weight("D", (self.heads,), split=0, draw=_ones),
+            Weight("norm_weight", (self.groups, self._width), split=0, draw=_ones),
+        ]
+
+    def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
+        """Projections, convolution, and the chunked form with chunks of C tokens: to the state 2 N P a head; for the output
+        C B^T 2 C N a group, and a head 2 C P times the inputs and 2 N P from the state."""
+        n, p, chunk = self.state_dim, self.head_dim, even_chunk(model.window, MAX_CHUNK)
+        projection = 2 * model.hidden_size * (self.groups * (self._channels + self._width) + self.heads)
+        convolution = 2 * self.conv_kernel * self.groups * self._channels
+        write = self.heads * 2 * n * p
+        if state_only:
+            return projection + convolution + write
+        read = self.groups * 2 * chunk * n + self.heads * (2 * chunk * p + 2 * n * p)
+        return projection + convolution + write + read + 2 * model.hidden_size * self.groups * self._width
+
+    def activation_bytes(
+        self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
+    ) -> float:
+        """Projection, convolution before SiLU, the chunked form, gate and norm.
+
+        For a CPU counted from what torch keeps, which the tests measure. For CUDA in bf16 read off FLA's source (chunk.py of
+        simple_gla keeps q, k, v and g), and not measured.
+        """
+        groups, heads, n, is_bf16 = self.groups, self.heads, self.state_dim, number < FP32
+        x = heads * self.head_dim
+        projected = number * (groups * (2 * self._channels + self._width) + heads)
+        gated = (5 if is_bf16 else 4) * number * x + FP32 * (x + groups)
+        if device == "cuda" and is_bf16:
+            write = number * (2 * heads * n + x) + FP32 * (x + 3 * heads)
+            return projected + write + (0 if state_only else gated)
+        chunk = even_chunk(model.window, MAX_CHUNK)
+        states = heads * n * self.head_dim / chunk
+        write = FP32 * (3 * x + heads * n + states + 3 * heads)
+        if state_only:
+            return projected + write
+        read = FP32 * (2 * x + heads * n + states + heads + 2 * heads * chunk + groups * (chunk + 2 * n))
+        return projected + write + read + gated
+
+    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
+        from powernap.model.mixers.fla import check_fla
+
+        check_fla(dtype, device, "model.mamba2.state_dim", self.state_dim)
+
+    def forward(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor | None,
+        window: Window,
+        need_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states [L, B, D], state [B, heads/TP, N, P] -> (output [L, B, D] or None, new state)."""
+        output, state, _ = self._mix(layer, hidden_states, state, window, need_output)
+        return output, state
+
+    def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
+        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
+        history = (batch, self.conv_kernel - 1, self.groups // layer.tensor_size, self._channels)
+        return {**super().init_cache(layer, batch, slots, like), "history": like.new_zeros(history)}
+
+    def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
+        import torch
+
+        history = cache["history"].transpose(0, 1)
+        output, cache["state"], seen = self._mix(layer, hidden_states, cache["state"], window, history=history)
+        history = seen[len(hidden_states) :].transpose(0, 1)
+        cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
+        return output
+
+    def _mix(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor,
+        window: Window,
+        need_output: bool = True,
+        history: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Output, new state, and what the convolution saw; `history` [taps-1, B, groups/TP, C] is what it saw before."""
+        import torch
+        import torch.nn.functional as F
+
+        from powernap.model.mixers.conv import causal_conv
+
+        projected, _ = layer.in_proj(hidden_states)
+        length, batch, _ = projected.shape
+        projected = projected.view(length, batch, self.groups // layer.tensor_size, -1)
+        xbc, z, step = projected.split([self._channels, self._width, self.heads // self.groups], dim=-1)
+        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
+            xbc = xbc * window.valid[..., None, None]
+        seen = xbc if history is None else torch.cat([history, xbc])
+        convolved = causal_conv(seen, layer.conv_weight)[len(seen) - length :] + layer.conv_bias.to(seen.dtype)
+        x, b, c = F.silu(convolved).split([self._width, self.state_dim, self.state_dim], dim=-1)
+        x = x.reshape(length, batch, -1, self.head_dim)
+        step = F.softplus(step.flatten(2).to(state.dtype) + layer.dt_bias.to(state.dtype))
+        if window.valid is not None:
+            step = step * window.valid.unsqueeze(-1)
+        g = -layer.A_log.to(state.dtype).exp() * step
+        layer.watch_gates(window, g, step)
+        output, state = ssd(*(t.transpose(0, 1) for t in (c, b, x, g, step)), state, need_output)
+        if not need_output:
+            return None, state, seen
+        output = output.transpose(0, 1) + layer.D.to(x.dtype).unsqueeze(-1) * x
+        output = F.rms_norm(output.reshape(z.shape) * F.silu(z), (self._width,), eps=layer.config.layernorm_epsilon)
+        output, _ = layer.out_proj((output * layer.norm_weight.to(output.dtype)).flatten(2))
+        return output, state, seen
+
+    def _draw_taps(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Weight and bias as torch's Conv1d begins."""
+        import torch
+
+        bound = 1 / math.sqrt(self.conv_kernel)
+        return torch.empty(shape).uniform_(-bound, bound)
+
+
+def ssd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    need_output: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t over T tokens: one token by the recurrence, more by FLA's
+    Triton kernel on CUDA where it is precise enough, else by the chunked torch form.
+
+    Args:
+        q, k: [B, T, G, N], each for heads / G heads.
+        v: [B, T, H, P].
+        g: [B, T, H] log of the decay, <= 0.
+        beta: [B, T, H] write strength.
+        state: [B, H, N, P], float32 (float64 when the inputs are).
+        need_output: False when only the final state matters; the output is then None.
+
+    Returns:
+        (o [B, T, H, P] in v's dtype, final state [B, H, N, P] in the state's dtype)
+    """
+    from powernap.model.mixers.fla import fla_is_precise_enough_for
+
+    if q.shape[1] == 1:
+        return sequential_ssd(q, k, v, g, beta, state, need_output)
+    if q.is_cuda and fla_is_precise_enough_for(q.dtype):
+        return _fla(q, k, v, g, beta, state)
+    return chunked_ssd(q, k, v, g, beta, state, need_output)
+
+
+def sequential_ssd(q, k, v, g, beta, state, need_output: bool = True):
+    """The recurrence token by token: the reference of the other forms. Arguments as `ssd`."""
+    import torch
+
+    dtype, of_a_group = v.dtype, v.shape[2] // q.shape[2]
+    q, k = (x.to(state.dtype).repeat_interleave(of_a_group, dim=2) for x in (q, k))
+    v, g, beta = (x.to(state.dtype) for x in (v, g, beta))
+    outputs = []
+    for t in range(q.shape[1]):
+        written = torch.einsum("bhn,bhp->bhnp", k[:, t], beta[:, t, :, None] * v[:, t])
+        state = g[:, t, :, None, None].exp() * state + written
+        if need_output:
+            outputs.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
+    return torch.stack(outputs, dim=1).to(dtype) if need_output else None, state
+
+
+def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
+    """The same numbers chunk by chunk with matrix products (arXiv 2405.21060, section 6).
+
+    Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j and D_ij = exp(gamma_i - gamma_j) for j <= i. With u = beta v
+
+        o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + k^T (exp(gamma_C - gamma) u).
+
+    All but the two products with S is done for all chunks at once. Arguments as `ssd`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    batch, length, groups, _ = q.shape
+    dtype = v.dtype
+    chunk = even_chunk(length, max_chunk)
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
+
+    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, G * h, ...] -> [chunks, B, G, h, C, ...]
+        x = x.to(state.dtype)
+        if padding:  # g = beta = 0: a padded token neither decays nor writes
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+        return x.unflatten(2, (groups, -1)).unflatten(1, (num_chunks, chunk)).movedim((1, 2), (0, 4))
+
+    k, g = to_chunks(k), to_chunks(g)  # k: one for all heads of a group
+    u = to_chunks(beta).unsqueeze(-1) * to_chunks(v)
+    gamma = g.cumsum(-1)
+    total = gamma[..., -1:]
+    u_to_end = u * (total - gamma).exp().unsqueeze(-1)
+    whole = total.exp().unsqueeze(-1)
+    k_t = k.transpose(-1, -2)
+    if need_output:
+        q = to_chunks(q)
+        causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+        # -inf before exp, not zero after it: above the diagonal the difference is positive and may overflow
+        decay = (gamma.unsqueeze(-1) - gamma.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+        inside = ((q @ k_t) * decay) @ u
+        from_start = gamma.exp().unsqueeze(-1)
+
+    states = []  # at the start of each chunk
+    heads = state.unflatten(1, (groups, -1))
+    for written, decay_all in zip((k_t @ u_to_end).unbind(0), whole.unbind(0), strict=True):
+        states.append(heads)
+        heads = decay_all * heads + written
+    state = heads.flatten(1, 2)
+    if not need_output:
+        return None, state
+    output = inside + from_start * (q @ torch.stack(states))
+    output = output.movedim((0, 4), (1, 2)).flatten(1, 2).flatten(2, 3)  # [B, T, H, P]
+    return output[:, :length].to(dtype), state
+
+
+def _fla(q, k, v, g, beta, state):
+    """FLA 0.6.0's simple_gla: q, k, v of one dtype, one q and k a head; g and the state in float32."""
+    from fla.ops.simple_gla import chunk_simple_gla  # imported late: it takes seconds
+
+    of_a_group = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(of_a_group, dim=2) for x in (q, k))
+    u = (beta.float().unsqueeze(-1) * v.float()).to(v.dtype)
+    return chunk_simple_gla(q, k, u, g.float(), scale=1.0, initial_state=state.float(), output_final_state=True)
+
+
+def _draw_decay(shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape).uniform_(*A_RANGE).log()
+
+
+def _draw_step(shape: tuple[int, ...]) -> torch.Tensor:
+    """The bias whose softplus is the step size."""
+    import torch
+
+    step = torch.empty(shape).uniform_(*map(math.log, STEP_RANGE)).exp()
+    return step + torch.log(-torch.expm1(-step))
+
+
+def _ones(shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.ones(shape)
