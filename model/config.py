@@ -45,8 +45,7 @@ class _ModelConfig(Section):
     @classmethod
     def _only_known_blocks(cls, pattern: str) -> str:
         if set(pattern) - MIXERS.keys():
-            letters = ", ".join(f"{letter} ({kind.title})" for letter, kind in MIXERS.items())
-            raise ValueError(f"use only the letters {letters}")
+            raise ValueError(f"use only the letters {', '.join(MIXERS)}")
         return pattern
 
     @model_validator(mode="after")
@@ -99,8 +98,10 @@ RENAMED = {
 }
 
 
-def with_sections(model: dict[str, Any]) -> dict[str, Any]:
-    """A `model` section as checkpoints and exports have it, with the fields where they are now."""
+def with_sections(model: Any) -> Any:
+    """A `model` section as checkpoints and exports have it, with the fields where they are now; anything else as it is."""
+    if not isinstance(model, dict):
+        return model
     moved = {name: value for name, value in model.items() if name not in RENAMED}
     for old, (section, field) in RENAMED.items():
         if old in model:

@@ -10,6 +10,11 @@ class PluginError(PowernapError):
     """An installed package whose entry point cannot be used, in one line."""
 
 
+def offered_by(group: str) -> list[str]:
+    """The names of the entry points of `powernap.<group>`; nothing is imported."""
+    return sorted({point.name for point in entry_points(group=f"powernap.{group}")})
+
+
 def plugins(group: str) -> dict[str, Any]:
     """Name -> object of every entry point of `powernap.<group>`.
 

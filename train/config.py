@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.plugins import offered_by
 from powernap.model.section import Section
 from powernap.parallel.planning.layout import sequence_costs, split_layers
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
@@ -27,7 +28,18 @@ class RunSection(Section):
     # MLflow's database lies there, and ? and % would mean something else in its address.
     root: SharedPath = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
     experiment: str = Field("powernap", min_length=1, max_length=500, description="MLflow experiment")
+    trackers: list[str] = Field(
+        ["mlflow"], description="where metrics go beside metrics.jsonl: mlflow, or trackers of installed packages"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data order and the drawing of N")
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_installed(cls, trackers: list[str]) -> list[str]:
+        offered = ["mlflow", *offered_by("trackers")] if set(trackers) - {"mlflow"} else ["mlflow"]
+        if unknown := [name for name in trackers if name not in offered]:
+            raise ValueError(f"no tracker '{unknown[0]}': installed are {', '.join(offered)}")
+        return trackers
 
 
 class DatasetConfig(Section):

@@ -67,8 +67,8 @@ def _value(name: str) -> str:
 
 def _at_once(expand_one: Any) -> Any:
     def validate(path: str, info: ValidationInfo) -> str:
-        on_kubernetes = (info.context or {}).get("cluster") == "kubernetes"
-        if on_kubernetes and not _URL.search(path) and not is_expanded(path):
+        elsewhere = (info.context or {}).get("files") == "elsewhere"
+        if elsewhere and not _URL.search(path) and not is_expanded(path):
             raise PathError("~ and $NAME mean other folders here than in pods: write the path as the pods see it")
         return expand_one(path)
 
@@ -76,7 +76,7 @@ def _at_once(expand_one: Any) -> Any:
 
 
 def _when_used(path: str, info: ValidationInfo) -> str:
-    if (info.context or {}).get("cluster") not in ("slurm", "kubernetes"):
+    if (info.context or {}).get("files") not in ("shared", "elsewhere"):
         expand(path)
     return path
 

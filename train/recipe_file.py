@@ -22,15 +22,15 @@ class RecipeError(PowernapError):
     """A recipe that cannot run: one line, naming field, value and what to write instead."""
 
 
-def load_recipe(name_or_path: str, overrides: list[str] = (), cluster: str | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: list[str] = (), files: str | None = None) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
 
     `name_or_path` is a YAML file or the name of one in train/recipes/. A file that begins with `base: NAME_OR_PATH`, a path
-    being relative to the file, says only what differs from that recipe. `cluster`: the kind of the one that will run it, None
-    for this process: what ~ and $NAME in a path mean depends on it.
+    being relative to the file, says only what differs from that recipe. `files`: where the files of the cluster are that will run it
+    (launch/jobs/cluster.py: Profile), None for this process: what ~ and $NAME in a path mean depends on it.
     """
     values = parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path)), model=Recipe)
-    return check(Recipe, values, cluster=cluster)
+    return check(Recipe, values, files=files)
 
 
 def parse_overrides(

@@ -17,7 +17,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.launch.jobs.backends import backend_of
     from powernap.launch.jobs.overview import find_jobs
     from powernap.launch.jobs.submission import status_of
 
@@ -26,6 +25,6 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         if status.is_over:
             print(f"{record.run}: {status.state} already")
             continue
-        backend_of(record.profile).cancel(record)
+        record.profile.backend().cancel(record)
         print(f"{record.run}: job {record.id} is told to end")
     return 0

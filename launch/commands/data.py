@@ -22,10 +22,10 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "The same command continues where it was stopped, also when the input was mended.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), gsm (word problems of "
         "1 to 8 operations), text (any .txt, .jsonl or .parquet, also .gz, .zst or .bz2; on_error=skip leaves out documents that "
-        "cannot be used). examples: powernap data build depo data/depo nodes=8 "
+        "cannot be used), or one of another package, by its entry point or as package.module:Class. examples: powernap data build depo data/depo nodes=8 "
         "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
     )
-    parser.add_argument("task", metavar="TASK", help="depo, rule110, gsm or text")
+    parser.add_argument("task", metavar="TASK", help="depo, rule110, gsm, text, or package.module:Class")
     parser.add_argument("folder", metavar="FOLDER", type=path, help="where the shards go")
     parser.add_argument(
         "fields", metavar="key=value", nargs="*", default=[], help="sizes of the task, such as nodes=75 max_hop=16"
@@ -44,18 +44,16 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
 def run_build(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.build import TextSource, build, build_task
     from powernap.train.data.text import Text
-    from powernap.train.recipe_file import RecipeError, check, parse_overrides
-    from powernap.train.tasks import TASKS
+    from powernap.train.recipe_file import check, parse_overrides
+    from powernap.train.tasks import task_kind
 
     fields = parse_overrides(options.fields)
     if options.task == "text":
         build(TextSource(check(Text, fields), options.shard_size), options.folder, options.workers)
         return 0
-    if options.task not in TASKS:
-        raise RecipeError(f"no task '{options.task}': choose one of {', '.join(TASKS)}, or text")
     build_task(
         options.task,
-        check(TASKS[options.task], fields),
+        check(task_kind(options.task), fields),
         options.folder,
         train_samples=options.train_samples,
         test_samples=options.test_samples,

@@ -23,7 +23,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.launch.jobs.backends import backend_of
     from powernap.launch.jobs.description import JobError
     from powernap.launch.jobs.overview import find_jobs
     from powernap.launch.jobs.submission import status_of
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     said, asked = _waits(record.run, status), time.monotonic()
     if said:
         print(said, file=sys.stderr, flush=True)
-    for piece in backend_of(record.profile).logs(record, options.follow):
+    for piece in record.profile.backend().logs(record, options.follow):
         if not piece and time.monotonic() > asked + ASK_AGAIN:
             before, asked = said, time.monotonic()
             said = _waits(record.run, status_of(record)[1])

@@ -3,21 +3,26 @@
 Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters, then among those shipped in launch/clusters.
 """
 
+import inspect
 import os
 import re
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from powernap.launch.jobs.description import VARIABLE, JobDescription, JobError
 from powernap.launch.jobs.units import parse_duration, parse_size
+from powernap.model.plugins import PluginError, plugins
 from powernap.model.section import Section
 from powernap.train.paths import PathError, expanded_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
 from powernap.train.yaml_core import settle
+
+if TYPE_CHECKING:
+    from powernap.launch.jobs.backends import Backend
 
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.\-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
@@ -51,8 +56,12 @@ class Network(Section):
 
 
 class Profile(Section):
-    """What all kinds of cluster share."""
+    """What all kinds of cluster share. A kind of another package derives from it (docs/extending.md)."""
 
+    # Where a job's files are: on this machine, on disks that are mounted here, too, or where only its nodes see them.
+    files: ClassVar[Literal["here", "shared", "elsewhere"]] = "shared"
+
+    kind: str
     job: JobDescription = Field(
         JobDescription(), description="the job.* fields that jobs here have if the command line says nothing"
     )
@@ -60,6 +69,10 @@ class Profile(Section):
         None, description="memory of a GPU, such as 80GB: layouts that do not fit are refused; null: not checked"
     )
     network: Network = Network()
+
+    def backend(self) -> "Backend":
+        """What submits to it and asks about jobs."""
+        raise NotImplementedError
 
     @field_validator("device_memory")
     @classmethod
@@ -88,7 +101,14 @@ class _SecretsInFiles(Profile):
 class LocalCluster(_SecretsInFiles):
     """This machine: torchrun under a process of its own, which outlives the terminal."""
 
+    files: ClassVar[Literal["here"]] = "here"
+
     kind: Literal["local"]
+
+    def backend(self) -> "Backend":
+        from powernap.launch.jobs.backends.local import Local
+
+        return Local(self)
 
 
 class SlurmCluster(_SecretsInFiles):
@@ -106,6 +126,11 @@ class SlurmCluster(_SecretsInFiles):
     accounting: bool | None = Field(None, description="whether sacct answers; null: ask it")
     setup: list[str] = Field([], description="lines of shell before srun, such as 'module load cuda/12.4'")
     directives: list[str] = Field([], description="further sbatch options, such as --switches=1")
+
+    def backend(self) -> "Backend":
+        from powernap.launch.jobs.backends.slurm import Slurm
+
+        return Slurm(self)
 
     @field_validator("directives")
     @classmethod
@@ -142,6 +167,8 @@ class Toleration(Section):
 class KubernetesCluster(Profile):
     """Kubernetes: a JobSet, or Kubeflow's TrainJob."""
 
+    files: ClassVar[Literal["elsewhere"]] = "elsewhere"
+
     kind: Literal["kubernetes"]
     context: str | None = Field(None, description="of the kubeconfig; null: the current one")
     namespace: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9\-]*[a-z0-9])?$", max_length=63)
@@ -174,6 +201,11 @@ class KubernetesCluster(Profile):
     keep: str = Field("7d", description="how long an ended job stays known")
     secrets: dict[str, SecretKey] = Field({}, description="variable -> the Secret and key that hold its value")
 
+    def backend(self) -> "Backend":
+        from powernap.launch.jobs.backends.kubernetes import Kubernetes
+
+        return Kubernetes(self)
+
     @field_validator("shared_memory")
     @classmethod
     def _shared_memory_is_a_size(cls, text: str) -> str:
@@ -187,11 +219,23 @@ class KubernetesCluster(Profile):
         return text
 
 
-Cluster = LocalCluster | SlurmCluster | KubernetesCluster
-KINDS: dict[str, type[Profile]] = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster}
+BUILT_IN: dict[str, type[Profile]] = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster}
 
 
-def find_cluster(name: str) -> Cluster:
+def kinds() -> dict[str, type[Profile]]:
+    """Kind of a cluster -> class of its profile: Powernap's own, and those of installed packages (powernap.clusters)."""
+    found = dict(BUILT_IN)
+    for name, kind in plugins("clusters").items():
+        if name in found or not (inspect.isclass(kind) and issubclass(kind, Profile)):
+            raise PluginError(
+                f"entry point {name} of powernap.clusters: must be a new name for a class derived from "
+                "powernap.launch.jobs.cluster.Profile"
+            )
+        found[name] = kind
+    return found
+
+
+def find_cluster(name: str) -> Profile:
     """The profile called `name`, or in the file `name`.
 
     Raises:
@@ -206,11 +250,11 @@ def find_cluster(name: str) -> Cluster:
         raise JobError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def parse_cluster(values: dict[str, Any]) -> Cluster:
-    kind = settle(values.get("kind"))
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise JobError(f"kind={kind}: write one of {', '.join(KINDS)}")
-    return check(KINDS[kind], values)
+def parse_cluster(values: dict[str, Any]) -> Profile:
+    kind, known = settle(values.get("kind")), kinds()
+    if not isinstance(kind, str) or kind not in known:
+        raise JobError(f"kind={kind}: write one of {', '.join(known)}")
+    return check(known[kind], values)
 
 
 def _known_clusters() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from powernap.launch.jobs.cluster import Cluster, parse_cluster
+from powernap.launch.jobs.cluster import Profile, parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.model.section import Section
 from powernap.train.config import Recipe
@@ -65,7 +65,7 @@ class Job:
 
     recipe: Recipe
     description: JobDescription  # with its nodes and processes
-    cluster: Cluster
+    cluster: Profile
     token: str
     attempt: int
     work: Path
@@ -128,7 +128,7 @@ class Record(Section):
     id: str | None = Field(description="what the scheduler calls it; null while it is being submitted")
 
     @property
-    def profile(self) -> Cluster:
+    def profile(self) -> Profile:
         return parse_cluster(self.cluster)
 
     @property

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from powernap.launch.jobs.backends import Backend, backend_of
-from powernap.launch.jobs.cluster import Cluster, find_cluster
+from powernap.launch.jobs.backends import Backend
+from powernap.launch.jobs.cluster import Profile, find_cluster
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import Job, JobFolder, Record, newest_record, next_attempt, sweep_file
 from powernap.launch.jobs.secret_values import refuse_secrets
@@ -42,7 +42,7 @@ class Submission:
     folder: Path
     jobs: list[Job]
     wanted: list[Job]
-    cluster: Cluster
+    cluster: Profile
     backend: Backend
 
     @property
@@ -76,9 +76,9 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
     ours = [text for text in overrides if text.startswith("job.")]
     description = check(_Jobs, parse_overrides(ours, into={"job": cluster.job.model_dump(exclude_unset=True)})).job
     combinations = expand([text for text in overrides if not text.startswith("job.")])
-    base = load_recipe(recipe, combinations[0][1], cluster.kind).run
+    base = load_recipe(recipe, combinations[0][1], cluster.files).run
     jobs = [
-        _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"], cluster.kind), description, cluster)
+        _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"], cluster.files), description, cluster)
         for suffix, chosen in combinations
     ]
     is_sweep = len(jobs) > 1
@@ -89,11 +89,11 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
         raise JobError(f"{folder} is a run: choose another run.name for the sweep")
     if not is_sweep and sweep_file(folder).is_file():
         raise JobError(f"{folder} is a sweep: choose another run.name")
-    backend = backend_of(cluster)
+    backend = cluster.backend()
     backend.check(jobs)
     for job in jobs:
         _check_layout(job)
-        if cluster.kind != "kubernetes":  # whose volume is not mounted here
+        if cluster.files != "elsewhere":
             check_data(job.recipe)
     wanted = [job for job in jobs if _may_start(job, resume)]
     if not wanted:
@@ -144,7 +144,7 @@ def submit(submission: Submission) -> list[Record]:
 
 def status_of(record: Record) -> tuple[Record, Status]:
     """How a submitted job stands; the record with its id, if submitting was cut off before it was written down."""
-    backend = backend_of(record.profile)
+    backend = record.profile.backend()
     if record.id is None:
         found = backend.find(record)
         if found is None:
@@ -154,7 +154,7 @@ def status_of(record: Record) -> tuple[Record, Status]:
     return record, backend.status(record)
 
 
-def _job(recipe: Recipe, description: JobDescription, cluster: Cluster) -> Job:
+def _job(recipe: Recipe, description: JobDescription, cluster: Profile) -> Job:
     refuse_secrets(recipe)
     return Job(
         recipe=recipe,

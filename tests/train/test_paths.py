@@ -86,13 +86,13 @@ def test_the_field_is_named(here, field):
 def test_what_pods_would_see_otherwise_is_refused(here, field):
     for path in ("~/x", "$SCRATCH/x"):
         with pytest.raises(RecipeError, match=rf"^{field}=.*: write the path as the pods see it"):
-            load_recipe("tiny.yaml", [f"{field}={path}"], cluster="kubernetes")
-    assert load_recipe("tiny.yaml", ["data.train=pipe:curl $URL"], cluster="kubernetes").data.train == "pipe:curl $URL"
+            load_recipe("tiny.yaml", [f"{field}={path}"], files="elsewhere")
+    assert load_recipe("tiny.yaml", ["data.train=pipe:curl $URL"], files="elsewhere").data.train == "pipe:curl $URL"
 
 
 def test_the_machine_that_uses_a_cache_expands_it(here):
-    for cluster in ("slurm", "kubernetes"):
-        assert load_recipe("tiny.yaml", ["data.cache=$NOWHERE/x"], cluster=cluster).data.cache == "$NOWHERE/x"
+    for files in ("shared", "elsewhere"):
+        assert load_recipe("tiny.yaml", ["data.cache=$NOWHERE/x"], files=files).data.cache == "$NOWHERE/x"
     with pytest.raises(RecipeError, match="job.environment|environment=~/venv: .* write the whole path"):
         check(JobDescription, {"environment": "~/venv"})
 

@@ -11,7 +11,7 @@ from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.vocabulary import described_by
+from powernap.train.data.vocabulary import UnknownTask, described_by
 
 COLUMNS = 80
 
@@ -31,13 +31,16 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
         spec = f"{folder}/*.tar"
     shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
     manifest = read_manifest(shards[0].path)
-    task = described_by(manifest)
+    try:
+        task, note = described_by(manifest), []
+    except UnknownTask as error:
+        task, note = None, [f"tokens are shown as numbers: {error}"]
     name_token = _names(task) if task else str
     window = window or manifest.get("window")
 
     samples = ((shard, number) for shard in shards for number in range(len(shard)))
     blocks = [_show(shard[number], name_token, window) for shard, number in itertools.islice(samples, show)]
-    return "\n\n".join([*blocks, _statistics(shards, manifest)])
+    return "\n\n".join([*blocks, *note, _statistics(shards, manifest)])
 
 
 def _names(task: Section) -> Callable[[int], str]:

@@ -1,4 +1,7 @@
-"""A sample as it lies in a shard: three .npy members, checked against the recipe when it is read. No torch here."""
+"""A sample as it lies in a shard: three .npy members, or tokens.npy alone, checked against the recipe when it is read.
+
+docs/data.md is the format for people. No torch here.
+"""
 
 import io
 from functools import lru_cache
@@ -33,7 +36,11 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
         DataError: if a member is missing or damaged, or does not fit data.sequence_length or model.vocab_size.
     """
     where = _Where(members)
-    tokens, loss_mask, answers = (_array(members, name, where) for name in MEMBERS)
+    tokens = _array(members, "tokens.npy", where)
+    if members.keys() & {"loss_mask.npy", "answers.npy"}:
+        loss_mask, answers = (_array(members, name, where) for name in MEMBERS[1:])
+    else:  # plain tokens: each is a target
+        loss_mask, answers = np.ones(len(tokens), dtype=bool), np.zeros((0, 3), dtype=np.int32)
 
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(f"{where}: tokens.npy must hold integers [T], not {tokens.dtype} {list(tokens.shape)}")
@@ -73,7 +80,7 @@ class _Where:
 
 def _array(members: dict[str, object], name: str, where: _Where) -> np.ndarray:
     if name not in members:
-        raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}")
+        raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}, or tokens.npy alone")
     try:
         data = members[name]
         start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, behind a version 1.0 header

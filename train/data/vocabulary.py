@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from powernap.model.plugins import PluginError
 from powernap.model.section import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
@@ -13,10 +14,14 @@ from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
 from powernap.train.recipe_file import RecipeError, check
-from powernap.train.tasks import TASKS
+from powernap.train.tasks import task_kind
 
 MOST_WORDS = 2**20
 _WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one
+
+
+class UnknownTask(DataError):
+    """Shards of a task whose package is not installed here, in one line."""
 
 
 class Vocabulary(Protocol):
@@ -146,11 +151,16 @@ def described_by(manifest: dict) -> Section | None:
     """The text or task that shards were built from; None if it is not known.
 
     Raises:
-        DataError: if such a task has no such fields.
+        UnknownTask: if it is a task that is not installed here.
+        DataError: if it has no such fields.
     """
-    kind = (TASKS | {"text": Text}).get(manifest.get("task"))
+    name = manifest.get("task")
+    if name is None:
+        return None
     try:
-        task = check(kind, manifest.get("fields")) if kind else None
+        task = check(Text if name == "text" else task_kind(name), manifest.get("fields"))
+    except PluginError as error:
+        raise UnknownTask(f"{MANIFEST}: {error}") from None
     except RecipeError as error:
         raise DataError(f"{MANIFEST}: {error}") from None
     return task.built_with(*end_and_pad(manifest)) if isinstance(task, Text) else task

@@ -25,7 +25,7 @@ from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import MASK, mask_secrets, mask_values
-from powernap.train.tracking.tracker import Tracker
+from powernap.train.tracking.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def evaluate_run(
         draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
     else:
         draw_loss(result.loss, title=title, to=picture)
-    tracker = Tracker(path, recipe.run.experiment, recipe.model_dump(mode="json"), running=False)
+    tracker = Trackers.open(recipe, path, running=False)
     tracker.log_metrics(newest.step, result.metrics())
     for file in (table, picture):
         tracker.log_artifact(file)

@@ -28,6 +28,7 @@ from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import Numbers, Vocabulary, described_by, find_task, vocabulary_of
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError, check
+from powernap.train.tasks import task_name
 
 FORMAT = "powernap-model-1"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -148,19 +149,13 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     except DataError:
         return None
     if not isinstance(task, Text):
-        return {"task": _task_name(task), "fields": task.model_dump(mode="json")}
+        return {"task": task_name(task), "fields": task.model_dump(mode="json")}
     fields = {"inputs": "-", "tokenizer": task.tokenizer}  # which text it was is nobody's business here
     if (tokenizer := Path(task.tokenizer)).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         fields["tokenizer"] = TOKENIZER
     end, pad = task.ids
     return {"task": "text", "fields": fields, "end_token_id": end, "pad_token_id": pad}
-
-
-def _task_name(task: object) -> str:
-    from powernap.train.tasks import TASKS
-
-    return next(name for name, kind in TASKS.items() if type(task) is kind)
 
 
 def _read_vocabulary(folder: Path, told: object) -> Vocabulary:

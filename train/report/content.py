@@ -1,8 +1,10 @@
 """What a report says: sections of sentences, tables and figures, for the page and for Markdown alike."""
 
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from powernap.model.plugins import PluginError
 from powernap.parallel.planning.plan import in_bytes, in_units
 from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.figures import (
@@ -16,8 +18,8 @@ from powernap.train.report.figures import (
     styles_of,
 )
 from powernap.train.report.runs import Group, ReportedRun, Share, differing_fields
+from powernap.train.tasks import task_kind
 
-DEPTH_NAMES = {"depo": "hops", "rule110": "steps", "gsm": "operations"}
 DEEPEST = 2  # depths that get a figure over N
 
 INTERVAL = (
@@ -64,7 +66,7 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     depths = sorted({depth for run in runs for depth in run.depths}, key=int)
     tasks = {run.task for run in runs if run.task}
     task = tasks.pop() if tasks else None
-    depth_name = DEPTH_NAMES.get(task, "depth")
+    depth_name = _depth_name(task)
     count = f"{len(groups)} recipes" if len(groups) > 1 else "One recipe"
     lead = f"{count}, {len(runs)} run{'s' if len(runs) > 1 else ''}{f', task {task}' if task else ''}."
     sections = [_summary(groups, depths, depth_name, styles), _what_differs(groups)]
@@ -73,6 +75,13 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     sections += [_training(groups, styles), _cost(groups), _origin(runs)]
     labels = [group.label for group in groups]
     return Report(title or ", ".join(labels[:4]) + (" ..." if len(labels) > 4 else ""), lead, _notices(runs), sections)
+
+
+def _depth_name(task: str | None) -> str:
+    """What the depth of a task's answers counts; "depth" where its package is not installed here."""
+    with suppress(PluginError):
+        return getattr(task_kind(task), "depth_name", "depth") if task else "depth"
+    return "depth"
 
 
 def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:

@@ -42,6 +42,7 @@ FREE_ON_RESUME = {
     "train.micro_batch_size",
     "run.root",
     "run.experiment",
+    "run.trackers",
     "train.log_every",
     "train.recompute",
     "checkpoint",
@@ -144,7 +145,7 @@ class RunFolder:
         if not self.config.is_file():
             raise RecipeError(f"{self.path}: no run there (config.yaml is missing)")
         values = read_sections(self.config)
-        if isinstance(values.get("model"), dict):
+        if "model" in values:
             values["model"] = with_sections(values["model"])
         return check(Recipe, values)
 

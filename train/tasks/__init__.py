@@ -1,12 +1,65 @@
-"""Synthetic tasks that need several steps of reasoning over evicted context. Nothing here imports torch.
+"""Tasks by name: Powernap's own, and those of other packages. Nothing here imports torch.
 
-A task is a section of sizes with: vocab_size; sequence_length (T); context_length, the tokens before the answer window;
-window, the L that fits; sample(rng, held_out); and surface_guesses(sample), guesses that a reader can make who works
-nothing out, by name: the best of them is a depth's floor (train/evaluation/floors.py). Token 0 is the pad in every task.
+train/data/task.py writes down what a task is. Powernap's own are synthetic and need several steps of reasoning over evicted
+context.
 """
 
+import importlib
+import inspect
+from typing import Any
+
+from powernap.model.plugins import PluginError, plugins
+from powernap.model.section import Section
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.gsm import Gsm
 from powernap.train.tasks.rule110 import Rule110
 
-TASKS = {"depo": Depo, "gsm": Gsm, "rule110": Rule110}
+TASKS: dict[str, type[Any]] = {"depo": Depo, "gsm": Gsm, "rule110": Rule110}
+REQUIRED = ("vocab_size", "sequence_length", "context_length", "window", "sample", "token_name")
+
+
+def task_names() -> list[str]:
+    """Those that need no import path: Powernap's own, and the entry points of `powernap.tasks`."""
+    return [*TASKS, *(name for name in plugins("tasks") if name not in TASKS)]
+
+
+def task_kind(name: str) -> type[Any]:
+    """The class of a task.
+
+    Args:
+        name: Powernap's own, an entry point of `powernap.tasks`, or `package.module:Class`.
+
+    Raises:
+        PluginError: if there is none, or it is no task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # another's code may raise anything
+            raise PluginError(
+                f"task {name}: cannot be imported ({type(error).__name__}: {error}); install its package, or name its "
+                "folder in PYTHONPATH"
+            ) from error
+    else:
+        offered = plugins("tasks")
+        if name not in offered:
+            raise PluginError(
+                f"no task '{name}': choose one of {', '.join([*TASKS, *offered])}, or text, or write package.module:Class"
+            )
+        kind = offered[name]
+    if not (inspect.isclass(kind) and issubclass(kind, Section)):
+        raise PluginError(f"task {name}: {kind!r} is no class derived from powernap.model.section.Section")
+    if missing := [part for part in REQUIRED if not hasattr(kind, part) and part not in kind.model_fields]:
+        raise PluginError(f"task {name}: {kind.__name__} has no {missing[0]}, which every task has (docs/extending.md)")
+    return kind
+
+
+def task_name(task: object) -> str:
+    """What `task_kind` finds its class by."""
+    for name, kind in (TASKS | plugins("tasks")).items():
+        if type(task) is kind:
+            return name
+    return f"{type(task).__module__}:{type(task).__qualname__}"

@@ -16,7 +16,7 @@ there are more a start comes back with another hop. The loss is on the answers o
 """
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -29,6 +29,8 @@ Word = tuple[int, ...]  # the tokens of a name
 
 class Depo(Section):
     """Sizes of Depo; the defaults are the paper's."""
+
+    depth_name: ClassVar[str] = "hops"
 
     nodes: int = Field(75, ge=3, description="most nodes of a cycle")
     min_nodes: int | None = Field(None, ge=3, description="fewest nodes of a cycle; null: always `nodes`")

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -84,6 +84,8 @@ class Statement:
 
 class Gsm(Section):
     """Sizes of the word problems; the defaults are near the paper's GSM-Infinite."""
+
+    depth_name: ClassVar[str] = "operations"
 
     ops: int = Field(8, ge=1, description="most operations an answer takes")
     min_ops: int = Field(1, ge=1, description="fewest operations an answer takes")

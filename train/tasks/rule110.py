@@ -8,7 +8,7 @@ test: no test row stands in any training sample.
 """
 
 from functools import lru_cache
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -25,6 +25,8 @@ Steps = Annotated[int, Field(ge=1)]
 
 class Rule110(Section):
     """Sizes of Rule 110; the defaults are those of arXiv 2605.26099."""
+
+    depth_name: ClassVar[str] = "steps"
 
     rows: int = Field(4, ge=1, description="independent rows, one per window")
     width: int = Field(24, ge=3, description="bits of a row, a ring")

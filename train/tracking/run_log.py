@@ -14,7 +14,7 @@ from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets
 from powernap.train.tracking.metrics import MetricsLog
-from powernap.train.tracking.tracker import NullTracker, Tracker
+from powernap.train.tracking.trackers import Trackers
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
 step_logger = logging.getLogger("powernap.step")  # its lines are too many for a terminal, which has the bar
@@ -31,7 +31,7 @@ class RunLog:
         self._first = resume_step or 0
         self._resume_step = resume_step
         self._enabled = here.is_main
-        self._tracker: NullTracker = NullTracker()
+        self._tracker = Trackers()
         self._stopped_after: int | None = None
 
     def __enter__(self) -> Self:
@@ -42,8 +42,7 @@ class RunLog:
         for handler in self._handlers:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-        config = self._recipe.model_dump(mode="json")
-        self._tracker = Tracker(self._folder.path, self._recipe.run.experiment, config, self._resume_step)
+        self._tracker = Trackers.open(self._recipe, self._folder.path, self._resume_step)
         self._bar = tqdm(
             total=self._recipe.train.steps,
             initial=self._first,

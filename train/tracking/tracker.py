@@ -34,20 +34,7 @@ FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow's work stays a small s
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 
 
-class NullTracker:
-    """A Tracker that tracks nothing, for all ranks but 0."""
-
-    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        pass
-
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        pass
-
-    def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> int:
-        return 0
-
-
-class Tracker(NullTracker):
+class Tracker:
     """One run's line to MLflow. Rank 0 only.
 
     run_folder: `runs/NAME`; NAME becomes the run's name, and its config.yaml an artifact. experiment: MLflow's name for a

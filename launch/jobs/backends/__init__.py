@@ -1,10 +1,9 @@
-"""What every kind of cluster can do, and which does it."""
+"""What every kind of cluster can do; its profile (launch/jobs/cluster.py) says which backend does it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from powernap.launch.jobs.cluster import Cluster
 from powernap.launch.jobs.job import Job, Record
 from powernap.launch.jobs.status import Status
 
@@ -40,17 +39,3 @@ class Backend(Protocol):
 
     def cancel(self, record: Record) -> None:
         """End it, saved if it has started, and have nothing start it again. Returns at once."""
-
-
-def backend_of(cluster: Cluster) -> Backend:
-    if cluster.kind == "slurm":
-        from powernap.launch.jobs.backends.slurm import Slurm
-
-        return Slurm(cluster)
-    if cluster.kind == "kubernetes":
-        from powernap.launch.jobs.backends.kubernetes import Kubernetes
-
-        return Kubernetes(cluster)
-    from powernap.launch.jobs.backends.local import Local
-
-    return Local(cluster)

@@ -11,7 +11,7 @@ import pytest
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.run_log import RunLog
-from powernap.train.tracking.tracker import NullTracker
+from powernap.train.tracking.trackers import Trackers
 from tests.helpers import runs
 
 
@@ -54,7 +54,7 @@ def test_the_first_step_is_left_out_of_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("powernap.train.tracking.run_log.Tracker", lambda *_: NullTracker())
+    monkeypatch.setattr(Trackers, "open", lambda *_: Trackers())
     left = {}
     with RunLog(recipe, run, SimpleNamespace(is_main=True), None) as log:
         for step in range(1, 51):

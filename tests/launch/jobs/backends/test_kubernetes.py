@@ -13,7 +13,6 @@ import pytest
 import yaml
 from kubernetes import client
 
-from powernap.launch.jobs.backends import backend_of
 from powernap.launch.jobs.job import newest_record
 from tests.helpers import runs
 from tests.helpers.kube_cluster import NAMESPACE
@@ -219,7 +218,7 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
     monkeypatch.chdir(folder)
     monkeypatch.setenv("KUBECONFIG", str(kube.kubeconfigs["submitter"]))
     record = newest_record(Path("runs/watched"))
-    backend = backend_of(record.profile)
+    backend = record.profile.backend()
     custom = client.CustomObjectsApi(kube.clients())
 
     def pause(seconds: float, change=lambda: None) -> float:

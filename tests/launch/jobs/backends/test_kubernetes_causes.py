@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from powernap.launch import cli
-from powernap.launch.jobs.backends import backend_of, kubernetes_causes
+from powernap.launch.jobs.backends import kubernetes_causes
 from powernap.launch.jobs.job import newest_record
 from tests.helpers import runs
 
@@ -188,7 +188,7 @@ def submitted(kube, folder):
 )  # fmt: skip
 def test_a_wait_says_its_cause_the_object_and_the_cure(kube, submitted, pods, events, words):
     kube.pods, kube.events = pods, events
-    status = backend_of(submitted.profile).status(submitted)
+    status = submitted.profile.backend().status(submitted)
     assert status.state == "pending" and "\n" not in status.reason
     for word in words:
         assert word in status.reason, status.reason
@@ -209,11 +209,11 @@ def test_a_wait_says_its_cause_the_object_and_the_cure(kube, submitted, pods, ev
 def test_what_is_over_or_another_job_s_is_no_cause(kube, submitted, events, monkeypatch):
     monkeypatch.setattr(kubernetes_causes, "SILENT", float("inf"))  # however slow this machine is
     kube.events = events
-    assert backend_of(submitted.profile).status(submitted).reason == "its pods are being made"
+    assert submitted.profile.backend().status(submitted).reason == "its pods are being made"
 
 
 def test_where_nothing_says_why_that_is_said(kube, submitted):
-    backend = backend_of(submitted.profile)
+    backend = submitted.profile.backend()
     kube.refusals["events"] = (403, {"message": "events is forbidden", "code": 403})
     assert "which this user may not list" in backend.status(submitted).reason
     kube.reset()
@@ -226,10 +226,10 @@ def test_a_queued_job_says_what_its_queue_waits_for(kube, folder, capfd):
     assert cli.main(["submit", "tiny.yaml", "--on", "queued", "run.name=mine2", "job.nodes=1"]) == 0
     record = newest_record(folder / "runs/mine2")
     kube.conditions = [{"type": "Suspended", "status": "True", "message": "jobset is suspended"}]
-    assert backend_of(record.profile).status(record).reason == "waits in Kueue's queue gpus"
+    assert record.profile.backend().status(record).reason == "waits in Kueue's queue gpus"
     said = "couldn't assign flavors to pod set node: insufficient unused quota for cpu, 3 more needed"
     kube.events = [event("Workload", "jobset-mine2-1-ab123", "Pending", said)]
-    assert backend_of(record.profile).status(record).reason == f"waits in Kueue's queue gpus: {said}"
+    assert record.profile.backend().status(record).reason == f"waits in Kueue's queue gpus: {said}"
     kube.made.clear()
 
 

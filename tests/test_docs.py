@@ -1,0 +1,171 @@
+"""Every example of docs/ and examples/ is run: written to files, installed as a package, used by the commands."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(r"^```\w+ file=(\S+)\n(.*?)^```$", re.M | re.S)
+
+
+def examples(page: str) -> dict[str, str]:
+    return dict(FENCE.findall((ROOT / "docs" / page).read_text()))
+
+
+def install(folder: Path, files: dict[str, str], **groups: dict[str, str]) -> None:
+    """As pip leaves a package: modules, and metadata that names the entry points."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    metadata = folder / "example-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
+    lines = [
+        line
+        for group, points in groups.items()
+        for line in [f"[powernap.{group}]", *(f"{n} = {v}" for n, v in points.items())]
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def python(folder: Path, *arguments: str, cwd: Path | None = None, **options):
+    """Python with `folder` among its packages."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd or folder, env=environment, text=True, capture_output=True, **options
+    )
+
+
+def powernap(folder: Path, *arguments: str, cwd: Path | None = None) -> str:
+    result = python(folder, "-m", "powernap.launch.cli", *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+TINY = [
+    "model.pattern=AG", "model.hidden_size=16", "model.mlp.ffn_hidden_size=16", "model.attention.heads=1",
+    "model.gdn={heads: 1, key_dim: 8, value_dim: 8}", "train.steps=2", "train.global_batch_size=4",
+    "train.micro_batch_size=null", "optimizer.warmup_steps=1", "evaluation.samples=8", "evaluation.every=null",
+    "parallel.data=1", "data.lanes=1", "checkpoint.every=2",
+]  # fmt: skip
+
+
+def test_a_task_in_a_package_of_its_own(tmp_path):
+    """examples/parity_task: installed by pip, built, trained, evaluated, generated from in words."""
+    source, packages = tmp_path / "source", tmp_path / "packages"
+    shutil.copytree(ROOT / "examples" / "parity_task", source)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(packages), str(source)], check=True)
+    sizes = ["--train-samples", "40", "--test-samples", "16"]
+    powernap(packages, "data", "build", "parity", "data", *sizes, "--workers", "1", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["task"] == "parity" and manifest["fields"] == {"rows": 2, "width": 8}
+    shards = ["data.train=data/train-*.tar", "data.test=data/test-*.tar", "data.sequence_length=19"]
+    sizes = ["model.vocab_size=11", "model.window=8", "model.pad_token_id=0"]
+    powernap(packages, "train", "demo", "run.name=parity", *TINY, *shards, *sizes, cwd=tmp_path)
+    powernap(packages, "eval", "runs/parity", cwd=tmp_path)
+    powernap(packages, "report", "runs/parity", cwd=tmp_path)
+    assert re.search(r"right at \d bits", (tmp_path / "runs" / "report" / "report.md").read_text())
+    said = powernap(
+        packages, "generate", "runs/parity", "--prompt", "0 1 1 0 1 0 0 1", "--max-tokens", "3", cwd=tmp_path
+    )
+    assert re.search(r"(\[bits \d\]|[01]|\[pad\])( (\[bits \d\]|[01]|\[pad\])){2}", said)
+    # Without the package the run's tokens are numbers, and its data can still be looked at.
+    shown = powernap(tmp_path, "data", "inspect", "data", "--samples", "1", cwd=tmp_path)
+    assert "tokens are shown as numbers: manifest.json: no task 'parity'" in shown
+    # By its path instead of its entry point.
+    (tmp_path / "plain").mkdir()
+    shutil.copy(source / "parity_task.py", tmp_path / "plain")
+    powernap(
+        tmp_path / "plain", "data", "build", "parity_task:Parity", "by_path", "rows=1",
+        "--train-samples", "8", "--test-samples", "8", "--workers", "1", cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "by_path" / "manifest.json").read_text())["task"] == "parity_task:Parity"
+
+
+def test_a_mixer_of_another_package_holds_what_every_mixer_must(tmp_path):
+    install(
+        tmp_path,
+        {"retention.py": examples("extending.md")["retention.py"]},
+        mixers={"retention": "retention:Retention"},
+    )
+    tests = str(ROOT / "tests" / "model" / "mixers" / "test_every_mixer.py")
+    result = python(
+        tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", "test_holds and R]", cwd=ROOT
+    )
+    assert result.returncode == 0 and "8 passed" in result.stdout, result.stdout[-3000:]
+
+
+def test_a_tracker_of_another_package_follows_a_run(tmp_path):
+    files = {
+        "csv_tracker.py": examples("extending.md")["csv_tracker.py"],
+        "broken_tracker.py": "def Broken(*_):\n    raise OSError('no route to the server')\n",
+    }
+    install(tmp_path, files, trackers={"csv": "csv_tracker:CsvTracker", "broken": "broken_tracker:Broken"})
+    runs.prepare(tmp_path, train_samples=128, train={"steps": 3, "global_batch_size": 4, "log_every": 1})
+    said = powernap(tmp_path, "train", "tiny.yaml", "run.trackers=[csv, broken]", "checkpoint.every=3")
+    rows = (tmp_path / "runs" / "tiny" / "losses.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
+    assert said.count("tracker broken failed, the run continues: OSError: no route to the server") == 1
+    result = python(tmp_path, "-m", "powernap.launch.cli", "train", "tiny.yaml", "run.trackers=[cvs]")
+    assert (
+        result.returncode == 2
+        and "run.trackers=['cvs']: no tracker 'cvs': installed are mlflow, broken, csv" in result.stderr
+    )
+
+
+def test_a_cluster_of_another_package_takes_jobs(tmp_path):
+    install(
+        tmp_path, {"spool_cluster.py": examples("extending.md")["spool_cluster.py"]}, clusters={"spool": "spool_cluster:SpoolCluster"}
+    )  # fmt: skip
+    runs.prepare(tmp_path, train_samples=128)
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "mine.yaml").write_text("kind: spool\nfolder: queue\n")
+    refused = python(tmp_path, "-m", "powernap.launch.cli", "submit", "tiny.yaml", "--on", "mine")
+    assert refused.returncode == 2 and "folder=queue: not there: start the daemon first" in refused.stderr
+    (tmp_path / "queue").mkdir()
+    powernap(tmp_path, "submit", "tiny.yaml", "--on", "mine")
+    (job,) = (tmp_path / "queue").glob("*.job")
+    assert "train" in job.read_text() and "--auto-resume" in job.read_text()
+    assert "waiting" in powernap(tmp_path, "status", "tiny")
+    job.with_suffix(".state").write_text("running\n")
+    assert "running" in powernap(tmp_path, "status", "tiny")
+    powernap(tmp_path, "cancel", "tiny")
+    assert "cancelled" in powernap(tmp_path, "status", "tiny")
+
+
+def test_shards_of_ones_own(tmp_path):
+    files = examples("data.md")
+    (tmp_path / "write_shards.py").write_text(files["write_shards.py"])
+    assert python(tmp_path, "write_shards.py").returncode == 0
+    command = files["train.sh"].replace("\\\n", " ")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "groups", "message"),
+    [
+        ({"a.py": "import nowhere"}, {"mixers": {"a": "a:A"}}, "entry point a = a:A in powernap.mixers (package example): cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ({"a.py": "A = 3"}, {"mixers": {"a": "a:A"}}, "entry point a of powernap.mixers: 3 is no class derived from powernap.model.part.Mixer"),
+        (
+            {"a.py": "from powernap.model.mixers.attention import Attention\nclass A(Attention):\n    section = 'other'"},
+            {"mixers": {"a": "a:A"}},
+            "letter A and section other must differ from those of attention (A, attention)",
+        ),
+        ({"a.py": "A = 3"}, {"clusters": {"slurm": "a:A"}}, "entry point slurm of powernap.clusters: must be a new name"),
+    ],
+)  # fmt: skip
+def test_a_package_that_does_not_fit_is_named(tmp_path, files, groups, message):
+    install(tmp_path, files, **groups)
+    runs.prepare(tmp_path, train_samples=128)
+    result = python(tmp_path, "-m", "powernap.launch.cli", "submit", "tiny.yaml", "--on", "local", "--dry-run")
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
