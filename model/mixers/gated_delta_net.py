@@ -104,7 +104,7 @@ class GatedDeltaNet(Mixer):
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         from powernap.model.mixers.fla import check_fla
 
-        check_fla(dtype, device, "model.gdn.key_dim", self.key_dim)
+        check_fla(dtype, device, f"model.{self.section}.key_dim", self.key_dim)
 
     def forward(
         self,

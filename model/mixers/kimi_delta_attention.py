@@ -76,11 +76,6 @@ class KimiDeltaAttention(GatedDeltaNet):
         read = FP32 * (chunk + (2 + halvings / 2) * d_k + 1) + (14 if is_bf16 else 5 * FP32) * d_v
         return self.heads * (projected + write + read)
 
-    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
-        from powernap.model.mixers.fla import check_fla
-
-        check_fla(dtype, device, "model.kda.key_dim", self.key_dim)
-
     def _mix(
         self,
         layer: MixerModule,

@@ -62,7 +62,7 @@ class MixerModule(MegatronModule):
         return self.mixer.decode(self, hidden_states, cache, window)
 
     def watch_gates(self, window: Window, log_alpha: torch.Tensor, beta: torch.Tensor) -> None:
-        """Note how much a token leaves of the old state, alpha, and how strongly it writes, beta, each [L, B, heads/TP]:
+        """Note how much a token leaves of the old state, alpha, and how strongly it writes, beta, each [L, B, numbers/TP]:
         their means over everything but pads."""
         if self.gates is not None:
             gates = {"alpha": log_alpha.detach().exp(), "beta": beta.detach()}
