@@ -30,7 +30,7 @@ from powernap.parallel.planning import timeline
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
-from tests.helpers.processes import in_processes
+from tests.helpers.processes import in_processes, single_rank_groups
 
 STAGES, MICRO_BATCHES = 4, 8  # of the bubble
 FORWARD_SECONDS = 0.03  # of a segment; recomputed and backward three times as long
@@ -150,7 +150,7 @@ def layouts(rounds: int):
 def time_layout(rank: int, store: dist.Store, tensor: int, pipeline: int, rounds: int) -> Times:
     """Seconds of a step in the layout and, while the other rank waits, in this process alone; in turns."""
     here = topology.initialize(tensor, pipeline, store=store, rank=rank, world_size=2)
-    groups = topology.alone()
+    groups = single_rank_groups()
     alone = dataclasses.replace(
         here, tensor_rank=0, tensor_size=1, stage=0, stages=1, data_rank=0, data_size=1, groups=groups
     )

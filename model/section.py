@@ -12,10 +12,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _of_this_world(cls, value: object) -> object:
+    def _no_larger(cls, value: object) -> object:
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, int) and abs(part) > LARGEST:
                 raise ValueError(f"no whole number is larger than {LARGEST}")
-            if isinstance(part, str) and "\0" in part:
-                raise ValueError("a NUL character, which no file's name may have")
         return value

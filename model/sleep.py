@@ -4,7 +4,6 @@ The loop below is the algorithm of arXiv 2605.26099 as one process runs it, with
 parallel schedule runs the same segments and is tested against it.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,7 +33,6 @@ def sleep_and_predict(
     recompute: bool = True,
     predict: bool = False,
     health: FastWeightHealth | None = None,
-    between_windows: Callable[[Memory], Memory] | None = None,
 ) -> SleepOutput:
     """Run the segments of one micro-batch in order.
 
@@ -44,16 +42,13 @@ def sleep_and_predict(
         recompute: keep only each segment's inputs and compute the rest again in the backward pass.
         predict: also return the predictions.
         health: watches norms and gates of the fast weights.
-        between_windows: what crosses a window's end in place of the fast weights (the tests cut it to zero).
     """
     inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
     memory = stage.empty_memory(len(tokens)) if memory is None else memory
     hidden_states = None
     loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
-    for index, segment in enumerate(segments):
-        if between_windows and index and segment.window != segments[index - 1].window:
-            memory = between_windows(memory)
+    for segment in segments:
         where = segment.where
 
         def run(hidden_states, *memory, segment=segment, where=where):

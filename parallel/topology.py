@@ -187,12 +187,6 @@ def initialize(
     )
 
 
-def alone() -> ProcessGroupCollection:
-    """Groups in which this rank is a model of its own; all ranks of the world call it together."""
-    own = dist.new_subgroups(group_size=1)[0]
-    return ProcessGroupCollection(tp=own, pp=own, mp=own, cp=own, dp=own, embd=own)
-
-
 class RankLostError(PowernapError):
     """Another rank went away while this one waited for it, in one line."""
 

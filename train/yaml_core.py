@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from powernap.model.errors import PowernapError
 
-MOST_NESTED = 50  # sections and lists; a recipe has four
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {
     yaml.MappingNode: {f"{_TAG}map"},
@@ -105,21 +104,14 @@ def dump(*documents: Any) -> str:
 
 
 class _Loader(yamlcore.CoreLoader):
-    """No aliases, ten lines of which print as gigabytes, and no depth in which PyYAML loses itself."""
-
-    _depth = 0
+    """No aliases: `train: *.tar` is a glob that lacks its quotes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             why = "aliases such as *name are not read: put text in quotes, write a value out, or derive with base:"
             raise yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)
-        self._depth += 1
-        if self._depth > MOST_NESTED + 1:  # the last for a value
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):

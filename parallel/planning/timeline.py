@@ -164,15 +164,6 @@ def needs(stage: int, step: Step, stages: int, chunks: int) -> Iterator[tuple[in
         yield 0, Step(BACKWARD, micro_batch, chunk + 1)
 
 
-def count_live(steps: list[Step]) -> int:
-    """The most segments a stage holds at once, each from its forward to the end of its backward pass."""
-    live = peak = 0
-    for step in steps:
-        live += 1 if step.kind == FORWARD else -1
-        peak = max(peak, live)
-    return peak
-
-
 def bubble(stages: int, micro_batches: int, chunks: int) -> float:
     """The bubble where all stages and segments take the same time: (P - 1) / (M C + P - 1), whatever the groups."""
     return (stages - 1) / (micro_batches * chunks + stages - 1)

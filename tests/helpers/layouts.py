@@ -24,6 +24,7 @@ from powernap.parallel.planning.layout import split_layers
 from powernap.train import trainer
 from powernap.train.data.loader import Batch
 from tests.helpers import tiny
+from tests.helpers.processes import single_rank_groups
 
 ANSWERS: dict[str, tuple] = {}  # one process's by what it computes, on rank 0: layouts of one problem share it
 
@@ -178,7 +179,7 @@ def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
 
 def one_process(case: Case, model, sleep, batches, scale: float):
     """Loss, gradients by name, predictions, memory left and health of the loop on rank 0 alone, on all ranks."""
-    found, groups = [None], topology.alone()
+    found, groups = [None], single_rank_groups()
     of_data = (case.windows, case.predicting, case.last_window, case.pads, case.unequal, len(batches))
     key = repr((model, sleep, case.passes, scale, of_data))
     if dist.get_rank() == 0:

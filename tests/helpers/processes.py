@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.multiprocessing import start_processes
 
 # What processes have imported when they are forked: each would take six seconds of its own.
@@ -65,3 +66,9 @@ def _run(rank: int, store: dist.Store, compare: Callable, cases: list[tuple[int,
         else None
         for number, (size, case) in enumerate(cases)
     ]
+
+
+def single_rank_groups() -> ProcessGroupCollection:
+    """Groups in which this rank is a model of its own; all ranks of the world call it together."""
+    own = dist.new_subgroups(group_size=1)[0]
+    return ProcessGroupCollection(tp=own, pp=own, mp=own, cp=own, dp=own, embd=own)

@@ -1,6 +1,7 @@
 """Tiny models and batches for tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,10 +74,31 @@ def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, 
     )
 
 
-def run(stage, tokens, loss_mask, passes=1, sleep=None, **options) -> SleepOutput:
+def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, **options) -> SleepOutput:
+    """`between_windows`: what crosses a window's end in place of the fast weights and caches."""
     segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes)
     device = stage.embedding.weight.device
-    return sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), **options)
+    if between_windows:
+        options["recompute"] = False  # the stage is as it was by then
+    with crossing(stage, segments, between_windows):
+        return sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), **options)
+
+
+@contextmanager
+def crossing(stage, segments, between_windows: Callable | None) -> Iterator[None]:
+    """Inside, the first segment of every later window begins with what `between_windows` makes of the memory."""
+    firsts = {a.window: a for a in reversed(segments)}
+    forward = stage.forward
+
+    def with_another_memory(segment, tokens, hidden_states, memory):
+        if segment.window and segment is firsts[segment.window]:
+            memory = between_windows(memory)
+        return forward(segment, tokens, hidden_states, memory)
+
+    if between_windows:
+        stage.forward = with_another_memory
+    yield
+    stage.forward = forward
 
 
 def gradients(stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import load_recipe
 from powernap.train.tracking.metrics import read_metrics
-from tests.helpers import runs
+from tests.helpers import runs, tiny
 from tests.helpers.runs import weights
 
 # name: processes, overrides. Ten steps each.
@@ -225,9 +225,10 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
     stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
     Checkpoint.open(run / "checkpoints" / "step_00000300").load_weights(stage)
 
-    def without_memory(*arguments, **options):
+    def without_memory(stage, segments, *arguments, **options):
         empty = lambda fast_weights: tuple(torch.zeros_like(state) for state in fast_weights)  # noqa: E731
-        return sleep_and_predict(*arguments, **options, between_windows=empty)
+        with tiny.crossing(stage, segments, empty):
+            return sleep_and_predict(stage, segments, *arguments, **options)
 
     kept = evaluate(stage, recipe, [2], 64, here)
     monkeypatch.setattr("powernap.parallel.schedule.sleep_and_predict", without_memory)

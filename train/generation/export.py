@@ -102,7 +102,7 @@ def read_exported(folder: Path) -> Exported:
         assert config["format"] == FORMAT
         name, told = str(config["name"]), config["vocabulary"]
         model, sleep = check(ModelConfig, with_sections(config["model"])), check(SleepConfig, config["sleep"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         why = f" ({error})" if isinstance(error, RecipeError) else ""
         raise ExportError(f"{path}: not what powernap checkpoint export writes{why}") from None
     _check_size(folder / WEIGHTS, model, sleep)
@@ -169,5 +169,5 @@ def _read_vocabulary(folder: Path, told: object) -> Vocabulary:
         if task is None:
             raise DataError(f"{folder / CONFIG}: its vocabulary is of an unknown task")
         return vocabulary_of(task)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         return Numbers(str(error))
