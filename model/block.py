@@ -76,8 +76,7 @@ class HybridBlock(TransformerBlock):
         for index in layers:
             if index == last_write:
                 states[index] = self.layers[index].write(hidden_states, states[index], window)
-                hidden_states = None
-                break
+                return None, tuple(states.values())
             hidden_states, state = self.layers[index](hidden_states, states.get(index), window)
             if state is not None:
                 states[index] = state

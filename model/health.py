@@ -28,7 +28,7 @@ class FastWeightHealth:
         try:
             yield
             for block, mixer in self._mixers.items():
-                for gates in mixer.gates if not segment.predicts else []:
+                for gates in [] if segment.predicts else mixer.gates or []:
                     for name, mean in gates.items():
                         self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/{name}"].append(mean)
         finally:

@@ -71,6 +71,6 @@ def sleep_and_predict(
             health.record(segment, memory)
         if segment.predicts:
             loss = loss + segment_loss
-            if predict:
+            if predictions is not None:
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
     return SleepOutput(loss, predictions, memory)

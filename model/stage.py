@@ -14,6 +14,7 @@ from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
+from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
 from powernap.model.segments import Segment, cached_tokens
@@ -48,7 +49,9 @@ class HybridStage(MegatronModule):
         self.is_first = self.blocks.start == 0
         self.is_last = self.blocks.stop == model.num_layers
         self.reinject_embeddings = sleep.reinject_embeddings
-        self.embedding = self.pass_norm = self.output_layer = None
+        self.embedding: VocabParallelEmbedding | None = None
+        self.pass_norm: RMSNorm | None = None
+        self.output_layer: ColumnParallelLinear | None = None
         if self.is_first or (self.is_last and model.tie_embeddings):
             with drawn_as("embedding"):
                 self.embedding = VocabParallelEmbedding(
@@ -102,7 +105,7 @@ class HybridStage(MegatronModule):
         return f"{prefix}{int(index) + self.blocks.start}{dot}{rest}"
 
     @property
-    def fast_weight_mixers(self) -> dict[int, torch.nn.Module]:
+    def fast_weight_mixers(self) -> dict[int, MixerModule]:
         """The mixers of this stage that have fast weights, by block (from 0, over the whole model)."""
         layers = zip(self.blocks, self.decoder.layers, strict=True)
         return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
@@ -174,11 +177,16 @@ class HybridStage(MegatronModule):
         return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.embedding.weight if self.model.tie_embeddings else None
+        assert self.output_layer is not None
+        weight = None
+        if self.model.tie_embeddings:
+            assert self.embedding is not None
+            weight = self.embedding.weight
         logits, _ = self.output_layer(self.decoder.final_layernorm(hidden_states), weight=weight)
         return logits
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.embedding is not None
         embedded = self.embedding(tokens)
         if self.config.sequence_parallel:  # [L/TP, B, D] already
             return embedded
@@ -188,6 +196,7 @@ class HybridStage(MegatronModule):
         """The embeddings, or for pass n the final hidden states of pass n-1 (normed, re-injected if asked)."""
         if segment.from_embeddings:
             return self._embed(tokens)
+        assert hidden_states is not None
         if self.pass_norm is not None:
             hidden_states = self.pass_norm(hidden_states)
         if self.reinject_embeddings:
@@ -201,6 +210,7 @@ class HybridStage(MegatronModule):
         positions = Positions((start if self.sleep.eviction == "sliding" else 0,), stop - start)
         if not segment.padded:
             return Window(positions, None, self._mask(stop - start, cached) if cached else None, segment.final_blocks)
+        assert self.model.pad_token_id is not None
         valid = tokens[:, start - cached : stop] != self.model.pad_token_id
         mask = hide_pads(self._mask(stop - start, cached), valid)
         return Window(positions, valid[:, cached:].t().to(self.like.dtype), mask, segment.final_blocks)

@@ -64,7 +64,7 @@ def _tell(listener: socket.socket, line: str) -> None:
 
 def _ask(name: str, timeout_seconds: float) -> int:
     deadline = time.monotonic() + timeout_seconds
-    last: OSError | None = None
+    last: OSError | UnicodeDecodeError | None = None
     while time.monotonic() < deadline:
         for port in drawn_ports(name):
             try:

@@ -7,7 +7,7 @@ a loop. The result is that of model/sleep.py, which every layout is tested again
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -92,6 +92,7 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
             output = sleep_and_predict(
                 stage, segments, tokens, loss_mask, memory=batch.memory, recompute=False, predict=True
             )
+        assert output.predictions is not None
         return output.predictions, output.loss, output.memory
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
     loss = torch.zeros((), dtype=torch.promote_types(stage.like.dtype, torch.float32), device=stage.like.device)
@@ -117,7 +118,15 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
 class StageStep:
     """The segments of one optimizer step on this stage: runs one at a time, keeps what it hands to the next."""
 
-    def __init__(self, stage, micro_batches, loss_scale, recompute, health, here):
+    def __init__(
+        self,
+        stage: HybridStage,
+        micro_batches: list[MicroBatch],
+        loss_scale: float,
+        recompute: bool,
+        health: FastWeightHealth | None,
+        here: Topology,
+    ):
         self.stage = stage
         self.here = here
         self.micro_batches = micro_batches
@@ -151,7 +160,11 @@ class StageStep:
         batch = self.micro_batches[number]
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
         takes = not (self.stage.is_first and segment.from_embeddings)
-        hidden_states = received[: self._length(segment)] if takes else None
+        hidden_states = None
+        if takes:
+            assert received is not None
+            hidden_states = received[: self._length(segment)]
+        memory: Sequence[torch.Tensor] | None
         memory = batch.memory if index == 0 else self._carried.pop(number)
         if memory is None:
             memory = self.stage.empty_memory(len(batch.tokens))
@@ -163,7 +176,7 @@ class StageStep:
         if not last:
             self._carried[number] = carried
         elif self.stage.sleep.carry:
-            batch.left = detach(carried)
+            batch.left = detach(tuple(carried))
         taken = not (last and self.stage.is_last)
         if link_length is None:
             taken = not last and not batch.segments[index + 1].from_embeddings
@@ -290,9 +303,13 @@ def _loop(step: StageStep, number: int) -> None:
     Each segment is a graph of its own: its weight gradients are added to .grad before the next one's begin, so that one
     set of them is alive and not one more that autograd gathers over all segments.
     """
-    done, output = [], None
+    done: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+    output: torch.Tensor | None = None
     for index, segment in enumerate(step.micro_batches[number].segments):
-        received = None if segment.from_embeddings else output.detach().requires_grad_()
+        received = None
+        if not segment.from_embeddings:
+            assert output is not None
+            received = output.detach().requires_grad_()
         output = step.forward(number, index, received)
         done.append((received, output))
     gradient = None
@@ -310,7 +327,7 @@ class SegmentChunk(MegatronModule):
         self.step = step
         self.index = index
         self.link_length = link_length
-        self.received = None
+        self.received: torch.Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:

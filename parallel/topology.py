@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,13 +95,13 @@ class Topology:
 
     def merge_over_model(self, values: dict[str, float]) -> dict[str, float]:
         """The values of all stages and tensor ranks of this model; where several have one of a name, their mean."""
-        found = [None] * self.groups.mp.size()
+        found: list[Any] = [None] * self.groups.mp.size()
         dist.all_gather_object(found, values, group=self.groups.mp)
         names = dict.fromkeys(name for part in found for name in part)
         same = {name: [part[name] for part in found if name in part] for name in names}
         return {name: sum(values) / len(values) for name, values in same.items()}
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: Any) -> Any:
         """What the main rank has for `value`, on all ranks."""
         values = [value]
         dist.broadcast_object_list(values, src=0)

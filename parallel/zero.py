@@ -24,12 +24,13 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from powernap.model.stage import HybridStage
 from powernap.parallel.planning.memory import REDUCE_BUCKET
 from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
@@ -131,7 +132,7 @@ class ZeroOptimizer:
 
     def __init__(
         self,
-        stage: torch.nn.Module,
+        stage: HybridStage,
         optimizer: torch.optim.Optimizer,
         topology: Topology,
         *,
@@ -154,12 +155,13 @@ class ZeroOptimizer:
         for parameter in stage.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: self._unused.pop(parameter, None))
         if stage.holds_tied_copy:
+            assert stage.embedding is not None
             stage.embedding.weight.ds_pipe_replicated = True  # the first stage counts it in the gradient norm
         # DeepSpeed's float32 ZeRO-1 turns a matrix's gradient into Muon's update before it takes the norm: the norm and
         # the clipping would be of updates. So there we average and clip ourselves first. Its bf16 optimizer has the
         # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
-        zero = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+        zero: dict[str, Any] = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
         keep_gradients = precision == "fp32" and level == 1
         if keep_gradients:
             # DeepSpeed's buffer to reduce them in, as large again, would be there in all backward passes.
@@ -169,7 +171,7 @@ class ZeroOptimizer:
             zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
         if offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": level > 1,
@@ -201,6 +203,7 @@ class ZeroOptimizer:
                 parameter.grad_dtype = torch.float32
         self._gradients = _Gradients(stage) if keep_gradients else None
         if level == 3 and stage.model.tie_embeddings:
+            assert stage.embedding is not None
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
 
     @property
@@ -293,14 +296,14 @@ class ZeroOptimizer:
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Where this rank keeps master weights and optimizer states of a parameter; None if it has nothing of it."""
         if self.level < 3:
-            found = parameter._hp_mapping
+            found = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if found is None:
                 return None
             own, where = found.lp_fragment_address, found.hp_fragment_address
             return Fragment(found.param_group_index, where.start, own.start, own.start + own.numel)
         partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)][:3]
         start = self.topology.data_rank * size  # all ranks have as much; the last ones' is partly padding
-        stop = min(start + size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]  # DeepSpeed's
         return Fragment(partition, offset, start, stop) if start < stop else None
 
     def values(self, parameter: torch.nn.Parameter, fragment: Fragment) -> dict[str, tuple[int, torch.Tensor]]:

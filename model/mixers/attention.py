@@ -98,7 +98,10 @@ class Attention(Mixer):
         if state is None:
             return self._attend(layer, query, key, value, window), None
         seen = torch.cat([state, torch.stack([key, value])], dim=3)
-        output = self._attend(layer, query, *seen, window) if need_output else None
+        output = None
+        if need_output:
+            keys, values = seen.unbind()
+            output = self._attend(layer, query, keys, values, window)
         if layer.block in window.final_blocks:
             kept = min(layer.model.window - 1, seen.shape[3])
             state = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep alive what is evicted
@@ -112,6 +115,7 @@ class Attention(Mixer):
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         import torch
 
+        assert window.slots is not None and window.attention_mask is not None
         query, key, value = self._project(layer, hidden_states, window)
         keys_values = cache["keys_values"]
         new = torch.stack([key, value], dim=1)

@@ -115,6 +115,7 @@ class GatedDeltaNet(Mixer):
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state)."""
+        assert state is not None
         output, state, _ = self._mix(layer, hidden_states, state, window, need_output)
         return output, state
 
@@ -128,6 +129,7 @@ class GatedDeltaNet(Mixer):
 
         history = cache["history"].transpose(0, 1)
         output, cache["state"], seen = self._mix(layer, hidden_states, cache["state"], window, history=history)
+        assert output is not None
         history = seen[len(hidden_states) :].transpose(0, 1)
         cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
         return output
@@ -166,9 +168,11 @@ class GatedDeltaNet(Mixer):
             valid = window.valid.unsqueeze(-1)
             beta, g = beta * valid, g * valid
         layer.watch_gates(window, g, beta)
-        output, state = gated_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
+        q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
+        output, state = gated_delta_rule(q, k, v, g, beta, state, need_output)
         if not need_output:
             return None, state, seen
+        assert output is not None
         output = layer.norm(output.transpose(0, 1)) * F.silu(z)
         output, _ = layer.out_proj(output.reshape(length, batch, -1))
         return output, state, seen

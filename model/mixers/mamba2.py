@@ -109,7 +109,7 @@ class Mamba2(Mixer):
         projected = number * (groups * (2 * self._channels + self._width) + heads)
         gated = (5 if is_bf16 else 4) * number * x + FP32 * (x + groups)
         if device == "cuda" and is_bf16:
-            write = number * (2 * heads * n + x) + FP32 * (x + 3 * heads)
+            write: float = number * (2 * heads * n + x) + FP32 * (x + 3 * heads)
             return projected + write + (0 if state_only else gated)
         chunk = even_chunk(model.window, MAX_CHUNK)
         states = heads * n * self.head_dim / chunk
@@ -133,6 +133,7 @@ class Mamba2(Mixer):
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """hidden_states [L, B, D], state [B, heads/TP, N, P] -> (output [L, B, D] or None, new state)."""
+        assert state is not None
         output, state, _ = self._mix(layer, hidden_states, state, window, need_output)
         return output, state
 
@@ -146,6 +147,7 @@ class Mamba2(Mixer):
 
         history = cache["history"].transpose(0, 1)
         output, cache["state"], seen = self._mix(layer, hidden_states, cache["state"], window, history=history)
+        assert output is not None
         history = seen[len(hidden_states) :].transpose(0, 1)
         cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
         return output
@@ -180,9 +182,11 @@ class Mamba2(Mixer):
             step = step * window.valid.unsqueeze(-1)
         g = -layer.A_log.to(state.dtype).exp() * step
         layer.watch_gates(window, g, step)
-        output, state = ssd(*(t.transpose(0, 1) for t in (c, b, x, g, step)), state, need_output)
+        q, k, v, g, beta = (t.transpose(0, 1) for t in (c, b, x, g, step))
+        output, state = ssd(q, k, v, g, beta, state, need_output)
         if not need_output:
             return None, state, seen
+        assert output is not None
         output = output.transpose(0, 1) + layer.D.to(x.dtype).unsqueeze(-1) * x
         output = F.rms_norm(output.reshape(z.shape) * F.silu(z), (self._width,), eps=layer.config.layernorm_epsilon)
         output, _ = layer.out_proj((output * layer.norm_weight.to(output.dtype)).flatten(2))

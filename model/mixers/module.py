@@ -112,7 +112,8 @@ class HeadNorm(RMSNorm):
     def __init__(self, config, head_dim, tp_group):
         super().__init__(config, head_dim, eps=config.layernorm_epsilon)
         self.tp_group = tp_group
-        self.weight.sequence_parallel = False  # heads are split, not tokens
+        # Heads are split, not tokens.
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Each shard sees its own heads, so its gradient of this shared weight is a part of the sum.

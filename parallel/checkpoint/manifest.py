@@ -47,7 +47,9 @@ def folder_name(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """The number of optimizer steps behind a checkpoint, from its folder's name."""
-    return int(_FOLDER.match(folder.name).group(1))
+    named = _FOLDER.match(folder.name)
+    assert named is not None
+    return int(named.group(1))
 
 
 def checkpoints(folder: Path) -> list[Path]:

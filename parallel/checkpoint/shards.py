@@ -19,7 +19,7 @@ def split_of(parameter: torch.nn.Parameter) -> Split | None:
     """None: every tensor rank has the whole parameter."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    return Split(parameter.partition_dim, parameter.partition_stride)
+    return Split(parameter.partition_dim, parameter.partition_stride)  # type: ignore[attr-defined]  # Megatron's
 
 
 def whole_shape(shape: torch.Size, split: Split | None, ranks: int) -> list[int]:

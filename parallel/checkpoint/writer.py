@@ -125,8 +125,8 @@ class Writer:
         if self._asynchronous:
             try:
                 tensors = self._copy(tensors)
-            except (RuntimeError, MemoryError) as error:
-                failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(error)})"
+            except (RuntimeError, MemoryError) as raised:
+                failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(raised)})"
         own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
@@ -285,6 +285,7 @@ class Writer:
         for _, _, parameters, others, _ in parts:
             content["parameters"] |= parameters
             if lanes:
+                assert others is not None
                 lanes["blocks"] |= others["blocks"]
                 lanes["count"] = max(lanes["count"], others["count"])  # a stage without such a block knows of none
         try:
@@ -334,7 +335,7 @@ def _written_here(stage: HybridStage, here: Topology):
     for name, parameter in stage.named_parameters():
         if split_of(parameter) is None and here.tensor_rank != 0:
             continue
-        if stage.holds_tied_copy and parameter is stage.embedding.weight:
+        if stage.holds_tied_copy and stage.embedding is not None and parameter is stage.embedding.weight:
             continue  # the first stage's
         yield stage.global_name(name), parameter
 

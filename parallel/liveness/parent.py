@@ -31,7 +31,7 @@ def follow_parent() -> None:
 
     That is the one that PARENT names, or a torchrun of the user's own.
     """
-    number = os.environ.pop(PARENT, None)  # what this process starts has another parent
+    number: str | int | None = os.environ.pop(PARENT, None)  # what this process starts has another parent
     if number is None and "TORCHELASTIC_RUN_ID" in os.environ:
         number = os.getppid()
     if number is not None:

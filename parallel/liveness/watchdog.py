@@ -131,6 +131,7 @@ class Watchdog(threading.Thread):
 
     def _waits(self) -> bool:
         """Whether the main thread stands in communication rather than in computing or reading."""
+        assert self._main_thread is not None
         frame = sys._current_frames().get(self._main_thread)
         return frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_IN)
 

@@ -7,11 +7,12 @@ here imports torch or Megatron; the tests compare the order with Megatron-core 0
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from powernap.model.errors import PowernapError
 
-FORWARD, BACKWARD = "F", "B"
+FORWARD: Final = "F"
+BACKWARD: Final = "B"
 
 
 class ScheduleError(PowernapError):
@@ -128,10 +129,10 @@ def simulate(
         for stage, steps in enumerate(order):
             while len(ends[stage]) < len(steps):
                 step = steps[len(ends[stage])]
-                needed = [done.get(need) for need in needs(stage, step, stages, chunks)]
-                if None in needed:
+                needed = list(needs(stage, step, stages, chunks))
+                if any(need not in done for need in needed):
                     break
-                start = max([*needed, ends[stage][-1] if ends[stage] else 0.0])
+                start = max([*(done[need] for need in needed), ends[stage][-1] if ends[stage] else 0.0])
                 times = forward if step.kind == FORWARD else backward
                 starts[stage].append(start)
                 ends[stage].append(start + times[stage][step.chunk])
