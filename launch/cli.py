@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, NoReturn
+from typing import Any, NoReturn, cast
 
 from powernap.launch.commands import (
     cancel,
@@ -108,6 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if wrong := [word for word in rest if given is None or word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
+        assert given is not None
         given += rest
     return options
 
@@ -119,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
         missing = "are required" in message
         super().error(f"{message}, such as {example[1]}" if missing and example else message)
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         """argparse passes over errors; help that cannot be written is one."""
         if file is sys.stdout:
             file.write(message)
@@ -172,7 +173,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _is_users_mistake(error: Exception) -> bool:
+def _is_users_mistake(error: PowernapError | OSError) -> bool:
     """Our own errors say what is wrong in one line, and so do missing files; another OSError is a bug with a traceback."""
     if isinstance(error, PowernapError) or type(error) in (FileNotFoundError, PermissionError):
         return True
@@ -211,10 +212,10 @@ def entry_point() -> None:
     if not _open_closed_streams():
         _say("powernap: error: standard output is closed: write >/dev/null for a command that nobody listens to\n")
         sys.exit(exit_codes.WRONG_USE)
-    out = sys.stdout
-    how = {"line_buffering": out.line_buffering, "write_through": out.write_through}
+    out = cast(io.TextIOWrapper, sys.stdout)
+    how: dict[str, Any] = {"line_buffering": out.line_buffering, "write_through": out.write_through}
     encoding, errors = out.encoding, out.errors
-    sys.stdout = sys.__stdout__ = _Stdout(out.detach(), encoding, errors, **how)
+    sys.stdout = sys.__stdout__ = _Stdout(out.detach(), encoding, errors, **how)  # type: ignore[misc]  # said to be final
     follow_parent()
     try:
         code = main()

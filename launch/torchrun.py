@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -92,7 +92,9 @@ def _first_node() -> str:
 
 def first_host(nodes: str) -> str:
     """The first of SLURM's list of nodes: n[03-05,7],login -> n03"""
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.match(r"(\[[^]]*\]|[^,[])*", nodes)[0])
+    first = re.match(r"(\[[^]]*\]|[^,[])*", nodes)
+    assert first is not None  # it may be empty
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
 def check_world_size(wanted: int, layout: str) -> None:
@@ -156,7 +158,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
         here = loopback.address()
-        meeting = {
+        meeting: dict[str, Any] = {
             "run_id": uuid.uuid4().hex,
             "rdzv_backend": "c10d",
             "rdzv_endpoint": f"[{here}]:0" if ":" in here else f"{here}:0",

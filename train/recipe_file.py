@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import difflib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -22,7 +23,7 @@ class RecipeError(PowernapError):
     """A recipe that cannot run: one line, naming field, value and what to write instead."""
 
 
-def load_recipe(name_or_path: str, overrides: list[str] = (), files: str | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), files: str | None = None) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
 
     `name_or_path` is a YAML file or the name of one in train/recipes/. A file that begins with `base: NAME_OR_PATH`, a path
@@ -34,7 +35,7 @@ def load_recipe(name_or_path: str, overrides: list[str] = (), files: str | None 
 
 
 def parse_overrides(
-    overrides: list[str], into: dict[str, Any] | None = None, model: type[Section] | None = None
+    overrides: Sequence[str], into: dict[str, Any] | None = None, model: type[Section] | None = None
 ) -> dict[str, Any]:
     """Set every `dotted.key=value` in nested sections; values are YAML, and a section keeps the fields that are not named.
 
@@ -70,14 +71,14 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-def check(model: type[Section], values: dict[str, Any], **context: Any) -> Any:
+def check(model: type[Section], values: Any, **context: Any) -> Any:
     """Validate `values`, turning pydantic's report into one line a finding, the first five. `context`: see paths.py."""
     try:
         return model.model_validate(settle(values, model), context=context)
     except YamlError as error:
         raise RecipeError(str(error)) from None
     except ValidationError as error:
-        by_field: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        by_field: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
         for finding in error.errors():
             by_field.setdefault(tuple(_place(model, finding)), []).append(finding)
         # Where a member of a union fits but for a field inside, the other members do not matter.
@@ -142,9 +143,9 @@ def _set(values: dict[str, Any], key: str, text: str, model: type[Section] | Non
         values[section] = values = inner
     before, now = _as_mapping(values.get(field)), _as_mapping(value)
     # A section given whole changes what it names. A field is taken whole: a mixture of datasets replaces another.
-    section = _section(model, (*sections, field)) if model else None
-    both = (section or not sections) and isinstance(before, dict) and isinstance(now, dict)
-    values[field] = _merged(before, now, section) if both else value
+    kind = _section(model, (*sections, field)) if model else None
+    both = (kind or not sections) and isinstance(before, dict) and isinstance(now, dict)
+    values[field] = _merged(before, now, kind) if both else value
 
 
 def _as_mapping(value: Any) -> Any:
@@ -152,7 +153,7 @@ def _as_mapping(value: Any) -> Any:
     return value.value if isinstance(value, Scalar) and isinstance(value.value, dict) else value
 
 
-def _place(model: type[Section], finding: dict[str, Any]) -> list[str]:
+def _place(model: type[Section], finding: Mapping[str, Any]) -> list[str]:
     """The dotted field a finding is about, without pydantic's notes on which member of a union it tried."""
     here: Any = model
     fields: list[str] = []
@@ -172,7 +173,7 @@ def _place(model: type[Section], finding: dict[str, Any]) -> list[str]:
     return fields
 
 
-def _explain(model: type[Section], fields: tuple[str, ...], findings: list[dict[str, Any]]) -> str:
+def _explain(model: type[Section], fields: tuple[str, ...], findings: list[Mapping[str, Any]]) -> str:
     """Pydantic's findings about one field as `field=value: what is allowed`."""
     # Of a union's members, one that took the value and found it wrong knows most.
     ours = [finding for finding in findings if finding["type"] == "value_error"]
@@ -180,7 +181,9 @@ def _explain(model: type[Section], fields: tuple[str, ...], findings: list[dict[
     kind, value = findings[0]["type"], findings[0]["input"]
     field, description = ".".join(fields), _description(model, fields)
     if kind == "extra_forbidden":
-        names = [".".join([*fields[:-1], name]) for name in _section(model, fields[:-1]).model_fields]
+        section = _section(model, fields[:-1])
+        assert section is not None
+        names = [".".join([*fields[:-1], name]) for name in section.model_fields]
         everywhere = names if fields[:-1] else [*names, *field_names(model)]
         return f"unknown key {field}" + (_did_you_mean(field, everywhere) or f": allowed are {', '.join(names)}")
     if kind == "missing":

@@ -6,7 +6,8 @@ import random
 import resource
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
         here.raise_together(lambda: folder.create(recipe))
 
         stage, zero = build(recipe, here)
-        done, state, memory = 0, {"data": None, "skipped": 0, "skipped_steps": []}, None
+        done = 0
+        state: dict[str, Any] = {"data": None, "skipped": 0, "skipped_steps": []}
+        memory: Memory | None = None
         if start:
             start.load(stage, zero, here)
             done, state = start.step, start.state
@@ -83,8 +86,9 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                 here.progress.note("reading the batch")
                 batch, data_state = next(batches)
                 if step == done + 1:
-                    here.raise_together(lambda batch=batch: write_work(folder, recipe, batch))
+                    here.raise_together(partial(write_work, folder, recipe, batch))
                 metrics, memory = train_step(recipe, stage, zero, batch, step, here, memory)
+                assert zero.gradient_norms is not None
                 if "skipped_step" in metrics:
                     line, memory = skipped_steps.add(step, metrics, batch, stage, zero.gradient_norms, memory)
                     log.event("%s", line)
@@ -258,7 +262,11 @@ def train_step(
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
         metrics.update(here.merge_over_model(health.summary()))
-    return metrics, join([part.left for part in micro_batches]) if recipe.sleep.carry else None
+    if not recipe.sleep.carry:
+        return metrics, None
+    left = [part.left for part in micro_batches if part.left is not None]
+    assert len(left) == len(micro_batches)
+    return metrics, join(left)
 
 
 def fingerprint(tokens: torch.Tensor) -> int:
@@ -271,7 +279,7 @@ def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory:
     size = recipe.micro_batch_size
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     tokens, loss_mask = tokens.split(size), loss_mask.split(size)
-    memories: list[Memory | None] = [None] * len(tokens)
+    memories: Sequence[Memory | None] = [None] * len(tokens)
     if memory is not None:
         memories = split(begin_anew(memory, batch.begins.to(here.device)), len(batch.tokens), size)
     return [

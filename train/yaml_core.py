@@ -110,7 +110,7 @@ class _Loader(yamlcore.CoreLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             why = "aliases such as *name are not read: put text in quotes, write a value out, or derive with base:"
-            raise yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)  # type: ignore[arg-type]  # stubs
         return super().compose_node(parent, index)
 
 

@@ -80,7 +80,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         stop=options.stop,
     )
     streams = len(stream.unread)
-    texts, tokens = [""] * streams, [[] for _ in range(streams)]
+    texts = [""] * streams
+    tokens: list[list[int]] = [[] for _ in range(streams)]
     for piece in pieces:
         texts[piece.row] += piece.text
         tokens[piece.row].append(piece.token)

@@ -4,7 +4,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.model.errors import PowernapError
@@ -63,7 +63,7 @@ class JobDescription(Section):
 
     @field_validator("memory", "time", "grace")
     @classmethod
-    def _quantity(cls, text: str | None, info: object) -> str | None:
+    def _quantity(cls, text: str | None, info: ValidationInfo) -> str | None:
         if text is not None:
             parse_size(text) if info.field_name == "memory" else parse_duration(text)
         return text

@@ -87,6 +87,16 @@ class Job:
         """recipe.yaml: unlike a run's config.yaml with references to secrets, such as $TOKEN in a command."""
         return dump(self.recipe.model_dump(mode="json"))
 
+    @property
+    def nodes(self) -> int:
+        assert self.description.nodes is not None
+        return self.description.nodes
+
+    @property
+    def processes_per_node(self) -> int:
+        assert self.description.processes_per_node is not None
+        return self.description.processes_per_node
+
     def command(self, recipe: str | None = None) -> list[str]:
         """What every rank, or every node, runs. Starting it again goes on."""
         return [*self._powernap, "train", recipe or str(self.folder.recipe), "--auto-resume"]
@@ -134,6 +144,12 @@ class Record(Section):
     @property
     def job(self) -> JobDescription:
         return check(JobDescription, self.description)
+
+    @property
+    def known_id(self) -> str:
+        """`id` of a job that has been submitted."""
+        assert self.id is not None
+        return self.id
 
     @property
     def own_folder(self) -> JobFolder:

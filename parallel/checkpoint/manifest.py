@@ -117,7 +117,7 @@ def check_file(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
     )
 
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
     """Read every byte of a checkpoint; its manifest.
 
     Args:

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from powernap.model.section import LARGEST, Section
+from powernap.model.section import LARGEST
 from powernap.train.data.documents import Tally, check_budget, describe_left_out
 from powernap.train.data.sample import DataError, encode
+from powernap.train.data.task import Task
 from powernap.train.data.text import Text
 from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 
@@ -49,7 +50,7 @@ class TaskSource:
     """Samples that a task draws: a shard of a split has a random stream of its own."""
 
     name: str
-    task: Section
+    task: Task
     samples_of_split: dict[str, int]
     samples_per_shard: int
     seed: int
@@ -171,7 +172,7 @@ Source = TaskSource | TextSource
 
 def build_task(
     name: str,
-    task: Section,
+    task: Task,
     folder: Path,
     *,
     train_samples: int,
@@ -349,9 +350,10 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
 def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]]:
     """Run the jobs that have not been done yet; the notes of all, in order."""
     jobs = source.jobs()
-    done = {number: _done(source, number, job, folder) for number, job in enumerate(jobs)}
-    missing = [number for number, note in done.items() if note is None]
-    skipped = [reason for note in done.values() if note for reason in note["skipped"]]
+    found = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
+    done = {number: note for number, note in found if note is not None}
+    missing = [number for number in range(len(jobs)) if number not in done]
+    skipped = [reason for note in done.values() for reason in note["skipped"]]
     check_budget(skipped, source.skip_budget)
     total = sum(job.amount for job in jobs)
     with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
@@ -360,7 +362,7 @@ def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
-    return list(done.values())
+    return [done[number] for number in range(len(jobs))]
 
 
 def _run(
@@ -407,7 +409,9 @@ def _belong_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
@@ -183,7 +183,7 @@ class ShardCache:
         failure.error.args = (f"{failure}{tried}",)
         raise failure.error
 
-    def _copy(self, shard: str, file: BinaryIO, attempt: int) -> str:
+    def _copy(self, shard: str, file: IO[bytes], attempt: int) -> str:
         """Fill `file` with what comes from the source, and return its SHA-256.
 
         Raises:
@@ -307,7 +307,7 @@ class _Coming:
         self._ended = threading.Event()
         self._at_end: list[Callable[[], None]] = []  # ends the command that is read from
 
-    def run(self, shard: str, file: BinaryIO, timeout: float) -> None:
+    def run(self, shard: str, file: IO[bytes], timeout: float) -> None:
         digest = hashlib.sha256()
         try:
             for block in blocks_of(shard, timeout, self._call_at_end):

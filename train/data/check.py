@@ -118,7 +118,9 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
     window, context, pad, vocabulary = (
         manifest.get(key) for key in ("window", "context_length", "pad_token_id", "vocab_size")
     )
-    where = local_path(shard).parent / MANIFEST
+    path = local_path(shard)
+    assert path is not None
+    where = path.parent / MANIFEST
     if vocabulary and recipe.model.vocab_size < vocabulary:
         raise DataError(
             f"model.vocab_size={recipe.model.vocab_size}, but {where} counts {vocabulary} tokens: write "
@@ -167,7 +169,7 @@ def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     predicts = _predicts(samples, window)
     ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[:, ::-1]  # whether it holds loss tokens from there on
     disagreeing = (ahead & ~predicts).any(axis=0) & predicts.any(axis=0)
-    predicts = predicts.any(axis=0)
+    predicts = np.logical_or.reduce(predicts, axis=0)
     if disagreeing.any():
         number = int(disagreeing.argmax())
         first, last = number * window, min((number + 1) * window, recipe.data.sequence_length - 1) - 1

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from powernap.train.data.sample import DataError
 
@@ -103,7 +103,8 @@ def find_files(inputs: list[str]) -> tuple[list[Path], dict[str, list[Path]]]:
     left_out: dict[str, dict[Path, None]] = {}
     for entry in inputs:
         named = [Path(entry)] if Path(entry).exists() else sorted(map(Path, glob.glob(entry, recursive=True)))
-        found, others = [], {}
+        found: list[Path] = []
+        others: dict[str, list[Path]] = {}
         for name in named:
             for path, reason in _walk(name) if name.is_dir() else [(name, _why_not(name))]:
                 if reason:
@@ -297,7 +298,7 @@ class _Counted(io.FileIO):
         return count
 
 
-def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lambda count: None) -> io.BufferedReader:
+def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lambda count: None) -> BinaryIO:
     """The bytes of a file, decompressed; `advance` hears of what is read of the file itself."""
     file = io.BufferedReader(_Counted(path, advance), PIECE)
     if codec is None:
@@ -391,6 +392,7 @@ def _paragraphs(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
     for place, line in _all_lines(part, codec, tally):
         if line.strip():
             if begun is None:
+                assert stop is not None
                 if place >= stop:
                     return
             else:

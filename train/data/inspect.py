@@ -5,12 +5,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
-from powernap.model.section import Section
 from powernap.train.data.build import read_manifest
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.task import Task
+from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import UnknownTask, described_by
 
 COLUMNS = 80
@@ -30,6 +31,7 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
     if (folder := local_path(spec)) and folder.is_dir():
         spec = f"{folder}/*.tar"
     shards = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
+    assert shards[0].path is not None
     manifest = read_manifest(shards[0].path)
     try:
         task, note = described_by(manifest), []
@@ -43,7 +45,7 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
     return "\n\n".join([*blocks, *note, _statistics(shards, manifest)])
 
 
-def _names(task: Section) -> Callable[[int], str]:
+def _names(task: Task | Text) -> Callable[[int], str]:
     """A task's names of its tokens; shards beside another's manifest may have more."""
     size = task.vocab_size
     return lambda token: task.token_name(token) if token < size else f"<{token}>"
@@ -79,7 +81,9 @@ def _fold(words: list[str]) -> list[str]:
 
 
 def _statistics(shards: list[Shard], manifest: dict) -> str:
-    lengths, depths, tokens, losses, largest = Counter(), Counter(), 0, 0, 0
+    lengths: Counter[int] = Counter()
+    depths: Counter[int] = Counter()
+    tokens = losses = largest = 0
     for members in itertools.chain.from_iterable(shards):
         sample = decode(members)
         lengths[len(sample.tokens)] += 1
@@ -87,7 +91,7 @@ def _statistics(shards: list[Shard], manifest: dict) -> str:
         tokens += len(sample.tokens)
         losses += int(sample.loss_mask.sum())
         largest = max(largest, int(sample.tokens.max()))
-    size = sum(shard.path.stat().st_size for shard in shards)
+    size = sum(shard.path.stat().st_size for shard in shards if shard.path)
     short, long = min(lengths), max(lengths)
     rows = [
         ("shards", f"{len(shards)}, {size / 1e6:.1f} MB"),

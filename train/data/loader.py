@@ -9,7 +9,7 @@ import itertools
 import multiprocessing.connection
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -227,6 +227,7 @@ def evaluation_batches(
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.
     """
+    assert data.test is not None
     cache = cache_of(data)
     shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
     places = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
@@ -366,7 +367,7 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _collate(samples: list[Sample], begins: list[bool], skipped: list[str] = ()) -> Batch:
+def _collate(samples: list[Sample], begins: list[bool], skipped: Sequence[str] = ()) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),

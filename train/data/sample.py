@@ -5,7 +5,7 @@ docs/data.md is the format for people. No torch here.
 
 import io
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def _array(members: dict[str, object], name: str, where: _Where) -> np.ndarray:
     if name not in members:
         raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}, or tokens.npy alone")
     try:
-        data = members[name]
+        data: Any = members[name]  # bytes
         start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, behind a version 1.0 header
         shape, order, dtype = _read_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +69,7 @@ class Shard:
         if places:
             start = min(offset for _, offset, _ in places)
             stop = max(offset + size for _, offset, size in places)
+            assert self._file is not None
             data = os.pread(self._file, stop - start, start)
             if len(data) < stop - start:
                 raise DataError(f"{self.name}: has become shorter while it was read: build or copy it again")
@@ -94,6 +95,7 @@ class Shard:
         """The names of samples; reads all headers again, once for all of them."""
         found = {number: f"number {number}" for number in numbers}
         owners = {int(offset): n for n in numbers if n < len(self) for offset in self._places[n, :, 0] if offset >= 0}
+        assert self.path is not None
         with suppress(OSError, NotTar), open(self.path, "rb") as file:
             for key, _, offset, _ in Members(file):
                 if offset in owners:
@@ -101,8 +103,8 @@ class Shard:
         return [found[number] for number in numbers]
 
     def __del__(self):
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)
+        if (file := getattr(self, "_file", None)) is not None:
+            os.close(file)
 
 
 class _Key:
@@ -115,7 +117,7 @@ class _Key:
         return self.shard.key(self.number)
 
 
-def fingerprint(shards: list[str]) -> str:
+def fingerprint(shards: Sequence[str]) -> str:
     """What tells one list of shards from another: names, sizes and, of local files, two pieces of each.
 
     Folders do not count, nor what a URL carries behind a question mark: data may be moved and links signed anew.

@@ -129,9 +129,9 @@ def _unreachable(error: BaseException, timeout: float) -> Unreachable:
     for cause in causes:
         if isinstance(cause, urllib3.exceptions.IncompleteRead) and cause.expected:
             return Unreachable(f"broke off after {cause.partial:,} bytes, {cause.expected:,} are missing")
-    known = [cause for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    known = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
     lasting = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
-    return Unreachable(known[-1].strerror if known else _one_line(error), may_pass=not lasting)
+    return Unreachable(known[-1] if known else _one_line(error), may_pass=not lasting)
 
 
 def _from_command(shard: str, scheme: str, at_end: Callable[[Callable[[], None]], None]) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class _Header(tarfile.TarInfo):
     """A member's header, refused where tarfile would go backwards or read without limit."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.size > LONGEST_HEADER and header.type in _EXTENDED):
             raise tarfile.ReadError(f"a header claims {header.size} bytes")
@@ -94,7 +94,7 @@ class Members:
                     split = _NAME.fullmatch(name)
                     if member.isfile() and not member.issparse() and split:
                         yield split[1], split[2].lower(), member.offset_data, member.size
-                    tar.members = []  # tarfile would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 self.end = tar.offset
         except OSError:
             raise

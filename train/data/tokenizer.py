@@ -84,6 +84,12 @@ class _WithEndAndPad:
     def decoder(self) -> Decoder:
         return _Utf8Decoder(self._spelled)
 
+    def _name(self, token: int) -> str:
+        raise NotImplementedError
+
+    def _bytes(self, token: int) -> bytes:
+        raise NotImplementedError
+
     def _is_text(self, token: int) -> bool:
         return token < self.vocab_size and token not in (self.end, self.pad)
 

@@ -40,10 +40,10 @@ class Verified(NamedTuple):
 def recorded_in(manifest: object, where: str) -> dict[str, Recorded]:
     """file -> what the manifest read from `where` says of it; whatever else it holds is passed over."""
     shards = manifest.get("shards") if isinstance(manifest, dict) else None
-    found = {}
+    found: dict[str, Recorded] = {}
     for shard in shards if isinstance(shards, list) else []:
         told = shard if isinstance(shard, dict) else {}
-        values = told.get("file"), told.get("bytes"), told.get("samples"), told.get("sha256")
+        values: list[Any] = [told.get(field) for field in ("file", "bytes", "samples", "sha256")]
         if [type(value) for value in values] == [str, int, int, str]:
             found[values[0]] = Recorded(where, *values[1:])
     return found
@@ -95,7 +95,7 @@ def not_recorded(shard: str, found: Recorded, problem: str) -> DataError:
     )
 
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> Verified:
+def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> Verified:
     """Read every byte of a folder's shards and compare with its manifest; on all cores.
 
     Args:
@@ -126,8 +126,8 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> Ve
     problems += [(file, f"not in {MANIFEST}") for file in sorted(extra)]
     if manifest_problem := _manifest_problem(manifest, listed):
         problems.append((MANIFEST, manifest_problem))
-    totals = (sum(getattr(shard, field) for shard in listed.values()) for field in ("bytes", "samples"))
-    return Verified(len(listed), *totals, problems)
+    size, samples = sum(shard.bytes for shard in listed.values()), sum(shard.samples for shard in listed.values())
+    return Verified(len(listed), size, samples, problems)
 
 
 def _problem(path: Path, listed: Recorded, progress: Callable[[int], None]) -> str | None:

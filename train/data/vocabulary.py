@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from powernap.model.plugins import PluginError
-from powernap.model.section import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.task import Task
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Decoder, Tokenizer
 from powernap.train.recipe_file import RecipeError, check
@@ -44,7 +44,8 @@ class TextVocabulary:
     joiner = ""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.end, self.encode, self.decoder = tokenizer.end, tokenizer.encode, tokenizer.decoder
+        self.end: int | None = tokenizer.end
+        self.encode, self.decoder = tokenizer.encode, tokenizer.decoder
 
     def units(self, text: str) -> str:
         return text
@@ -90,7 +91,8 @@ class Words:
 class Numbers:
     """Tokens shown as numbers, where nothing says what they stand for."""
 
-    end, joiner = None, " "
+    end: int | None = None
+    joiner = " "
 
     def __init__(self, why: str):
         self._why = why
@@ -119,7 +121,7 @@ def find_vocabulary(data: DataConfig) -> Vocabulary:
         return Numbers(str(error))
 
 
-def find_task(data: DataConfig) -> Section:
+def find_task(data: DataConfig) -> Task | Text:
     """The text or task that the training shards were built from; of a mixture, any one: its datasets' tokens are the same.
 
     Raises:
@@ -135,10 +137,11 @@ def find_task(data: DataConfig) -> Section:
         found[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Text) else repr(task)
     if len(set(found.values())) > 1:
         raise DataError(f"data.train mixes vocabularies ({', '.join(found)})")
+    assert task is not None
     return task
 
 
-def vocabulary_of(task: Section) -> Vocabulary:
+def vocabulary_of(task: Task | Text) -> Vocabulary:
     """Raises DataError if a text's tokenizer cannot be read, or there are too many words."""
     if isinstance(task, Text):
         return TextVocabulary(task.vocabulary)
@@ -147,7 +150,7 @@ def vocabulary_of(task: Section) -> Vocabulary:
     return Words([task.token_name(token) for token in range(task.vocab_size)])
 
 
-def described_by(manifest: dict) -> Section | None:
+def described_by(manifest: dict) -> Task | Text | None:
     """The text or task that shards were built from; None if it is not known.
 
     Raises:

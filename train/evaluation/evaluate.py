@@ -85,7 +85,7 @@ def evaluate(
             memories[number] = left if recipe.sleep.carry else None
             losses[place] += batch.counts * loss
             by_sequence.update(_tally(batch, predictions, number))
-    loss_tokens, *losses = here.sum_over_data(losses).tolist()
+    loss_tokens, *sums = here.sum_over_data(losses).tolist()
     answers, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
     depths = sorted(answers)
     guesses = floor.shares(here.sum_counters_over_data(floor.counts)) if floor else {}
@@ -94,7 +94,7 @@ def evaluate(
         for n in passes
     }
     return Evaluation(
-        loss={str(n): loss / loss_tokens for n, loss in zip(passes, losses, strict=True)},
+        loss={str(n): loss / loss_tokens for n, loss in zip(passes, sums, strict=True)},
         accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
         interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
         floor={str(depth): max(by_depth[depth] for by_depth in guesses.values()) for depth in depths if guesses},
@@ -139,8 +139,9 @@ def evaluate_run(
     tracker.close(status=None)
     lines = [title]
     if result.answers:
-        by_row = [{f"N={n}": row for n, row in values.items()} for values in (result.accuracy, result.interval)]
-        lines.append(format_accuracy(with_intervals(*by_row) | {FLOOR_LABEL: result.floor}))
+        accuracy = {f"N={n}": row for n, row in result.accuracy.items()}
+        interval = {f"N={n}": row for n, row in result.interval.items()}
+        lines.append(format_accuracy(with_intervals(accuracy, interval) | {FLOOR_LABEL: result.floor}))
         lines.append(best_guesses(result.guesses))
         lines.append(
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
@@ -151,6 +152,7 @@ def evaluate_run(
 
 def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:
     """The recipe that a run's `config` holds, with `test` for data.test; RecipeError unless they are the same shards."""
+    assert recipe.data.test is not None
     known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
     if test and mask_values(test) != mask_values(known):
         given = mask_secrets(" ".join(test))
@@ -177,8 +179,8 @@ def _predict(
     segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
     batch_here = MicroBatch(segments, tokens.to(here.device), loss_mask.to(here.device), memory)
     predictions, loss, memory = predict(stage, batch_here, here)
-    predictions = predictions.tolist()
-    answers = {where: tuple(predictions[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+    rows = predictions.tolist()
+    answers = {where: tuple(rows[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
     return answers, loss, memory
 
 
@@ -186,11 +188,12 @@ def _tally(
     batch: Batch, predictions: dict[tuple[int, int, int], tuple[int, ...]], passes: int
 ) -> Counter[tuple[int, int, str]]:
     """What a batch adds to the sums of every Tally, (N, depth, its field) -> number."""
-    asked, right = Counter(), Counter()  # (row, depth)
+    asked: Counter[tuple[int, int]] = Counter()  # by row and depth
+    right: Counter[tuple[int, int]] = Counter()
     for where, depth, answer in _answers(batch):
         asked[where[0], depth] += 1
         right[where[0], depth] += predictions[where] == answer
-    sums = Counter()
+    sums: Counter[tuple[int, int, str]] = Counter()
     for (row, depth), m in asked.items():
         tally = Tally.of_sequence(right[row, depth], m)
         sums.update({(passes, depth, name): value for name, value in asdict(tally).items()})

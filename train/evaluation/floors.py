@@ -5,17 +5,18 @@ earlier in the sequence, or one of the task's own (surface_guesses in tasks/), w
 or rule out what cannot be.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from powernap.model.errors import PowernapError
-from powernap.model.section import Section
 from powernap.train.config import DataConfig
 from powernap.train.data.build import read_manifest
 from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.data.task import Task
+from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import described_by
 from powernap.train.tasks.sample import Sample
 
@@ -30,7 +31,7 @@ class Floor:
     counts: (depth, guess, answer or None) -> answers that it gets right, expected where it draws; add them over ranks.
     """
 
-    def __init__(self, task: Section | None):
+    def __init__(self, task: Task | Text | None):
         """task: what the samples were drawn from; None if that is not known, or is text."""
         self._guesses = getattr(task, "surface_guesses", None)
         self.counts: Counter[tuple[int, str, Answer | None]] = Counter()
@@ -38,6 +39,7 @@ class Floor:
     @classmethod
     def of_test(cls, data: DataConfig) -> "Floor":
         """That of the test shards, whose manifest names the task; without one, of the guesses that need no task."""
+        assert data.test is not None
         try:
             path = local_path(expand_shards(data.test, "data.test")[0])
             return cls(described_by(read_manifest(path)) if path else None)
@@ -51,7 +53,8 @@ class Floor:
                 self._add(Sample(row, np.zeros(len(row), dtype=bool), asked))
 
     def _add(self, sample: Sample) -> None:
-        rows, tokens, known = sample.answers.tolist(), sample.tokens.tolist(), {}
+        rows, tokens = sample.answers.tolist(), sample.tokens.tolist()
+        known: dict[Answer, Answer] = {}
         truth = [tuple(tokens[start:stop]) for start, stop, _ in rows]
         for (_, _, depth), question, answer in zip(rows, _questions(tokens, rows), truth, strict=True):
             self.counts[depth, CONSTANT, answer] += 1
@@ -68,7 +71,9 @@ class Floor:
     @staticmethod
     def shares(counts: Mapping[tuple[int, str, Answer | None], float]) -> dict[str, dict[int, float]]:
         """Guess -> depth -> share of right answers. A constant is the best one, chosen for each depth on these answers."""
-        asked, right, best = Counter(), Counter(), Counter()
+        asked: dict[int, float] = defaultdict(float)
+        right: dict[tuple[int, str], float] = defaultdict(float)
+        best: dict[tuple[int, str], float] = defaultdict(float)
         for (depth, name, answer), count in counts.items():
             asked[depth] += count if name == CONSTANT else 0
             if answer is None:

@@ -154,6 +154,7 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if (tokenizer := Path(task.tokenizer)).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         fields["tokenizer"] = TOKENIZER
+    assert task.ids is not None  # of shards that are there
     end, pad = task.ids
     return {"task": "text", "fields": fields, "end_token_id": end, "pad_token_id": pad}
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from powernap.train.generation.sampling import draw, token_probabilities
 from powernap.train.run.folder import RunFolder
 
 Prompt = str | Sequence[int]  # text, or tokens
+Finish = Literal["length", "stop", "end"]
 
 
 class GenerateError(PowernapError):
@@ -41,7 +42,7 @@ class Piece:
     row: int
     token: int
     text: str  # all pieces of a row together are its text; cut before a stop text, without the end token
-    finish: Literal["length", "stop", "end"] | None = None  # why this is the row's last piece
+    finish: Finish | None = None  # why this is the row's last piece
 
 
 def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
@@ -66,9 +67,8 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
         recipe = folder.recipe()
         newest = folder.newest_checkpoint()
         model, sleep, name = recipe.model, recipe.sleep, recipe.run.name
-    here = topology.initialize(
-        **({} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1})
-    )
+    own: dict[str, Any] = {} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    here = topology.initialize(**own)
     if here.world_size > 1:
         raise GenerateError(f"generation runs in one process, {here.world_size} were started: start one")
     stage = HybridStage(model, sleep, here.groups).to(here.device)
@@ -279,7 +279,7 @@ class _Text:
         self._held: list[str] = []
         self._begun = False
 
-    def add(self, token: int, last: bool) -> tuple[str, str | None]:
+    def add(self, token: int, last: bool) -> tuple[str, Finish | None]:
         """The text that is certain now, and why the row ends with this token, if it does."""
         ended = token == self._end
         self._held += self._decoder.finish() if ended else self._decoder.step(token)

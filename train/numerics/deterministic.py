@@ -21,6 +21,7 @@ another GPU, library version or layout.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -38,20 +39,21 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    others: Any = torch.utils.deterministic  # torch types no switch there
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        others.fill_uninitialized_memory,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
     torch.use_deterministic_algorithms(True)
     # Filling every buffer before use would cost time, and help only code that reads what nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    others.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        others.fill_uninitialized_memory = before[2]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[3:]

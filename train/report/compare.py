@@ -73,5 +73,4 @@ def _gap(a: object, b: object) -> float:
     """|a - b|; infinite where one of them is no number."""
     if _same(a, b):
         return 0.0
-    numbers = isinstance(a, int | float) and isinstance(b, int | float)
-    return abs(a - b) if numbers else math.inf
+    return abs(a - b) if isinstance(a, int | float) and isinstance(b, int | float) else math.inf

@@ -101,7 +101,7 @@ def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:
                     f"powernap eval {run.path}",
                 )
             )
-        if run.depths and "guesses" not in run.evaluation:
+        if run.evaluation and run.depths and "guesses" not in run.evaluation:
             found.append(
                 (
                     f"{run.path}: evaluated by an older version, whose {FLOOR_LABEL} is the best constant only.",

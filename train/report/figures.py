@@ -2,10 +2,11 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from powernap.parallel.planning.plan import in_units
 from powernap.train.evaluation.pictures import share_axis, smooth
@@ -40,10 +41,11 @@ class Picture:
             self._figure().savefig(file, format="svg", transparent=True, metadata={"Date": None})
         text = file.getvalue().decode()
         body = text[text.index(">", text.index("<svg")) + 1 :]
-        view_box = re.search(r'viewBox="([^"]+)"', text)[1]
+        view_box = re.search(r'viewBox="([^"]+)"', text)
+        assert view_box is not None
         body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
         body = body.replace("xlink:href", "href").replace(INK, "currentColor")
-        return f'<svg viewBox="{view_box}" role="img" aria-label="{escape(self.alt)}">{body}'
+        return f'<svg viewBox="{view_box[1]}" role="img" aria-label="{escape(self.alt)}">{body}'
 
     def save_png(self, to: Path) -> None:
         self._figure().savefig(to, dpi=160, facecolor="white")
@@ -52,7 +54,7 @@ class Picture:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        ink = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
+        ink: dict[Any, str] = {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
         with rc_context({**ink, "axes.labelcolor": INK, "axes.edgecolor": INK, "font.size": 10}):
             figure = Figure(figsize=(5.2, 3.9), layout="constrained")
             axes = figure.subplots()
@@ -167,6 +169,7 @@ def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: S
     def draw(axes):
         for group in groups:
             share = group.accuracy(group.read_passes, depth)
+            assert share is not None
             reach = [[max(0, share.mean - share.low)], [max(0, share.high - share.mean)]]
             style = {**styles[group.label], "linestyle": "none", "markersize": 8}
             axes.errorbar([cost[group.label]], [share.mean], reach, capsize=3, clip_on=False, **style)
@@ -188,7 +191,7 @@ def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: S
     )
 
 
-def _line(axes, places, shares: list[Share | None], style: dict, width: float = 1.8) -> None:
+def _line(axes, places, shares: Sequence[Share | None], style: dict, width: float = 1.8) -> None:
     """Means as a line, their reach as a band; places without one are left out."""
     known = [(place, share) for place, share in zip(places, shares, strict=True) if share]
     if not known:

@@ -53,13 +53,14 @@ class ReportedRun:
     def fields(self, with_task: bool) -> dict:
         """What is compared: the recipe, and the sizes of the task that its shards were built with."""
         config = {key: value for key, value in flatten(self.recipe.model_dump(mode="json")).items() if _compared(key)}
-        task = self.manifest["fields"] if with_task else {}
+        assert self.manifest is not None or not with_task
+        task = self.manifest["fields"] if self.manifest and with_task else {}
         return config | {f"task.{key}": value for key, value in task.items()}
 
     @property
     def task(self) -> str | None:
         """The task of its data, None if the shards are not here."""
-        return self.manifest and self.manifest["task"]
+        return self.manifest["task"] if self.manifest else None
 
     @property
     def depths(self) -> list[str]:
@@ -77,6 +78,7 @@ class ReportedRun:
     @property
     def read_passes(self) -> str:
         """The N of the main figures: the trained one, or else the largest that was evaluated."""
+        assert self.evaluation is not None
         evaluated = list(self.evaluation["accuracy"])
         return str(self.trained_passes) if str(self.trained_passes) in evaluated else evaluated[-1]
 
@@ -141,6 +143,10 @@ class Group:
         return [run for run in self.runs if run.evaluation]
 
     @property
+    def evaluations(self) -> list[dict]:
+        return [run.evaluation for run in self.runs if run.evaluation]
+
+    @property
     def furthest(self) -> list[ReportedRun]:
         """Those with the most steps: of a run that goes on, the cost so far says little."""
         return [run for run in self.runs if run.steps == max(run.steps for run in self.runs)]
@@ -155,20 +161,20 @@ class Group:
 
     @property
     def all_passes(self) -> list[str]:
-        return sorted({n for run in self.evaluated for n in run.evaluation["accuracy"]}, key=int)
+        return sorted({n for evaluation in self.evaluations for n in evaluation["accuracy"]}, key=int)
 
     def accuracy(self, passes: str, depth: str) -> Share | None:
         """The mean over seeds; its reach is their range, or with a single run that run's interval."""
-        found = [run.evaluation for run in self.evaluated if depth in run.evaluation["accuracy"].get(passes, {})]
+        found = [one for one in self.evaluations if depth in one["accuracy"].get(passes, {})]
         if len(found) == 1:
             return Share(found[0]["accuracy"][passes][depth], *found[0]["interval"][passes][depth])
         return share_of([evaluation["accuracy"][passes][depth] for evaluation in found])
 
     def floor(self, depth: str) -> Share | None:
-        return share_of([run.evaluation["floor"][depth] for run in self.evaluated if depth in run.evaluation["floor"]])
+        return share_of([one["floor"][depth] for one in self.evaluations if depth in one["floor"]])
 
     def held_out_loss(self, passes: str) -> Share | None:
-        found = [run.evaluation["loss"] for run in self.evaluated]
+        found = [one["loss"] for one in self.evaluations]
         return share_of([loss[passes] for loss in found if passes in loss])
 
 

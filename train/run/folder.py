@@ -224,7 +224,7 @@ def _is_free(key: str) -> bool:
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")

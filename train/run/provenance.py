@@ -99,7 +99,7 @@ def _new_files(paths: Sequence[str], notes: list[str], inside: str = "") -> Iter
     """Files that git does not follow yet, below ROOT. A git repository in `paths` is one entry to the one around it: its
     files are listed one by one, those that it has committed too."""
     others = ("ls-files", "-z", "--others", "--exclude-standard")
-    for path in _names(*others, "--", *paths, inside=inside):
+    for path in _names(*others, "--", *paths, inside=inside) or []:
         if not path.endswith("/"):
             yield inside + path
             continue

@@ -269,6 +269,7 @@ def operations(statements: list[Statement], asked: Name) -> int:
 
 def _value(operation: str, values: list[int], number: int | None) -> int:
     if operation == "number":
+        assert number is not None
         return number
     return ONE[operation][0](values[0], number) if operation in ONE else TWO[operation][0](*values)
 

@@ -201,8 +201,8 @@ class Delivery:
         tags = []
         if record["resume_step"] is not None:
             steps = [step for step in run.data.tags.get("resumed_at_steps", "").split(", ") if step]
-            steps = dict.fromkeys([*steps, str(record["resume_step"])])  # once, if this record comes twice
-            tags.append((start, RunTag("resumed_at_steps", ", ".join(steps))))
+            once = dict.fromkeys([*steps, str(record["resume_step"])])  # if this record comes twice
+            tags.append((start, RunTag("resumed_at_steps", ", ".join(once))))
         if changes:
             tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
         self._log("params", new)
@@ -245,10 +245,10 @@ class Delivery:
         self._connect()
         known = None
         if self._id_file.exists():
-            run_id = self._id_file.read_text().strip()
-            known = self._known_run(run_id)
+            known_id = self._id_file.read_text().strip()
+            known = self._known_run(known_id)
             if known and known.info.lifecycle_stage == "active":
-                return run_id
+                return known_id
         experiment = self._experiment_id(self._spool.experiment())
         if self._id_file.exists():
             logger.warning(
@@ -286,6 +286,7 @@ class Delivery:
             return None
 
     def _is_active(self) -> bool:
+        assert self._run_id is not None
         run = self._known_run(self._run_id)
         return run is not None and run.info.lifecycle_stage == "active"
 

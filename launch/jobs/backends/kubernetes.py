@@ -92,20 +92,20 @@ class Kubernetes:
         return self._with_token(record.token)
 
     def status(self, record: Record) -> Status:
-        found = self._get(record.id)
+        found = self._get(record.known_id)
         if found is None or found["metadata"].get("labels", {}).get(TOKEN) != record.token:
             if record.own_folder.cancelled.exists():
                 return Status("cancelled", "cancelled")
             return Status(
                 "lost", f"{self._kind['plural']}/{record.id} is gone: deleted, or longer over than it is kept"
             )
-        jobset = found if self._kind is JOBSET else self._get(record.id, JOBSET) or {}
+        jobset = found if self._kind is JOBSET else self._get(record.known_id, JOBSET) or {}
         return self._status(found, jobset.get("status", {}), record)
 
     def pause(self, record: Record, seconds: float) -> None:
         """Watches the job. Whatever ends a watch early, a server that restarts or has forgotten the version it begins at, costs
         nothing: who asked looks again."""
-        found = self._get(record.id)
+        found = self._get(record.known_id)
         if found is None:
             return
         try:
@@ -141,7 +141,7 @@ class Kubernetes:
     def cancel(self, record: Record) -> None:
         """Pods get their grace to save. Whoever holds the object (a finalizer) lets it go when they have ended."""
         record.own_folder.cancelled.touch()
-        self._delete(record.id)
+        self._delete(record.known_id)
 
     def _status(self, found: dict[str, Any], jobset: dict[str, Any], record: Record) -> Status:
         conditions = {
@@ -163,6 +163,7 @@ class Kubernetes:
         if suspended := conditions.get("Suspended"):
             return Status("pending", self._why_suspended(suspended, found, record), restarts)
         wanted = record.job.nodes
+        assert wanted is not None
         if sum(pod.status.phase == "Running" for pod in pods) == wanted:
             return Status("running", "", restarts, nodes=nodes)
         made = _time(found["metadata"])
@@ -386,7 +387,7 @@ def _plugin_must_not_fail() -> Iterator[None]:
     """The client logs what a kubeconfig's exec plugin complained about, and goes on as nobody: raise it instead."""
     said: list[str] = []
     handler, root = logging.Handler(), logging.getLogger()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     before, root.handlers = root.handlers, [handler]
     try:
         yield

@@ -33,7 +33,7 @@ def object_name(job: Job) -> str:
 
     Where letters had to go, a part of a hash keeps runs apart.
     """
-    room = LONGEST - len(f"-{CONTAINER}-0-{job.description.nodes - 1}-abcde") - len(f"-{job.attempt}")
+    room = LONGEST - len(f"-{CONTAINER}-0-{job.nodes - 1}-abcde") - len(f"-{job.attempt}")
     name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
     if name != job.name or not name[:1].isalpha() or len(name) > room:
         mark = hashlib.sha256(job.name.encode()).hexdigest()[:6]
@@ -44,7 +44,7 @@ def object_name(job: Job) -> str:
 def objects(job: Job) -> list[dict[str, Any]]:
     """What to create, the job itself first: the others belong to it, and are deleted with it."""
     name, labels = object_name(job), {"app.kubernetes.io/managed-by": "powernap", TOKEN: job.token}
-    cluster: KubernetesCluster = job.cluster
+    cluster = _profile(job)
     metadata = {"name": name, "namespace": cluster.namespace, "labels": labels}
     queued = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"recipe.yaml": job.recipe_text}}
@@ -82,6 +82,11 @@ def objects(job: Job) -> list[dict[str, Any]]:
     ]
 
 
+def _profile(job: Job) -> KubernetesCluster:
+    assert isinstance(job.cluster, KubernetesCluster)
+    return job.cluster
+
+
 def _version(kind: dict[str, str]) -> str:
     return f"{kind['group']}/{kind['version']}"
 
@@ -92,7 +97,7 @@ def _jobset(job: Job, name: str) -> dict[str, Any]:
     Job gives up at the first pod that fails (backoffLimit 0), with the reason PodFailurePolicy where that was a disruption or
     a run that was asked to stop and saved, DeadlineExceeded after job.time. Those restarts are not counted, all others are.
     """
-    nodes, is_jobset = job.description.nodes, job.cluster.form == "jobset"
+    nodes, is_jobset = job.description.nodes, _profile(job).form == "jobset"
     uncounted = {
         "name": "uncounted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
@@ -135,7 +140,7 @@ def _jobset(job: Job, name: str) -> dict[str, Any]:
 
 
 def _pod(job: Job, name: str) -> dict[str, Any]:
-    cluster: KubernetesCluster = job.cluster
+    cluster = _profile(job)
     optional = {
         "serviceAccountName": cluster.service_account,
         "priorityClassName": cluster.priority_class,
@@ -155,14 +160,14 @@ def _pod(job: Job, name: str) -> dict[str, Any]:
         if cluster.spread
         else None,
     }
-    volumes = {
+    volumes: dict[str, dict[str, Any]] = {
         "storage": {"persistentVolumeClaim": {"claimName": cluster.storage.claim}},
         "recipe": {"configMap": {"name": name}},
         "shm": {"emptyDir": {"medium": "Memory", "sizeLimit": _quantity(cluster.shared_memory)}},
         "tmp": {"emptyDir": {}},
     }
     places = {"storage": cluster.storage.path, "recipe": RECIPE.rpartition("/")[0], "shm": "/dev/shm", "tmp": "/tmp"}  # noqa: S108
-    mounts = [{"name": key, "mountPath": place} for key, place in places.items()]
+    mounts: list[dict[str, Any]] = [{"name": key, "mountPath": place} for key, place in places.items()]
     for number, mount in enumerate(map(parse_mount, job.description.mounts)):
         volumes[f"mount-{number}"] = {"hostPath": {"path": mount.source}}
         mounts.append({"name": f"mount-{number}", "mountPath": mount.target, "readOnly": mount.read_only})
@@ -186,7 +191,7 @@ def _pod(job: Job, name: str) -> dict[str, Any]:
 
 
 def _container(job: Job, name: str, mounts: list[dict[str, Any]]) -> dict[str, Any]:
-    cluster: KubernetesCluster = job.cluster
+    cluster = _profile(job)
     description = job.description
     port = cluster.network.port or PORT
     values = {
@@ -205,9 +210,9 @@ def _container(job: Job, name: str, mounts: list[dict[str, Any]]) -> dict[str, A
     }
     resources: dict[str, Any] = dict(cluster.fabric)
     if description.device == "gpu":
-        resources[cluster.gpu_resource] = description.processes_per_node
+        resources[cluster.gpu_resource] = job.processes_per_node
     if description.cpus_per_process:
-        resources["cpu"] = str(description.cpus_per_process * description.processes_per_node)
+        resources["cpu"] = str(description.cpus_per_process * job.processes_per_node)
     if description.memory:
         resources["memory"] = _quantity(description.memory)
     # Fabrics register memory, which must not be swapped out.
@@ -242,7 +247,7 @@ def _quantity(size: str) -> str:
 def check(jobs: list[Job]) -> None:
     """Raise JobError for what no server would be needed to refuse."""
     for job in jobs:
-        wanted, cluster = job.description, job.cluster
+        wanted, cluster = job.description, _profile(job)
         if not wanted.image:
             raise JobError("job.image is missing: write the image that `make image` built and your nodes can fetch")
         if wanted.environment:

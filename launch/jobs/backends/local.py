@@ -79,7 +79,7 @@ class Local:
         if state is None:
             return Status("lost", "its supervisor has left nothing")
         if state["state"] not in OVER and not is_supervised(folder):
-            state = read_json(record.own_folder.state)  # it may have ended in between
+            state = read_json(record.own_folder.state) or state  # it may have ended in between
             if state["state"] not in OVER:
                 return Status("lost", "its supervisor is gone, as after a restart of the machine", state["restarts"])
         return Status(state["state"], state["reason"], state["restarts"], state["exit_code"], "this machine")

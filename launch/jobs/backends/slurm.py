@@ -82,7 +82,7 @@ class Slurm:
             raise JobError(f"job.image={wanted.image}: the profile has container=none; write pyxis or apptainer there")
         if wanted.mounts and not wanted.image:
             raise JobError("job.mounts without job.image: there is no container to mount them in; leave them out")
-        if wanted.time and wanted.time_seconds < _warning(job) + EARLY // 2:
+        if wanted.time_seconds is not None and wanted.time_seconds < _warning(job) + EARLY // 2:
             raise JobError(
                 f"job.time={wanted.time} is over before job.grace={wanted.grace} and a minute for SLURM's delay begin: "
                 f"write {format_duration(_warning(job) + EARLY)} or more"
@@ -164,7 +164,7 @@ class Slurm:
         return f"{id}_{place['index']}" if id and place else id
 
     def status(self, record: Record) -> Status:
-        folder, id = record.own_folder, record.id
+        folder, id = record.own_folder, record.known_id
         own = read_json(folder.state) or {}
         line = self._scontrol(record)
         if line is None and own.get("state") not in OVER:
@@ -185,7 +185,7 @@ class Slurm:
 
     def cancel(self, record: Record) -> None:
         """Ranks that run get job.grace to save; the script ends them then. No requeue can come after this."""
-        folder, id = record.own_folder, record.id
+        folder, id = record.own_folder, record.known_id
         folder.cancelled.touch()
         line = self._scontrol(record)
         if line is None or STATES.get(line.state) in OVER:
@@ -210,7 +210,7 @@ class Slurm:
             "ntasks-per-node": wanted.processes_per_node,
             "cpus-per-task": wanted.cpus_per_process,
             "mem": f"{-(-wanted.memory_bytes // 2**20)}M" if wanted.memory_bytes else None,
-            "time": format_duration(wanted.time_seconds) if wanted.time else None,
+            "time": format_duration(wanted.time_seconds) if wanted.time_seconds is not None else None,
             "signal": f"USR1@{_warning(job)}",  # to all ranks, not to this script
             "gpus-per-node": self._gpus(job),
             **{name: getattr(profile, name) for name in ("partition", "account", "qos", "reservation", "constraint")},
@@ -231,7 +231,7 @@ class Slurm:
         wanted = job.description
         options = {
             "nodes": wanted.nodes,
-            "ntasks": wanted.nodes * wanted.processes_per_node,
+            "ntasks": job.nodes * job.processes_per_node,
             "ntasks-per-node": wanted.processes_per_node,
             "cpus-per-task": wanted.cpus_per_process,  # not taken over from sbatch since 22.05
             "distribution": "block",
@@ -283,7 +283,7 @@ class Slurm:
 
     def _too_much(self, job: Job, said: str) -> str:
         """The fields that ask for more than the partition has, each with what it has; "" if none is known."""
-        wanted, each = job.description, job.description.processes_per_node
+        wanted, each = job.description, job.processes_per_node
         asked = [match[1] for option in self._cluster.directives if (match := re.match(r"--partition=(.+)", option))]
         name = asked[-1] if asked else self._cluster.partition
         among = [f"--partition={name}"] if name else []
@@ -304,15 +304,15 @@ class Slurm:
                 found.append(f"{more}job.processes_per_node={each}: the largest node {where} has {cpus} CPUs")
             if wanted.device == "gpu" and each > gpus:
                 found.append(f"job.processes_per_node={each} with a GPU each: the largest node {where} has {gpus}")
-            if wanted.nodes > nodes:
-                found.append(f"job.nodes={wanted.nodes}: partition {name} has {nodes}")
+            if job.nodes > nodes:
+                found.append(f"job.nodes={job.nodes}: partition {name} has {nodes}")
         shown = _call("scontrol", "show", "partition", "-o", name).stdout if name else ""
         limit = dict(re.findall(r"(\w+)=(\S+)", shown))
         for key, field, value, size in (
-            ("MaxNodes", "job.nodes", wanted.nodes, wanted.nodes),
+            ("MaxNodes", "job.nodes", job.nodes, job.nodes),
             ("MaxCPUsPerNode", "job.cpus_per_process", wanted.cpus_per_process, (wanted.cpus_per_process or 1) * each),
             ("MaxMemPerNode", "job.memory", wanted.memory, -(-(wanted.memory_bytes or 0) // 2**20)),
-            ("MaxTime", "job.time", wanted.time, wanted.time_seconds),
+            ("MaxTime", "job.time", wanted.time, wanted.time_seconds or 0),
         ):
             most = limit.get(key, "UNLIMITED")
             if most != "UNLIMITED" and value and size > (parse_duration(most) if key == "MaxTime" else int(most)):
@@ -337,7 +337,7 @@ class Slurm:
 
     def _scontrol(self, record: Record) -> JobLine | None:
         """What SLURM's controller has of a job; None once it has forgotten it, minutes after its end."""
-        done = _call("scontrol", "show", "job", "-o", record.id)
+        done = _call("scontrol", "show", "job", "-o", record.known_id)
         if done.returncode:
             if "Invalid job id" in done.stderr:
                 return None
@@ -346,7 +346,7 @@ class Slurm:
         line = done.stdout.splitlines()[0]
         if f"Comment=powernap:{place['token'] if place else record.token} " not in line + " ":
             return None  # numbers begin anew where the controller has lost its state
-        return _parse_line(record.id, line)
+        return _parse_line(record.known_id, line)
 
     def _sacct(self, id: str) -> JobLine | None:
         """The same from accounting, where it is on."""

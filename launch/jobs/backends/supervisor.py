@@ -109,6 +109,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         """End the run with its ranks."""
+        assert self._child is not None
         with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self._child.pid)
             for process in [*launcher.children(recursive=True), launcher]:
