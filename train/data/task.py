@@ -1,10 +1,15 @@
 """What a task is: all that `powernap data build`, evaluation, the floors and generation ask of one. No torch here."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from powernap.train.tasks.sample import Sample
+
+if TYPE_CHECKING:
+    from powernap.train.tasks.depo import Depo
+    from powernap.train.tasks.gsm import Gsm
+    from powernap.train.tasks.rule110 import Rule110
 
 
 class Task(Protocol):
@@ -50,3 +55,8 @@ class Task(Protocol):
 
     def model_dump(self, *, mode: str, exclude_defaults: bool = False) -> dict[str, Any]:
         """The fields by name; a Section has it."""
+
+
+if TYPE_CHECKING:
+    # Type checkers compare Powernap's own with it.
+    OWN: tuple[type[Task], ...] = (Depo, Gsm, Rule110)
