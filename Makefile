@@ -4,8 +4,9 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # A file of tests on each core, in the order of tests/conftest.py.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
 
-.PHONY: help demo test test-faults test-clusters test-all chaos bench ui image test-image install clean
+.PHONY: help demo check test test-faults test-clusters test-all chaos bench ui image test-image install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -13,8 +14,12 @@ help:  ## this list
 demo: install  ## train with and without sleep, compare, draw (minutes)
 	$(BIN)/powernap demo
 
-test: install  ## lint and the test suite
-	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+check: install  ## lint, types, and the tests that start no process (within a minute, the second time)
+	$(STYLE)
+	$(BIN)/python -m pytest $(TWO) --quick -q -r fE
+
+test: install  ## lint, types, and the test suite
+	$(STYLE)
 	$(BIN)/python -m pytest $(TWO)
 
 test-faults: install  ## runs that are stopped, killed, damaged and taken up in other layouts

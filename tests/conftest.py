@@ -1,6 +1,10 @@
 """What all tests share: one process group for this process, and tiny models."""
 
 import os
+import re
+import subprocess
+from multiprocessing.process import BaseProcess
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -13,6 +17,41 @@ FIRST = (
     "test_trainer", "test_text_run", "test_layouts", "test_demo", "test_zero_layouts", "test_plan_measured",
     "test_stopping", "test_checkpoint", "test_chaos", "test_tracking_away",
 )  # fmt: skip
+
+
+LONG = ("test_order", "test_cache")  # too long for --quick, which `make check` gives
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="files that import no large library, and no test that starts a process"
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With --quick: test files that compute, track or fuzz, and others that take long."""
+    if not config.getoption("--quick") or not collection_path.match("test_*.py"):
+        return None
+    imports = re.search(r"^ *(import|from) (torch|mlflow|hypothesis)\b", collection_path.read_text(), re.MULTILINE)
+    return bool(imports) or collection_path.stem in (*FIRST, *LONG) or None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_processes(request):
+    """With --quick a test is skipped where it starts a process."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+
+    def skip(*_, **__):
+        pytest.skip("starts a process")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", skip),
+        mock.patch.object(BaseProcess, "start", skip),
+        mock.patch("os.fork", skip),
+    ):
+        yield
 
 
 def pytest_collection_modifyitems(items):
