@@ -108,9 +108,11 @@ class KimiDeltaAttention(GatedDeltaNet):
         if window.valid is not None:
             beta, g = beta * window.valid.unsqueeze(-1), g * window.valid[..., None, None]
         layer.watch_gates(window, g.flatten(2), beta)  # alpha's mean is over channels, too
-        output, state = kimi_delta_rule(*(x.transpose(0, 1) for x in (q, k, v, g, beta)), state, need_output)
+        q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
+        output, state = kimi_delta_rule(q, k, v, g, beta, state, need_output)
         if not need_output:
             return None, state, seen
+        assert output is not None
         output = layer.norm(output.transpose(0, 1)) * z.sigmoid()
         output, _ = layer.out_proj(output.reshape(length, batch, -1))
         return output, state, seen
@@ -251,7 +253,8 @@ def decayed_products(rows: list[torch.Tensor], k: torch.Tensor, gamma: torch.Ten
         second = decayed_products([x_2 for _, x_2 in parts], k_2, gamma_2)
     else:
         k, gamma, *rows = (x.unflatten(-2, (2, cut)) for x in (k, gamma, *rows))
-        first, second = zip(*(matrix.unbind(-3) for matrix in decayed_products(rows, k, gamma)), strict=True)
+        halves = [matrix.unbind(-3) for matrix in decayed_products(rows, k, gamma)]
+        first, second = [upper for upper, _ in halves], [lower for _, lower in halves]
     middle = gamma_1[..., -1:, :]
     k_to_middle = ((middle - gamma_1).exp() * k_1).transpose(-1, -2)
     from_middle = (gamma_2 - middle).exp()
