@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer import TransformerConfig
 
 from powernap.model.config import SleepConfig
+from powernap.model.megatron import TransformerConfig
 from powernap.model.segments import Segment
 from powernap.parallel import topology
 from powernap.parallel.planning.timeline import Timeline, schedule, simulate

@@ -1,14 +1,18 @@
 """The block stack on Megatron-core: layers whose fast weights and caches go in and come out."""
 
 import torch
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
+from powernap.model.megatron import (
+    IdentityOp,
+    ModuleSpec,
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
 from powernap.model.window import Window

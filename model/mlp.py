@@ -9,9 +9,8 @@ from pydantic import Field
 from powernap.model.part import Device, Part, Weight
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
     from powernap.model.config import ModelConfig, SleepConfig
+    from powernap.model.megatron import ModuleSpec
 
 
 class SwiGLU(Part):
@@ -46,9 +45,7 @@ class SwiGLU(Part):
         return {"ffn_hidden_size": self.ffn_hidden_size, "gated_linear_unit": True, "activation_func": F.silu}
 
     def module_spec(self, model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
-        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-        from megatron.core.transformer.mlp import MLP, MLPSubmodules
-        from megatron.core.transformer.spec_utils import ModuleSpec
+        from powernap.model.megatron import MLP, ColumnParallelLinear, MLPSubmodules, ModuleSpec, RowParallelLinear
 
         linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return ModuleSpec(module=MLP, submodules=linear)

@@ -5,7 +5,8 @@ sequence parallelism needs.
 """
 
 import torch
-from megatron.core.transformer import TransformerConfig
+
+from powernap.model.megatron import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):

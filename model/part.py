@@ -18,9 +18,9 @@ from powernap.model.section import Section
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
     from powernap.model.config import ModelConfig, SleepConfig
+    from powernap.model.megatron import ModuleSpec
     from powernap.model.mixers.module import MixerModule
     from powernap.model.window import Window
 
@@ -111,8 +111,7 @@ class Mixer(Part):
         """Raise KernelError if training on `device` needs kernels that are missing or would fail."""
 
     def module_spec(self, model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
-        from megatron.core.transformer.spec_utils import ModuleSpec
-
+        from powernap.model.megatron import ModuleSpec
         from powernap.model.mixers.module import MixerModule
 
         return ModuleSpec(module=MixerModule, params={"mixer": self, "model": model, "sleep": sleep, "block": block})

@@ -4,16 +4,19 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
 
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
 from powernap.model.init import drawn_as
+from powernap.model.megatron import (
+    ColumnParallelLinear,
+    MegatronModule,
+    ProcessGroupCollection,
+    TransformerConfig,
+    VocabParallelEmbedding,
+    tensor_parallel,
+)
 from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache

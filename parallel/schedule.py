@@ -14,19 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_pipelining_with_interleaving as interleaved_1f1b,
-)
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_pipelining_without_interleaving as one_f_one_b,
-)
-from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
 from powernap.model.batch import SegmentError
 from powernap.model.fast_weights import Memory, detach
 from powernap.model.health import FastWeightHealth
+from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
 from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from powernap.model.errors import PowernapError
+from powernap.model.megatron import ProcessGroupCollection, parallel_state
 from powernap.parallel import cpu, loopback
 from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.heartbeat import beating

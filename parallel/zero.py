@@ -28,8 +28,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
+from powernap.model.megatron import ProcessGroupCollection
 from powernap.model.stage import HybridStage
 from powernap.parallel.planning.memory import REDUCE_BUCKET
 from powernap.parallel.schedule import sum_shared_gradients

@@ -2,15 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
+
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.megatron import (
     ColumnParallelLinear,
+    MegatronModule,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.module import MegatronModule
-
-from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache, Mixer, Weight
 from powernap.model.window import Window

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import deepspeed.comm
 import torch
-from megatron.core import parallel_state
 
 from powernap.model.config import SleepConfig
+from powernap.model.megatron import parallel_state
 from powernap.parallel import topology, zero
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer

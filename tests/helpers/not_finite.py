@@ -7,9 +7,9 @@ from unittest import mock
 import deepspeed.comm
 import torch
 from deepspeed.runtime.zero import stage_1_and_2
-from megatron.core import parallel_state
 
 from powernap.model.config import SleepConfig
+from powernap.model.megatron import parallel_state
 from powernap.parallel import schedule, topology, zero
 from powernap.parallel.planning.layout import split_layers
 from powernap.train import trainer

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import deepspeed.comm
 import torch
-from megatron.core import parallel_state
 from torch.utils._pytree import tree_leaves
 
+from powernap.model.megatron import parallel_state
 from powernap.parallel import schedule, topology
 from powernap.parallel import zero as zero_module
 from powernap.train import trainer

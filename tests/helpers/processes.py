@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.multiprocessing import start_processes
+
+from powernap.model.megatron import ProcessGroupCollection
 
 # What processes have imported when they are forked: each would take six seconds of its own.
 IMPORTED = ["powernap.launch.commands.train", "powernap.train.trainer", "powernap.train.evaluation.evaluate", "mlflow"]

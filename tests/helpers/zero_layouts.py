@@ -10,10 +10,10 @@ from dataclasses import astuple, dataclass, field
 import deepspeed.comm
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
+from powernap.model.megatron import parallel_state
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology, zero

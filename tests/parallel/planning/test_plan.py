@@ -95,10 +95,9 @@ def stage_sizes(groups) -> dict[str, dict[str, int]]:
 def sizes_of_two_shards() -> dict[str, dict[str, int]]:
     """`stage_sizes` on the first of two tensor-parallel ranks; this process is told that there is a second one."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from powernap.model.megatron import ProcessGroupCollection, parallel_state
     from powernap.parallel import cpu
 
     cpu.prepare()
