@@ -194,9 +194,9 @@ class Decoder:
         return seen[:, None]
 
     def _valid(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """[n, R], 0 at pads of tokens [R, n]; None: no pads."""
+        """[n, R], False at pads of tokens [R, n]; None: no pads."""
         valid = tokens != self.stage.model.pad_token_id if self.stage.model.pad_token_id is not None else None
-        return None if valid is None or valid.all() else valid.t().to(self.logits)
+        return None if valid is None or valid.all() else valid.t().to(self.logits.device)
 
     def _positions(self, rows: Sequence[int], offsets: torch.Tensor | None = None) -> Positions:
         """Of the current windows, or of their tokens at `offsets` [n, R]."""

@@ -207,21 +207,25 @@ class HybridStage(MegatronModule):
         return hidden_states
 
     def _window(self, segment: Segment, tokens: torch.Tensor) -> Window:
-        """tokens [B, T], the whole sequences' inputs."""
+        """tokens [B, T], the whole sequences' inputs.
+
+        No parameter is looked at: ZeRO 3 gathers one when it is, and expects the same order in every segment.
+        """
         start, stop = segment.tokens.start, segment.tokens.stop
         cached = cached_tokens(start, self.model, self.sleep)
         positions = Positions((start if self.sleep.eviction == "sliding" else 0,), stop - start)
         if not segment.padded:
-            return Window(positions, None, self._mask(stop - start, cached) if cached else None, segment.final_blocks)
+            mask = self._mask(stop - start, cached, tokens.device) if cached else None
+            return Window(positions, None, mask, segment.final_blocks)
         assert self.model.pad_token_id is not None
         valid = tokens[:, start - cached : stop] != self.model.pad_token_id
-        mask = hide_pads(self._mask(stop - start, cached), valid)
-        return Window(positions, valid[:, cached:].t().to(self.like.dtype), mask, segment.final_blocks)
+        mask = hide_pads(self._mask(stop - start, cached, tokens.device), valid)
+        return Window(positions, valid[:, cached:].t(), mask, segment.final_blocks)
 
-    def _mask(self, length: int, cached: int) -> torch.Tensor:
+    def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:
         mask = self._masks.get((length, cached))
-        if mask is None or mask.device != self.like.device:
-            mask = self._masks[length, cached] = sliding_mask(length, cached, self.model.window, self.like.device)
+        if mask is None or mask.device != device:
+            mask = self._masks[length, cached] = sliding_mask(length, cached, self.model.window, device)
         return mask
 
 

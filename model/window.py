@@ -27,7 +27,7 @@ class Window:
     """
 
     positions: Positions
-    valid: torch.Tensor | None = None  # [L, B], 0 at pads; None: no pads
+    valid: torch.Tensor | None = None  # [L, B], False at pads; None: no pads
     attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
     final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window
     slots: torch.Tensor | None = None  # [B, L], where in its cache attention keeps a chunk's keys and values

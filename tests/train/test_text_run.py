@@ -155,7 +155,7 @@ def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_proces
         (["sleep.eviction=sliding"], ["carry=true carries fast weights alone", "eviction=hard"]),
         (["data.train={a: {shards: data/train-*.tar}}"], ["data.train is a mixture"]),
         (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
-        (["model.pattern=AA", "sleep.passes=1"], ["needs a G block", "model.pattern=AA"]),
+        (["model.pattern=AA", "sleep.passes=1"], ["needs a block with fast weights", "model.pattern=AA"]),
         (["data.train=short/train-*.tar", "data.lanes=8"], ["no document in", "build text with documents=whole"]),
     ],
 )
