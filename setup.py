@@ -10,8 +10,9 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 PROVENANCE = ROOT / "train" / "run" / "provenance.py"
-# The top-level folders are the packages of `powernap`: model/ is powernap.model, and so on.
+# The top-level folders are the packages of `powernap`: model/ is powernap.model, and so on; launch/top is `powernap` itself.
 TOP = ("model", "parallel", "train", "launch")
+ITSELF = "launch.top"
 
 
 def write_commit(folder: str | Path) -> None:
@@ -35,8 +36,9 @@ class SourceWithCommit(sdist):
         write_commit(Path(base_dir, "train", "run"))
 
 
+found = find_packages(ROOT, include=[*TOP, *(f"{name}.*" for name in TOP)], exclude=[ITSELF])
 setup(
-    packages=[f"powernap.{package}" for package in find_packages(ROOT, include=[*TOP, *(f"{name}.*" for name in TOP)])],
-    package_dir={f"powernap.{name}": name for name in TOP},
+    packages=["powernap", *(f"powernap.{package}" for package in found)],
+    package_dir={"powernap": ITSELF.replace(".", "/"), **{f"powernap.{name}": name for name in TOP}},
     cmdclass={"build_py": BuildWithCommit, "sdist": SourceWithCommit},
 )

@@ -158,6 +158,7 @@ def test_wheels_and_archives_know_their_commit(tmp_path):
     installed = tmp_path / "installed"
     with zipfile.ZipFile(built(source, "wheel")) as wheel:
         assert json.loads(wheel.read("powernap/train/run/commit.json")) == commit
+        assert "powernap/py.typed" in wheel.namelist()
         wheel.extractall(installed)
     said = subprocess.check_output(
         [sys.executable, "-m", "powernap.launch.cli", "--version"],

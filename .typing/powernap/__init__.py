@@ -1,0 +1,1 @@
+../../launch/top/__init__.py
