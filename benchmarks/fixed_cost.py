@@ -64,7 +64,7 @@ def time_steps(rank: int, store: dist.Store, cases: list[Case], steps: int) -> l
 
 def _time(case: Case, steps: int, **process_group) -> list[float]:
     here = topology.initialize(pipeline=case.stages, timeout_seconds=60, world_size=case.stages, **process_group)
-    stage = FixedCostStage(case, here.stage)
+    stage = FixedCostStage(case, here.pp_rank)
     tokens = torch.zeros((BATCH, len(case.passes) * WINDOW + 1), dtype=torch.long)
     batches = [MicroBatch(segments(case.passes), tokens, tokens > 0) for _ in range(case.micro_batches)]
     seconds = []

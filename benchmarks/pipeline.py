@@ -151,9 +151,7 @@ def time_layout(rank: int, store: dist.Store, tensor: int, pipeline: int, rounds
     """Seconds of a step in the layout and, while the other rank waits, in this process alone; in turns."""
     here = topology.initialize(tensor, pipeline, store=store, rank=rank, world_size=2)
     groups = single_rank_groups()
-    alone = dataclasses.replace(
-        here, tensor_rank=0, tensor_size=1, stage=0, stages=1, data_rank=0, data_size=1, groups=groups
-    )
+    alone = dataclasses.replace(here, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1, groups=groups)
     own_step, step_alone = (layout_step(where, PASSES) for where in (here, alone))
 
     def by_first(threads: int):
@@ -183,8 +181,8 @@ def layout_step(here: Topology, passes: int) -> Callable[[], None]:
     def run():
         stage.zero_grad(set_to_none=True)
         forward_backward(stage, batches, 1e-3, here, recompute=True)
-        if here.data_size > 1:
-            here.sum_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
+        if here.dp_size > 1:
+            here.all_reduce_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
 
     return run
 
@@ -192,9 +190,11 @@ def layout_step(here: Topology, passes: int) -> Callable[[], None]:
 def build(here: Topology, passes: int) -> tuple[HybridStage, list[MicroBatch]]:
     torch.manual_seed(0)
     model = sleep.MODEL
-    stage = HybridStage(model, SleepConfig(), here.groups, blocks=split_layers(model.pattern, here.stages)[here.stage])
+    stage = HybridStage(
+        model, SleepConfig(), here.groups, blocks=split_layers(model.pattern, here.pp_size)[here.pp_rank]
+    )
     tokens, loss_mask = (
-        part.split(MICRO_BATCH_SIZE)[here.data_rank :: here.data_size] for part in sleep.batch(GLOBAL_BATCH)
+        part.split(MICRO_BATCH_SIZE)[here.dp_rank :: here.dp_size] for part in sleep.batch(GLOBAL_BATCH)
     )
     return stage, [
         MicroBatch(plan_segments(*pair, model, SleepConfig(), passes), *pair)

@@ -4,7 +4,7 @@ import torch
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
-from powernap.model.init import drawn_as
+from powernap.model.init import seeded_init
 from powernap.model.megatron import (
     IdentityOp,
     ModuleSpec,
@@ -23,7 +23,7 @@ class HybridLayer(TransformerLayer):
 
     def __init__(self, *args, block: int, **kwargs):
         """`block` counts from 0 over the whole model; Megatron's layer_number counts over this stage."""
-        with drawn_as(f"block {block}"):
+        with seeded_init(f"block {block}"):
             super().__init__(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window):

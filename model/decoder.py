@@ -66,15 +66,15 @@ class Decoder:
         Returns:
             `logits`, which the next call writes over
         """
-        self._feed(tokens, hear=None)
+        self._feed(tokens, logits=None)
         return self.logits
 
     @torch.no_grad()
-    def feed_and_hear(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def feed_with_logits(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """`feed`, with the logits after every token: one [n, vocabulary] for each stream."""
-        heard: list[list[torch.Tensor]] = [[] for _ in range(self.batch)]
-        self._feed(tokens, hear=heard)
-        return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in heard]
+        logits: list[list[torch.Tensor]] = [[] for _ in range(self.batch)]
+        self._feed(tokens, logits)
+        return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in logits]
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that the streams' future depends on, beside weights and N: copies, by name."""
@@ -92,32 +92,33 @@ class Decoder:
         """Bytes of all tensors held, the model's left out."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._named().values())
 
-    def _feed(self, tokens: Sequence[Sequence[int]], hear: list[list[torch.Tensor]] | None) -> None:
+    def _feed(self, tokens: Sequence[Sequence[int]], logits: list[list[torch.Tensor]] | None) -> None:
         assert len(tokens) == self.batch
         window = self.stage.model.window
         coming = [torch.as_tensor(list(row), dtype=torch.int64) for row in tokens]
-        # A window that sleeps before anyone hears what it says need not be read, unless its sleep depends on that.
-        deaf = hear is None and not self._starts_after_reading
+        # If no logits are requested, skip the awake pass over a window that is about to be consolidated, unless sleep
+        # starts from what that pass left.
+        may_skip = logits is None and not self._starts_after_reading
         while rows := [row for row in range(self.batch) if len(coming[row])]:
             filled = self._filled.tolist()
             if full := [row for row in rows if filled[row] == window]:
                 self._sleep(full)
                 filled = self._filled.tolist()
             room = {row: window - filled[row] for row in rows}
-            if deaf and (passing := [row for row in rows if len(coming[row]) > room[row]]):
+            if may_skip and (passing := [row for row in rows if len(coming[row]) > room[row]]):
                 for row in passing:
                     self._tokens[row, self._before + filled[row] :] = coming[row][: room[row]]
                     self._filled[row] = window
                     coming[row] = coming[row][room[row] :]
                 continue
             length = min(min(room[row], len(coming[row])) for row in rows)
-            logits = self._read(rows, torch.stack([coming[row][:length] for row in rows]), hear is not None)
+            read = self._read(rows, torch.stack([coming[row][:length] for row in rows]), logits is not None)
             for place, row in enumerate(rows):
                 coming[row] = coming[row][length:]
-                if hear is not None:
-                    hear[row].append(logits[:, place])
+                if logits is not None:
+                    logits[row].append(read[:, place])
 
-    def _read(self, rows: list[int], tokens: torch.Tensor, hear: bool) -> torch.Tensor:
+    def _read(self, rows: list[int], tokens: torch.Tensor, every_token: bool) -> torch.Tensor:
         """Read [R, n] tokens of windows that have room for them, in one pass; the logits of all n, or of the last."""
         offsets = self._filled[rows, None] + torch.arange(tokens.shape[1])
         slots = self._before + offsets
@@ -131,7 +132,7 @@ class Decoder:
         if not everyone:
             caches = [{name: tensor[rows] for name, tensor in cache.items()} for cache in caches]
         hidden_states = self.stage.decode(tokens.to(device), caches, window)
-        logits = self.stage.logits(hidden_states if hear else hidden_states[-1:])
+        logits = self.stage.logits(hidden_states if every_token else hidden_states[-1:])
         if not everyone:
             for own, cache in zip(self._caches, caches, strict=True):
                 for name, tensor in cache.items():

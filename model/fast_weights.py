@@ -27,16 +27,16 @@ def detach(memory: Memory) -> Memory:
     return tuple(state.detach() for state in memory)
 
 
-def begin_anew(memory: Memory, begins: torch.Tensor) -> Memory:
+def reset_rows(memory: Memory, begins: torch.Tensor) -> Memory:
     """Set the fast weights to zero in the rows of `begins`, bool [B], in place."""
     return tuple(state.masked_fill_(begins[:, None, None, None], 0.0) for state in memory)
 
 
-def split(memory: Memory, batch: int, size: int) -> list[Memory]:
+def split_batch(memory: Memory, batch: int, size: int) -> list[Memory]:
     """The rows of `batch` sequences in parts of `size`; each is empty where no block has a state."""
     return [tuple(state[start : start + size] for state in memory) for start in range(0, batch, size)]
 
 
-def join(parts: list[Memory]) -> Memory:
+def cat_batch(parts: list[Memory]) -> Memory:
     """The rows of all parts."""
     return tuple(torch.cat(states) for states in zip(*parts, strict=True))

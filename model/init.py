@@ -8,7 +8,7 @@ import torch
 
 
 @contextmanager
-def drawn_as(name: str) -> Iterator[None]:
+def seeded_init(name: str) -> Iterator[None]:
     """Draw what is initialised inside from torch's seed and `name` alone.
 
     A pipeline stage that builds blocks 4 to 7 then draws for them what one process draws that builds all. Sharding over

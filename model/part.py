@@ -121,7 +121,7 @@ class Mixer(Part):
         from powernap.model.fast_weights import zero_state
 
         heads, rows, columns = self.state_shape
-        return zero_state(batch, heads // layer.tensor_size, rows, columns, like)
+        return zero_state(batch, heads // layer.tp_size, rows, columns, like)
 
     def forward(
         self,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import Memory
-from powernap.model.init import drawn_as
+from powernap.model.init import seeded_init
 from powernap.model.megatron import (
     ColumnParallelLinear,
     MegatronModule,
@@ -56,7 +56,7 @@ class HybridStage(MegatronModule):
         self.pass_norm: RMSNorm | None = None
         self.output_layer: ColumnParallelLinear | None = None
         if self.is_first or (self.is_last and model.tie_embeddings):
-            with drawn_as("embedding"):
+            with seeded_init("embedding"):
                 self.embedding = VocabParallelEmbedding(
                     model.vocab_size,
                     model.hidden_size,
@@ -71,7 +71,7 @@ class HybridStage(MegatronModule):
             config, block_submodules(model, sleep, self.blocks), post_process=self.is_last, pg_collection=groups
         )
         if self.is_last:
-            with drawn_as("output_layer"):
+            with seeded_init("output_layer"):
                 self.output_layer = ColumnParallelLinear(
                     model.hidden_size,
                     model.vocab_size,

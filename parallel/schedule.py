@@ -52,12 +52,12 @@ def forward_backward(
     first micro-batch.
     """
     step = StageStep(stage, micro_batches, loss_scale, recompute, health, here)
-    if here.stages == 1:
+    if here.pp_size == 1:
         for number in range(len(micro_batches)):
             _loop(step, number)
     else:
         _pipeline(step, here)
-    return here.sum_over_stages(step.loss)
+    return here.all_reduce_over_stages(step.loss)
 
 
 def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda parameter: parameter.grad) -> None:
@@ -66,11 +66,11 @@ def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda 
     These are norm weights under sequence parallelism (each tensor rank saw its tokens) and a tied embedding on the
     first and last stage. Without this nothing fails, the copies just drift apart.
     """
-    if stage.config.sequence_parallel and here.tensor_size > 1:
+    if stage.config.sequence_parallel and here.tp_size > 1:
         for parameter in stage.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(gradient_of(parameter), group=here.groups.tp)
-    if stage.model.tie_embeddings and here.stages > 1 and stage.embedding is not None:
+    if stage.model.tie_embeddings and here.pp_size > 1 and stage.embedding is not None:
         dist.all_reduce(gradient_of(stage.embedding.weight), group=here.groups.embd)
 
 
@@ -80,7 +80,7 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
     The first two on every stage, the memory that the sequences leave is each stage's own. One stage works at a time.
     """
     segments, tokens, loss_mask = batch.segments, batch.tokens, batch.loss_mask
-    if here.stages == 1:
+    if here.pp_size == 1:
         with torch.no_grad():
             output = sleep_and_predict(
                 stage, segments, tokens, loss_mask, memory=batch.memory, recompute=False, predict=True
@@ -104,7 +104,7 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
             if not stage.is_last or goes_on:
                 ring.send(hidden_states)
         for result in (predictions, loss):
-            dist.broadcast(result, group=here.groups.pp, group_src=here.stages - 1)
+            dist.broadcast(result, group=here.groups.pp, group_src=here.pp_size - 1)
     return predictions, loss, memory
 
 
@@ -140,14 +140,14 @@ class StageStep:
         """Run segment `index` of micro-batch `number`.
 
         Args:
-            received: hidden states [>= L, b, D] of the stage or pass before; there but meaningless where a pipeline's
-                first stage begins with the embeddings.
+            received: hidden states [>= L, b, D] of the stage or pass before; present but ignored on a pipeline's first
+                stage when the segment starts from embeddings.
             link_length: length that a pipeline's links have for every segment, None if this stage is alone.
 
         Returns:
-            hidden states for the next stage or pass, [link_length or L, b, D]; a scalar where nobody takes them. It is
-            the root of the segment's backward pass: that also takes up the gradient of the fast weights that the next
-            segment has left, so segments must go backward in reverse order; and starts the loss.
+            hidden states for the next stage or pass, [link_length or L, b, D]; a scalar if nobody reads them. It is the
+            root of the segment's backward pass, which also consumes the fast-weight gradient of the next segment and
+            seeds the loss: run segments in reverse.
         """
         self._note(FORWARD, number, index)
         batch = self.micro_batches[number]
@@ -176,7 +176,7 @@ class StageStep:
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         hidden_states = hidden_states if taken else None
-        output = _Handover.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
+        output = _SegmentBoundary.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
         if link_length is not None:
             self._keep(output)
         return output
@@ -224,14 +224,14 @@ class StageStep:
 
     def _say(self, done: int, step: Step) -> str:
         """What this stage does, and if it has done that, what it waits for."""
-        if self.here.stages == 1:
+        if self.here.pp_size == 1:
             return self._name(step)
         segments, here = len(self.micro_batches[0].segments), self.here
-        order = schedule(here.stages, len(self.micro_batches), segments)
-        if done == len(order[here.stage]):
+        order = schedule(here.pp_size, len(self.micro_batches), segments)
+        if done == len(order[here.pp_rank]):
             return f"{self._name(step)}, the last of this stage"
-        following = order[here.stage][done]
-        sources = {stage for stage, _ in needs(here.stage, following, here.stages, segments)} - {here.stage}
+        following = order[here.pp_rank][done]
+        sources = {stage for stage, _ in needs(here.pp_rank, following, here.pp_size, segments)} - {here.pp_rank}
         what = "hidden states" if following.kind == FORWARD else "their gradient"
         source = "".join(f", which needs {what} from {here.describe_rank(here.rank_of_stage(s))}" for s in sources)
         return f"{self._name(step)} begun; next is {self._name(following)}{source}"
@@ -259,7 +259,7 @@ class Link:
     begin_backward: Callable[[], None]
 
 
-class _Handover(torch.autograd.Function):
+class _SegmentBoundary(torch.autograd.Function):
     """Output: what is sent. Backward: gradients for everything that left the segment, wherever it went.
 
     Hidden states get the gradient that came back for what was sent; the loss its scale; fast weights the gradient that
@@ -373,9 +373,9 @@ def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
     Changed after construction: the stage itself must not number its layers as a virtual pipeline would.
     """
     config = copy.copy(stage.config)
-    config.pipeline_model_parallel_size = here.stages
+    config.pipeline_model_parallel_size = here.pp_size
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
-    config.microbatch_group_size_per_vp_stage = here.stages
+    config.microbatch_group_size_per_vp_stage = here.pp_size
     config.pipeline_dtype = stage.like.dtype
     config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends
     # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
@@ -391,7 +391,7 @@ class Ring:
 
     def __init__(self, stage: HybridStage, here: Topology, length: int, batch: int):
         self.group, self.stage = here.groups.pp, stage
-        self.next, self.previous = ((here.stage + step) % here.stages for step in (1, -1))
+        self.next, self.previous = ((here.pp_rank + step) % here.pp_size for step in (1, -1))
         self.buffer = stage.like.new_zeros(length // stage.sequence_shards, batch, stage.model.hidden_size)
 
     def receive(self, segment: Segment) -> torch.Tensor:

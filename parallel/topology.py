@@ -28,12 +28,12 @@ class Topology:
 
     rank: int
     world_size: int
-    data_rank: int
-    data_size: int
-    tensor_rank: int
-    tensor_size: int
-    stage: int  # of the pipeline, from 0
-    stages: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int  # pipeline stage, from 0
+    pp_size: int
     device: torch.device
     groups: ProcessGroupCollection
     timeout_seconds: float  # a collective that waits longer raises
@@ -49,44 +49,44 @@ class Topology:
         return self.describe_rank(self.rank)
 
     def describe_rank(self, rank: int) -> str:
-        return describe_rank(rank, self.tensor_size, self.data_size)
+        return describe_rank(rank, self.tp_size, self.dp_size)
 
     def rank_of_stage(self, stage: int) -> int:
         """The rank in this rank's pipeline that runs `stage`."""
         return dist.get_global_rank(self.groups.pp, stage)
 
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over data-parallel ranks, in place."""
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
-    def sum_over_stages(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_over_stages(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over the stages of this pipeline, in place."""
-        if self.stages > 1:
+        if self.pp_size > 1:
             dist.all_reduce(values, group=self.groups.pp)
         return values
 
-    def sum_counters_over_data(self, counter: Counter) -> Counter:
+    def all_reduce_counter_over_data(self, counter: Counter) -> Counter:
         """The sum of `counter` over data-parallel ranks, which may have counted different things."""
-        return sum(self.gather_over_data(counter), Counter())
+        return sum(self.all_gather_over_data(counter), Counter())
 
     @property
-    def reads(self) -> bool:
-        """Whether this rank reads the batches of its model."""
-        return self.stage == 0 and self.tensor_rank == 0
+    def is_data_source(self) -> bool:
+        """Whether this rank reads the batches of its model and broadcasts them."""
+        return self.pp_rank == 0 and self.tp_rank == 0
 
-    def from_first_of_model(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast_in_model(self, values: torch.Tensor) -> torch.Tensor:
         """What the rank that reads has in `values`, on all stages and tensor ranks of its model."""
         dist.broadcast(values, group=self.groups.mp, group_src=0)
         return values
 
-    def gather_over_data(self, value: object) -> list:
+    def all_gather_over_data(self, value: object) -> list:
         """What each data-parallel rank has for `value`."""
-        values = [None] * self.data_size
+        values = [None] * self.dp_size
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
-    def gather(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list:
         """What each rank has for `value`."""
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
@@ -100,13 +100,13 @@ class Topology:
         same = {name: [part[name] for part in found if name in part] for name in names}
         return {name: sum(values) / len(values) for name, values in same.items()}
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What the main rank has for `value`, on all ranks."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all ranks' `value`."""
         values = torch.tensor(value, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -120,17 +120,17 @@ class Topology:
                 call()
             except (OSError, ValueError) as raised:
                 error = raised
-        if error := self.from_main(error):
+        if error := self.broadcast_object(error):
             raise error
 
     def barrier(self) -> None:
         dist.barrier()
 
 
-def describe_rank(rank: int, tensor_size: int, data_size: int) -> str:
+def describe_rank(rank: int, tp_size: int, dp_size: int) -> str:
     """A rank's place: Megatron-core counts tensor ranks first, then data, then stages."""
-    tensor, data = rank % tensor_size, rank // tensor_size % data_size
-    return f"rank {rank} (data {data}, stage {rank // (tensor_size * data_size)}, tensor {tensor})"
+    tensor, data = rank % tp_size, rank // tp_size % dp_size
+    return f"rank {rank} (data {data}, stage {rank // (tp_size * dp_size)}, tensor {tensor})"
 
 
 def initialize(
@@ -174,12 +174,12 @@ def initialize(
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=tensor,
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        stages=pipeline,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pipeline,
         device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
         timeout_seconds=timeout_seconds,
         progress=progress or Progress(),
@@ -207,7 +207,7 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
         RankLostError: if another rank closed its connections.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    who = partial(describe_rank, tensor_size=tensor, data_size=world_size // (tensor * pipeline))
+    who = partial(describe_rank, tp_size=tensor, dp_size=world_size // (tensor * pipeline))
     progress, watchdog = Progress(), None
     progress.note(f"joining the other ranks{meeting_place()}")
     if world_size > 1:

@@ -5,7 +5,7 @@ micro-batch, and every weight has a part in each. What makes that legal: at stag
 false`, DeepSpeed's hooks only accumulate and all communication happens in step(); at stages 2 and 3
 `coalesce_grad_reduction` around all backward passes of a step.
 
-What stage 2 splits is not what weighs: every segment adds to every weight's gradient, so whole gradients are alive in
+ZeRO 2 shards the wrong thing here: every segment adds to every weight's gradient, so whole gradients are alive in
 every backward pass. The most live tensor bytes of a step, parameters and optimizer left out, in whole sets of float32
 gradients (d=192, AGAG, two data-parallel ranks, four micro-batches of five segments, buckets of 50,000 elements):
 
@@ -196,7 +196,7 @@ class ZeroOptimizer:
                 optimizer=optimizer,
                 config=config,
                 # Its bf16 Muon refuses any, also one that says that there is no model parallelism.
-                mpu=ModelParallelUnit(topology.groups) if topology.tensor_size * topology.stages > 1 else None,
+                mpu=ModelParallelUnit(topology.groups) if topology.tp_size * topology.pp_size > 1 else None,
             )
         if precision == "bf16":
             for parameter in stage.parameters():
@@ -228,11 +228,11 @@ class ZeroOptimizer:
                 gradients = [self._accumulated(parameter) for parameter in self.stage.parameters()]
                 self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
                 if self._loss is not None:
-                    _spoil(gradients[0].view(-1)[:1], self._loss)
+                    _poison_if_nonfinite(gradients[0].view(-1)[:1], self._loss)
                     self._loss = None
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
 
-    def refuse_unless_finite(self, loss: torch.Tensor) -> None:
+    def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
         """Called in `accumulation`: the step is to be skipped, by all ranks, if this rank's `loss` is not finite."""
         self._loss = loss.detach()
 
@@ -279,14 +279,14 @@ class ZeroOptimizer:
         parameters = [p for group in self._groups for p in group if p.grad is not None]
         gradients = [p.grad for p in parameters]
         flat = torch._utils._flatten_dense_tensors(gradients)
-        self.topology.sum_over_data(flat).div_(self.topology.data_size)
+        self.topology.all_reduce_over_data(flat).div_(self.topology.dp_size)
         averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
         own = [g for p, g in zip(parameters, averaged, strict=True) if not getattr(p, "ds_pipe_replicated", False)]
         squares = torch.stack([g.pow(2).sum() for g in own]).sum()  # tensor-parallel Muon does not exist
         dist.all_reduce(squares, group=self.topology.groups.pp)
         norm = squares.sqrt()
         # Muon's update would be finite, and a step made, where only the norm is too large for float32.
-        _spoil(flat, norm)
+        _poison_if_nonfinite(flat, norm)
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
         for gradient, new in zip(gradients, averaged, strict=True):
@@ -302,7 +302,7 @@ class ZeroOptimizer:
             own, where = found.lp_fragment_address, found.hp_fragment_address
             return Fragment(found.param_group_index, where.start, own.start, own.start + own.numel)
         partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)][:3]
-        start = self.topology.data_rank * size  # all ranks have as much; the last ones' is partly padding
+        start = self.topology.dp_rank * size  # all ranks have as much; the last ones' is partly padding
         stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]  # DeepSpeed's
         return Fragment(partition, offset, start, stop) if start < stop else None
 
@@ -343,7 +343,7 @@ class ZeroOptimizer:
         return found
 
     def restore_groups(self, groups: list[dict]) -> None:
-        """Make the states that `groups` told of, those as large as the weights zero."""
+        """Recreate the states listed in `groups`; tensors start at zero."""
         for index, partition in enumerate(self._partitions()):
             told, state = groups[self.group_of(index)], self._state(partition)
             state.clear()
@@ -392,6 +392,6 @@ def _is_flat(value: object) -> bool:
     return torch.is_tensor(value) and value.ndim == 1
 
 
-def _spoil(gradient: torch.Tensor, witness: torch.Tensor) -> None:
+def _poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:
     """Make `gradient` NaN, in place, if the scalar `witness` is not finite; else add zero. Nobody waits for the device."""
     gradient += (witness * 0).to(gradient.dtype)

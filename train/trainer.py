@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from powernap.model.batch import SegmentError, pad_end, plan_segments
-from powernap.model.fast_weights import Memory, begin_anew, join, split
+from powernap.model.fast_weights import Memory, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.stage import HybridStage
 from powernap.parallel import topology
@@ -111,8 +111,8 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
                 log.checkpoint(writer.news())
                 if last or stop or is_due(step, recipe.checkpoint.every):
                     here.progress.note("saving a checkpoint")
-                    states = here.gather_over_data(data_state)
-                    data_state = merge_states(states) if here.reads else None
+                    states = here.all_gather_over_data(data_state)
+                    data_state = merge_states(states) if here.is_data_source else None
                     state = {
                         "data": data_state,
                         "skipped": skipped,
@@ -162,7 +162,7 @@ def checkpoint_writer(recipe: Recipe, folder: RunFolder, here: Topology) -> Writ
 def agree_to_stop(signals: Signals, here: Topology) -> bool:
     """Whether any rank was asked to; the same answer on all."""
     here.progress.note("agreeing with all ranks on whether to stop")
-    return bool(here.largest(signals.stop is not None))
+    return bool(here.all_reduce_max(signals.stop is not None))
 
 
 def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
@@ -171,7 +171,7 @@ def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
     for mixer in dict.fromkeys(recipe.model.mixers):
         mixer.check_kernels(dtype, here.device)
     torch.manual_seed(recipe.run.seed)
-    blocks = recipe.stage_blocks[here.stage]
+    blocks = recipe.stage_blocks[here.pp_rank]
     stage = HybridStage(
         recipe.model, recipe.sleep, here.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
     ).to(here.device)
@@ -193,7 +193,7 @@ def count_parameters(stage: HybridStage, here: Topology) -> int:
     sizes = {
         # ZeRO-3 leaves a shard of a parameter here, and its whole size in ds_numel.
         stage.global_name(name): getattr(p, "ds_numel", p.numel())
-        * (here.tensor_size if getattr(p, "tensor_model_parallel", False) else 1)
+        * (here.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
         for name, p in stage.named_parameters()
     }
     return round(sum(here.merge_over_model(sizes).values()))
@@ -229,20 +229,20 @@ def train_step(
     here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
     counts = [int(batch.loss_mask[:, 1:].sum()), len(batch.skipped), fingerprint(batch.tokens)]
-    loss_tokens, skipped, samples = here.sum_over_data(torch.tensor(counts, device=here.device)).tolist()
+    loss_tokens, skipped, samples = here.all_reduce_over_data(torch.tensor(counts, device=here.device)).tolist()
     if not loss_tokens:
         raise DataError(f"step {step}: no sequence of the batch holds a loss token")
     watched = step == 1 or step % recipe.train.log_every == 0
     health = FastWeightHealth(stage) if watched else None
-    scale = here.data_size / loss_tokens
+    scale = here.dp_size / loss_tokens
     with zero.accumulation():
         loss = forward_backward(stage, micro_batches, scale, here, recompute=recipe.train.recompute, health=health)
-        zero.refuse_unless_finite(loss)
+        zero.skip_step_if_nonfinite(loss)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)
     here.progress.note("averaging gradients over data ranks and stepping the optimizer")
     grad_norm = zero.step()
-    loss = float(here.sum_over_data(loss)) / loss_tokens
+    loss = float(here.all_reduce_over_data(loss)) / loss_tokens
     seconds = time.perf_counter() - start
     tokens = recipe.train.global_batch_size * (recipe.data.sequence_length - 1)
     metrics = {
@@ -257,7 +257,7 @@ def train_step(
     if not math.isfinite(grad_norm):
         metrics["skipped_step"] = True
     if skipped:
-        metrics["skipped"] = [reason for part in here.gather_over_data(batch.skipped) for reason in part]
+        metrics["skipped"] = [reason for part in here.all_gather_over_data(batch.skipped) for reason in part]
     if health:
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
@@ -266,7 +266,7 @@ def train_step(
         return metrics, None
     left = [part.left for part in micro_batches if part.left is not None]
     assert len(left) == len(micro_batches)
-    return metrics, join(left)
+    return metrics, cat_batch(left)
 
 
 def fingerprint(tokens: torch.Tensor) -> int:
@@ -281,7 +281,7 @@ def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory:
     tokens, loss_mask = tokens.split(size), loss_mask.split(size)
     memories: Sequence[Memory | None] = [None] * len(tokens)
     if memory is not None:
-        memories = split(begin_anew(memory, batch.begins.to(here.device)), len(batch.tokens), size)
+        memories = split_batch(reset_rows(memory, batch.begins.to(here.device)), len(batch.tokens), size)
     return [
         MicroBatch(
             plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
@@ -307,7 +307,7 @@ def check_same_segments(micro_batches: list[MicroBatch], here: Topology) -> None
     """Raise SegmentError unless all data ranks run the same segments: at ZeRO-3 each gathers weights with all others."""
     own = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
     here.progress.note("comparing the segments of all data ranks")
-    if any(other != own for other in here.gather_over_data(own)):
+    if any(other != own for other in here.all_gather_over_data(own)):
         raise SegmentError(
             f"{here.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
             "same segments on all; batch such sequences apart, or use zero.stage=1"
@@ -325,15 +325,15 @@ def read_batches(recipe: Recipe, here: Topology, state: State | None) -> Iterato
 
     One rank of each model reads; the others get tokens and loss mask from it, and no state.
     """
-    if not here.reads:
+    if not here.is_data_source:
         while True:
             yield receive_batch(None, recipe, here), None
     batches = training_batches(
         recipe.data,
         batch_size=recipe.sequences_per_rank,
         vocab_size=recipe.model.vocab_size,
-        rank=here.data_rank,
-        world_size=here.data_size,
+        rank=here.dp_rank,
+        world_size=here.dp_size,
         seed=recipe.run.seed,
         whole_documents=recipe.sleep.carry,
         state=state,
@@ -353,7 +353,7 @@ def receive_batch(batch: Batch | None, recipe: Recipe, here: Topology) -> Batch:
         # What precedes the first token is no target: its place in the loss mask has room for a row's other flag.
         loss_mask = torch.cat([batch.begins[:, None], batch.loss_mask[:, 1:]], dim=1)
         packed = torch.stack([batch.tokens, loss_mask.long()])
-    tokens, loss_mask = here.from_first_of_model(packed.to(here.device)).cpu()
+    tokens, loss_mask = here.broadcast_in_model(packed.to(here.device)).cpu()
     loss_mask, begins = loss_mask.bool(), loss_mask[:, 0].bool()
     loss_mask[:, 0] = False
     return Batch(tokens, loss_mask, begins, [])

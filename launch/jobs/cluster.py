@@ -1,4 +1,4 @@
-"""A cluster's profile: what its scheduler wants to hear, once for all jobs. `--on NAME` reads clusters/NAME.yaml.
+"""A cluster's profile: scheduler settings shared by all jobs. `--on NAME` reads clusters/NAME.yaml.
 
 Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters, then among those shipped in launch/clusters.
 """

@@ -14,7 +14,7 @@ class Status:
     """
     Attributes:
         state: pending: it waits for its nodes, or to be started again; stopping: it was asked to end and saves;
-            lost: the scheduler does not know it any more.
+            lost: the scheduler no longer knows the job.
         reason: why it waits or how it ended, in the scheduler's words.
         restarts: starts after the first, whatever their reason.
     """

@@ -78,7 +78,7 @@ class Attention(Mixer):
 
     def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
         """Keys and values of no token, [2, B, heads/TP, 0, head_dim], with device and precision of `like`."""
-        return like.new_zeros((2, batch, self.heads // layer.tensor_size, 0, self.head_dim(layer.model)))
+        return like.new_zeros((2, batch, self.heads // layer.tp_size, 0, self.head_dim(layer.model)))
 
     def forward(
         self,
@@ -109,7 +109,7 @@ class Attention(Mixer):
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """Room for `slots` tokens, those of the window and those before that are still seen."""
-        shape = (batch, 2, self.heads // layer.tensor_size, slots, self.head_dim(layer.model))
+        shape = (batch, 2, self.heads // layer.tp_size, slots, self.head_dim(layer.model))
         return {"keys_values": like.new_zeros(shape)}
 
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Attention(Mixer):
         qkv, _ = layer.qkv_proj(hidden_states)
         length, batch, _ = qkv.shape
         head_dim = self.head_dim(layer.model)
-        qkv = qkv.view(length, batch, self.heads // layer.tensor_size, 3 * head_dim)
+        qkv = qkv.view(length, batch, self.heads // layer.tp_size, 3 * head_dim)
         queries_keys, value = qkv.split([2 * head_dim, head_dim], dim=-1)
         cos, sin = window.once(self, lambda: rotary_of(window.positions, head_dim, self.rope_base, qkv))
         query, key = rotate(queries_keys.unflatten(-1, (2, head_dim)), cos, sin).unbind(-2)

@@ -121,7 +121,7 @@ class GatedDeltaNet(Mixer):
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
-        history = (batch, self.conv_kernel - 1, self.heads // layer.tensor_size, self._channels)
+        history = (batch, self.conv_kernel - 1, self.heads // layer.tp_size, self._channels)
         return {**super().init_cache(layer, batch, slots, like), "history": like.new_zeros(history)}
 
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
@@ -153,7 +153,7 @@ class GatedDeltaNet(Mixer):
         d_k, d_v = self.key_dim, self.value_dim
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
-        projected = projected.view(length, batch, self.heads // layer.tensor_size, -1)
+        projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
         qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, 1], dim=-1)
         if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
             qkv = qkv * window.valid[..., None, None]

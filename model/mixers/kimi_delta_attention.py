@@ -94,7 +94,7 @@ class KimiDeltaAttention(GatedDeltaNet):
         d_k, d_v = self.key_dim, self.value_dim
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
-        projected = projected.view(length, batch, self.heads // layer.tensor_size, -1)
+        projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
         qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, d_k], dim=-1)
         if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
             qkv = qkv * window.valid[..., None, None]

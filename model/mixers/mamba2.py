@@ -139,7 +139,7 @@ class Mamba2(Mixer):
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
-        history = (batch, self.conv_kernel - 1, self.groups // layer.tensor_size, self._channels)
+        history = (batch, self.conv_kernel - 1, self.groups // layer.tp_size, self._channels)
         return {**super().init_cache(layer, batch, slots, like), "history": like.new_zeros(history)}
 
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
@@ -169,7 +169,7 @@ class Mamba2(Mixer):
 
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
-        projected = projected.view(length, batch, self.groups // layer.tensor_size, -1)
+        projected = projected.view(length, batch, self.groups // layer.tp_size, -1)
         xbc, z, step = projected.split([self._channels, self._width, self.heads // self.groups], dim=-1)
         if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
             xbc = xbc * window.valid[..., None, None]

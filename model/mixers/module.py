@@ -35,7 +35,7 @@ class MixerModule(MegatronModule):
         self.model = model
         self.block = block
         self.tp_group = pg_collection.tp
-        self.tensor_size = self.tp_group.size()
+        self.tp_size = self.tp_group.size()
         self.has_state = mixer.has_state(sleep)
         self.gates: list[dict[str, torch.Tensor]] | None = None
         self._keeps_early_writes = not mixer.has_fast_weights or sleep.write == "every"
@@ -101,7 +101,7 @@ class MixerModule(MegatronModule):
         # Drawn whole and sliced, as Megatron's layers do on the CPU: every shard draws the same numbers.
         whole = weight.draw(weight.shape)
         device = next(self.parameters()).device  # Megatron's layers come first
-        parameter = torch.nn.Parameter(whole.chunk(self.tensor_size)[self.tp_group.rank()].clone().to(device))
+        parameter = torch.nn.Parameter(whole.chunk(self.tp_size)[self.tp_group.rank()].clone().to(device))
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 

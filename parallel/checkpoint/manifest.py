@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint is made of. Who has read and checked it knows that nothing is missing or changed.
+"""manifest.json: the files of a checkpoint. One that verifies proves that no file is missing or modified.
 
 {
   "format": "powernap-checkpoint-1",
@@ -121,7 +121,7 @@ def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> 
     """Read every byte of a checkpoint; its manifest.
 
     Args:
-        progress: told the bytes of every file when it has been read.
+        progress: called with each file's size once it has been read.
 
     Raises:
         CheckpointError: naming the first file that is not what was written.

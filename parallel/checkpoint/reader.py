@@ -17,12 +17,12 @@ from powernap.model.fast_weights import Memory
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
-from powernap.parallel.checkpoint.shards import Split, cut, join, shard_shape, split_of, whole_shape
+from powernap.parallel.checkpoint.shards import Split, shard, shard_shape, split_of, unshard, whole_shape
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import MASTER, ZeroOptimizer
 
 
-class _Stretch(NamedTuple):
+class _Extent(NamedTuple):
     file: str
     tensor: int  # rank
     start: int
@@ -44,10 +44,10 @@ class Checkpoint:
         self.state: dict[str, Any] = content["state"]
         self._tensor_ranks: int = content["layout"]["parallel.tensor"]
         self._data_ranks: int = content["layout"]["parallel.data"]
-        self._stretches: dict[str, list[_Stretch]] = defaultdict(list)
+        self._extents: dict[str, list[_Extent]] = defaultdict(list)
         for file, told in content["files"].items():
             for name, (start, stop) in told["fragments"].items():
-                self._stretches[name].append(_Stretch(file, told["tensor"], start, stop))
+                self._extents[name].append(_Extent(file, told["tensor"], start, stop))
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -69,7 +69,7 @@ class Checkpoint:
         candidates, verify = manifest.checkpoints(folder), manifest.verify
         if here and here.world_size > 1:
             # File systems may not show all ranks the same.
-            candidates, verify = here.from_main(candidates), partial(verify_together, here=here)
+            candidates, verify = here.broadcast_object(candidates), partial(verify_together, here=here)
         found, content, passed_over = manifest.newest_valid(candidates, verify)
         return (cls(found, content) if found else None), passed_over
 
@@ -85,7 +85,7 @@ class Checkpoint:
         ranks = self._tensor_ranks if split else 1
         shape = shard_shape(told["shape"], split, ranks)
         shards = [self._stretch(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
-        return join(shards, split)
+        return unshard(shards, split)
 
     def load(self, stage: HybridStage, zero: ZeroOptimizer, here: Topology) -> None:
         """Restore weights and optimizer states of this rank. All ranks call it."""
@@ -95,7 +95,7 @@ class Checkpoint:
             fragment = zero.fragment(parameter)
             if fragment is None:
                 continue
-            own = (split_of(parameter), here.tensor_rank, here.tensor_size)
+            own = (split_of(parameter), here.tp_rank, here.tp_size)
             for kind, (start, values) in zero.values(parameter, fragment).items():
                 values.copy_(self._part(stage.global_name(name), kind, *own, start, start + len(values)))
         zero.adopt_masters()
@@ -118,7 +118,7 @@ class Checkpoint:
         lanes = self.manifest.get("lanes")
         if not lanes:
             return None
-        own = range(here.data_rank, lanes["count"], here.data_size)
+        own = range(here.dp_rank, lanes["count"], here.dp_size)
         memory = []
         for block in stage.fast_weight_mixers:
             heads, *rest = lanes["blocks"][str(block)]
@@ -128,8 +128,8 @@ class Checkpoint:
                 if str(block) in told["blocks"]:
                     where = slice(told["tensor"] * share, (told["tensor"] + 1) * share)
                     whole[told["data"] :: self._data_ranks, where] = self._tensor(file, f"fast_weights/{block}")[:]
-            share = heads // here.tensor_size
-            where = slice(here.tensor_rank * share, (here.tensor_rank + 1) * share)
+            share = heads // here.tp_size
+            where = slice(here.tp_rank * share, (here.tp_rank + 1) * share)
             memory.append(whole[own.start :: own.step, where].contiguous().to(here.device))
         self._open.clear()
         return tuple(memory)
@@ -140,13 +140,13 @@ class Checkpoint:
         """A stretch of the shard that tensor rank `rank` of `ranks` has of a parameter."""
         if split is None or ranks == self._tensor_ranks:
             return self._stretch(name, kind, rank if split else 0, start, stop)
-        return cut(self.whole(name, kind), split, rank, ranks).flatten()[start:stop]
+        return shard(self.whole(name, kind), split, rank, ranks).flatten()[start:stop]
 
     def _stretch(self, name: str, kind: str, rank: int, start: int, stop: int) -> torch.Tensor:
         """A stretch of the shard that tensor rank `rank` had."""
         values = torch.empty(stop - start)
         covered = 0
-        for part in self._stretches[name]:
+        for part in self._extents[name]:
             first, last = max(part.start, start), min(part.stop, stop)
             if part.tensor != rank or first >= last:
                 continue
@@ -192,11 +192,11 @@ def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
 
 def verify_together(candidate: Path, here: Topology) -> dict[str, Any]:
     """`manifest.verify` by all ranks, each of which reads its share of the files; they return, or raise, the same."""
-    content, problem = here.from_main(_try_manifest(candidate) if here.is_main else None)
+    content, problem = here.broadcast_object(_try_manifest(candidate) if here.is_main else None)
     if problem is None:
         own = list(content["files"])[here.rank :: here.world_size]
         problems = (manifest.check_file(candidate, name, content["files"][name]) for name in own)
-        problem = next(filter(None, here.gather(next(filter(None, problems), None))), None)
+        problem = next(filter(None, here.all_gather_object(next(filter(None, problems), None))), None)
     if problem is not None:
         raise CheckpointError(problem)
     return content

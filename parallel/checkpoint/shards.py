@@ -32,7 +32,7 @@ def shard_shape(shape: list[int], split: Split | None, ranks: int) -> list[int]:
     return [size // ranks if split and dim == split.dim else size for dim, size in enumerate(shape)]
 
 
-def join(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
+def unshard(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
     """The whole parameter of all tensor ranks' shards; of a parameter that is not split, any one."""
     if split is None or len(shards) == 1:
         return shards[0]
@@ -40,7 +40,7 @@ def join(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
     return torch.cat([piece[i] for i in range(split.stride) for piece in pieces], split.dim)
 
 
-def cut(whole: torch.Tensor, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
+def shard(whole: torch.Tensor, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
     """The shard of tensor rank `rank` of `ranks`."""
     if split is None or ranks == 1:
         return whole

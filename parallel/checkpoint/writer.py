@@ -127,7 +127,7 @@ class Writer:
                 tensors = self._copy(tensors)
             except (RuntimeError, MemoryError) as raised:
                 failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(raised)})"
-        own = {"tensor": self._here.tensor_rank, "data": self._here.data_rank, **fragments}
+        own = {"tensor": self._here.tp_rank, "data": self._here.dp_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
             "groups": zero.groups(), **self._describe(stage, zero, memory),
@@ -208,14 +208,14 @@ class Writer:
         for name, parameter in _written_here(stage, here):
             split = split_of(parameter)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is empty
-            shape = whole_shape(shape, split, here.tensor_size)
+            shape = whole_shape(shape, split, here.tp_size)
             parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of[id(parameter)]}
         lanes = None
         if memory is not None:
             shapes = {str(b): list(state.shape[1:]) for b, state in zip(stage.fast_weight_mixers, memory, strict=True)}
-            blocks = {block: [heads * here.tensor_size, *rest] for block, (heads, *rest) in shapes.items()}
+            blocks = {block: [heads * here.tp_size, *rest] for block, (heads, *rest) in shapes.items()}
             rows = len(memory[0]) if memory else 0
-            lanes = {"count": rows * here.data_size, "blocks": blocks}
+            lanes = {"count": rows * here.dp_size, "blocks": blocks}
         return {"parameters": parameters, "lanes": lanes}
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -326,14 +326,14 @@ class Writer:
 
 def layout_of(zero: ZeroOptimizer, here: Topology) -> dict[str, int]:
     """The layout a checkpoint is written in, under the recipe's names."""
-    sizes = {"data": here.data_size, "tensor": here.tensor_size, "pipeline": here.stages}
+    sizes = {"data": here.dp_size, "tensor": here.tp_size, "pipeline": here.pp_size}
     return {**{f"parallel.{name}": size for name, size in sizes.items()}, "zero.stage": zero.level}
 
 
 def _written_here(stage: HybridStage, here: Topology):
     """The parameters of which this rank writes what it has: of those that ranks share, one writes."""
     for name, parameter in stage.named_parameters():
-        if split_of(parameter) is None and here.tensor_rank != 0:
+        if split_of(parameter) is None and here.tp_rank != 0:
             continue
         if stage.holds_tied_copy and stage.embedding is not None and parameter is stage.embedding.weight:
             continue  # the first stage's

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from powernap.parallel.liveness import exit_codes, parent
 
-LINGER = 2.0  # seconds: the first to leave takes the others down, who shall speak first
+LINGER = 2.0  # seconds: the first exit kills the peers; let them report before that
 JOINING = 60.0  # seconds at least for ranks to meet: one that still reads libraries from a busy disk is not lost
 ASK_AT_MOST = 512  # ranks; more would flood the store
 

@@ -23,7 +23,7 @@ GATHERED = 1_000_000_000  # numbers that ZeRO 3 keeps gathered (deepspeed 0.19.8
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank."""
 
     weights: int
@@ -37,16 +37,16 @@ class Memory:
     host: int  # offloaded optimizer states
 
 
-def stage_memory(recipe: Recipe, segments: list[Segment], stage: int, device: Device = "cuda") -> Memory:
+def stage_memory(recipe: Recipe, segments: list[Segment], stage: int, device: Device = "cuda") -> MemoryEstimate:
     """Bytes of a rank of one pipeline stage."""
     weights, gradients, optimizer, buffers, step = state_bytes(recipe, stage_parameters(recipe, stage))
     saved, most = replay(recipe, segments, stage, device)
     host = optimizer if recipe.zero.offload else 0
     total = weights + gradients + optimizer - host + max(buffers + most, step)
-    return Memory(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host)
+    return MemoryEstimate(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host)
 
 
-def fits(memory: Memory, limit: int) -> bool:
+def fits(memory: MemoryEstimate, limit: int) -> bool:
     """Whether a rank's bytes leave the reserve free."""
     return memory.total <= (1 - RESERVE) * limit
 
@@ -65,7 +65,7 @@ def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[W
 
 
 class States(NamedTuple):
-    """Bytes of one rank that do not depend on the batch; fields as in `Memory`."""
+    """Bytes of one rank that do not depend on the batch; fields as in `MemoryEstimate`."""
 
     weights: int
     gradients: int

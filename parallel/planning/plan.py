@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from powernap.model.parameters import parameters
 from powernap.model.segments import Segment
 from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
-from powernap.parallel.planning.memory import RESERVE, Memory, fits, stage_memory, stage_parameters
+from powernap.parallel.planning.memory import RESERVE, MemoryEstimate, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
 from powernap.parallel.planning.work import (
     PlanError,
@@ -37,7 +37,7 @@ class StagePlan:
     parameters_per_rank: int
     share_of_work: float  # of the model's FLOPs
     live_segments: int
-    memory: Memory
+    memory: MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
     )
 
 
-def _stages(recipe: Recipe, segments: list[Segment], memories: list[Memory]) -> list[StagePlan]:
+def _stages(recipe: Recipe, segments: list[Segment], memories: list[MemoryEstimate]) -> list[StagePlan]:
     work, stages = stage_work(recipe, segments), []
     for stage, (blocks, memory) in enumerate(zip(recipe.stage_blocks, memories, strict=True)):
         weights = stage_parameters(recipe, stage)

@@ -51,7 +51,7 @@ def run(case: Saving, **process_group) -> dict:
     layout = case.layout
     here = topology.initialize(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
-    blocks = split_layers(model.pattern, layout.pipeline)[here.stage]
+    blocks = split_layers(model.pattern, layout.pipeline)[here.pp_rank]
     stage = layouts.build(model, SleepConfig(), here.groups, blocks, layout.sequence).float()
     if isinstance(case, Loading):  # nothing may be right because it was so before
         with torch.no_grad():
@@ -105,7 +105,7 @@ def carried(stage, model, here) -> tuple[torch.Tensor, ...]:
     for block, mixer in stage.fast_weight_mixers.items():
         generator = torch.Generator().manual_seed(block)
         whole = torch.randn(8, *mixer.mixer.state_shape, generator=generator)
-        memory.append(whole[here.data_rank :: here.data_size].chunk(here.tensor_size, 1)[here.tensor_rank].contiguous())
+        memory.append(whole[here.dp_rank :: here.dp_size].chunk(here.tp_size, 1)[here.tp_rank].contiguous())
     return tuple(memory)
 
 

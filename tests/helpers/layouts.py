@@ -62,10 +62,10 @@ def compare(case: Case, **process_group) -> dict:
     scale = case.data / loss_tokens if case.unequal else 0.37  # ZeRO averages, here ranks are added up
     loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
-    blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.stage]
+    blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.pp_rank]
     with broken(case.broken):
         stage = build(model, sleep, here.groups, blocks, case.sequence)
-    own = batches[here.data_rank :: case.data]
+    own = batches[here.dp_rank :: case.data]
     if sleep.carry:
         for batch in own:
             lost = case.broken == "carried fast weights"
@@ -74,16 +74,16 @@ def compare(case: Case, **process_group) -> dict:
         if case.unequal:
             metrics = train_step(case, stage, own, here)
             own_loss = metrics["loss"] * loss_tokens
-            reference = health[here.data_rank]  # of this model's first micro-batch
+            reference = health[here.dp_rank]  # of this model's first micro-batch
             watched = max(abs(metrics[name] / value - 1) for name, value in reference.items())
         else:
             own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
             schedule.sum_shared_gradients(stage, here)
-            own_loss = here.sum_over_data(own_loss).item()
+            own_loss = here.all_reduce_over_data(own_loss).item()
     worst = {"error": 0.0, "name": None}
     for name, parameter in stage.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        here.sum_over_data(gradient)
+        here.all_reduce_over_data(gradient)
         reference = expected[stage.global_name(name)]
         difference = (gradient - own_slice(reference, parameter, here)).abs().max() / (reference.abs().max() + 1e-12)
         if not difference <= worst["error"]:
@@ -91,7 +91,7 @@ def compare(case: Case, **process_group) -> dict:
     read, read_loss, read_left = schedule.predict(stage, own[0], here)
     carried = 0.0
     if sleep.carry:
-        reference = own_memory(left[here.data_rank], stage, here)  # of own[0]
+        reference = own_memory(left[here.dp_rank], stage, here)  # of own[0]
         carried = max(
             (found - expected).abs().max().item()
             for memory in (own[0].left, read_left)
@@ -100,8 +100,8 @@ def compare(case: Case, **process_group) -> dict:
     result = {
         "loss": abs(own_loss / loss - 1),
         "gradient": worst,
-        "predictions": torch.equal(read, predictions[here.data_rank][0]),
-        "read_loss": abs(read_loss.item() / predictions[here.data_rank][1] - 1),
+        "predictions": torch.equal(read, predictions[here.dp_rank][0]),
+        "read_loss": abs(read_loss.item() / predictions[here.dp_rank][1] - 1),
         "carried": carried,
         "freed": len(freed),
         "health": watched if case.unequal else 0.0,
@@ -164,7 +164,7 @@ class NoOptimizer:
         yield
         schedule.sum_shared_gradients(self.stage, self.here)
 
-    def refuse_unless_finite(self, loss: torch.Tensor) -> None:
+    def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
         pass
 
     def step(self) -> float:
@@ -174,7 +174,7 @@ class NoOptimizer:
 def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
     """The blocks and heads that this rank holds of the whole model's fast weights."""
     states = dict(zip(stage.model.fast_weight_blocks, memory, strict=True))
-    return tuple(states[block].chunk(here.tensor_size, 1)[here.tensor_rank] for block in stage.fast_weight_mixers)
+    return tuple(states[block].chunk(here.tp_size, 1)[here.tp_rank] for block in stage.fast_weight_mixers)
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
@@ -218,11 +218,11 @@ def build(model, sleep, groups, blocks=None, sequence_parallel=False) -> HybridS
 
 def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor:
     """This tensor rank's part of a weight or gradient."""
-    if not getattr(parameter, "tensor_model_parallel", False) or here.tensor_size == 1:
+    if not getattr(parameter, "tensor_model_parallel", False) or here.tp_size == 1:
         return full
     dim, stride = parameter.partition_dim, parameter.partition_stride
-    parts = full.chunk(here.tensor_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
-    return torch.cat(parts[here.tensor_rank :: here.tensor_size], dim)
+    parts = full.chunk(here.tp_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
+    return torch.cat(parts[here.tp_rank :: here.tp_size], dim)
 
 
 def mean_of_rank_means(stage, micro_batches, loss_scale, here, **options):
@@ -270,7 +270,7 @@ def watched_sends(case: Case):
 @contextmanager
 def broken(what: str | None):
     """Break one part of the engine for a while."""
-    backward, shared = schedule._Handover.backward, schedule.sum_shared_gradients
+    backward, shared = schedule._SegmentBoundary.backward, schedule.sum_shared_gradients
     config, keep, parameter = schedule._schedule_config, schedule.StageStep._keep, MixerModule._parameter
 
     def of_the_next_rank(mixer, weight):
@@ -285,7 +285,7 @@ def broken(what: str | None):
         return changed
 
     if what == "fast weights' gradient":
-        schedule._Handover.backward = staticmethod(without_fast_weights)
+        schedule._SegmentBoundary.backward = staticmethod(without_fast_weights)
     elif what == "shared gradients":
         schedule.sum_shared_gradients = lambda *_: None
     elif what == "memory of what is sent":
@@ -298,6 +298,6 @@ def broken(what: str | None):
         trainer.forward_backward = MEANS[what]
     yield
     trainer.forward_backward = schedule.forward_backward
-    schedule._Handover.backward, schedule.sum_shared_gradients = backward, shared
+    schedule._SegmentBoundary.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep
     MixerModule._parameter = parameter

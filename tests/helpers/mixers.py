@@ -158,7 +158,7 @@ def a_chunk_at_a_time_is_the_whole(here, letter: str) -> None:
         expected = training_logits(stage, tokens, 2)
         for size in (1, 4, 17):
             decoder = Decoder(stage, 2, 2)
-            parts = [torch.stack(decoder.feed_and_hear(part.tolist())) for part in tokens.split(size, dim=1)]
+            parts = [torch.stack(decoder.feed_with_logits(part.tolist())) for part in tokens.split(size, dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-10)
 
 

@@ -64,7 +64,7 @@ def compare(case: Case, **process_group) -> dict:
 
 def build(case: Case, here):
     model = tiny.model_config(pattern="AG", vocab_size=20, tie_embeddings=case.tied)
-    blocks = split_layers(model.pattern, case.pipeline)[here.stage]
+    blocks = split_layers(model.pattern, case.pipeline)[here.pp_rank]
     stage = layouts.build(model, SleepConfig(), here.groups, blocks, case.sequence).float()
     config = OptimizerConfig(name=case.optimizer, lr=2e-3, weight_decay=0.1, warmup_steps=0)
     engine = zero.ZeroOptimizer(

@@ -28,7 +28,7 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
             trainer.train_step(recipe, stage, zero, batch(recipe), 3, here, memory)
     result = {
-        "stage": here.stage,
+        "stage": here.pp_rank,
         "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
         "gradients": gradients[0],
         "optimizer": unique(tensors_of([[p, zero._state(p)] for p in zero._partitions()])),
@@ -53,7 +53,7 @@ class Tensors(LiveBytes):
 def what_segments_keep() -> Iterator[Tensors]:
     """Counts, inside, what segments are given and leave behind for as long as it is alive: hidden states, fast weights, caches."""
     kept = Tensors()  # not entered: it counts what it is shown
-    run, handover = schedule.StageStep._run, schedule._Handover.forward
+    run, handover = schedule.StageStep._run, schedule._SegmentBoundary.forward
 
     def show(*tensors):
         for tensor in tensors:
@@ -71,12 +71,12 @@ def what_segments_keep() -> Iterator[Tensors]:
         return sent
 
     schedule.StageStep._run = run_and_show
-    schedule._Handover.forward = staticmethod(hand_over_and_show)
+    schedule._SegmentBoundary.forward = staticmethod(hand_over_and_show)
     try:
         yield kept
     finally:
         schedule.StageStep._run = run
-        schedule._Handover.forward = staticmethod(handover)
+        schedule._SegmentBoundary.forward = staticmethod(handover)
 
 
 @contextmanager

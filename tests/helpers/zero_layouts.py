@@ -68,7 +68,7 @@ def compare(case: Case, **process_group) -> dict:
     sleep = SleepConfig(**case.problem.sleep)
     losses, norms, start, end = plain_answer(case.problem, model, sleep)
 
-    blocks = split_layers(model.pattern, case.pipeline)[here.stage]
+    blocks = split_layers(model.pattern, case.pipeline)[here.pp_rank]
     stage = layouts.build(model, sleep, here.groups, blocks, case.sequence).float()
     with broken(case.broken):
         engine = zero.ZeroOptimizer(
@@ -128,7 +128,7 @@ def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
         zero={"stage": case.level, "offload": case.offload},
     )
-    share = slice(here.data_rank, None, here.data_size)
+    share = slice(here.dp_rank, None, here.dp_size)
     begins = torch.ones(SEQUENCES // case.data, dtype=torch.bool)
     metrics, _ = trainer.train_step(
         recipe, stage, engine, Batch(tokens[share], loss_mask[share], begins, []), step, here

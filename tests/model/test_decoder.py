@@ -37,7 +37,7 @@ def heard(decoder, tokens, sizes):
     parts, start = [], 0
     while start < tokens.shape[1]:
         piece = tokens[:, start : start + next(sizes)]
-        parts.append(torch.stack(decoder.feed_and_hear(piece.tolist())))
+        parts.append(torch.stack(decoder.feed_with_logits(piece.tolist())))
         start += piece.shape[1]
     return torch.cat(parts, dim=1)
 
@@ -164,11 +164,11 @@ def test_a_stream_is_taken_up_again_to_the_last_bit(here, name, read):
     state = whole.state()
     later.load_state(state)
     rest = tokens[:, read:].tolist()
-    expected, found = whole.feed_and_hear(rest), later.feed_and_hear(rest)
+    expected, found = whole.feed_with_logits(rest), later.feed_with_logits(rest)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     again = Decoder(stage, 3, 2)  # what was handed out did not change as the stream went on
     again.load_state(state)
-    assert all(torch.equal(a, b) for a, b in zip(again.feed_and_hear(rest), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again.feed_with_logits(rest), expected, strict=True))
 
 
 @pytest.mark.parametrize("name", SLEEPS)
@@ -179,14 +179,14 @@ def test_nothing_in_a_state_is_superfluous(here, name):
     decoder = Decoder(stage, 2, 1)
     decoder.feed(tokens[:, : tiny.WINDOW + 2].tolist())
     state, rest = decoder.state(), tokens[:, tiny.WINDOW + 2 :].tolist()
-    expected = decoder.feed_and_hear(rest)[0]
+    expected = decoder.feed_with_logits(rest)[0]
     for lost in state.keys() - {"logits"}:
         other = Decoder(stage, 2, 1)
         # Under hard eviction positions begin anew in every window: where a stream stands is for its user only.
         other.load_state(
             state | {lost: state[lost].clamp(max=1) if lost == "tokens" else torch.zeros_like(state[lost])}
         )
-        same = torch.equal(other.feed_and_hear(rest)[0], expected)
+        same = torch.equal(other.feed_with_logits(rest)[0], expected)
         assert same == (lost == "start" and stage.sleep.eviction == "hard"), lost
 
 

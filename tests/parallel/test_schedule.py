@@ -21,15 +21,17 @@ def test_a_pipeline_wants_the_same_segments_in_all_micro_batches(here):
     stage = tiny.build_stage(here)
     with pytest.raises(SegmentError, match="micro-batches 0 and 1 .* different windows.*parallel.pipeline=1"):
         schedule.forward_backward(
-            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(here, stages=2), recompute=True
+            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(here, pp_size=2), recompute=True
         )
 
 
 def test_zero_3_wants_the_same_segments_on_all_data_ranks(here, monkeypatch):
     own, other = [micro_batch((2,))], [micro_batch((1, 2))]
     check_same_segments(own, here)
-    gather = type(here).gather_over_data
-    monkeypatch.setattr(type(here), "gather_over_data", lambda self, value: [*gather(self, value), segments_of(other)])
+    gather = type(here).all_gather_over_data
+    monkeypatch.setattr(
+        type(here), "all_gather_over_data", lambda self, value: [*gather(self, value), segments_of(other)]
+    )
     with pytest.raises(SegmentError, match="different windows.*zero.stage=1"):
         check_same_segments(own, here)
 

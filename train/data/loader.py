@@ -221,8 +221,8 @@ def evaluation_batches(
 
     `batch_size` documents or fewer are read side by side, a part in each batch, and go on row by row in the batches after
     that in which they begin. All ranks get as many batches, since under ZeRO-3 they run each together: one whose
-    documents are used up gets some of them again. Rows and batches that are there for others only have no loss tokens
-    and answers, or do not count.
+    documents are used up gets some of them again. Padding rows and padding batches have no loss tokens and answers, or
+    do not count.
 
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.

@@ -147,5 +147,5 @@ def _permutation(count: int, *seed: int) -> np.ndarray:
 
 
 def _random(*seed: int) -> np.random.RandomState:
-    """NumPy's old generator: its numbers are promised to stay the same in every version, so a run can go on for years."""
+    """Legacy RandomState: NumPy guarantees its stream in every version, so a run can be resumed years later."""
     return np.random.RandomState(np.array(seed, dtype=np.uint32))

@@ -2,8 +2,8 @@
 
 Each document is ended by a token of its own. Packed, they follow each other and are cut every T-1 tokens; a sequence begins
 with the last token of the one before, so that every token is a target once. Whole documents are cut each by itself, the
-last sequence padded, for training that carries the fast weights from one to the next. A document belongs to train or test
-by its content.
+last sequence padded, for training that carries the fast weights from one to the next. A hash of a document's content assigns it to
+train or test.
 """
 
 import itertools

@@ -70,8 +70,8 @@ def evaluate(
         recipe.data,
         batch_size=recipe.micro_batch_size,
         vocab_size=recipe.model.vocab_size,
-        rank=here.data_rank,
-        world_size=here.data_size,
+        rank=here.dp_rank,
+        world_size=here.dp_size,
         limit=samples,
     )
     for batch in batches:
@@ -85,10 +85,10 @@ def evaluate(
             memories[number] = left if recipe.sleep.carry else None
             losses[place] += batch.counts * loss
             by_sequence.update(_tally(batch, predictions, number))
-    loss_tokens, *sums = here.sum_over_data(losses).tolist()
-    answers, by_sequence = here.sum_counters_over_data(asked), here.sum_counters_over_data(by_sequence)
+    loss_tokens, *sums = here.all_reduce_over_data(losses).tolist()
+    answers, by_sequence = here.all_reduce_counter_over_data(asked), here.all_reduce_counter_over_data(by_sequence)
     depths = sorted(answers)
-    guesses = floor.shares(here.sum_counters_over_data(floor.counts)) if floor else {}
+    guesses = floor.shares(here.all_reduce_counter_over_data(floor.counts)) if floor else {}
     tallies = {
         n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
         for n in passes

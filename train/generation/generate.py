@@ -160,7 +160,7 @@ class Stream:
     """A batch of token streams, each read and written at its own pace.
 
     Attributes:
-        decoder: what was read; its `feed_and_hear` gives the logits after every token.
+        decoder: what was read; its `feed_with_logits` gives the logits after every token.
         unread: by row, tokens that were said and not read yet.
         random: by row, where its draws come from.
     """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from powernap.model.errors import PowernapError
-from powernap.model.fast_weights import Memory, begin_anew
+from powernap.model.fast_weights import Memory, reset_rows
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
@@ -65,11 +65,11 @@ class SkippedSteps:
         self._here.progress.note("recording a skipped step")
         names = _names_not_finite(stage, norms)
         own = [len(names), names[:PARAMETERS_NAMED]] if names else None
-        ranks = [(rank, *found) for rank, found in enumerate(self._here.gather(own)) if found]
+        ranks = [(rank, *found) for rank, found in enumerate(self._here.all_gather_object(own)) if found]
         # Each rank that reads looks up its own: the shards are in its cache.
         samples = sample_names(batch.places, cache_of(self._recipe.data))
-        parts = self._here.gather_over_data(samples)
-        memory, anew = forget_broken(memory, self._here)
+        parts = self._here.all_gather_over_data(samples)
+        memory, anew = reset_nonfinite_lanes(memory, self._here)
         record = {
             "step": step,
             "loss": metrics["loss"],
@@ -111,7 +111,7 @@ class SkippedSteps:
         )
 
 
-def forget_broken(memory: Memory | None, here: Topology) -> tuple[Memory | None, list[int]]:
+def reset_nonfinite_lanes(memory: Memory | None, here: Topology) -> tuple[Memory | None, list[int]]:
     """Under sleep.carry: fast weights of zero for sequences of which any are not finite on any rank of the model.
 
     The others keep theirs. All ranks call it together.
@@ -127,12 +127,12 @@ def forget_broken(memory: Memory | None, here: Topology) -> tuple[Memory | None,
     for state in memory:
         broken |= ~state.isfinite().flatten(1).all(1).cpu()
     own = broken.nonzero().flatten().tolist()
-    found = here.gather((here.data_rank, own))
+    found = here.all_gather_object((here.dp_rank, own))
     everywhere = {(rank, row) for rank, rows in found for row in rows}
-    for row in (row for rank, row in everywhere if rank == here.data_rank):
+    for row in (row for rank, row in everywhere if rank == here.dp_rank):
         broken[row : row + 1] = True
-    memory = begin_anew(memory, broken.to(memory[0].device)) if memory else memory
-    return memory, sorted(row * here.data_size + rank for rank, row in everywhere)
+    memory = reset_rows(memory, broken.to(memory[0].device)) if memory else memory
+    return memory, sorted(row * here.dp_size + rank for rank, row in everywhere)
 
 
 def _describe(record: dict[str, Any]) -> str:

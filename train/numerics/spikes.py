@@ -83,7 +83,7 @@ class Spikes:
         medians = torch.stack(tuple(self._own)).median(dim=0).values
         growth = (norms / medians.clamp(min=torch.finfo(norms.dtype).tiny)).tolist()
         own = sorted(zip(growth, self._names, strict=True), reverse=True)[:PARAMETERS_NAMED]
-        found = [(*one, rank) for rank, part in enumerate(self._here.gather(own)) for one in part]
+        found = [(*one, rank) for rank, part in enumerate(self._here.all_gather_object(own)) for one in part]
         several = self._here.world_size > 1
         return ", ".join(
             f"{name} {times:.1f} times" + (f" on {self._here.describe_rank(rank)}" if several else "")

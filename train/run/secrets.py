@@ -32,8 +32,7 @@ _SECRETS = [
 def mask_secrets(text: str) -> str:
     """`text` with MASK in place of every credential: in URLs, HTTP headers, options and variables of a command.
 
-    Known by where it stands or what it is called, so a secret in a place of its own is not found. Masking twice is masking
-    once.
+    A secret is detected by its context or its name; a bare one is not. Masking twice is masking once.
     """
     for pattern in _SECRETS:
         text = pattern.sub(rf"\g<1>{MASK}", text)

@@ -18,7 +18,7 @@ from powernap.train.data.order import Cursor, Lane, Mixture, Order
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards
 from powernap.train.numerics.deterministic import ENVIRONMENT, deterministic
-from powernap.train.numerics.skipped_steps import forget_broken
+from powernap.train.numerics.skipped_steps import reset_nonfinite_lanes
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import bad_runs, runs
 from tests.helpers.bad_runs import PARAMETER
@@ -240,11 +240,11 @@ def test_a_lane_whose_fast_weights_broke_begins_anew_in_a_run(folder, results):
 def test_only_lanes_that_are_broken_begin_anew(here):
     memory = (torch.ones(3, 2, 4, 4), torch.ones(3, 2, 4, 4))
     memory[1][1, 0, 2, 3] = float("inf")
-    left, lanes = forget_broken(memory, here)
+    left, lanes = reset_nonfinite_lanes(memory, here)
     assert lanes == [1]
     for state in left:
         assert state[1].eq(0).all() and state[[0, 2]].eq(1).all()
-    assert forget_broken(None, here) == (None, [])
+    assert reset_nonfinite_lanes(None, here) == (None, [])
 
 
 def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(here, monkeypatch):
@@ -252,6 +252,6 @@ def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(here, monkeypat
     found = [(0, []), (1, []), (0, [2]), (1, [0])]
     monkeypatch.setattr(type(here), "gather", lambda self, value: [value, *found[1:]])
     memory = (torch.ones(3, 2, 4, 4),)
-    (state,), lanes = forget_broken(memory, replace(here, data_size=2))
+    (state,), lanes = reset_nonfinite_lanes(memory, replace(here, dp_size=2))
     assert lanes == [1, 4]
     assert state[2].eq(0).all() and state[:2].eq(1).all()
