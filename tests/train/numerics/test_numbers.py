@@ -250,7 +250,7 @@ def test_only_lanes_that_are_broken_begin_anew(here):
 def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(here, monkeypatch):
     """Ranks of two stages with two data ranks: this one's memory is finite, as is that of the other data rank."""
     found = [(0, []), (1, []), (0, [2]), (1, [0])]
-    monkeypatch.setattr(type(here), "gather", lambda self, value: [value, *found[1:]])
+    monkeypatch.setattr(type(here), "all_gather_object", lambda self, value: [value, *found[1:]])
     memory = (torch.ones(3, 2, 4, 4),)
     (state,), lanes = reset_nonfinite_lanes(memory, replace(here, dp_size=2))
     assert lanes == [1, 4]
