@@ -15,48 +15,19 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from powernap.model.mixers.fla import fla_is_precise_enough_for
 from powernap.model.mixers.gated_delta_net import MAX_CHUNK
+from powernap.model.mixers.recurrent import Recurrence
 from powernap.model.part import even_chunk
 
 
-def gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    state: torch.Tensor,
-    need_output: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Run the gated delta rule over T tokens: one token by the recurrence, more by FLA's Triton kernel on CUDA where it is
-    precise enough, else by the chunked torch form.
-
-    Args:
-        q, k: [B, T, H, K]; k L2-normalised by the caller, q used as it is (no 1/sqrt(K)).
-        v: [B, T, H, V].
-        g: [B, T, H] log of the decay alpha, <= 0.
-        beta: [B, T, H] write strength.
-        state: [B, H, K, V], float32 (float64 when the inputs are).
-        need_output: False when only the final state matters; the output is then None.
-
-    Returns:
-        (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
-    """
-    if q.shape[1] == 1:
-        return sequential_delta_rule(q, k, v, g, beta, state, need_output)
-    if q.is_cuda and fla_is_precise_enough_for(q.dtype):
-        return _fla(q, k, v, g, beta, state)
-    return chunked_delta_rule(q, k, v, g, beta, state, need_output)
-
-
 def sequential_delta_rule(q, k, v, g, beta, state, need_output: bool = True):
-    """The recurrence written down token by token: the reference of the other forms. Arguments as `gated_delta_rule`."""
+    """The recurrence written down token by token. Arguments as `Recurrence`; g may have a number for each channel."""
     dtype = v.dtype
     q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
     outputs = []
     for t in range(q.shape[1]):
-        state = g[:, t, :, None, None].exp() * state
+        alpha = g[:, t].exp()
+        state = alpha.view(*alpha.shape, *[1] * (4 - alpha.dim())) * state
         recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
         written = beta[:, t, :, None] * (v[:, t] - recalled)
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
@@ -75,23 +46,14 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
 
     and then  o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + (exp(gamma_C - gamma) k)^T u.
     The triangular solve is done for all chunks at once; only the part that needs S goes from chunk to chunk.
-    Arguments as `gated_delta_rule`. No write in place, so autograd needs no copy.
+    Arguments as `Recurrence`. No write in place, so autograd needs no copy.
     """
-    batch, length, heads, key_dim = q.shape
-    value_dim, dtype = v.shape[-1], v.dtype
+    length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
     chunk = even_chunk(length, max_chunk)
-    num_chunks = -(-length // chunk)
-    padding = num_chunks * chunk - length
-
-    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [chunks, B * H, C, ...]
-        x = x.to(state.dtype)
-        if padding:  # g = beta = 0: a padded token neither decays nor writes
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
-        return x.unflatten(1, (num_chunks, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2)
-
-    k, v, g, beta = (to_chunks(x) for x in (k, v, g, beta))
+    queries = to_chunks(q, chunk, state.dtype) if need_output else None
+    k, v, g, beta = (to_chunks(x, chunk, state.dtype) for x in (k, v, g, beta))
     gamma = g.cumsum(-1)
-    causal = _causal_mask(chunk, q.device)
+    causal = _causal_mask(chunk, k.device)
     # -inf before exp, not zero after it: above the diagonal the difference is positive and overflows under strong decay
     decay = (gamma.unsqueeze(-1) - gamma.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
     total = gamma[..., -1:]
@@ -106,27 +68,54 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     u_of_v, u_of_state = solved.split([value_dim, key_dim], dim=-1)
     k_to_end = (k * to_end).transpose(-1, -2)
-    if need_output:
-        q = to_chunks(q)
-        scores = (q @ k_t) * decay
-        q_from_start = q * from_start
+    reads = None if queries is None else (queries * from_start, (queries @ k_t) * decay)
+    return through_chunks(u_of_v, u_of_state, whole, k_to_end, reads, state, dtype, length)
 
+
+def to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, T, H, ...] -> [chunks, B * H, C, ...]. What is missing at the end is zero: such tokens neither decay nor write."""
+    x = x.to(dtype)
+    if padding := -x.shape[1] % chunk:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+    return x.unflatten(1, (-1, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2)
+
+
+def through_chunks(
+    u_of_v: torch.Tensor,
+    u_of_state: torch.Tensor,
+    whole: torch.Tensor,
+    k_to_end: torch.Tensor,
+    reads: tuple[torch.Tensor, torch.Tensor] | None,
+    state: torch.Tensor,
+    dtype: torch.dtype,
+    length: int,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """From chunk to chunk: u = u_of_v - u_of_state S, S' = whole S + k_to_end u, and for reads (q, scores) o = q S + scores u.
+
+    Args:
+        u_of_v, u_of_state, whole, k_to_end, reads: [chunks, B * H, ...], as `to_chunks` has them.
+        state: S, [B, H, K, V].
+        dtype, length: of the output.
+        reads: None if no output is needed.
+
+    Returns:
+        (o [B, T, H, V] or None, S)
+    """
     # unbind, not indexing: the backward of n slices would fill n gradients of the full size
-    per_chunk = [u_of_v, u_of_state, whole, k_to_end] + ([q_from_start, scores] if need_output else [])
+    per_chunk = [u_of_v, u_of_state, whole, k_to_end, *(reads or ())]
     outputs = []
     flat_state = state.flatten(0, 1)  # [B * H, K, V]: baddbmm, a product and a sum in one, wants one batch dimension
     for u_v, u_s, decay_all, k_end, *query in zip(*(x.unbind(0) for x in per_chunk), strict=True):
         u = torch.baddbmm(u_v, u_s, flat_state, alpha=-1)
-        if need_output:
+        if query:
             q_start, score = query
             outputs.append(torch.baddbmm(score @ u, q_start, flat_state))
         flat_state = torch.baddbmm(decay_all * flat_state, k_end, u)
-    state = flat_state.view_as(state)
-    if not need_output:
-        return None, state
+    if not outputs:
+        return None, flat_state.view_as(state)
     # Tokens first in memory, as the caller has it: its transpose to [T, B, H, V] is then contiguous.
-    output = torch.stack(outputs).unflatten(1, (batch, heads)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-    return output[:length].transpose(0, 1).to(dtype), state
+    output = torch.stack(outputs).unflatten(1, state.shape[:2]).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    return output[:length].transpose(0, 1).to(dtype), flat_state.view_as(state)
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,3 +130,6 @@ def _fla(q, k, v, g, beta, state):
 
     g, beta, state = g.float(), beta.float(), state.float()
     return chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0, initial_state=state, output_final_state=True)
+
+
+gated_delta_rule = Recurrence(sequential_delta_rule, chunked_delta_rule, _fla)

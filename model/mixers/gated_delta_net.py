@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from powernap.model.part import FP32, Cache, Device, Mixer, Weight, even_chunk
+from powernap.model.mixers.recurrent import RecurrentMixer, draw_step
+from powernap.model.part import FP32, Device, Weight, even_chunk
 
 if TYPE_CHECKING:
     import torch
 
     from powernap.model.config import ModelConfig, SleepConfig
     from powernap.model.mixers.module import MixerModule
+    from powernap.model.mixers.recurrent import Recurrence
     from powernap.model.window import Window
 
 # Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about a
@@ -27,7 +29,7 @@ MAX_CHUNK = 32
 FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(RecurrentMixer):
     """q, k, v, gate z, write strength beta and decay alpha from one head-major projection.
 
     Per head the projection's rows are [q | k | v | z | beta | alpha], so a tensor-parallel shard is a plain slice of
@@ -41,28 +43,36 @@ class GatedDeltaNet(Mixer):
     heads: int = Field(ge=1, description="heads")
     key_dim: int = Field(ge=1, description="d_k, rows of a head's fast weights")
     value_dim: int = Field(ge=1, description="d_v, columns of a head's fast weights")
-    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before q, k and v")
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.heads, self.key_dim, self.value_dim
 
     @property
+    def conv_shape(self) -> tuple[int, int]:
+        return self.heads, self._channels
+
+    @property
     def _channels(self) -> int:
         """Of a head's q, k and v."""
         return 2 * self.key_dim + self.value_dim
+
+    @property
+    def decays(self) -> int:
+        """Numbers alpha of a head."""
+        return 1
 
     def split_sizes(self) -> dict[str, int]:
         return {"heads": self.heads}
 
     def weights(self, model: ModelConfig) -> list[Weight]:
-        rows = self.heads * (self._channels + self.value_dim + 2)
+        rows = self.heads * (self._channels + self.value_dim + 1 + self.decays)
         return [
             Weight("in_proj.weight", (rows, model.hidden_size), split=0),
             Weight("out_proj.weight", (model.hidden_size, self.heads * self.value_dim), split=1),
             Weight("conv_weight", (self.heads, self._channels, self.conv_kernel), split=0, draw=_draw_taps),
             Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
-            Weight("dt_bias", (self.heads,), split=0, draw=_draw_step),
+            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
             Weight("norm.weight", (self.value_dim,)),
         ]
 
@@ -106,76 +116,57 @@ class GatedDeltaNet(Mixer):
 
         check_fla(dtype, device, f"model.{self.section}.key_dim", self.key_dim)
 
-    def forward(
-        self,
-        layer: MixerModule,
-        hidden_states: torch.Tensor,
-        state: torch.Tensor | None,
-        window: Window,
-        need_output: bool = True,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state)."""
-        assert state is not None
-        output, state, _ = self._mix(layer, hidden_states, state, window, need_output)
-        return output, state
-
-    def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
-        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
-        history = (batch, self.conv_kernel - 1, self.heads // layer.tp_size, self._channels)
-        return {**super().init_cache(layer, batch, slots, like), "history": like.new_zeros(history)}
-
-    def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
-        import torch
-
-        history = cache["history"].transpose(0, 1)
-        output, cache["state"], seen = self._mix(layer, hidden_states, cache["state"], window, history=history)
-        assert output is not None
-        history = seen[len(hidden_states) :].transpose(0, 1)
-        cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
-        return output
-
-    def _mix(
+    def mix(
         self,
         layer: MixerModule,
         hidden_states: torch.Tensor,
         state: torch.Tensor,
         window: Window,
-        need_output: bool = True,
-        history: torch.Tensor | None = None,
+        need_output: bool,
+        history: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Output, new state, and what the convolution saw; `history` [taps-1, B, heads/TP, C] is what it saw before."""
-        import torch
+        """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state, seen)."""
         import torch.nn.functional as F
-
-        from powernap.model.mixers.conv import causal_conv
-        from powernap.model.mixers.delta_rule import gated_delta_rule
 
         d_k, d_v = self.key_dim, self.value_dim
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
         projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
-        qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, 1], dim=-1)
-        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
-            qkv = qkv * window.valid[..., None, None]
-        seen = qkv if history is None else torch.cat([history, qkv])
-        convolved = causal_conv(seen, layer.conv_weight)[len(seen) - length :]
+        qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, self.decays], dim=-1)
+        convolved, seen = self.convolve(layer, qkv, window, history)
         q, k, v = F.silu(convolved).split([d_k, d_k, d_v], dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta = beta.squeeze(-1).to(state.dtype).sigmoid()
-        step = F.softplus(alpha.squeeze(-1).to(state.dtype) + layer.dt_bias.to(state.dtype))
-        g = -layer.A_log.to(state.dtype).exp() * step
+        beta, g = beta.squeeze(-1).to(state.dtype).sigmoid(), self.log_decay(layer, alpha.to(state.dtype))
         if window.valid is not None:
             valid = window.valid.unsqueeze(-1)
-            beta, g = beta * valid, g * valid
-        layer.watch_gates(window, g, beta)
+            beta, g = beta * valid, g * valid.view(*valid.shape, *[1] * (g.dim() - 3))
+        layer.watch_gates(window, g.flatten(2), beta)
         q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
-        output, state = gated_delta_rule(q, k, v, g, beta, state, need_output)
+        output, state = self.rule(q, k, v, g, beta, state, need_output)
         if not need_output:
             return None, state, seen
         assert output is not None
-        output = layer.norm(output.transpose(0, 1)) * F.silu(z)
+        output = layer.norm(output.transpose(0, 1)) * self.gate(z)
         output, _ = layer.out_proj(output.reshape(length, batch, -1))
         return output, state, seen
+
+    def log_decay(self, layer: MixerModule, alpha: torch.Tensor) -> torch.Tensor:
+        """g = -exp(A_log) softplus(alpha + dt_bias); alpha [L, B, heads/TP, decays] -> [L, B, heads/TP]."""
+        import torch.nn.functional as F
+
+        step = F.softplus(alpha.squeeze(-1) + layer.dt_bias.to(alpha.dtype))
+        return -layer.A_log.to(alpha.dtype).exp() * step
+
+    def gate(self, z: torch.Tensor) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        return F.silu(z)
+
+    @property
+    def rule(self) -> Recurrence:
+        from powernap.model.mixers.delta_rule import gated_delta_rule
+
+        return gated_delta_rule
 
 
 def _draw_taps(shape: tuple[int, ...]) -> torch.Tensor:
@@ -190,11 +181,3 @@ def _draw_decay(shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     return torch.empty(shape).uniform_(*map(math.log, DECAY_RANGE))
-
-
-def _draw_step(shape: tuple[int, ...]) -> torch.Tensor:
-    """The bias whose softplus is the step size."""
-    import torch
-
-    step = torch.empty(shape).uniform_(*map(math.log, STEP_RANGE)).exp()
-    return step + torch.log(-torch.expm1(-step))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from powernap.model.mixers.gated_delta_net import FLA_CHUNK, MAX_CHUNK, GatedDeltaNet
+from powernap.model.mixers.recurrent import Recurrence
 from powernap.model.part import FP32, Device, Weight, even_chunk
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from powernap.model.config import ModelConfig, SleepConfig
     from powernap.model.mixers.module import MixerModule
-    from powernap.model.window import Window
 
 
 class KimiDeltaAttention(GatedDeltaNet):
@@ -34,17 +34,13 @@ class KimiDeltaAttention(GatedDeltaNet):
     title: ClassVar[str] = "Kimi Delta Attention"
     section: ClassVar[str] = "kda"
 
+    @property
+    def decays(self) -> int:
+        return self.key_dim
+
     def weights(self, model: ModelConfig) -> list[Weight]:
-        in_proj, out_proj, conv_weight, A_log, dt_bias, norm = super().weights(model)
-        rows = self.heads * (self._channels + self.value_dim + 1 + self.key_dim)
-        return [
-            in_proj._replace(shape=(rows, model.hidden_size)),
-            out_proj,
-            conv_weight,
-            A_log,
-            dt_bias._replace(shape=(self.heads, self.key_dim)),
-            norm,
-        ]
+        by_channel = {"dt_bias": (self.heads, self.key_dim)}
+        return [weight._replace(shape=by_channel.get(weight.name, weight.shape)) for weight in super().weights(model)]
 
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
         """A gated delta net's, with two differences. The projection has d_k - 1 more rows a head. k k^T and q k^T take
@@ -76,95 +72,21 @@ class KimiDeltaAttention(GatedDeltaNet):
         read = FP32 * (chunk + (2 + halvings / 2) * d_k + 1) + (14 if is_bf16 else 5 * FP32) * d_v
         return self.heads * (projected + write + read)
 
-    def _mix(
-        self,
-        layer: MixerModule,
-        hidden_states: torch.Tensor,
-        state: torch.Tensor,
-        window: Window,
-        need_output: bool = True,
-        history: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """A gated delta net's, but for d_k numbers g a head and the sigmoid of the gate."""
-        import torch
+    def log_decay(self, layer: MixerModule, alpha: torch.Tensor) -> torch.Tensor:
+        """alpha [L, B, heads/TP, d_k], as g."""
         import torch.nn.functional as F
 
-        from powernap.model.mixers.conv import causal_conv
+        step = F.softplus(alpha + layer.dt_bias.to(alpha.dtype))
+        return -layer.A_log.to(alpha.dtype).exp().unsqueeze(-1) * step
 
-        d_k, d_v = self.key_dim, self.value_dim
-        projected, _ = layer.in_proj(hidden_states)
-        length, batch, _ = projected.shape
-        projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
-        qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, d_k], dim=-1)
-        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
-            qkv = qkv * window.valid[..., None, None]
-        seen = qkv if history is None else torch.cat([history, qkv])
-        convolved = causal_conv(seen, layer.conv_weight)[len(seen) - length :]
-        q, k, v = F.silu(convolved).split([d_k, d_k, d_v], dim=-1)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta = beta.squeeze(-1).to(state.dtype).sigmoid()
-        step = F.softplus(alpha.to(state.dtype) + layer.dt_bias.to(state.dtype))
-        g = -layer.A_log.to(state.dtype).exp().unsqueeze(-1) * step
-        if window.valid is not None:
-            beta, g = beta * window.valid.unsqueeze(-1), g * window.valid[..., None, None]
-        layer.watch_gates(window, g.flatten(2), beta)  # alpha's mean is over channels, too
-        q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
-        output, state = kimi_delta_rule(q, k, v, g, beta, state, need_output)
-        if not need_output:
-            return None, state, seen
-        assert output is not None
-        output = layer.norm(output.transpose(0, 1)) * z.sigmoid()
-        output, _ = layer.out_proj(output.reshape(length, batch, -1))
-        return output, state, seen
+    def gate(self, z: torch.Tensor) -> torch.Tensor:
+        return z.sigmoid()
 
+    @property
+    def rule(self) -> Recurrence:
+        from powernap.model.mixers.delta_rule import sequential_delta_rule
 
-def kimi_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    state: torch.Tensor,
-    need_output: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Run the rule over T tokens: one token by the recurrence, more by FLA's Triton kernel on CUDA where it is precise
-    enough, else by the chunked torch form. All take an initial state and carry gradients through both states.
-
-    Args:
-        q, k: [B, T, H, K]; k L2-normalised by the caller, q used as it is (no 1/sqrt(K)).
-        v: [B, T, H, V].
-        g: [B, T, H, K] log of the decay alpha of each channel, <= 0.
-        beta: [B, T, H] write strength.
-        state: [B, H, K, V], float32 (float64 when the inputs are).
-        need_output: False when only the final state matters; the output is then None.
-
-    Returns:
-        (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
-    """
-    from powernap.model.mixers.fla import fla_is_precise_enough_for
-
-    if q.shape[1] == 1:
-        return sequential_kimi_delta_rule(q, k, v, g, beta, state, need_output)
-    if q.is_cuda and fla_is_precise_enough_for(q.dtype):
-        return _fla(q, k, v, g, beta, state)
-    return chunked_kimi_delta_rule(q, k, v, g, beta, state, need_output)
-
-
-def sequential_kimi_delta_rule(q, k, v, g, beta, state, need_output: bool = True):
-    """The recurrence token by token: the reference of the other forms. Arguments as `kimi_delta_rule`."""
-    import torch
-
-    dtype = v.dtype
-    q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
-    outputs = []
-    for t in range(q.shape[1]):
-        state = g[:, t, :, :, None].exp() * state
-        recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        written = beta[:, t, :, None] * (v[:, t] - recalled)
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
-        if need_output:
-            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-    return torch.stack(outputs, dim=1).to(dtype) if need_output else None, state
+        return Recurrence(sequential_delta_rule, chunked_kimi_delta_rule, _fla)
 
 
 def chunked_kimi_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
@@ -177,52 +99,28 @@ def chunked_kimi_delta_rule(q, k, v, g, beta, state, need_output: bool = True, m
         (I + tril(beta A(k), -1)) u = beta (v - (exp(gamma) * k) S)
 
     and then  o = (exp(gamma) * q) S + A(q) u,   S' = exp(gamma_C)^T * S + (exp(gamma_C - gamma) * k)^T u.
-    As in delta_rule.py only the part that needs S goes from chunk to chunk. Arguments as `kimi_delta_rule`.
+    As in delta_rule.py only the part that needs S goes from chunk to chunk. Arguments as `Recurrence`.
     """
     import torch
-    import torch.nn.functional as F
 
-    batch, length, heads, key_dim = q.shape
-    value_dim, dtype = v.shape[-1], v.dtype
+    from powernap.model.mixers.delta_rule import through_chunks, to_chunks
+
+    length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
     chunk = even_chunk(length, max_chunk)
-    num_chunks = -(-length // chunk)
-    padding = num_chunks * chunk - length
-
-    def to_chunks(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, ...] -> [chunks * B * H, C, ...]
-        x = x.to(state.dtype)
-        if padding:  # g = beta = 0: a padded token neither decays nor writes
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
-        return x.unflatten(1, (num_chunks, chunk)).movedim((1, 3), (0, 2)).flatten(0, 2)
-
-    k, v, gamma = to_chunks(k), to_chunks(v), to_chunks(g).cumsum(1)
-    weight = to_chunks(beta).unsqueeze(-1)
-    from_start, total = gamma.exp(), gamma[:, -1:]
-    queries = [to_chunks(q)] if need_output else []
+    queries = [to_chunks(q, chunk, state.dtype)] if need_output else []
+    k, v, g, beta = (to_chunks(x, chunk, state.dtype) for x in (k, v, g, beta))
+    gamma, weight = g.cumsum(-2), beta.unsqueeze(-1)
+    from_start, total = gamma.exp(), gamma[..., -1:, :]
     products, *scores = decayed_products([k, *queries], k, gamma)
 
     right_side = torch.cat([weight * v, weight * from_start * k], dim=-1)
     # unitriangular=True: the diagonal and what is above it are never read
     solved = torch.linalg.solve_triangular(weight * products, right_side, upper=False, unitriangular=True)
     u_of_v, u_of_state = solved.split([value_dim, key_dim], dim=-1)
-    k_to_end = ((total - gamma).exp() * k).transpose(1, 2)
-    whole = total.exp().transpose(1, 2)
-
-    per_chunk = [u_of_v, u_of_state, whole, k_to_end, *(from_start * query for query in queries), *scores]
-    outputs = []
-    flat_state = state.flatten(0, 1)
-    # split, not indexing: the backward of n slices would fill n gradients of the full size
-    for u_v, u_s, decay, k_end, *query in zip(*(x.split(batch * heads) for x in per_chunk), strict=True):
-        u = torch.baddbmm(u_v, u_s, flat_state, alpha=-1)
-        if need_output:
-            q_start, score = query
-            outputs.append(torch.baddbmm(score @ u, q_start, flat_state))
-        flat_state = torch.baddbmm(decay * flat_state, k_end, u)
-    state = flat_state.view_as(state)
-    if not need_output:
-        return None, state
-    # Tokens first in memory, as the caller has it: its transpose to [T, B, H, V] is then contiguous.
-    output = torch.stack(outputs).unflatten(1, (batch, heads)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-    return output[:length].transpose(0, 1).to(dtype), state
+    k_to_end = ((total - gamma).exp() * k).transpose(-1, -2)
+    whole = total.exp().transpose(-1, -2)
+    reads = (from_start * queries[0], scores[0]) if need_output else None
+    return through_chunks(u_of_v, u_of_state, whole, k_to_end, reads, state, dtype, length)
 
 
 def decayed_products(rows: list[torch.Tensor], k: torch.Tensor, gamma: torch.Tensor) -> list[torch.Tensor]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from powernap.model.part import FP32, Cache, Device, Mixer, Weight, even_chunk
+from powernap.model.mixers.recurrent import Recurrence, RecurrentMixer, draw_step
+from powernap.model.part import FP32, Device, Weight, even_chunk
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ MAX_CHUNK = 32  # tokens in a chunk of the chunked form, as of the delta rule
 FLA_CHUNK = 64  # of FLA's kernel
 
 
-class Mamba2(Mixer):
+class Mamba2(RecurrentMixer):
     """x, B, C, gate z and step size dt from one projection.
 
     Per group its rows are [x | B | C | z | dt], so a tensor-parallel shard of whole groups is a plain slice.
@@ -47,7 +48,6 @@ class Mamba2(Mixer):
     head_dim: int = Field(ge=1, description="P, columns of a head's fast weights")
     state_dim: int = Field(ge=1, description="N, rows of a head's fast weights")
     groups: int = Field(1, ge=1, description="groups of heads, each with one B and C; tensor ranks split them")
-    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before x, B and C")
 
     def check(self, model: ModelConfig) -> None:
         if self.heads % self.groups:
@@ -56,6 +56,10 @@ class Mamba2(Mixer):
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.heads, self.state_dim, self.head_dim
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        return self.groups, self._channels
 
     @property
     def _width(self) -> int:
@@ -79,7 +83,7 @@ class Mamba2(Mixer):
             Weight("conv_weight", (*channels, self.conv_kernel), split=0, draw=self._draw_taps),
             Weight("conv_bias", channels, split=0, draw=self._draw_taps),
             Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
-            Weight("dt_bias", (self.heads,), split=0, draw=_draw_step),
+            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
             Weight("D", (self.heads,), split=0, draw=_ones),
             Weight("norm_weight", (self.groups, self._width), split=0, draw=_ones),
         ]
@@ -124,57 +128,24 @@ class Mamba2(Mixer):
 
         check_fla(dtype, device, "model.mamba2.state_dim", self.state_dim)
 
-    def forward(
-        self,
-        layer: MixerModule,
-        hidden_states: torch.Tensor,
-        state: torch.Tensor | None,
-        window: Window,
-        need_output: bool = True,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [L, B, D], state [B, heads/TP, N, P] -> (output [L, B, D] or None, new state)."""
-        assert state is not None
-        output, state, _ = self._mix(layer, hidden_states, state, window, need_output)
-        return output, state
-
-    def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
-        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
-        history = (batch, self.conv_kernel - 1, self.groups // layer.tp_size, self._channels)
-        return {**super().init_cache(layer, batch, slots, like), "history": like.new_zeros(history)}
-
-    def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
-        import torch
-
-        history = cache["history"].transpose(0, 1)
-        output, cache["state"], seen = self._mix(layer, hidden_states, cache["state"], window, history=history)
-        assert output is not None
-        history = seen[len(hidden_states) :].transpose(0, 1)
-        cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
-        return output
-
-    def _mix(
+    def mix(
         self,
         layer: MixerModule,
         hidden_states: torch.Tensor,
         state: torch.Tensor,
         window: Window,
-        need_output: bool = True,
-        history: torch.Tensor | None = None,
+        need_output: bool,
+        history: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Output, new state, and what the convolution saw; `history` [taps-1, B, groups/TP, C] is what it saw before."""
-        import torch
+        """hidden_states [L, B, D], state [B, heads/TP, N, P] -> (output [L, B, D] or None, new state, seen)."""
         import torch.nn.functional as F
-
-        from powernap.model.mixers.conv import causal_conv
 
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
         projected = projected.view(length, batch, self.groups // layer.tp_size, -1)
         xbc, z, step = projected.split([self._channels, self._width, self.heads // self.groups], dim=-1)
-        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
-            xbc = xbc * window.valid[..., None, None]
-        seen = xbc if history is None else torch.cat([history, xbc])
-        convolved = causal_conv(seen, layer.conv_weight)[len(seen) - length :] + layer.conv_bias.to(seen.dtype)
+        convolved, seen = self.convolve(layer, xbc, window, history)
+        convolved = convolved + layer.conv_bias.to(convolved.dtype)
         x, b, c = F.silu(convolved).split([self._width, self.state_dim, self.state_dim], dim=-1)
         x = x.reshape(length, batch, -1, self.head_dim)
         step = F.softplus(step.flatten(2).to(state.dtype) + layer.dt_bias.to(state.dtype))
@@ -200,40 +171,8 @@ class Mamba2(Mixer):
         return torch.empty(shape).uniform_(-bound, bound)
 
 
-def ssd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    state: torch.Tensor,
-    need_output: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t over T tokens: one token by the recurrence, more by FLA's
-    Triton kernel on CUDA where it is precise enough, else by the chunked torch form.
-
-    Args:
-        q, k: [B, T, G, N], each for heads / G heads.
-        v: [B, T, H, P].
-        g: [B, T, H] log of the decay, <= 0.
-        beta: [B, T, H] write strength.
-        state: [B, H, N, P], float32 (float64 when the inputs are).
-        need_output: False when only the final state matters; the output is then None.
-
-    Returns:
-        (o [B, T, H, P] in v's dtype, final state [B, H, N, P] in the state's dtype)
-    """
-    from powernap.model.mixers.fla import fla_is_precise_enough_for
-
-    if q.shape[1] == 1:
-        return sequential_ssd(q, k, v, g, beta, state, need_output)
-    if q.is_cuda and fla_is_precise_enough_for(q.dtype):
-        return _fla(q, k, v, g, beta, state)
-    return chunked_ssd(q, k, v, g, beta, state, need_output)
-
-
 def sequential_ssd(q, k, v, g, beta, state, need_output: bool = True):
-    """The recurrence token by token: the reference of the other forms. Arguments as `ssd`."""
+    """S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t token by token; q and k [B, T, G, N]. Arguments as `Recurrence`."""
     import torch
 
     dtype, of_a_group = v.dtype, v.shape[2] // q.shape[2]
@@ -255,7 +194,7 @@ def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: in
 
         o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + k^T (exp(gamma_C - gamma) u).
 
-    All but the two products with S is done for all chunks at once. Arguments as `ssd`.
+    All but the two products with S is done for all chunks at once. Arguments as `Recurrence`.
     """
     import torch
     import torch.nn.functional as F
@@ -310,18 +249,13 @@ def _fla(q, k, v, g, beta, state):
     return chunk_simple_gla(q, k, u, g.float(), scale=1.0, initial_state=state.float(), output_final_state=True)
 
 
+ssd = Recurrence(sequential_ssd, chunked_ssd, _fla)
+
+
 def _draw_decay(shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     return torch.empty(shape).uniform_(*A_RANGE).log()
-
-
-def _draw_step(shape: tuple[int, ...]) -> torch.Tensor:
-    """The bias whose softplus is the step size."""
-    import torch
-
-    step = torch.empty(shape).uniform_(*map(math.log, STEP_RANGE)).exp()
-    return step + torch.log(-torch.expm1(-step))
 
 
 def _ones(shape: tuple[int, ...]) -> torch.Tensor:

@@ -14,14 +14,13 @@ from powernap.model.mixers.kimi_delta_attention import (
     KimiDeltaAttention,
     chunked_kimi_delta_rule,
     decayed_products,
-    kimi_delta_rule,
-    sequential_kimi_delta_rule,
 )
 from powernap.train.recipe_file import RecipeError, load_recipe
 from tests.helpers import tiny
 
 B, H, K, V = 2, 3, 5, 4
-FORMS = [sequential_kimi_delta_rule, chunked_kimi_delta_rule]
+kimi_delta_rule = KimiDeltaAttention(heads=H, key_dim=K, value_dim=V).rule
+FORMS = [sequential_delta_rule, chunked_kimi_delta_rule]
 
 
 def inputs(length, decay=1.0, device="cpu", sizes=(B, H, K, V)):
@@ -61,7 +60,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("need_output", [True, False])
 def test_the_chunked_form_is_the_recurrence(length, decay, need_output):
     values = inputs(length, decay)
-    expected = run(sequential_kimi_delta_rule, values, need_output=need_output)
+    expected = run(sequential_delta_rule, values, need_output=need_output)
     for max_chunk in (1, 8, 32):
         assert_close(run(chunked_kimi_delta_rule, values, need_output=need_output, max_chunk=max_chunk), expected)
 
@@ -69,7 +68,7 @@ def test_the_chunked_form_is_the_recurrence(length, decay, need_output):
 def test_the_recurrence_is_the_papers_equation():
     """S_t = (I - beta k k^T) Diag(alpha) S_{t-1} + beta k v^T and o_t = S_t^T q_t, with the matrices written out."""
     q, k, v, g, beta, state = (x.detach() for x in inputs(9))
-    output, end = sequential_kimi_delta_rule(q, k, v, g, beta, state)
+    output, end = sequential_delta_rule(q, k, v, g, beta, state)
     for t in range(9):
         strength = beta[:, t, :, None, None]
         forget = torch.eye(K) - strength * k[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
@@ -127,7 +126,7 @@ def test_strong_and_weak_decays_side_by_side_are_finite_in_float32():
     values = inputs(75)
     strength = torch.tensor([1e4, 1e-6, 300.0, 0.0, 1.0])
     values[3] = (values[3] * strength).detach().requires_grad_()
-    expected = run(sequential_kimi_delta_rule, values)
+    expected = run(sequential_delta_rule, values)
     found = run(chunked_kimi_delta_rule, [x.detach().float().requires_grad_() for x in values])
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other).norm() <= 1e-5 * other.norm()
@@ -138,7 +137,7 @@ def test_bfloat16_inputs_keep_a_float32_state():
     low = [x.bfloat16() for x in values[:3]] + values[3:]
     output, state = kimi_delta_rule(*low)
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
-    expected, _ = sequential_kimi_delta_rule(*low)
+    expected, _ = sequential_delta_rule(*low)
     assert (output - expected).float().norm() / expected.float().norm() < 1e-2
 
 
@@ -150,7 +149,7 @@ def test_flas_kernel_is_the_recurrence(length, decay):
     exact = inputs(length, decay, device="cuda", sizes=(2, 4, 64, 64))
     low = [x.detach().bfloat16().requires_grad_() for x in exact[:3]]
     low += [x.detach().float().requires_grad_() for x in exact[3:]]
-    for one, other in zip(run(kimi_delta_rule, low), run(sequential_kimi_delta_rule, exact), strict=True):
+    for one, other in zip(run(kimi_delta_rule, low), run(sequential_delta_rule, exact), strict=True):
         # Under strong decay the gates' gradients are nothing but rounding.
         assert (one.double() - other).norm() <= 2e-2 * (1 + other.norm())
 

@@ -1,0 +1,133 @@
+"""What recurrent mixers share: a short causal convolution before a recurrence, and the forms that the recurrence has.
+
+Nothing here imports torch before it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from powernap.model.part import Cache, Mixer
+
+if TYPE_CHECKING:
+    import torch
+
+    from powernap.model.mixers.module import MixerModule
+    from powernap.model.window import Window
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Forms of one recurrence. Each takes an initial state, gives the final one, and carries gradients through both."""
+
+    sequential: Callable  # the recurrence written down token by token: the reference of the others
+    chunked: Callable  # matrix products, in torch
+    kernel: Callable  # FLA's, in Triton on CUDA; it computes outputs whether they are needed or not
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor,
+        need_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run T tokens: one by the recurrence, more by the kernel where it is precise enough, else in chunks.
+
+        Args:
+            q, k: [B, T, H, K], used as they are: no norm, no 1/sqrt(K). Mamba-2 has one for each group of heads.
+            v: [B, T, H, V].
+            g: [B, T, H] log of the decay, <= 0; [B, T, H, K] where every channel has its own.
+            beta: [B, T, H] write strength.
+            state: [B, H, K, V], float32 (float64 when the inputs are).
+            need_output: False when only the final state matters; the output is then None.
+
+        Returns:
+            (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
+        """
+        from powernap.model.mixers.fla import fla_is_precise_enough_for
+
+        if q.shape[1] == 1:
+            return self.sequential(q, k, v, g, beta, state, need_output)
+        if q.is_cuda and fla_is_precise_enough_for(q.dtype):
+            return self.kernel(q, k, v, g, beta, state)
+        return self.chunked(q, k, v, g, beta, state, need_output)
+
+
+class RecurrentMixer(Mixer):
+    """Fast weights, written behind a causal convolution that sees its own window only."""
+
+    conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before the recurrence")
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """Heads or groups, which tensor ranks split, and the channels of one."""
+        raise NotImplementedError
+
+    def mix(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor,
+        window: Window,
+        need_output: bool,
+        history: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """`forward`, with what the convolution saw before, and what it has seen then, as `convolve` has them."""
+        raise NotImplementedError
+
+    def convolve(
+        self, layer: MixerModule, inputs: torch.Tensor, window: Window, history: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """inputs [L, B, *conv_shape/TP], history [taps-1, B, ...] or None -> (convolved, as inputs; history and inputs)."""
+        import torch
+
+        from powernap.model.mixers.conv import causal_conv
+
+        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
+            inputs = inputs * window.valid[..., None, None]
+        seen = inputs if history is None else torch.cat([history, inputs])
+        return causal_conv(seen, layer.conv_weight)[len(seen) - len(inputs) :], seen
+
+    def forward(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor | None,
+        window: Window,
+        need_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        assert state is not None
+        output, state, _ = self.mix(layer, hidden_states, state, window, need_output, None)
+        return output, state
+
+    def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
+        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
+        split, channels = self.conv_shape
+        history = like.new_zeros((batch, self.conv_kernel - 1, split // layer.tp_size, channels))
+        return {**super().init_cache(layer, batch, slots, like), "history": history}
+
+    def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
+        import torch
+
+        history = cache["history"].transpose(0, 1)
+        output, cache["state"], seen = self.mix(layer, hidden_states, cache["state"], window, True, history)
+        assert output is not None
+        history = seen[len(hidden_states) :].transpose(0, 1)
+        cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
+        return output
+
+
+def draw_step(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
+    """Biases whose softplus, the step size at the start, is drawn log-uniformly."""
+    import torch
+
+    step = torch.empty(shape).uniform_(math.log(low), math.log(high)).exp()
+    return step + torch.log(-torch.expm1(-step))
