@@ -1,5 +1,6 @@
 """Other people's code: what installed packages offer under Powernap's entry points. Nothing here imports torch."""
 
+import functools
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,6 +16,7 @@ def offered_by(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=f"powernap.{group}")})
 
 
+@functools.cache
 def plugins(group: str) -> dict[str, Any]:
     """Name -> object of every entry point of `powernap.<group>`.
 

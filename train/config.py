@@ -6,7 +6,7 @@ Nothing here imports torch.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.plugins import offered_by
@@ -15,6 +15,13 @@ from powernap.parallel.planning.layout import sequence_costs, split_layers
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
 MOST_SEGMENTS = 2**16  # of a sequence: windows and the passes over them
+
+
+def _one_of(own: list[str], group: str, name: str) -> str:
+    """`name`, if it is one of Powernap's `own` or an entry point of `powernap.<group>`."""
+    if name in own or name in offered_by(group):
+        return name
+    raise ValueError(f"no {group[:-1]} '{name}': installed are {', '.join([*own, *offered_by(group)])}")
 
 
 class RunSection(Section):
@@ -36,10 +43,7 @@ class RunSection(Section):
     @field_validator("trackers")
     @classmethod
     def _are_installed(cls, trackers: list[str]) -> list[str]:
-        offered = ["mlflow", *offered_by("trackers")] if set(trackers) - {"mlflow"} else ["mlflow"]
-        if unknown := [name for name in trackers if name not in offered]:
-            raise ValueError(f"no tracker '{unknown[0]}': installed are {', '.join(offered)}")
-        return trackers
+        return [_one_of(["mlflow"], "trackers", name) for name in trackers]
 
 
 class DatasetConfig(Section):
@@ -155,9 +159,11 @@ class CheckpointConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices inside the blocks with AdamW for the rest."""
+    """AdamW, or Muon for matrices inside the blocks with AdamW for the rest, or another package's."""
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="adamw, or muon for matrices (arXiv 2605.26099)")
+    name: str = Field(
+        "adamw", description="adamw, muon for matrices (arXiv 2605.26099), or an installed package's optimizer"
+    )
     lr: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of both moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
@@ -166,8 +172,19 @@ class OptimizerConfig(Section):
     muon_lr: float = Field(2e-3, gt=0, description="Muon's peak learning rate")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    schedule: str = Field(
+        "wsd", description="learning rate: wsd (warm-up, constant, linear decay), or an installed package's schedule"
+    )
     hold: float = Field(0.6, ge=0, le=1, description="fraction of all steps at the peak before the linear decay")
     final_lr: float = Field(0.02, ge=0, le=1, description="where the decay ends, as a fraction of the peak")
+
+    @field_validator("name", "schedule")
+    @classmethod
+    def _is_installed(cls, name: str, info: ValidationInfo) -> str:
+        group, own = {"name": ("optimizers", ["adamw", "muon"]), "schedule": ("schedules", ["wsd"])}[
+            info.field_name or ""
+        ]
+        return _one_of(own, group, name)
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -193,6 +210,10 @@ class ParallelConfig(Section):
         None, min_length=1, description="blocks of each stage, such as AG|GAG|AG; null: balanced by cost"
     )
     timeout_seconds: float = Field(600, gt=0, description="how long a rank waits for another before it gives up")
+
+    @property
+    def grid(self) -> str:
+        return f"parallel.data={self.data} x tensor={self.tensor} x pipeline={self.pipeline}"
 
     @property
     def world_size(self) -> int:

@@ -3,13 +3,14 @@
 import torch
 
 from powernap.model.parameters import parameters
+from powernap.model.plugins import plugins
 from powernap.model.stage import HybridStage
 from powernap.parallel.planning.memory import optimizer_groups
 from powernap.train.config import OptimizerConfig
 
 
 def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters, or Muon over the blocks' matrices with AdamW over the rest.
+    """AdamW over all parameters, Muon over the blocks' matrices with AdamW over the rest, or another package's optimizer.
 
     Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone, beside Muon the output
     head too.
@@ -19,12 +20,15 @@ def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.
     named = dict(stage.named_parameters())
     matrices, rest = ([named[w.name] for w in group] for group, _ in optimizer_groups(ordered, config.name))
     adamw = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.name == "adamw":
-        groups = [
+    if config.name != "muon":
+        decayed = [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([{**adamw, **group} for group in groups], fused=True)
+        groups = [{**adamw, **group} for group in decayed]
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, fused=True)
+        return plugins("optimizers")[config.name](groups, config)
     # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -44,7 +48,10 @@ def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of `step` (from 1) as a fraction of the peak: linear warm-up, constant, linear decay."""
+    """The learning rate of `step` (from 1) as a fraction of the peak: linear warm-up, constant, linear decay, or another
+    package's schedule."""
+    if config.schedule != "wsd":
+        return plugins("schedules")[config.schedule](step, steps, config)
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     progress = (step - 1) / steps
     if progress < config.hold:

@@ -54,9 +54,7 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
     joining = torchrun.already_started()
     processes = recipe.parallel.world_size
     if joining:
-        parallel = recipe.parallel
-        grid = f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
-        torchrun.check_world_size(processes, grid)
+        torchrun.check_world_size(processes, recipe.parallel.grid)
     else:
         torchrun.share_of_this_machine(processes)
         from powernap.train.data.check import check_data

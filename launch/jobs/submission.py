@@ -158,17 +158,12 @@ def _job(recipe: Recipe, description: JobDescription, cluster: Profile) -> Job:
     refuse_secrets(recipe)
     return Job(
         recipe=recipe,
-        description=description.resolved(recipe.parallel.world_size, _layout(recipe)),
+        description=description.resolved(recipe.parallel.world_size, recipe.parallel.grid),
         cluster=cluster,
         token=secrets.token_hex(8),
         attempt=next_attempt(recipe.run_folder),
         work=Path.cwd(),
     )
-
-
-def _layout(recipe: Recipe) -> str:
-    parallel = recipe.parallel
-    return f"parallel.data={parallel.data} x tensor={parallel.tensor} x pipeline={parallel.pipeline}"
 
 
 def _check_layout(job: Job) -> None:
@@ -181,7 +176,7 @@ def _check_layout(job: Job) -> None:
     if not found.fits:
         most = max(stage.memory.total for stage in found.stages)
         raise JobError(
-            f"{_layout(job.recipe)} needs {in_bytes(most)} of a GPU's {memory}: see powernap plan --suggest "
+            f"{job.recipe.parallel.grid} needs {in_bytes(most)} of a GPU's {memory}: see powernap plan --suggest "
             f"--devices {job.recipe.parallel.world_size} --memory {memory}"
         )
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from powernap.model.parameters import parameters
 from powernap.model.part import FP32, Device, Weight
+from powernap.model.plugins import plugins
 from powernap.model.segments import Segment
 from powernap.parallel.planning.timeline import FORWARD, schedule
 from powernap.parallel.planning.work import Recipe, micro_batches, round_up
@@ -56,12 +57,15 @@ def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
 
 
 def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[Weight], int]]:
-    """The optimizer's two parameter groups and the moments it keeps for each: AdamW's for matrices and for the rest, or
-    Muon's, for the blocks' matrices, and AdamW's for the rest."""
+    """The optimizer's two parameter groups and the moments it keeps for each: matrices and the rest, or with Muon the blocks'
+    matrices and, for AdamW, the rest. Another package's optimizer says its `moments`."""
     matrices = [w for w in weights if w.is_matrix]
-    inside = [w for w in matrices if optimizer == "adamw" or w.name.startswith("decoder.")]
+    inside = [w for w in matrices if optimizer != "muon" or w.name.startswith("decoder.")]
     rest = [w for w in matrices if w not in inside] + [w for w in weights if not w.is_matrix]
-    return [(inside, 1 if optimizer == "muon" else 2), (rest, 2)]
+    if optimizer == "muon":
+        return [(inside, 1), (rest, 2)]
+    moments = 2 if optimizer == "adamw" else plugins("optimizers")[optimizer].moments
+    return [(inside, moments), (rest, moments)]
 
 
 class States(NamedTuple):

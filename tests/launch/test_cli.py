@@ -73,6 +73,8 @@ def test_checking_a_recipe_does_not_import_torch():
         (["sleep.passes=0"], ["sleep.passes=0", "N, passes over a consolidation window"]),
         (["sleep.passes=[]"], ["sleep.passes=[]"]),
         (["model.pattern=AX"], ["model.pattern=AX", "use only the letters A, G", "A attention, G gated delta net"]),
+        (["optimizer.name=lino"], ["no optimizer 'lino'", "adamw, muon"]),
+        (["optimizer.schedule=cos"], ["no schedule 'cos'", "wsd"]),
         (["model.attention.heads=5"], ["attention.heads=5", "hidden_size=32"]),
         (["sleep.loop_range=[0,3]"], ["loop_range=[0, 3]", "2"]),
         (["sleep.loop_range=[0,1]"], ["loop_range=[0, 1]", "block with fast weights (G"]),
