@@ -11,6 +11,7 @@ methods that compute import what they need.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -61,27 +62,27 @@ class Part(Section):
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError, in one line, if its fields do not fit the model."""
 
+    @abstractmethod
     def split_sizes(self) -> dict[str, int]:
         """Field -> what it counts that parallel.tensor must divide."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, model: ModelConfig) -> list[Weight]:
         """Its parameters, in the order in which they are drawn."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
         """Forward FLOPs per token; `state_only`: of a pass whose output nobody reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
         """Bytes per token that autograd keeps of its forward pass, the block's norms left out; `number`: bytes of one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def module_spec(self, model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
         """How Megatron-core builds its module."""
-        raise NotImplementedError
 
 
 class Mixer(Part):
@@ -123,6 +124,7 @@ class Mixer(Part):
         heads, rows, columns = self.state_shape
         return zero_state(batch, heads // layer.tp_size, rows, columns, like)
 
+    @abstractmethod
     def forward(
         self,
         layer: MixerModule,
@@ -132,15 +134,14 @@ class Mixer(Part):
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """hidden_states [L, B, D] and the state of the window's start -> (output [L, B, D] or None, new state)."""
-        raise NotImplementedError
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """What `decode` starts from; `slots`: tokens that attention sees, those of the window and those before."""
         return {"state": self.first_state(layer, batch, like)}
 
+    @abstractmethod
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; `cache` gets what the next chunk needs."""
-        raise NotImplementedError
 
     def state_of(self, cache: Cache, rows: list[int], before: int) -> torch.Tensor:
         """The state that a window's sleep begins with; `before`: slots of the tokens before the window."""

@@ -195,6 +195,11 @@ def test_shards_of_ones_own(tmp_path):
             {"mixers": {"a": "a:A"}},
             "letter A and section other must differ from those of attention (A, attention)",
         ),
+        (
+            {"a.py": "from powernap.model.part import Mixer\nclass A(Mixer):\n    letter, title, section = 'Z', 'a', 'a'"},
+            {"mixers": {"a": "a:A"}},
+            "entry point a of powernap.mixers: A lacks activation_bytes, decode, flops, forward, split_sizes, weights",
+        ),
         ({"a.py": "A = 3"}, {"clusters": {"slurm": "a:A"}}, "entry point slurm of powernap.clusters: must be a new name"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters
 import inspect
 import os
 import re
+from abc import abstractmethod
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -70,9 +71,9 @@ class Profile(Section):
     )
     network: Network = Network()
 
+    @abstractmethod
     def backend(self) -> "Backend":
         """What submits to it and asks about jobs."""
-        raise NotImplementedError
 
     @field_validator("device_memory")
     @classmethod
@@ -226,10 +227,10 @@ def kinds() -> dict[str, type[Profile]]:
     """Kind of a cluster -> class of its profile: Powernap's own, and those of installed packages (powernap.clusters)."""
     found = dict(BUILT_IN)
     for name, kind in plugins("clusters").items():
-        if name in found or not (inspect.isclass(kind) and issubclass(kind, Profile)):
+        if name in found or not (inspect.isclass(kind) and issubclass(kind, Profile) and not kind.__abstractmethods__):
             raise PluginError(
                 f"entry point {name} of powernap.clusters: must be a new name for a class derived from "
-                "powernap.launch.jobs.cluster.Profile"
+                "powernap.launch.jobs.cluster.Profile, with a backend"
             )
         found[name] = kind
     return found

@@ -21,6 +21,8 @@ def _registry() -> dict[str, type[Mixer]]:
             raise PluginError(f"{where}: {kind!r} is no class derived from powernap.model.part.Mixer")
         if missing := [field for field in ("letter", "title", "section") if not hasattr(kind, field)]:
             raise PluginError(f"{where}: {kind.__name__} does not say its {missing[0]}")
+        if kind.__abstractmethods__:
+            raise PluginError(f"{where}: {kind.__name__} lacks {', '.join(sorted(kind.__abstractmethods__))}")
         if len(kind.letter) != 1 or not kind.letter.isalpha() or not kind.section.isidentifier():
             raise PluginError(f"{where}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
         for other in found.values():

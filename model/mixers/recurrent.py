@@ -6,6 +6,7 @@ Nothing here imports torch before it computes.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -67,10 +68,11 @@ class RecurrentMixer(Mixer):
     conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before the recurrence")
 
     @property
+    @abstractmethod
     def conv_shape(self) -> tuple[int, int]:
         """Heads or groups, which tensor ranks split, and the channels of one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mix(
         self,
         layer: MixerModule,
@@ -81,7 +83,6 @@ class RecurrentMixer(Mixer):
         history: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """`forward`, with what the convolution saw before, and what it has seen then, as `convolve` has them."""
-        raise NotImplementedError
 
     def convolve(
         self, layer: MixerModule, inputs: torch.Tensor, window: Window, history: torch.Tensor | None
