@@ -18,11 +18,6 @@ TASKS: dict[str, type[Any]] = {"depo": Depo, "gsm": Gsm, "rule110": Rule110}
 REQUIRED = ("vocab_size", "sequence_length", "context_length", "window", "sample", "token_name")
 
 
-def task_names() -> list[str]:
-    """Those that need no import path: Powernap's own, and the entry points of `powernap.tasks`."""
-    return [*TASKS, *(name for name in plugins("tasks") if name not in TASKS)]
-
-
 def task_kind(name: str) -> type[Any]:
     """The class of a task.
 
