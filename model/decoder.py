@@ -13,7 +13,7 @@ A stream does not know which of its tokens would bear loss. Training without sle
 that follow each other once each; here all but the last of them sleep as any other window does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -66,14 +66,17 @@ class Decoder:
         Returns:
             `logits`, which the next call writes over
         """
-        self._feed(tokens, logits=None)
+        for _ in self._feed(tokens, every_token=False):
+            pass
         return self.logits
 
     @torch.no_grad()
     def feed_with_logits(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """`feed`, with the logits after every token: one [n, vocabulary] for each stream."""
         logits: list[list[torch.Tensor]] = [[] for _ in range(self.batch)]
-        self._feed(tokens, logits)
+        for rows, new in self._feed(tokens, every_token=True):
+            for column, row in enumerate(rows):
+                logits[row].append(new[:, column])
         return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in logits]
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -92,31 +95,33 @@ class Decoder:
         """Bytes of all tensors held, the model's left out."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._named().values())
 
-    def _feed(self, tokens: Sequence[Sequence[int]], logits: list[list[torch.Tensor]] | None) -> None:
+    def _feed(self, tokens: Sequence[Sequence[int]], every_token: bool) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Read `tokens`, sleeping on the way; after each pass its rows and their logits: of all n tokens, or of the last."""
         assert len(tokens) == self.batch
         window = self.stage.model.window
         coming = [torch.as_tensor(list(row), dtype=torch.int64) for row in tokens]
         # If no logits are requested, skip the awake pass over a window that is about to be consolidated, unless sleep
         # starts from what that pass left.
-        may_skip = logits is None and not self._starts_after_reading
+        may_skip = not every_token and not self._starts_after_reading
         while rows := [row for row in range(self.batch) if len(coming[row])]:
-            filled = self._filled.tolist()
-            if full := [row for row in rows if filled[row] == window]:
+            if full := [row for row in rows if self._filled[row] == window]:
                 self._sleep(full)
-                filled = self._filled.tolist()
-            room = {row: window - filled[row] for row in rows}
-            if may_skip and (passing := [row for row in rows if len(coming[row]) > room[row]]):
-                for row in passing:
-                    self._tokens[row, self._before + filled[row] :] = coming[row][: room[row]]
-                    self._filled[row] = window
+            room = {row: window - int(self._filled[row]) for row in rows}
+            overfull = [row for row in rows if len(coming[row]) > room[row]]
+            if may_skip and overfull:
+                for row in overfull:
+                    self._fill(row, coming[row][: room[row]])
                     coming[row] = coming[row][room[row] :]
                 continue
             length = min(min(room[row], len(coming[row])) for row in rows)
-            read = self._read(rows, torch.stack([coming[row][:length] for row in rows]), logits is not None)
-            for place, row in enumerate(rows):
+            yield rows, self._read(rows, torch.stack([coming[row][:length] for row in rows]), every_token)
+            for row in rows:
                 coming[row] = coming[row][length:]
-                if logits is not None:
-                    logits[row].append(read[:, place])
+
+    def _fill(self, row: int, tokens: torch.Tensor) -> None:
+        """Complete the window of `row` without reading it."""
+        self._tokens[row, self._before + int(self._filled[row]) :] = tokens
+        self._filled[row] = self.stage.model.window
 
     def _read(self, rows: list[int], tokens: torch.Tensor, every_token: bool) -> torch.Tensor:
         """Read [R, n] tokens of windows that have room for them, in one pass; the logits of all n, or of the last."""

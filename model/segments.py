@@ -9,7 +9,6 @@ attention block those of its last pass.
 With sleep.write=last a block's fast weights change in its last pass over a window only: every pass, reading included,
 begins with the state of the window's start, reads and updates a copy of its own, and all but the last drop it.
 
-
 Nothing here imports torch: `powernap plan` cuts a recipe as training cuts a batch (model/batch.py).
 """
 

@@ -6,6 +6,7 @@ parallel schedule runs the same segments and is tested against it.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -49,28 +50,38 @@ def sleep_and_predict(
     loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
     for segment in segments:
-        where = segment.where
-
-        def run(hidden_states, *memory, segment=segment, where=where):
-            hidden_states, memory = stage(segment, inputs, hidden_states, memory)
-            loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where]) if segment.predicts else None
-            return hidden_states, loss, *memory
-
-        keep = segment.with_grad and torch.is_grad_enabled()
+        run = partial(_run, stage, segment, inputs, targets, loss_mask)
         with (
             nullcontext() if segment.with_grad else torch.no_grad(),
             health.watch(segment) if health else nullcontext(),
         ):
-            if recompute and keep:  # no dropout anywhere: no random state to restore
+            if recompute and torch.is_grad_enabled():  # no dropout anywhere: no random state to restore
                 results = checkpoint(run, hidden_states, *memory, use_reentrant=False, preserve_rng_state=False)
             else:
                 results = run(hidden_states, *memory)
-        hidden_states, segment_loss, *memory = results
-        memory = tuple(memory)
+        hidden_states, segment_loss, *states = results
+        memory = tuple(states)
         if health:
             health.record(segment, memory)
         if segment.predicts:
             loss = loss + segment_loss
-            if predictions is not None:
-                predictions[:, 1:][:, where] = stage.predictions(hidden_states)
+        if segment.predicts and predictions is not None:
+            predictions[:, 1:][:, segment.where] = stage.predictions(hidden_states)
     return SleepOutput(loss, predictions, memory)
+
+
+def _run(
+    stage: HybridStage,
+    segment: Segment,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    loss_mask: torch.Tensor,
+    hidden_states: torch.Tensor | None,
+    *memory: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """One segment: its hidden states, its loss if it predicts, and what it leaves in each block."""
+    hidden_states, left = stage(segment, inputs, hidden_states, memory)
+    loss = None
+    if segment.predicts:
+        loss = stage.loss(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])
+    return hidden_states, loss, *left

@@ -98,6 +98,43 @@ class ModelParallelUnit:
         return self._groups.pp.size()
 
 
+def _config(
+    stage: torch.nn.Module,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+    clip: float,
+    micro_batch_size: int,
+    level: int,
+    offload: bool,
+) -> dict[str, Any]:
+    """DeepSpeed's."""
+    zero: dict[str, Any] = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": level > 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if (precision, level) in (("fp32", 1), ("bf16", 2)):
+        # Its buffer to reduce gradients in: in float32 as large as all of them again, there in all backward passes; at
+        # bf16 stage 2 it would be bf16.
+        zero["contiguous_gradients"] = False
+    if level == 3:
+        # A prefetcher learns one order of layers; ours changes with N.
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # the sum over data-parallel ranks too
+    return config
+
+
 class _Gradients:
     """All gradients of a stage in one buffer that stays from step to step.
 
@@ -161,32 +198,9 @@ class ZeroOptimizer:
         # the clipping would be of updates. So there we average and clip ourselves first. Its bf16 optimizer has the
         # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
-        zero: dict[str, Any] = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
-        keep_gradients = precision == "fp32" and level == 1
-        if keep_gradients:
-            # DeepSpeed's buffer to reduce them in, as large again, would be there in all backward passes.
-            zero["contiguous_gradients"] = False
-        if level == 3:
-            # A prefetcher learns one order of layers; ours changes with N.
-            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
-        if offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": level > 1,
-            "gradient_clipping": 0.0 if self._clip_here else clip,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        }
-        if precision == "bf16":
-            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-            config["communication_data_type"] = "fp32"  # the sum over data-parallel ranks too
-            if level == 2:
-                zero["contiguous_gradients"] = False  # its staging buffer is bf16
+        config = _config(
+            stage, topology.device, precision, 0.0 if self._clip_here else clip, micro_batch_size, level, offload
+        )
         import deepspeed  # late: it looks at the environment that topology.initialize prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
@@ -201,7 +215,7 @@ class ZeroOptimizer:
         if precision == "bf16":
             for parameter in stage.parameters():
                 parameter.grad_dtype = torch.float32
-        self._gradients = _Gradients(stage) if keep_gradients else None
+        self._gradients = _Gradients(stage) if precision == "fp32" and level == 1 else None
         if level == 3 and stage.model.tie_embeddings:
             assert stage.embedding is not None
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)

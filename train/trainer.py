@@ -7,6 +7,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -55,80 +56,120 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
         topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here,
         RunFolder(recipe.run_folder).locked(here),
     ):
-        folder = RunFolder(recipe.run_folder)
-        start, passed_over = find_checkpoint(folder, here) if resume else (None, [])
-        here.raise_together(lambda: folder.create(recipe))
-
-        stage, zero = build(recipe, here)
-        done = 0
-        state: dict[str, Any] = {"data": None, "skipped": 0, "skipped_steps": []}
-        memory: Memory | None = None
-        if start:
-            start.load(stage, zero, here)
-            done, state = start.step, start.state
-            here.raise_together(lambda: folder.restore_mlflow_run_id(state["mlflow_run_id"]))
-            if recipe.sleep.carry:
-                memory = start.load_memory(stage, here)
-        skipped, data_state = state["skipped"], state["data"]
-        resume_step = done if resume else None
-        skipped_steps = SkippedSteps(recipe, folder, here, state["skipped_steps"], resume_step)
-        spikes = Spikes(recipe.train.spike_factor, stage, here)
-        writer = checkpoint_writer(recipe, folder, here)
-        with RunLog(recipe, folder, here, resume_step) as log, anomalies_detected(stage, here, detect_anomaly):
-            log.start(count_parameters(stage, here), passed_over)
-            batches = read_batches(recipe, here, data_state)
-            stop = agree_to_stop(signals, here)
-            for step in range(done + 1, recipe.train.steps + 1):
-                if stop:
-                    break
-                signals.check()
-                here.progress.step = step
-                here.progress.note("reading the batch")
-                batch, data_state = next(batches)
-                if step == done + 1:
-                    here.raise_together(partial(write_work, folder, recipe, batch))
-                metrics, memory = train_step(recipe, stage, zero, batch, step, here, memory)
-                assert zero.gradient_norms is not None
-                if "skipped_step" in metrics:
-                    line, memory = skipped_steps.add(step, metrics, batch, stage, zero.gradient_norms, memory)
-                    log.event("%s", line)
-                else:
-                    for line in spikes.look(step, metrics, zero.gradient_norms):
-                        log.event("%s", line)
-                for reason in metrics.pop("skipped", []):
-                    skipped += 1
-                    log.event("step %d, done without: %s", step, reason)
-                    if skipped > recipe.data.skip_budget:
-                        raise DataError(f"more than data.skip_budget={recipe.data.skip_budget} skipped; last: {reason}")
-                last = step == recipe.train.steps
-                stop = agree_to_stop(signals, here) and not last
-                if recipe.data.test and not stop and (last or is_due(step, recipe.evaluation.every)):
-                    passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
-                    here.progress.note("evaluating")
-                    metrics |= evaluate(stage, recipe, passes, samples, here, floors=False).metrics()
-                log.step(step, metrics)
-                skipped_steps.check_budget()
-                log.checkpoint(writer.news())
-                if last or stop or is_due(step, recipe.checkpoint.every):
-                    here.progress.note("saving a checkpoint")
-                    states = here.all_gather_over_data(data_state)
-                    data_state = merge_states(states) if here.is_data_source else None
-                    state = {
-                        "data": data_state,
-                        "skipped": skipped,
-                        "skipped_steps": skipped_steps.steps,
-                        "mlflow_run_id": folder.mlflow_run_id,
-                    }
-                    writer.save(step, stage, zero, state, memory)
-            here.progress.note("waiting for the last checkpoint to be written")
-            log.checkpoint(writer.finish())
-            if skipped:
-                log.event("%d samples or shards could not be used", skipped)
-            if stop:
-                log.stopped(here.progress.step or done)
+        trainer = Trainer(recipe, here, resume)
+        with trainer.log, anomalies_detected(trainer.stage, here, detect_anomaly):
+            stopped = trainer.train(signals)
         here.progress.note("waiting for the other ranks to be done")
         here.barrier()  # torchrun ends all when the first one leaves
-    return not stop
+    return not stopped
+
+
+@dataclass
+class TrainState:
+    """What the next step needs besides weights and optimizer states. A checkpoint keeps it."""
+
+    step: int = 0  # the last one done
+    data: State | None = None  # of the sample stream after that step; None: at its start, or on ranks that do not read
+    unusable: int = 0  # samples and shards left out so far
+    memory: Memory | None = None  # under sleep.carry: what this stage's sequences left; None before the first step
+
+
+class Trainer:
+    """A run on this rank: model, optimizer, data, log. All ranks hold one and call it together."""
+
+    def __init__(self, recipe: Recipe, here: Topology, resume: bool):
+        self.recipe, self.here = recipe, here
+        self.folder = folder = RunFolder(recipe.run_folder)
+        start, self.passed_over = find_checkpoint(folder, here) if resume else (None, [])
+        here.raise_together(lambda: folder.create(recipe))
+        self.stage, self.zero = build(recipe, here)
+        self.state, skipped_steps = self.restore(start) if start else (TrainState(), [])
+        self.first_step = self.state.step + 1
+        resume_step = self.state.step if resume else None
+        self.skipped_steps = SkippedSteps(recipe, folder, here, skipped_steps, resume_step)
+        self.spikes = Spikes(recipe.train.spike_factor, self.stage, here)
+        self.writer = checkpoint_writer(recipe, folder, here)
+        self.log = RunLog(recipe, folder, here, resume_step)
+
+    def restore(self, start: Checkpoint) -> tuple[TrainState, list[int]]:
+        """Load weights and optimizer states; returns what else a checkpoint keeps, and the steps skipped before it."""
+        start.load(self.stage, self.zero, self.here)
+        saved = start.state
+        self.here.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
+        memory = start.load_memory(self.stage, self.here) if self.recipe.sleep.carry else None
+        return TrainState(start.step, saved["data"], saved["skipped"], memory), saved["skipped_steps"]
+
+    def train(self, signals: Signals) -> bool:
+        """Step until all steps are done or any rank is asked to stop; returns whether one was."""
+        recipe, here, state = self.recipe, self.here, self.state
+        self.log.start(count_parameters(self.stage, here), self.passed_over)
+        batches = read_batches(recipe, here, state.data)
+        stop = agree_to_stop(signals, here)
+        while state.step < recipe.train.steps and not stop:
+            signals.check()
+            here.progress.step = state.step + 1
+            metrics = self.step(batches)
+            last = state.step == recipe.train.steps
+            stop = agree_to_stop(signals, here) and not last
+            if recipe.data.test and not stop and (last or is_due(state.step, recipe.evaluation.every)):
+                here.progress.note("evaluating")
+                passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
+                metrics |= evaluate(self.stage, recipe, passes, samples, here, floors=False).metrics()
+            self.log.step(state.step, metrics)
+            self.skipped_steps.check_budget()
+            self.log.checkpoint(self.writer.news())
+            if last or stop or is_due(state.step, recipe.checkpoint.every):
+                self.save()
+        here.progress.note("waiting for the last checkpoint to be written")
+        self.log.checkpoint(self.writer.finish())
+        if state.unusable:
+            self.log.event("%d samples or shards could not be used", state.unusable)
+        if stop:
+            self.log.stopped(state.step)
+        return stop
+
+    def step(self, batches: Iterator[tuple[Batch, State | None]]) -> dict[str, Any]:
+        """Read a batch, step, report what was unusual about it; returns the step's metrics."""
+        recipe, here, state, step = self.recipe, self.here, self.state, self.state.step + 1
+        here.progress.note("reading the batch")
+        batch, state.data = next(batches)
+        if step == self.first_step:
+            here.raise_together(partial(write_work, self.folder, recipe, batch))
+        metrics, state.memory = train_step(recipe, self.stage, self.zero, batch, step, here, state.memory)
+        norms = self.zero.gradient_norms
+        assert norms is not None
+        if "skipped_step" in metrics:
+            line, state.memory = self.skipped_steps.add(step, metrics, batch, self.stage, norms, state.memory)
+            self.log.event("%s", line)
+        else:
+            for line in self.spikes.check(step, metrics, norms):
+                self.log.event("%s", line)
+        self.count_unusable(step, metrics.pop("unusable", []))
+        state.step = step
+        return metrics
+
+    def count_unusable(self, step: int, reasons: list[str]) -> None:
+        """Raises DataError if more samples and shards were left out than data.skip_budget allows."""
+        budget = self.recipe.data.skip_budget
+        for reason in reasons:
+            self.state.unusable += 1
+            self.log.event("step %d, done without: %s", step, reason)
+            if self.state.unusable > budget:
+                raise DataError(f"more than data.skip_budget={budget} skipped; last: {reason}")
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the last step."""
+        here, state = self.here, self.state
+        here.progress.note("saving a checkpoint")
+        states = here.all_gather_over_data(state.data)
+        state.data = merge_states(states) if here.is_data_source else None
+        saved = {
+            "data": state.data,
+            "skipped": state.unusable,
+            "skipped_steps": self.skipped_steps.steps,
+            "mlflow_run_id": self.folder.mlflow_run_id,
+        }
+        self.writer.save(state.step, self.stage, self.zero, saved, state.memory)
 
 
 def find_checkpoint(folder: RunFolder, here: Topology) -> tuple[Checkpoint | None, list[str]]:
@@ -218,8 +259,9 @@ def train_step(
         memory: under sleep.carry what this stage's sequences left in the step before; None at the first.
 
     Returns:
-        the step's metrics over all ranks, with "skipped_step" if it changed nothing since loss or gradient are not
-        finite; and what the sequences leave for the next step, None without sleep.carry
+        the step's metrics over all ranks, with "skipped_step" if loss or gradient are not finite and nothing changed, and
+        with "unusable", the reasons, if samples or shards were left out; and what the sequences leave for the next step,
+        None without sleep.carry
     """
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
@@ -228,8 +270,8 @@ def train_step(
         check_same_segments(micro_batches, here)
     here.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
-    counts = [int(batch.loss_mask[:, 1:].sum()), len(batch.skipped), fingerprint(batch.tokens)]
-    loss_tokens, skipped, samples = here.all_reduce_over_data(torch.tensor(counts, device=here.device)).tolist()
+    counts = [int(batch.loss_mask[:, 1:].sum()), len(batch.unusable), fingerprint(batch.tokens)]
+    loss_tokens, unusable, samples = here.all_reduce_over_data(torch.tensor(counts, device=here.device)).tolist()
     if not loss_tokens:
         raise DataError(f"step {step}: no sequence of the batch holds a loss token")
     watched = step == 1 or step % recipe.train.log_every == 0
@@ -256,8 +298,8 @@ def train_step(
     }
     if not math.isfinite(grad_norm):
         metrics["skipped_step"] = True
-    if skipped:
-        metrics["skipped"] = [reason for part in here.all_gather_over_data(batch.skipped) for reason in part]
+    if unusable:
+        metrics["unusable"] = [reason for part in here.all_gather_over_data(batch.unusable) for reason in part]
     if health:
         metrics["tokens_per_second"] = tokens / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)

@@ -26,6 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.tracking.delivery import (
         SYNC_ATTEMPTS,
+        SYNC_TIMEOUT,
         Delivery,
         DeliveryError,
         prepare_mlflow,
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         raise DeliveryError(f"no run below {ROOT}/ has records for MLflow: name a run's folder")
     # Runs that wait first: what they find broken is mended before the others are looked for in it.
     folders.sort(key=lambda folder: not Delivery(folder).waiting())
-    prepare_mlflow()
+    prepare_mlflow(SYNC_TIMEOUT)
     left = False
     ask = True
     for folder in folders:

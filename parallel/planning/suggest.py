@@ -1,6 +1,7 @@
 """Better layouts for the same job: `powernap plan --suggest`. Nothing here imports torch."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,19 +87,23 @@ def _rank(suggestion: Suggestion) -> tuple:
 
 def _candidates(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     """The recipe in every layout of `devices` that it does not refuse."""
-    for tensor in _divisors(devices, most=NODE):
-        for pipeline in _divisors(devices // tensor, most=recipe.model.num_layers):
-            data = devices // tensor // pipeline
-            share = recipe.train.global_batch_size // data
-            for micro_batch_size in _divisors(share):
-                if share // micro_batch_size > MOST_MICRO_BATCHES:
-                    continue
-                for zero_stage in (1,) if pipeline > 1 or data == 1 else (1, 3):
-                    for sequence in (False,) if tensor == 1 else (True, False):
-                        grid = {"data": data, "tensor": tensor, "pipeline": pipeline, "sequence": sequence}
-                        changed = _changed(recipe, grid, micro_batch_size, zero_stage)
-                        if changed is not None:
-                            yield changed
+    for tensor, pipeline in itertools.product(
+        _divisors(devices, most=NODE), _divisors(devices, recipe.model.num_layers)
+    ):
+        if devices % (tensor * pipeline) == 0:
+            yield from _candidates_on_grid(recipe, devices // (tensor * pipeline), tensor, pipeline)
+
+
+def _candidates_on_grid(recipe: Recipe, data: int, tensor: int, pipeline: int) -> Iterator[Recipe]:
+    share = recipe.train.global_batch_size // data
+    sizes = [size for size in _divisors(share) if share // size <= MOST_MICRO_BATCHES]
+    zero_stages = (1,) if pipeline > 1 or data == 1 else (1, 3)
+    sequence_parallel = (False,) if tensor == 1 else (True, False)
+    for size, zero_stage, sequence in itertools.product(sizes, zero_stages, sequence_parallel):
+        grid = {"data": data, "tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+        changed = _changed(recipe, grid, size, zero_stage)
+        if changed is not None:
+            yield changed
 
 
 def _changed(recipe: Recipe, grid: dict, micro_batch_size: int, zero_stage: int) -> Recipe | None:
@@ -163,9 +168,8 @@ def communication(recipe: Recipe, segments: list[Segment]) -> float:
     gathered once a step, between nodes; ZeRO 3 gathers the weights forward, recomputed and backward of every segment.
     """
     parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
-    tokens = (
-        sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
-    )  # a rank passes over in a step
+    # Tokens that a rank passes over in a step.
+    tokens = sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
     rounds = 4 + 2 * recipe.train.recompute
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     in_node = ring * rounds * max(map(len, recipe.stage_blocks)) * tokens * width * size

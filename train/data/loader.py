@@ -33,6 +33,7 @@ from powernap.train.tasks.sample import Sample
 FETCH_AHEAD = 8  # remote shards at once, by each reader
 
 State = dict[str, Any]  # JSON; see training_batches
+Document = list[tuple[Shard, int]]  # the samples that a document was cut into: each one's shard, and its number there
 
 
 class ReaderError(PowernapError):
@@ -46,12 +47,15 @@ class Batch:
     """Sequences of one rank, on the CPU."""
 
     tokens: torch.Tensor  # int64 [B, T]
-    loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was skipped
+    loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was left out
     begins: torch.Tensor  # bool [B]: rows that begin a document; the others go on where the batch before ended
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
-    skipped: list[str] = field(default_factory=list)  # why samples could not be used: a line each
+    unusable: list[str] = field(default_factory=list)  # samples and shards left out: why, a line each
     counts: bool = True  # False: only there because another rank has a batch
     places: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and its number there
+
+
+StreamItem = tuple[Batch, list[dict[int, Cursor]]]  # with it, by dataset, where the lanes are after the batch
 
 
 def training_batches(
@@ -80,26 +84,18 @@ def training_batches(
         DataError: at the first batch if the shards are missing or not those of `state`, later if a shard or sample
             cannot be used and data.on_error is not skip.
     """
-    datasets = data.datasets
-    orders, marks = [], {}
-    for (name, (spec, _)), where in zip(datasets.items(), data.shard_lists, strict=False):
-        shards = tuple(expand_shards(spec, where))
-        lanes = count_lanes(len(shards), data.lanes, where)
-        assert not whole_documents or (len(datasets), lanes) == (1, batch_size * world_size)
-        orders.append(Order(shards, lanes, seed, data.shuffle_buffer, whole_documents))
-        marks[name] = fingerprint(shards)
+    orders, fingerprints = _orders(data, seed, whole_documents)
+    assert not whole_documents or [order.lanes for order in orders] == [batch_size * world_size]
+    weights = {name: weight for name, (_, weight) in data.datasets.items()}
     settled = {"seed": seed, "shuffle_buffer": data.shuffle_buffer, "lanes": [order.lanes for order in orders],
-               "weights": {name: weight for name, (_, weight) in datasets.items()}}  # fmt: skip
-    cursors: list[dict[int, Cursor]] = [{} for _ in orders]
-    done = 0
+               "weights": weights}  # fmt: skip
     if state:
-        _check_state(state, marks, settled)
-        done = state["samples"]
-        for known, saved in zip(cursors, state["cursors"].values(), strict=True):
-            known.update({int(lane): Cursor(*place) for lane, place in saved.items()})
+        _check_state(state, fingerprints, settled)
+    done = state["samples"] if state else 0
+    cursors = _cursors(state) if state else [{} for _ in orders]
     stream = BatchStream(
         orders,
-        Mixture(tuple(weight for _, weight in datasets.values()), seed),
+        Mixture(tuple(weights.values()), seed),
         cursors,
         data,
         vocab_size,
@@ -108,34 +104,55 @@ def training_batches(
         rank=rank,
         world_size=world_size,
     )
-    readers = DataLoader(
+    for batch, touched in _read(stream, data.workers):
+        done += batch_size * world_size
+        for known, new in zip(cursors, touched, strict=True):
+            known.update(new)
+        saved = {
+            name: {str(lane): list(cursor) for lane, cursor in known.items()}
+            for name, known in zip(fingerprints, cursors, strict=True)
+        }
+        yield batch, {"samples": done, "fingerprints": fingerprints, "settled": settled, "cursors": saved}
+
+
+def _orders(data: DataConfig, seed: int, whole_documents: bool) -> tuple[list[Order], dict[str, str]]:
+    """The order of each dataset's samples; the fingerprint of its shards by the dataset's name."""
+    orders, fingerprints = [], {}
+    for (name, (spec, _)), field_name in zip(data.datasets.items(), data.shard_lists, strict=False):
+        shards = tuple(expand_shards(spec, field_name))
+        lanes = count_lanes(len(shards), data.lanes, field_name)
+        orders.append(Order(shards, lanes, seed, data.shuffle_buffer, whole_documents))
+        fingerprints[name] = fingerprint(shards)
+    return orders, fingerprints
+
+
+def _cursors(state: State) -> list[dict[int, Cursor]]:
+    """By dataset and lane, where to go on."""
+    return [{int(lane): Cursor(*cursor) for lane, cursor in saved.items()} for saved in state["cursors"].values()]
+
+
+def _read(stream: "BatchStream", workers: int) -> Iterator[StreamItem]:
+    """The items of `stream`, read by `workers` processes. Raises the DataError that ends it, or a ReaderError."""
+    loader = DataLoader(
         stream,
         batch_size=None,  # the readers make whole batches: torch takes them from the workers in turn
-        num_workers=data.workers,
+        num_workers=workers,
         collate_fn=_as_it_is,
         worker_init_fn=outlive_one_sigterm,
         generator=torch.Generator(),  # its own: the model's random numbers must not depend on the readers
     )
-    batches = iter(readers)
+    items = iter(loader)
     try:
         while True:
             try:
-                item = next(batches)
+                item = next(items)
             except (OSError, EOFError, RuntimeError) as error:  # what a killed reader leaves of its connections
-                raise _ended_reader(batches) or error from None
+                raise _ended_reader(items) or error from None
             if isinstance(item, DataError):
                 raise item
-            batch, places = item
-            done += batch_size * world_size
-            for known, found in zip(cursors, places, strict=True):
-                known.update(found)
-            places = {
-                name: {str(lane): list(place) for lane, place in known.items()}
-                for name, known in zip(marks, cursors, strict=True)
-            }
-            yield batch, {"samples": done, "fingerprints": marks, "settled": settled, "cursors": places}
+            yield item
     finally:
-        del batches  # ends the reader processes, even while a traceback keeps this frame
+        del items  # ends the reader processes, even while a traceback keeps this frame
 
 
 @contextmanager
@@ -163,7 +180,9 @@ def _ended_reader(batches: Iterator) -> ReaderError | None:
     readers = getattr(batches, "_workers", ())
     ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=1.0) if readers else ()
     for reader in readers:
-        if reader.sentinel in ended and (code := reader.exitcode):
+        if reader.sentinel in ended:
+            reader.join(timeout=1.0)  # the sentinel closes a moment before the exit code is there
+        if code := reader.exitcode:
             return _reader_error(reader.pid, signal.Signals(-code) if code < 0 else None)
     return None
 
@@ -175,9 +194,9 @@ def _reader_error(pid: int | str, number: signal.Signals | None) -> ReaderError:
     return ReaderError(f"a reader process (pid {pid}) {by}{why}; go on with --resume")
 
 
-def _check_state(state: State, marks: dict[str, str], settled: dict[str, Any]) -> None:
-    for name, mark in marks.items():
-        if state["fingerprints"].get(name) != mark:
+def _check_state(state: State, fingerprints: dict[str, str], settled: dict[str, Any]) -> None:
+    for name, own in fingerprints.items():
+        if state["fingerprints"].get(name) != own:
             where = f"data.train.{name}" if name else "data.train"
             raise DataError(
                 f"{where}: the shards are not those the run was trained on so far: put them back, or start a new run"
@@ -231,24 +250,33 @@ def evaluation_batches(
     cache = cache_of(data)
     shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
     places = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
-    documents: list[list[tuple[Shard, int]]] = []
+    documents: list[Document] = []
     for shard, number in places:
         if shard.begins_document(number):
             documents.append([])
         documents[-1].append((shard, number))
     side_by_side = batch_size * world_size
     for start in range(0, len(documents), side_by_side):
-        everywhere = documents[start : start + side_by_side]
-        here = everywhere[rank::world_size]
-        for part in range(max(map(len, everywhere))):
-            counts = any(part < len(document) for document in here)
-            rows = []
-            for document in here or everywhere[:1]:
-                shard, i = document[min(part, len(document) - 1)]
-                sample = decode(shard[i], data.sequence_length, vocab_size)
-                rows.append(sample if part < len(document) or not counts else _without_loss(sample))
-            batch = _collate(rows, [part == 0] * len(rows))
-            yield batch if counts else replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False)
+        of_all_ranks = documents[start : start + side_by_side]
+        own = of_all_ranks[rank::world_size] or of_all_ranks[:1]
+        for part in range(max(map(len, of_all_ranks))):
+            is_padding = rank >= len(of_all_ranks) or all(part >= len(document) for document in own)
+            yield _evaluation_batch(own, part, is_padding, data.sequence_length, vocab_size)
+
+
+def _evaluation_batch(documents: list[Document], part: int, is_padding: bool, length: int, vocab_size: int) -> Batch:
+    """Part number `part` of each document. One that has fewer gives its last: a row without loss tokens and answers.
+
+    is_padding: the whole batch is there for other ranks. Its rows keep their loss tokens, so that it runs the segments that
+    the others' batches run; nothing of it counts.
+    """
+    rows = []
+    for document in documents:
+        shard, number = document[min(part, len(document) - 1)]
+        sample = decode(shard[number], length, vocab_size)
+        rows.append(sample if is_padding or part < len(document) else _without_loss(sample))
+    batch = _collate(rows, [part == 0] * len(rows))
+    return replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False) if is_padding else batch
 
 
 class BatchStream(IterableDataset):
@@ -276,7 +304,7 @@ class BatchStream(IterableDataset):
         self.data, self.vocab_size = data, vocab_size
         self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[dict[int, Cursor]]] | DataError]:
+    def __iter__(self) -> Iterator[StreamItem | DataError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         self._lanes: list[dict[int, Lane]] = [{} for _ in self.orders]
@@ -295,9 +323,9 @@ class BatchStream(IterableDataset):
             finally:
                 self.cache.stop.set()  # or the threads would be waited for
 
-    def _batch(self, numbers: range) -> tuple[Batch, list[dict[int, Cursor]]]:
+    def _batch(self, numbers: range) -> StreamItem:
         samples, begins, places = [], [], []
-        self._skipped: list[str] = []
+        self._unusable: list[str] = []
         touched: list[dict[int, Cursor]] = [{} for _ in self.orders]
         for number in numbers:
             dataset, lane, place = self._locate(number)
@@ -311,12 +339,12 @@ class BatchStream(IterableDataset):
             except DataError as error:
                 if self.data.on_error != "skip":
                     raise
-                self._skipped.append(str(error))
+                self._unusable.append(str(error))
                 sample = _nothing(self.data.sequence_length)
             samples.append(sample)
             begins.append(shard.begins_document(i))
             places.append((shard.name, i))
-        return replace(_collate(samples, begins, self._skipped), places=places), touched
+        return replace(_collate(samples, begins, self._unusable), places=places), touched
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Sample `number` of the run: its dataset, its lane there, and its number in that lane."""
@@ -334,7 +362,7 @@ class BatchStream(IterableDataset):
         shard = fetching.result() if fetching else self._open_shard(name)
         if shard.damage and name not in self._reported:
             self._reported.add(name)
-            self._skipped.append(shard.damage)
+            self._unusable.append(shard.damage)
         return shard
 
     def _fetch_first_shards(self, numbers: range) -> None:
@@ -367,11 +395,11 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _collate(samples: list[Sample], begins: list[bool], skipped: Sequence[str] = ()) -> Batch:
+def _collate(samples: list[Sample], begins: list[bool], unusable: Sequence[str] = ()) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
         begins=torch.tensor(begins),
         answers=[sample.answers for sample in samples],
-        skipped=list(skipped),
+        unusable=list(unusable),
     )

@@ -48,7 +48,7 @@ class Spikes:
         self._history = History()
         self._own: deque[torch.Tensor] = deque(maxlen=WINDOW)  # [parameters] each, on the device
 
-    def look(self, step: int, metrics: dict[str, Any], norms: torch.Tensor) -> list[str]:
+    def check(self, step: int, metrics: dict[str, Any], norms: torch.Tensor) -> list[str]:
         """A line for each spike of a step that was not skipped.
 
         Args:

@@ -158,31 +158,37 @@ def _what_differs(groups: list[Group]) -> Section:
 
 def _answers(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Section:
     evaluated = [group for group in groups if group.evaluated]
-    section = Section("Answers right")
-    deep = [depth for depth in depths if any(group.accuracy(group.read_passes, depth) for group in evaluated)]
-    if len(depths) > 1:
-        section.pictures.append(accuracy_by_depth(evaluated, depths, depth_name, styles))
-    for depth in reversed(deep[-DEEPEST:]):
-        asked = [group for group in evaluated if group.accuracy(group.read_passes, depth)]
-        if len({n for group in asked for n in group.all_passes}) > 1:
-            section.pictures.append(accuracy_by_passes(asked, depth, depth_name, styles))
-    asked = [group for group in evaluated if group.accuracy(group.read_passes, deep[-1])]
-    section.pictures.append(accuracy_by_cost(asked, deep[-1], depth_name, styles))
-    columns = ["", "N", *(f"{depth_name} {depth}" if i == 0 else depth for i, depth in enumerate(depths)), "loss"]
+    columns = ["", "N", f"{depth_name} {depths[0]}", *depths[1:], "loss"]
+    tables = [_accuracy(evaluated, depths, depth_name, columns, styles)]
+    if any(len(group.evaluated) > 1 for group in evaluated):
+        tables.append(_every_run(evaluated, depths, columns))
+    return Section("Answers right", pictures=_accuracy_pictures(evaluated, depths, depth_name, styles), tables=tables)
+
+
+def _accuracy_pictures(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> list[Picture]:
+    """By depth; of the deepest depths asked, by N, where N varies; of the deepest, by cost."""
+    asked = {depth: [group for group in groups if group.accuracy(group.read_passes, depth)] for depth in depths}
+    deepest_first = [depth for depth in reversed(depths) if asked[depth]]
+    pictures = [accuracy_by_depth(groups, depths, depth_name, styles)] if len(depths) > 1 else []
+    for depth in deepest_first[:DEEPEST]:
+        if len({n for group in asked[depth] for n in group.all_passes}) > 1:
+            pictures.append(accuracy_by_passes(asked[depth], depth, depth_name, styles))
+    deepest = deepest_first[0]
+    return [*pictures, accuracy_by_cost(asked[deepest], deepest, depth_name, styles)]
+
+
+def _accuracy(groups: list[Group], depths: list[str], depth_name: str, columns: list[str], styles: Styles) -> Table:
     rows = [
         [_mark(group, styles), Cell(n), *(_percent(group, n, depth) for depth in depths), _number(group, n)]
-        for group in evaluated
+        for group in groups
         for n in group.all_passes
     ]
-    floors = [_floor_cell([f for g in evaluated if (f := g.floor(depth))]) for depth in depths]
+    floors = [_floor_cell([floor for group in groups if (floor := group.floor(depth))]) for depth in depths]
     rows.append([Cell(FLOOR_LABEL), Cell(""), *floors, Cell("")])
     caption = (
         f"Percent of answers right, by {depth_name} and the N read with. {INTERVAL} {SEEDS} Loss is per loss token."
     )
-    section.tables.append(Table(columns, rows, caption))
-    if any(len(group.evaluated) > 1 for group in evaluated):
-        section.tables.append(_every_run(evaluated, depths, columns))
-    return section
+    return Table(columns, rows, caption)
 
 
 def _every_run(groups: list[Group], depths: list[str], columns: list[str]) -> Table:

@@ -34,15 +34,13 @@ DAMAGE = "database disk image is malformed", "file is not a database"
 # Only where the user has not decided otherwise. MLflow's own 7 retries x 120 s would hold up the end of a run for minutes.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool is what is tried again
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; `powernap sync` raises it to LONGEST_TIMEOUT for a slow server
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # no INFO line for every database migration
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training job should call nobody but its tracking server
     "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns where there is no git, as in a container
 }
-
-
-LONGEST_TIMEOUT = 120
+SYNC_TIMEOUT = 120  # seconds: `powernap sync` has nothing else to do than wait for a slow server
 
 
 class DeliveryError(PowernapError):
@@ -79,7 +77,6 @@ class Delivery:
         self._run_id: str | None = None  # checked since the last failure
         self._database: tuple[Path, tuple[int, int] | None] | None = None  # where there is no server: which file it was
         self._damaged = False  # whether the database may be
-        self._values_per_request = VALUES_PER_REQUEST
         self._told_refusal = False
 
     def waiting(self) -> int:
@@ -115,8 +112,6 @@ class Delivery:
             lost = self._run_id is not None and self._is_lost(error)
             self._run_id = None
             self._damaged = any(word in str(error) for word in DAMAGE)
-            if _is_timeout(error):  # the next request asks for less
-                self._values_per_request = max(1, self._values_per_request // 4)
             if not lost:
                 raise
         else:
@@ -134,7 +129,7 @@ class Delivery:
 
     def _deliver_all(self, again: bool, progress: Callable[[int], None]) -> None:
         position = self._position
-        for lines in _batches(self._spool.read(position.delivered), self._values_per_request):
+        for lines in _batches(self._spool.read(position.delivered)):
             self._deliver(lines)
             position.delivered = lines[-1].end
             position.save()
@@ -387,24 +382,10 @@ def _deliver_with_patience(delivery: Delivery, attempts: int, bar: tqdm) -> tupl
         except Exception as error:
             reason = one_line(error)
             fruitless = 0 if delivered > before else fruitless + 1
-            if fruitless >= attempts and not (_is_timeout(error) and _raise_timeout()):
+            if fruitless >= attempts:
                 return delivered, reason
         bar.write(f"trying again: {reason}", file=sys.stderr)
         time.sleep(min(fruitless, 5))
-
-
-def _is_timeout(error: Exception) -> bool:
-    return "timed out" in str(error) or "timeout" in str(error)
-
-
-def _raise_timeout() -> bool:
-    """Wait longer for answers; returns whether that was possible. What the user has set stays."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    steps = [ENVIRONMENT[name], "40", str(LONGEST_TIMEOUT)]
-    if os.environ.get(name) not in steps[:-1]:
-        return False
-    os.environ[name] = steps[steps.index(os.environ[name]) + 1]
-    return True
 
 
 def spooled_runs(root: Path) -> list[Path]:
@@ -412,8 +393,10 @@ def spooled_runs(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob(SPOOL))
 
 
-def prepare_mlflow() -> None:
-    """Import MLflow (1-3 s, once), quiet and impatient."""
+def prepare_mlflow(timeout: int | None = None) -> None:
+    """Import MLflow (1-3 s, once), quiet and impatient. timeout: in seconds, of a request; None: ENVIRONMENT's."""
+    if timeout:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # urllib3 warns at every retry; the thread's failures get one warning.
@@ -445,13 +428,13 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _batches(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
-    """Metrics that follow each other together, at most `limit` values a request; everything else alone."""
+def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    """Metrics that follow each other together, at most VALUES_PER_REQUEST; everything else alone."""
     batch: list[Line] = []
     values = 0
     for line in lines:
         size = len(line.record["values"]) if line.record["type"] == "metrics" else VALUES_PER_REQUEST
-        if batch and values + size > limit:
+        if batch and values + size > VALUES_PER_REQUEST:
             yield batch
             batch, values = [], 0
         batch.append(line)

@@ -163,11 +163,11 @@ def test_what_cannot_be_used_is_skipped_and_told(copy, damage):
     with pytest.raises(DataError):
         numbers(read(copy / "train-*.tar", **{**settings, "on_error": "stop"}), 5)
     batches = list(itertools.islice(read(copy / "train-*.tar", **settings), 5))
-    assert [reason for batch in batches for reason in batch.skipped if f"{bad}: " in reason]
+    assert [reason for batch in batches for reason in batch.unusable if f"{bad}: " in reason]
     if damage == "sample":
         assert numbers(batches) == hole
         assert sum(not row.any() for batch in batches for row in batch.loss_mask) == 1
-        assert sum(len(batch.skipped) for batch in batches) == 1
+        assert sum(len(batch.unusable) for batch in batches) == 1
 
 
 def test_skipping_a_whole_shard_leaves_the_others(copy):
@@ -175,7 +175,7 @@ def test_skipping_a_whole_shard_leaves_the_others(copy):
     batches = list(itertools.islice(read(copy / "train-*.tar", lanes=1, batch_size=38, on_error="skip"), 2))
     others = [n for n in range(44) if not 16 <= n < 22]
     assert [sorted(batch) for batch in numbers(batches)] == [others, others]
-    assert [len(batch.skipped) for batch in batches] == [1, 0]
+    assert [len(batch.unusable) for batch in batches] == [1, 0]
 
 
 def test_nothing_but_damage_is_an_error_at_last(copy):

@@ -71,7 +71,7 @@ def test_a_shard_that_is_not_the_manifests_stops_a_run_or_is_left_out(data):
     text = one_line(error)
     assert text.startswith(f"{bad}: not the shard that {data}/manifest.json records (SHA-256 is ")
     batch = next(read(data / "train-*.tar", on_error="skip", **settings))
-    assert [skipped.partition(" (")[0] for skipped in batch.skipped] == [
+    assert [skipped.partition(" (")[0] for skipped in batch.unusable] == [
         f"{bad}: not the shard that {data}/manifest.json records"
     ]
     assert "train-000001" not in " ".join(name for name, _ in batch.places)

@@ -40,10 +40,10 @@ def test_the_parameters_that_grew_most_are_named_and_not_the_largest(here):
     usual = torch.rand(len(names)) + 1.0
     usual[0] = 1e6
     for step in range(1, 21):
-        assert watch.look(step, {"grad_norm": 1.0}, usual) == []
+        assert watch.check(step, {"grad_norm": 1.0}, usual) == []
     spiking = usual.clone()
     spiking[5], spiking[7] = 40 * usual[5], 30 * usual[7]
-    (line,) = watch.look(21, {"grad_norm": 35.0}, spiking)
+    (line,) = watch.check(21, {"grad_norm": 35.0}, spiking)
     assert line.startswith("step 21: gradient norm 35, 35.0 times the median of the last 20 steps (1); grown most: ")
     grown = line.split("grown most: ")[1].split(", ")
     assert grown[0] == f"{names[5]} 40.0 times" and grown[1] == f"{names[7]} 30.0 times"
@@ -52,8 +52,8 @@ def test_the_parameters_that_grew_most_are_named_and_not_the_largest(here):
 def test_a_median_of_zero_does_not_divide(here):
     watch, names = spikes(here)
     for step in range(1, 21):
-        watch.look(step, {"grad_norm": 0.0}, torch.zeros(len(names)))
-    (line,) = watch.look(21, {"grad_norm": 1.0}, torch.ones(len(names)))
+        watch.check(step, {"grad_norm": 0.0}, torch.zeros(len(names)))
+    (line,) = watch.check(21, {"grad_norm": 1.0}, torch.ones(len(names)))
     assert "gradient norm 1" in line
 
 
@@ -61,9 +61,9 @@ def test_fast_weights_are_named_by_block_and_pass(here):
     watch, names = spikes(here)
     name, other = "fast_weights/block_3/pass_2/norm", "fast_weights/block_1/pass_2/norm"
     for step in range(1, 21):
-        watch.look(step, {"grad_norm": 1.0, name: 2.0, other: 2.0}, torch.ones(len(names)))
+        watch.check(step, {"grad_norm": 1.0, name: 2.0, other: 2.0}, torch.ones(len(names)))
     metrics = {"grad_norm": 1.0, name: 8.0, other: 3.0, "fast_weights/block_3/pass_2/alpha": 1e9}
-    assert watch.look(21, metrics, torch.ones(len(names))) == [
+    assert watch.check(21, metrics, torch.ones(len(names))) == [
         "step 21: fast weights of block 3 after pass 2 have norm 8, 4.0 times their recent median (2)"
     ]
 
@@ -71,4 +71,4 @@ def test_fast_weights_are_named_by_block_and_pass(here):
 def test_null_switches_it_off(here):
     watch, names = spikes(here, None)
     for step in range(1, 31):
-        assert watch.look(step, {"grad_norm": 10.0**step}, torch.ones(len(names))) == []
+        assert watch.check(step, {"grad_norm": 10.0**step}, torch.ones(len(names))) == []
