@@ -22,31 +22,35 @@ def compare(one: Path, other: Path) -> tuple[str, bool]:
     lines += [f"config: {line}" for line in _config_differences(one, other)]
     if not common:
         return "\n".join([*lines, "no step in common"]), False
-    equal = a.keys() == b.keys()
     names = dict.fromkeys(name for step in common for run in (a, b) for name in run[step] if name not in NOT_COMPARED)
     width = max(len(name) for name in names)
     lines.append(f"{'metric':{width}}  {'first differs':>13}  {'largest difference':>18}  {'last step':>10}")
-    for name in names:
-        both = [step for step in common if name in a[step] and name in b[step]]
-        for run, other_run, folder in ((a, b, one), (b, a, other)):
-            if missing := [step for step in common if name in other_run[step] and name not in run[step]]:
-                equal = False
-                where = f" at {len(missing)} steps, first {missing[0]}" if both else ""
-                lines.append(f"{name:{width}}  missing in {folder}{where}")
-        if not both:
-            continue
-        differing = [step for step in both if not _same(a[step][name], b[step][name])]
-        if not differing:
-            lines.append(f"{name:{width}}  {'equal':>13}")
-            continue
-        equal = False
-        gaps = {step: _gap(a[step][name], b[step][name]) for step in both}
-        worst = max(gaps.values(), key=lambda gap: math.inf if math.isnan(gap) else gap)
-        first = differing[0]
-        lines.append(f"{name:{width}}  {f'step {first}':>13}  {worst:>18.3g}  {gaps[both[-1]]:>10.3g}")
-        lines.append(f"  step {first}: {a[first][name]!r} and {b[first][name]!r}")
+    found = [
+        _differences(name, one, [a[step] for step in common], other, [b[step] for step in common]) for name in names
+    ]
+    for name, differences in zip(names, found, strict=True):
+        lines += [f"{name:{width}}  {line}" for line in differences or [f"{'equal':>13}"]]
+    equal = a.keys() == b.keys() and not any(found)
     lines.append("equal to the digit" if equal else "not equal")
     return "\n".join(lines), equal
+
+
+def _differences(name: str, one: Path, a: list[dict], other: Path, b: list[dict]) -> list[str]:
+    """Lines on a metric in the same steps of two runs; none if it is equal in all of them."""
+    lines = []
+    both = [(x, y) for x, y in zip(a, b, strict=True) if name in x and name in y]
+    for run, other_run, folder in ((a, b, one), (b, a, other)):
+        missing = [y["step"] for x, y in zip(run, other_run, strict=True) if name in y and name not in x]
+        if missing:
+            lines.append(f"missing in {folder}" + (f" at {len(missing)} steps, first {missing[0]}" if both else ""))
+    first = next(((x, y) for x, y in both if not _same(x[name], y[name])), None)
+    if first:
+        gaps = [_gap(x[name], y[name]) for x, y in both]
+        worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
+        x, y = first
+        step = f"step {x['step']}"
+        lines.append(f"{step:>13}  {worst:>18.3g}  {gaps[-1]:>10.3g}\n  {step}: {x[name]!r} and {y[name]!r}")
+    return lines
 
 
 def _by_step(path: Path) -> dict[int, dict]:
