@@ -216,12 +216,16 @@ def test_a_server_that_does_not_answer_neither_slows_nor_stops(run_folder, monke
 
 def test_an_artifact_that_is_missing_costs_only_itself(run_folder, caplog):
     tracker = Tracker(run_folder, "sleep", CONFIG)
-    tracker.log_artifact(run_folder / "never_written.png")
+    tracker.log_artifact(run_folder / "late.png")
     tracker.log_metrics(1, {"loss": 0.5})
     assert tracker.close() == 1
     run = open_client(run_folder).get_run((run_folder / "mlflow_run_id").read_text().strip())
     assert run.data.metrics == {"loss": 0.5}
-    assert "1 records of this run wait for MLflow" in caplog.messages[-1] and "never_written.png" in caplog.messages[-1]
+    assert "1 records of this run wait for MLflow" in caplog.messages[-1] and "late.png" in caplog.messages[-1]
+    (run_folder / "late.png").write_bytes(b"a picture")
+    assert sync_run(run_folder).delivered == 1  # what was set aside is tried again
+    client = open_client(run_folder)
+    assert "late.png" in [file.path for file in client.list_artifacts(run.info.run_id)]
 
 
 def lose_an_answer(monkeypatch, method, number):
