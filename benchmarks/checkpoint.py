@@ -21,10 +21,9 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.common import table, verdicts, write
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
-from powernap.parallel.topology import Topology
+from powernap.parallel.topology import Topology, init_distributed
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
@@ -76,22 +75,22 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int) -> dict:
     """This rank's seconds by what was done, one a round."""
-    here = topology.initialize(store=store, rank=rank, world_size=RANKS)
+    topology = init_distributed(store=store, rank=rank, world_size=RANKS)
     model = ModelConfig(
         pattern="AGAGAGAG", window=64, vocab_size=8192, pad_token_id=0, hidden_size=width,
         mlp={"ffn_hidden_size": 3 * width}, attention={"heads": 8},
         gdn={"heads": 8, "key_dim": width // 8, "value_dim": width // 8},
     )  # fmt: skip
-    stage = HybridStage(model, SleepConfig(), here.groups)
+    stage = HybridStage(model, SleepConfig(), topology.groups)
     zero = ZeroOptimizer(
-        stage, build_optimizer(stage, OptimizerConfig()), here, precision="fp32", clip=1.0, micro_batch_size=1
+        stage, build_optimizer(stage, OptimizerConfig()), topology, precision="fp32", clip=1.0, micro_batch_size=1
     )
     with zero.accumulation():  # a step without gradients makes the moments
         pass
     zero.step()
     about = {"versions": {}, "config": {}}
     (folder / "ours").mkdir(exist_ok=True)
-    writers = {name: Writer(folder / "ours", here, about, keep_last=1, asynchronous=name == "background")
+    writers = {name: Writer(folder / "ours", topology, about, keep_last=1, asynchronous=name == "background")
                for name in ("background", "in line")}  # fmt: skip
     own = {f"{rank}/{name}": value for name, value in writers["in line"]._collect(stage, zero, None)[0].items()}
     group = dist.new_group(backend="gloo")
@@ -119,7 +118,7 @@ def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int)
             "stall, DCP async_save", dcp.async_save, own, checkpoint_id=f"{place}-async", process_group=group
         )
         written.result()
-        timed("resume, checked and loaded", resume, folder / "ours", stage, zero, here)
+        timed("resume, checked and loaded", resume, folder / "ours", stage, zero, topology)
         copies = {name: torch.empty_like(value) for name, value in own.items()}
         timed("resume, DCP load", dcp.load, copies, checkpoint_id=place, process_group=group)
         assert all(torch.equal(copies[name], value) for name, value in own.items())
@@ -134,6 +133,6 @@ def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int)
     return {"seconds": found, "nbytes": int(nbytes), "parameters": sum(p.numel() for p in stage.parameters())}
 
 
-def resume(folder: Path, stage: HybridStage, zero: ZeroOptimizer, here: Topology) -> None:
-    checkpoint, _ = Checkpoint.newest(folder, here)
-    checkpoint.load(stage, zero, here)
+def resume(folder: Path, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:
+    checkpoint, _ = Checkpoint.newest(folder, topology)
+    checkpoint.load(stage, zero, topology)

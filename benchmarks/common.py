@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from powernap.parallel import topology
-from powernap.parallel.topology import Topology
+from powernap.parallel.topology import Topology, init_distributed
 from powernap.train.evaluation.tables import markdown_table
 from powernap.train.run import provenance
 
@@ -60,8 +59,8 @@ def join_alone() -> Topology:
     torch.set_num_threads(1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if not dist.is_initialized():
-        return topology.initialize(store=dist.HashStore(), rank=0, world_size=1)
-    return topology.initialize()
+        return init_distributed(store=dist.HashStore(), rank=0, world_size=1)
+    return init_distributed()
 
 
 def machine(clock: str = "CPU time") -> dict:

@@ -77,9 +77,9 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 def measure(size: str, steps: int) -> dict:
     """Timed steps of one size at every N, in a fresh process."""
-    here = join_alone()
+    topology = join_alone()
     recipe = build_recipe(size)
-    stage, zero = trainer.build(recipe, here)
+    stage, zero = trainer.build(recipe, topology)
     batch = synthetic_batch(recipe)
     peak_flops = device_peak_flops()
     result = {
@@ -93,11 +93,11 @@ def measure(size: str, steps: int) -> dict:
         own = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
         segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, own.sleep, passes)
         flops = step_flops(recipe.model, segments, len(batch.tokens))
-        on_cuda = here.device.type == "cuda"
+        on_cuda = topology.device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            seconds = [timed_step(own, stage, zero, batch, here, on_cuda) for _ in range(3 + steps)][3:]
+            seconds = [timed_step(own, stage, zero, batch, topology, on_cuda) for _ in range(3 + steps)][3:]
         except torch.OutOfMemoryError:  # an answer too; the larger N will not fit either
             result["by_passes"][passes] = {"flops": flops, "error": "out of memory"}
             break
@@ -112,10 +112,10 @@ def measure(size: str, steps: int) -> dict:
     return result
 
 
-def timed_step(recipe, stage, zero, batch, here, on_cuda: bool) -> float:
+def timed_step(recipe, stage, zero, batch, topology, on_cuda: bool) -> float:
     """Seconds on the clock of one step; the first three of a measurement compile and tune kernels."""
     start = time.perf_counter()
-    trainer.train_step(recipe, stage, zero, batch, 2, here)  # step 2: not one of those that watch the fast weights
+    trainer.train_step(recipe, stage, zero, batch, 2, topology)  # step 2: not one of those that watch the fast weights
     if on_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -155,7 +155,7 @@ def synthetic_batch(recipe: Recipe) -> Batch:
     tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     loss_mask[:, -recipe.model.window :] = True
-    return Batch(tokens, loss_mask, begins=torch.ones(len(tokens), dtype=torch.bool), answers=[])
+    return Batch(tokens, loss_mask, is_document_start=torch.ones(len(tokens), dtype=torch.bool), answers=[])
 
 
 def step_flops(model: ModelConfig, segments: list[Segment], sequences: int) -> float:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import TransformerConfig
 from powernap.model.segments import Segment
-from powernap.parallel import topology
 from powernap.parallel.planning.timeline import Timeline, schedule, simulate
 from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.topology import init_distributed, shutdown_distributed
 
 WINDOW, HIDDEN_SIZE, BATCH = 2, 8, 1
 
@@ -63,19 +63,19 @@ def time_steps(rank: int, store: dist.Store, cases: list[Case], steps: int) -> l
 
 
 def _time(case: Case, steps: int, **process_group) -> list[float]:
-    here = topology.initialize(pipeline=case.stages, timeout_seconds=60, world_size=case.stages, **process_group)
-    stage = FixedCostStage(case, here.pp_rank)
+    topology = init_distributed(pipeline=case.stages, timeout_seconds=60, world_size=case.stages, **process_group)
+    stage = FixedCostStage(case, topology.pp_rank)
     tokens = torch.zeros((BATCH, len(case.passes) * WINDOW + 1), dtype=torch.long)
     batches = [MicroBatch(segments(case.passes), tokens, tokens > 0) for _ in range(case.micro_batches)]
     seconds = []
     for number in range(1 + steps):
-        here.barrier()
+        topology.barrier()
         start = time.perf_counter()
         for _ in range(case.flushes):
-            forward_backward(stage, batches, 1.0, here, recompute=case.recompute)  # ends with an all-reduce
+            forward_backward(stage, batches, 1.0, topology, recompute=case.recompute)  # ends with an all-reduce
         if number > 0:
             seconds.append(time.perf_counter() - start)
-    topology.shutdown()
+    shutdown_distributed()
     return seconds
 
 
@@ -107,6 +107,7 @@ class FixedCostStage:
         self.config = TransformerConfig(num_layers=1, hidden_size=HIDDEN_SIZE, num_attention_heads=1)
         self.is_first, self.is_last = stage == 0, stage == case.stages - 1
         self.like = torch.zeros(())
+        self.dtype, self.device = self.like.dtype, self.like.device
         self.weight = torch.zeros((), requires_grad=True)  # so that every segment has a backward pass
         self.backward_over_forward = case.backward_over_forward
         self.seconds = {
@@ -114,7 +115,7 @@ class FixedCostStage:
             for segment, seconds in zip(segments(case.passes), case.forward[stage], strict=True)
         }
 
-    def empty_memory(self, batch: int) -> tuple[torch.Tensor, ...]:
+    def empty_layer_states(self, batch: int) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(batch, HIDDEN_SIZE),)
 
     def __call__(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, fast_weights):

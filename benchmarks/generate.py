@@ -38,19 +38,19 @@ CACHED = (1_000, 4_000, 16_000)  # tokens in the cache of the full-attention mod
 
 
 def main(options: argparse.Namespace, command: str) -> None:
-    here = join_alone()
+    topology = join_alone()
     quick = options.quick
     torch.manual_seed(0)
-    stage = HybridStage(MODEL, SleepConfig(), here.groups)
+    stage = HybridStage(MODEL, SleepConfig(), topology.groups)
     windows = 1 if quick else 6
     places = tuple(place // 100 for place in PLACES) if quick else PLACES
     # First, while the process holds no memory that was freed before: there a growth would not show.
-    memory, memory_report, memory_targets = memory_of_a_stream(here, places)
+    memory, memory_report, memory_targets = memory_of_a_stream(topology, places)
     by_passes, passes_report, passes_targets = latency_by_passes(stage, windows)
     by_place, place_report, place_targets = latency_by_place(stage, places, windows)
     slept, sleep_report = cost_of_sleep(stage, rounds=3 if quick else 30)
     attended, attention_report = beside_full_attention(
-        stage, here, tuple(length // 20 for length in CACHED) if quick else CACHED, windows
+        stage, topology, tuple(length // 20 for length in CACHED) if quick else CACHED, windows
     )
     judged, verdict = verdicts(passes_targets + place_targets + memory_targets)
     size = (
@@ -162,18 +162,18 @@ def cost_of_sleep(stage: HybridStage, rounds: int):
     return {"awake_ms": milliseconds(times["awake"]), "by_passes": numbers}, report
 
 
-def beside_full_attention(stage: HybridStage, here: Topology, lengths: tuple[int, ...], windows: int):
+def beside_full_attention(stage: HybridStage, topology: Topology, lengths: tuple[int, ...], windows: int):
     """The same width and depth with attention only, and one window that holds everything: a cache that grows."""
     print("generate: full attention", flush=True)
     longest = lengths[-1] + windows * 2 * MODEL.window
     model: ModelConfig = MODEL.model_copy(update={"pattern": "A" * MODEL.num_layers, "window": longest})
     torch.manual_seed(0)
-    full = HybridStage(model, SleepConfig(), here.groups)
+    full = HybridStage(model, SleepConfig(), topology.groups)
     decoders = {"hybrid": read(Decoder(stage, 1, 1), lengths[-1])}
     # Small pieces: the mask of a piece has a place for every token before.
     decoders |= {n: read(Decoder(full, 1, 1), n, at_once=256) for n in lengths}
     times = awake(decoders, windows)
-    token_bytes = MODEL.num_layers * 2 * MODEL.hidden_size * full.like.element_size()
+    token_bytes = MODEL.num_layers * 2 * MODEL.hidden_size * full.dtype.itemsize
     mib = 2**20
     rows = [[f"hybrid, {lengths[-1]:,} read", milliseconds(times["hybrid"]), 1.0, decoders["hybrid"].nbytes() / mib]]
     for n in lengths:
@@ -190,10 +190,10 @@ def beside_full_attention(stage: HybridStage, here: Topology, lengths: tuple[int
     return numbers, report
 
 
-def memory_of_a_stream(here: Topology, places: tuple[int, ...]):
+def memory_of_a_stream(topology: Topology, places: tuple[int, ...]):
     print("generate: memory over a stream", flush=True)
     torch.manual_seed(0)
-    decoder = Decoder(HybridStage(SMALL, SleepConfig(), here.groups), 4, 1)
+    decoder = Decoder(HybridStage(SMALL, SleepConfig(), topology.groups), 4, 1)
     token = next_tokens()
     numbers = {}
     places = (2 * SMALL.window, *(place for place in places if place > 2 * SMALL.window))

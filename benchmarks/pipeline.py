@@ -25,11 +25,10 @@ from benchmarks.common import Times, milliseconds, paired_ratio, table, verdicts
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
 from powernap.parallel.planning import timeline
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.schedule import MicroBatch, forward_backward
-from powernap.parallel.topology import Topology
+from powernap.parallel.topology import Topology, init_distributed, shutdown_distributed
 from tests.helpers.processes import in_processes, single_rank_groups
 
 STAGES, MICRO_BATCHES = 4, 8  # of the bubble
@@ -149,10 +148,12 @@ def layouts(rounds: int):
 
 def time_layout(rank: int, store: dist.Store, tensor: int, pipeline: int, rounds: int) -> Times:
     """Seconds of a step in the layout and, while the other rank waits, in this process alone; in turns."""
-    here = topology.initialize(tensor, pipeline, store=store, rank=rank, world_size=2)
+    topology = init_distributed(tensor, pipeline, store=store, rank=rank, world_size=2)
     groups = single_rank_groups()
-    alone = dataclasses.replace(here, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1, groups=groups)
-    own_step, step_alone = (layout_step(where, PASSES) for where in (here, alone))
+    alone = dataclasses.replace(
+        topology, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1, groups=groups
+    )
+    own_step, step_alone = (layout_step(where, PASSES) for where in (topology, alone))
 
     def by_first(threads: int):
         torch.set_num_threads(threads)
@@ -164,37 +165,37 @@ def time_layout(rank: int, store: dist.Store, tensor: int, pipeline: int, rounds
     times: Times = {name: [] for name in forms}
     for number in range(1 + rounds):
         for name in reversed(forms) if number % 2 else forms:
-            here.barrier()
+            topology.barrier()
             start = time.perf_counter()
             forms[name]()
-            here.barrier()
+            topology.barrier()
             if number > 0:
                 times[name].append(time.perf_counter() - start)
-    topology.shutdown()
+    shutdown_distributed()
     return times
 
 
-def layout_step(here: Topology, passes: int) -> Callable[[], None]:
+def layout_step(topology: Topology, passes: int) -> Callable[[], None]:
     """The forward and backward part of a training step on this rank, gradients summed over data parallelism."""
-    stage, batches = build(here, passes)
+    stage, batches = build(topology, passes)
 
     def run():
         stage.zero_grad(set_to_none=True)
-        forward_backward(stage, batches, 1e-3, here, recompute=True)
-        if here.dp_size > 1:
-            here.all_reduce_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
+        forward_backward(stage, batches, 1e-3, topology, recompute=True)
+        if topology.dp_size > 1:
+            topology.all_reduce_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
 
     return run
 
 
-def build(here: Topology, passes: int) -> tuple[HybridStage, list[MicroBatch]]:
+def build(topology: Topology, passes: int) -> tuple[HybridStage, list[MicroBatch]]:
     torch.manual_seed(0)
     model = sleep.MODEL
     stage = HybridStage(
-        model, SleepConfig(), here.groups, blocks=split_layers(model.pattern, here.pp_size)[here.pp_rank]
+        model, SleepConfig(), topology.groups, blocks=split_layers(model.pattern, topology.pp_size)[topology.pp_rank]
     )
     tokens, loss_mask = (
-        part.split(MICRO_BATCH_SIZE)[here.dp_rank :: here.dp_size] for part in sleep.batch(GLOBAL_BATCH)
+        part.split(MICRO_BATCH_SIZE)[topology.dp_rank :: topology.dp_size] for part in sleep.batch(GLOBAL_BATCH)
     )
     return stage, [
         MicroBatch(plan_segments(*pair, model, SleepConfig(), passes), *pair)

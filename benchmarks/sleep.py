@@ -52,14 +52,14 @@ MODEL = ModelConfig(
 
 
 def main(options: argparse.Namespace, command: str) -> None:
-    here = join_alone()
+    topology = join_alone()
     torch.manual_seed(0)
-    stage = HybridStage(MODEL, SleepConfig(), here.groups)
+    stage = HybridStage(MODEL, SleepConfig(), topology.groups)
     tokens, loss_mask = batch(BATCH)
     time_numbers, time_report, time_targets = step_time(
-        stage, here, tokens, loss_mask, rounds=3 if options.quick else 9
+        stage, topology, tokens, loss_mask, rounds=3 if options.quick else 9
     )
-    memory_numbers, memory_report, memory_targets = memory(here)
+    memory_numbers, memory_report, memory_targets = memory(topology)
     wake_numbers, wake_report, wake_targets = wake_latency(stage, rounds=30 if options.quick else 300)
     judged, verdict = verdicts(time_targets + memory_targets + wake_targets)
     size = (
@@ -88,9 +88,9 @@ def batch(sequences: int, answers: int = 1) -> tuple[torch.Tensor, torch.Tensor]
     return tokens, loss_mask
 
 
-def step_time(stage: HybridStage, here: Topology, tokens: torch.Tensor, loss_mask: torch.Tensor, rounds: int):
+def step_time(stage: HybridStage, topology: Topology, tokens: torch.Tensor, loss_mask: torch.Tensor, rounds: int):
     print("sleep: step time", flush=True)
-    forms = {f"step({n})": step(stage, here, tokens, loss_mask, n) for n in PASSES}
+    forms = {f"step({n})": step(stage, topology, tokens, loss_mask, n) for n in PASSES}
     forms["pass"] = one_pass(stage, tokens, loss_mask)
     times = interleave(forms, rounds)
     rows, numbers = [], {"pass_ms": milliseconds(times["pass"]), "by_passes": {}}
@@ -118,14 +118,14 @@ def step_time(stage: HybridStage, here: Topology, tokens: torch.Tensor, loss_mas
     return numbers, report, [("step time over ideal, worst N", worst, "<=", 1.1)]
 
 
-def step(stage: HybridStage, here: Topology, tokens: torch.Tensor, loss_mask: torch.Tensor, passes: int):
+def step(stage: HybridStage, topology: Topology, tokens: torch.Tensor, loss_mask: torch.Tensor, passes: int):
     """The forward and backward part of a training step."""
     segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), passes)
     scale = 1.0 / int(loss_mask.sum())
 
     def run():
         stage.zero_grad(set_to_none=True)
-        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, here, recompute=True)
+        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, topology, recompute=True)
 
     return run
 
@@ -135,7 +135,7 @@ def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
     segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), 3)
     segment: Segment = segments[1]  # the middle pass: from hidden states to hidden states
     with torch.no_grad():
-        hidden_states, states = stage(segments[0], tokens, None, stage.empty_memory(len(tokens)))
+        hidden_states, states = stage(segments[0], tokens, None, stage.empty_layer_states(len(tokens)))
     inputs = [x.requires_grad_() for x in (hidden_states, *states)]
     gradients = [torch.randn_like(x) for x in inputs]
 
@@ -152,7 +152,7 @@ def one_pass(stage: HybridStage, tokens: torch.Tensor, loss_mask: torch.Tensor):
     return run
 
 
-def memory(here: Topology):
+def memory(topology: Topology):
     print("sleep: memory", flush=True)
     steps = {
         "fp32, 1 micro-batch, 1 answer": ("fp32", 1, 1),
@@ -162,7 +162,7 @@ def memory(here: Topology):
     }
     mib, rows, targets, numbers = 2**20, [], [], {}
     for name, form in steps.items():
-        found = {n: training_step(here, n, *form) for n in PASSES}
+        found = {n: training_step(topology, n, *form) for n in PASSES}
         peaks = {n: peak_bytes(each.run, each.weights_and_states) for n, each in found.items()}
         saved = {n: CONSOLIDATION_WINDOWS * (n - 1) * found[n].input_bytes for n in PASSES}
         growth = {n: peaks[n] - peaks[1] for n in PASSES}
@@ -200,10 +200,10 @@ class TrainingStep(NamedTuple):
         return [*self.stage.parameters(), *(leaf for leaf in tree_leaves(states) if torch.is_tensor(leaf))]
 
 
-def training_step(here: Topology, passes: int, precision: str, micro_batches: int, answers: int) -> TrainingStep:
-    stage = HybridStage(MODEL, SleepConfig(), here.groups)
+def training_step(topology: Topology, passes: int, precision: str, micro_batches: int, answers: int) -> TrainingStep:
+    stage = HybridStage(MODEL, SleepConfig(), topology.groups)
     optimizer = build_optimizer(stage, OptimizerConfig())
-    zero = ZeroOptimizer(stage, optimizer, here, precision=precision, clip=1.0, micro_batch_size=BATCH)
+    zero = ZeroOptimizer(stage, optimizer, topology, precision=precision, clip=1.0, micro_batch_size=BATCH)
     tokens, loss_mask = batch(BATCH, answers)
     segments = plan_segments(tokens, loss_mask, MODEL, SleepConfig(), passes)
     scale = 1.0 / (micro_batches * int(loss_mask.sum()))
@@ -212,11 +212,11 @@ def training_step(here: Topology, passes: int, precision: str, micro_batches: in
     def run():
         with zero.accumulation():
             forward_backward(
-                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, here, recompute=True
+                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, topology, recompute=True
             )
         zero.step()
 
-    return TrainingStep(stage, zero, run, hidden + sum(state.nbytes for state in stage.empty_memory(BATCH)))
+    return TrainingStep(stage, zero, run, hidden + sum(state.nbytes for state in stage.empty_layer_states(BATCH)))
 
 
 def peak_bytes(run: Callable[[], object], known: Callable[[], Iterable[torch.Tensor]]) -> int:

@@ -39,12 +39,12 @@ from powernap.train.recipe_file import load_recipe
 
 
 def main(options: argparse.Namespace, command: str) -> None:
-    here = join_alone()
+    topology = join_alone()
     sizes = {"d=256": (recipe_256(), 3 if options.quick else 20), "demo": (recipe_demo(), 10 if options.quick else 100)}
     numbers, report = {}, []
     for name, (recipe, rounds) in sizes.items():
         print(f"stack: {name}", flush=True)
-        numbers[name], lines = compare(name, recipe, here, rounds)
+        numbers[name], lines = compare(name, recipe, topology, rounds)
         report += lines
     price = numbers["d=256"]["recompute"]["powernap_over_blocks"]
     judged, verdict = verdicts([("d=256: powernap over blocks", price, "<=", 1.05)])
@@ -66,17 +66,17 @@ def recipe_demo() -> Recipe:
     return load_recipe("demo", ["sleep.passes=1", "parallel.data=1", "train.global_batch_size=32"])
 
 
-def compare(name: str, recipe: Recipe, here: Topology, rounds: int) -> tuple[dict, list[str]]:
+def compare(name: str, recipe: Recipe, topology: Topology, rounds: int) -> tuple[dict, list[str]]:
     clock = Clock()
     batch = synthetic_batch(recipe)
     forms = {}
     for recompute in (True, False):
         kind = "recompute" if recompute else "keep"
         own = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": recompute})})
-        forms[f"powernap {kind}"] = powernap_step(own, here, batch, clock.of(f"powernap {kind}"))
+        forms[f"powernap {kind}"] = powernap_step(own, topology, batch, clock.of(f"powernap {kind}"))
         for form, build in (("blocks", Blocks), ("plain", Plain)):
             torch.manual_seed(0)
-            network = build(HybridStage(recipe.model, recipe.sleep, here.groups))
+            network = build(HybridStage(recipe.model, recipe.sleep, topology.groups))
             forms[f"{form} {kind}"] = plain_step(network, recipe, batch, recompute, clock.of(f"{form} {kind}"))
     losses = [form() for form in forms.values()]
     assert max(losses) - min(losses) < 1e-4 * max(losses), f"the forms compute different things: {losses}"
@@ -170,11 +170,11 @@ def synthetic_batch(recipe: Recipe) -> Batch:
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     last = (shape[1] - 2) // recipe.model.window * recipe.model.window
     loss_mask[:, last + 1 :: 2] = True
-    return Batch(tokens, loss_mask, begins=torch.ones(len(tokens), dtype=torch.bool), answers=[])
+    return Batch(tokens, loss_mask, is_document_start=torch.ones(len(tokens), dtype=torch.bool), answers=[])
 
 
-def powernap_step(recipe: Recipe, here: Topology, batch: Batch, clock: FormClock):
-    stage, zero = trainer.build(recipe, here)
+def powernap_step(recipe: Recipe, topology: Topology, batch: Batch, clock: FormClock):
+    stage, zero = trainer.build(recipe, topology)
     zero_step = zero.step
 
     def run() -> float:
@@ -186,7 +186,7 @@ def powernap_step(recipe: Recipe, here: Topology, batch: Batch, clock: FormClock
                 stack.enter_context(mock.patch.object(owner, name, clock.around(part, getattr(owner, name))))
             stack.enter_context(mock.patch.object(zero, "step", clock.around("clip, update", zero_step)))
             with clock.step():  # step 2: health metrics are off, as in all steps but every log_every-th
-                return trainer.train_step(recipe, stage, zero, batch, 2, here)[0]["loss"]
+                return trainer.train_step(recipe, stage, zero, batch, 2, topology)[0]["loss"]
 
     return run
 
@@ -245,7 +245,7 @@ class Blocks(nn.Module):
         self._stage = [stage]  # in a list: its parameters are named once
 
     def zero_states(self, batch: int) -> list[torch.Tensor]:
-        return list(self._stage[0].empty_memory(batch))
+        return list(self._stage[0].empty_layer_states(batch))
 
     def forward(self, tokens, states, predicts: bool):
         stage = self._stage[0]

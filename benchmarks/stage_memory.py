@@ -12,9 +12,9 @@ from benchmarks import sleep
 from benchmarks.common import table, verdicts, write
 from benchmarks.pipeline import GLOBAL_BATCH, MICRO_BATCH_SIZE, build
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
 from powernap.parallel.planning import timeline
 from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.topology import Topology, init_distributed, shutdown_distributed
 from tests.helpers.processes import in_processes
 
 
@@ -54,17 +54,17 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 
 def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
-    here = topology.initialize(pipeline=2, store=store, rank=rank, world_size=2)
+    topology = init_distributed(pipeline=2, store=store, rank=rank, world_size=2)
     peaks = {}
     for n in passes:
-        stage, batches = build(here, n)
-        peaks[n] = sleep.peak_bytes(lambda: step(stage, batches, here), lambda: stage.parameters())  # noqa: B023
-    states = sum(state.nbytes for state in stage.empty_memory(MICRO_BATCH_SIZE))
-    hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.like.element_size()
-    topology.shutdown()
+        stage, batches = build(topology, n)
+        peaks[n] = sleep.peak_bytes(lambda: step(stage, batches, topology), lambda: stage.parameters())  # noqa: B023
+    states = sum(state.nbytes for state in stage.empty_layer_states(MICRO_BATCH_SIZE))
+    hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.dtype.itemsize
+    shutdown_distributed()
     return {"hidden_bytes": hidden, "fast_weight_bytes": states, "peak_bytes": peaks}
 
 
-def step(stage: HybridStage, batches: list[MicroBatch], here: topology.Topology) -> None:
+def step(stage: HybridStage, batches: list[MicroBatch], topology: Topology) -> None:
     stage.zero_grad(set_to_none=False)  # gradients have a place that stays, as in parallel/zero.py
-    forward_backward(stage, batches, 1e-3, here, recompute=True)
+    forward_backward(stage, batches, 1e-3, topology, recompute=True)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 MEETING_SECONDS = 900  # for machines that start after each other, such as while one still fetches the image
 
 
-# What ranks that srun started have in common, in the environment: parallel/meeting.py, which imports torch.
-MEETING = "POWERNAP_MEETING"
+# What ranks that srun started have in common, in the environment: parallel/rendezvous.py, which imports torch.
+RENDEZVOUS = "POWERNAP_RENDEZVOUS"
 
 
 class LaunchError(PowernapError):
@@ -53,7 +53,7 @@ def already_started() -> bool:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if os.environ["WORLD_SIZE"] != "1" and not os.environ.get(name) and MEETING not in os.environ:
+            if os.environ["WORLD_SIZE"] != "1" and not os.environ.get(name) and RENDEZVOUS not in os.environ:
                 raise LaunchError(f"{name} is missing: with RANK and WORLD_SIZE set all ranks meet there")
         return True
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -66,7 +66,7 @@ def already_started() -> bool:
         "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0],
         "MASTER_ADDR": _first_node(),
-        MEETING: ".".join(os.environ.get(name, "0") for name in names),
+        RENDEZVOUS: ".".join(os.environ.get(name, "0") for name in names),
     }
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -158,14 +158,14 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
         here = loopback.address()
-        meeting: dict[str, Any] = {
+        rendezvous: dict[str, Any] = {
             "run_id": uuid.uuid4().hex,
             "rdzv_backend": "c10d",
             "rdzv_endpoint": f"[{here}]:0" if ":" in here else f"{here}:0",
             "local_addr": here,  # or it asks for its own host's name, which a container need not know
         }
     else:
-        meeting = {
+        rendezvous = {
             "run_id": "powernap",
             "rdzv_backend": "static",
             "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
@@ -177,7 +177,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
         min_nodes=machines,
         max_nodes=machines,
         nproc_per_node=processes,
-        **meeting,
+        **rendezvous,
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle=",".join(torchruns),

@@ -3,7 +3,7 @@
 import torch
 
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.init import seeded_init
 from powernap.model.megatron import (
     IdentityOp,
@@ -60,22 +60,22 @@ class HybridBlock(TransformerBlock):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        memory: Memory,
+        layer_states: LayerStates,
         window: Window,
         layers: range,
         state_only: bool = False,
-    ) -> tuple[torch.Tensor | None, Memory]:
+    ) -> tuple[torch.Tensor | None, LayerStates]:
         """Run `layers` (indices into this stage) once.
 
         Args:
             hidden_states: [L, B, D].
-            memory: one state for each layer of this stage that has one, in order.
+            layer_states: one state for each layer of this stage that has one, in order.
             state_only: the hidden states are not needed: stop inside the last layer with a state of `layers`.
 
         Returns:
-            (hidden_states or None if state_only, memory of the whole stage)
+            (hidden_states or None if state_only, layer states of the whole stage)
         """
-        states = dict(zip(self.layers_with_state, memory, strict=True))
+        states = dict(zip(self.layers_with_state, layer_states, strict=True))
         last_write = max((i for i in layers if i in states), default=None) if state_only else None
         for index in layers:
             if index == last_write:

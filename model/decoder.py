@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.part import Mixer
 from powernap.model.segments import sleep_on
 from powernap.model.stage import HybridStage
@@ -52,7 +52,7 @@ class Decoder:
         self._tokens = torch.full((batch, self._before + model.window), -1)  # by slot; -1: none yet
         self._start = torch.zeros(batch, dtype=torch.int64)  # of the current window, in the stream
         self._filled = torch.zeros(batch, dtype=torch.int64)  # tokens of the current window that were read
-        self.logits = stage.like.new_zeros((batch, model.vocab_size))
+        self.logits = torch.zeros((batch, model.vocab_size), dtype=stage.dtype, device=stage.device)
 
     @property
     def lengths(self) -> list[int]:
@@ -130,7 +130,7 @@ class Decoder:
         self._tokens[torch.tensor(rows)[:, None], slots] = tokens
         device = self.logits.device
         positions, mask = self._positions(rows, offsets.t()), self._mask(rows, offsets).to(device)
-        window = Window(positions, self._valid(tokens), mask, slots=slots.to(device))
+        window = Window(positions, self._padding_mask(tokens), mask, slots=slots.to(device))
 
         everyone = len(rows) == self.batch
         caches = self._caches
@@ -152,18 +152,18 @@ class Decoder:
         tokens = self._tokens[rows, before:]
         device = self.logits.device
         # The mask goes without saying where all tokens are the window's own, and none is a pad.
-        padded = self._valid(self._tokens[rows]) is not None
+        padded = self._padding_mask(self._tokens[rows]) is not None
         mask = None
         if padded or before:
             mask = self._mask(rows, torch.arange(model.window).expand(len(rows), -1)).to(device)
-        awake = Window(self._positions(rows), self._valid(tokens), mask)
+        awake = Window(self._positions(rows), self._padding_mask(tokens), mask)
 
-        memory, hidden_states, tokens = self._memory(rows), None, tokens.to(device)
+        layer_states, hidden_states, tokens = self._states_before_sleep(rows), None, tokens.to(device)
         for segment in sleep_on(0, range(model.window), padded, model, sleep, self.passes):
             window = replace(awake, final_blocks=segment.final_blocks)
-            hidden_states, memory = self.stage.run_pass(segment, tokens, hidden_states, memory, window)
+            hidden_states, layer_states = self.stage.run_pass(segment, tokens, hidden_states, layer_states, window)
 
-        for index, left in zip(self.stage.decoder.layers_with_state, memory, strict=True):
+        for index, left in zip(self.stage.decoder.layers_with_state, layer_states, strict=True):
             self._mixer(index).begin_window(self._caches[index], rows, before, left)
             if index in self._at_start:
                 self._at_start[index][rows] = left
@@ -171,7 +171,7 @@ class Decoder:
         self._start[rows] += model.window
         self._filled[rows] = 0
 
-    def _memory(self, rows: list[int]) -> Memory:
+    def _states_before_sleep(self, rows: list[int]) -> LayerStates:
         """What the sleep of the current windows begins with."""
         return tuple(
             self._at_start[index][rows]
@@ -195,14 +195,14 @@ class Decoder:
         seen = (distance >= 0) & (distance < self.stage.model.window) & (slots >= first[:, None, None])
         pad = self.stage.model.pad_token_id
         if pad is not None:
-            valid = self._tokens[rows, : len(slots)] != pad
-            seen &= valid[:, None] | (distance == 0)  # a row that sees nothing would be NaN: a pad sees itself
+            padding_mask = self._tokens[rows, : len(slots)] != pad
+            seen &= padding_mask[:, None] | (distance == 0)  # a row that sees nothing would be NaN: a pad sees itself
         return seen[:, None]
 
-    def _valid(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def _padding_mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """[n, R], False at pads of tokens [R, n]; None: no pads."""
-        valid = tokens != self.stage.model.pad_token_id if self.stage.model.pad_token_id is not None else None
-        return None if valid is None or valid.all() else valid.t().to(self.logits.device)
+        padding_mask = tokens != self.stage.model.pad_token_id if self.stage.model.pad_token_id is not None else None
+        return None if padding_mask is None or padding_mask.all() else padding_mask.t().to(self.logits.device)
 
     def _positions(self, rows: Sequence[int], offsets: torch.Tensor | None = None) -> Positions:
         """Of the current windows, or of their tokens at `offsets` [n, R]."""

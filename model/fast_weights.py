@@ -10,7 +10,7 @@ checkpointing untouched.
 
 import torch
 
-Memory = tuple[torch.Tensor, ...]  # one a block that carries anything: fast weights and, if there are any, caches
+LayerStates = tuple[torch.Tensor, ...]  # one a block that carries anything: fast weights and, if there are any, caches
 
 
 def zero_state(batch: int, heads: int, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -22,21 +22,21 @@ def zero_state(batch: int, heads: int, rows: int, columns: int, like: torch.Tens
     return torch.zeros((batch, heads, rows, columns), dtype=dtype, device=like.device)
 
 
-def detach(memory: Memory) -> Memory:
+def detach(layer_states: LayerStates) -> LayerStates:
     """The same numbers with no gradient to what wrote them."""
-    return tuple(state.detach() for state in memory)
+    return tuple(state.detach() for state in layer_states)
 
 
-def reset_rows(memory: Memory, begins: torch.Tensor) -> Memory:
+def reset_rows(layer_states: LayerStates, begins: torch.Tensor) -> LayerStates:
     """Set the fast weights to zero in the rows of `begins`, bool [B], in place."""
-    return tuple(state.masked_fill_(begins[:, None, None, None], 0.0) for state in memory)
+    return tuple(state.masked_fill_(begins[:, None, None, None], 0.0) for state in layer_states)
 
 
-def split_batch(memory: Memory, batch: int, size: int) -> list[Memory]:
+def split_batch(layer_states: LayerStates, batch: int, size: int) -> list[LayerStates]:
     """The rows of `batch` sequences in parts of `size`; each is empty where no block has a state."""
-    return [tuple(state[start : start + size] for state in memory) for start in range(0, batch, size)]
+    return [tuple(state[start : start + size] for state in layer_states) for start in range(0, batch, size)]
 
 
-def cat_batch(parts: list[Memory]) -> Memory:
+def cat_batch(parts: list[LayerStates]) -> LayerStates:
     """The rows of all parts."""
     return tuple(torch.cat(states) for states in zip(*parts, strict=True))

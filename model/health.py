@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
 
@@ -35,11 +35,11 @@ class FastWeightHealth:
             for mixer in self._mixers.values():
                 mixer.gates = None
 
-    def record(self, segment: Segment, memory: Memory) -> None:
+    def record(self, segment: Segment, layer_states: LayerStates) -> None:
         """Note the Frobenius norm of a head's state, averaged over batch and heads, as the segment left it."""
         if segment.predicts:
             return
-        states = dict(zip(self._blocks_with_state, memory, strict=True))
+        states = dict(zip(self._blocks_with_state, layer_states, strict=True))
         for block in self._mixers:
             norm = states[block].detach().norm(dim=(-2, -1)).mean()
             self._values[f"fast_weights/block_{block}/pass_{segment.pass_number}/norm"].append(norm)

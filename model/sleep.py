@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.health import FastWeightHealth
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
@@ -21,7 +21,7 @@ from powernap.model.stage import HybridStage
 class SleepOutput:
     loss: torch.Tensor  # sum over the loss tokens
     predictions: torch.Tensor | None  # [B, T], the likeliest token at each place in a prediction window, -1 elsewhere
-    memory: Memory  # what is left after the last window
+    layer_states: LayerStates  # what is left after the last window
 
 
 def sleep_and_predict(
@@ -30,7 +30,7 @@ def sleep_and_predict(
     tokens: torch.Tensor,
     loss_mask: torch.Tensor,
     *,
-    memory: Memory | None = None,
+    layer_states: LayerStates | None = None,
     recompute: bool = True,
     predict: bool = False,
     health: FastWeightHealth | None = None,
@@ -39,15 +39,15 @@ def sleep_and_predict(
 
     Args:
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
-        memory: what the sequences start from; None: they begin with fast weights of zero.
+        layer_states: what the sequences start from; None: they begin with fast weights of zero.
         recompute: keep only each segment's inputs and compute the rest again in the backward pass.
         predict: also return the predictions.
         health: watches norms and gates of the fast weights.
     """
     inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
-    memory = stage.empty_memory(len(tokens)) if memory is None else memory
+    layer_states = stage.empty_layer_states(len(tokens)) if layer_states is None else layer_states
     hidden_states = None
-    loss = memory[0].new_zeros(()) if memory else torch.zeros((), device=tokens.device)
+    loss = layer_states[0].new_zeros(()) if layer_states else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
     for segment in segments:
         run = partial(_run, stage, segment, inputs, targets, loss_mask)
@@ -56,18 +56,18 @@ def sleep_and_predict(
             health.watch(segment) if health else nullcontext(),
         ):
             if recompute and torch.is_grad_enabled():  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *memory, use_reentrant=False, preserve_rng_state=False)
+                results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
             else:
-                results = run(hidden_states, *memory)
+                results = run(hidden_states, *layer_states)
         hidden_states, segment_loss, *states = results
-        memory = tuple(states)
+        layer_states = tuple(states)
         if health:
-            health.record(segment, memory)
+            health.record(segment, layer_states)
         if segment.predicts:
             loss = loss + segment_loss
         if segment.predicts and predictions is not None:
             predictions[:, 1:][:, segment.where] = stage.predictions(hidden_states)
-    return SleepOutput(loss, predictions, memory)
+    return SleepOutput(loss, predictions, layer_states)
 
 
 def _run(
@@ -77,10 +77,10 @@ def _run(
     targets: torch.Tensor,
     loss_mask: torch.Tensor,
     hidden_states: torch.Tensor | None,
-    *memory: torch.Tensor,
+    *layer_states: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     """One segment: its hidden states, its loss if it predicts, and what it leaves in each block."""
-    hidden_states, left = stage(segment, inputs, hidden_states, memory)
+    hidden_states, left = stage(segment, inputs, hidden_states, layer_states)
     loss = None
     if segment.predicts:
         loss = stage.loss(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])

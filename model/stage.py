@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.init import seeded_init
 from powernap.model.megatron import (
     ColumnParallelLinear,
@@ -21,7 +21,7 @@ from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
 from powernap.model.segments import Segment, cached_tokens
-from powernap.model.window import Positions, Window, hide_pads, sliding_mask
+from powernap.model.window import Positions, Window, mask_padding, sliding_mask
 
 
 class HybridStage(MegatronModule):
@@ -86,8 +86,17 @@ class HybridStage(MegatronModule):
 
     @property
     def like(self) -> torch.Tensor:
-        """A tensor on the device and in the precision of the weights, which DeepSpeed may have changed."""
+        """A tensor as the weights are, to make others from."""
         return self.decoder.layers[0].input_layernorm.weight.data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights'; DeepSpeed may have changed it."""
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
 
     @property
     def sequence_shards(self) -> int:
@@ -113,43 +122,43 @@ class HybridStage(MegatronModule):
         layers = zip(self.blocks, self.decoder.layers, strict=True)
         return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
 
-    def empty_memory(self, batch: int) -> Memory:
+    def empty_layer_states(self, batch: int) -> LayerStates:
         """What the first segment of `batch` sequences starts from: fast weights of zero, caches of no token."""
         mixers = [self.decoder.layers[index].self_attention for index in self.decoder.layers_with_state]
         return tuple(mixer.first_state(batch, self.like) for mixer in mixers)
 
     def forward(
-        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, memory: Memory
-    ) -> tuple[torch.Tensor | None, Memory]:
+        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, layer_states: LayerStates
+    ) -> tuple[torch.Tensor | None, LayerStates]:
         """Run one segment.
 
         Args:
             tokens: [B, T], the whole sequences' inputs.
             hidden_states: [L, B, D] of the stage before, or on the first stage of the pass before; None on the first
                 stage where a segment begins with the embeddings.
-            memory: what the segment before left of fast weights and caches.
+            layer_states: what the segment before left of fast weights and caches.
 
         Returns:
-            (hidden_states [L, B, D], None where the segment only writes; memory)
+            (hidden_states [L, B, D], None where the segment only writes; layer states)
         """
         where = segment.where
-        return self.run_pass(segment, tokens[:, where], hidden_states, memory, self._window(segment, tokens))
+        return self.run_pass(segment, tokens[:, where], hidden_states, layer_states, self._window(segment, tokens))
 
     def run_pass(
         self,
         segment: Segment,
         tokens: torch.Tensor,
         hidden_states: torch.Tensor | None,
-        memory: Memory,
+        layer_states: LayerStates,
         window: Window,
-    ) -> tuple[torch.Tensor | None, Memory]:
+    ) -> tuple[torch.Tensor | None, LayerStates]:
         """`forward` given the window's tokens [B, L] alone, with its positions, mask and pads."""
         if self.is_first:
             hidden_states = self._pass_input(segment, tokens, hidden_states)
         layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
         state_only = segment.state_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
-        return self.decoder(hidden_states, memory, window, layers, state_only)
+        return self.decoder(hidden_states, layer_states, window, layers, state_only)
 
     def init_caches(self, batch: int, slots: int) -> list[Cache]:
         """What `decode` starts from, one a block; `slots`: tokens that attention sees, of the window and before."""
@@ -218,9 +227,9 @@ class HybridStage(MegatronModule):
             mask = self._mask(stop - start, cached, tokens.device) if cached else None
             return Window(positions, None, mask, segment.final_blocks)
         assert self.model.pad_token_id is not None
-        valid = tokens[:, start - cached : stop] != self.model.pad_token_id
-        mask = hide_pads(self._mask(stop - start, cached, tokens.device), valid)
-        return Window(positions, valid[:, cached:].t(), mask, segment.final_blocks)
+        padding_mask = tokens[:, start - cached : stop] != self.model.pad_token_id
+        mask = mask_padding(self._mask(stop - start, cached, tokens.device), padding_mask)
+        return Window(positions, padding_mask[:, cached:].t(), mask, segment.final_blocks)
 
     def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:
         mask = self._masks.get((length, cached))

@@ -27,7 +27,7 @@ class Window:
     """
 
     positions: Positions
-    valid: torch.Tensor | None = None  # [L, B], False at pads; None: no pads
+    padding_mask: torch.Tensor | None = None  # [L, B], False at pads; None: no pads
     attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
     final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window
     slots: torch.Tensor | None = None  # [B, L], where in its cache attention keeps a chunk's keys and values
@@ -40,22 +40,22 @@ class Window:
         return self.computed[key]
 
 
-def sliding_mask(length: int, cached: int, reach: int, device: torch.device) -> torch.Tensor:
-    """What each query of a window sees of the cached keys and its own window: itself and up to reach-1 before.
+def sliding_mask(length: int, cached: int, window_size: int, device: torch.device) -> torch.Tensor:
+    """What each query of a window sees of the cached keys and its own window: itself and up to window_size-1 before.
 
     Returns:
         [L, n+L], True where seen.
     """
     queries, keys = (torch.arange(start, cached + length, device=device) for start in (cached, 0))
     distance = queries[:, None] - keys
-    return (distance >= 0) & (distance < reach)
+    return (distance >= 0) & (distance < window_size)
 
 
-def hide_pads(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], valid [B, n+L] is False at pads.
+def mask_padding(mask: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], padding_mask [B, n+L] is False at pads.
 
     A pad may see itself: a row that sees nothing would be a softmax over nothing, NaN.
     """
     length, keys = mask.shape
     itself = torch.ones_like(mask).triu(keys - length).tril(keys - length)
-    return (mask & (valid[:, None, :] | itself)).unsqueeze(1)
+    return (mask & (padding_mask[:, None, :] | itself)).unsqueeze(1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from powernap.model.batch import SegmentError
-from powernap.model.fast_weights import Memory, detach
+from powernap.model.fast_weights import LayerStates, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
 from powernap.model.segments import Segment
@@ -33,15 +33,15 @@ class MicroBatch:
     segments: list[Segment]
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
-    memory: Memory | None = None  # this stage's, from which the sequences start; None: fast weights of zero
-    left: Memory | None = None  # set by `forward_backward` under sleep.carry: what they leave, detached
+    layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: fast weights of zero
+    left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: what they leave, detached
 
 
 def forward_backward(
     stage: HybridStage,
     micro_batches: list[MicroBatch],
     loss_scale: float,
-    here: Topology,
+    topology: Topology,
     *,
     recompute: bool,
     health: FastWeightHealth | None = None,
@@ -51,51 +51,53 @@ def forward_backward(
     Gradients of weights that several ranks hold are this rank's part: see `sum_shared_gradients`. `health` watches the
     first micro-batch.
     """
-    step = StageStep(stage, micro_batches, loss_scale, recompute, health, here)
-    if here.pp_size == 1:
+    step = StageStep(stage, micro_batches, loss_scale, recompute, health, topology)
+    if topology.pp_size == 1:
         for number in range(len(micro_batches)):
             _loop(step, number)
     else:
-        _pipeline(step, here)
-    return here.all_reduce_over_stages(step.loss)
+        _pipeline(step, topology)
+    return topology.all_reduce_over_stages(step.loss)
 
 
-def sum_shared_gradients(stage: HybridStage, here: Topology, gradient_of=lambda parameter: parameter.grad) -> None:
+def sum_shared_gradients(stage: HybridStage, topology: Topology, gradient_of=lambda parameter: parameter.grad) -> None:
     """Add up the gradients of weights that several ranks of a model hold and each saw a part of.
 
     These are norm weights under sequence parallelism (each tensor rank saw its tokens) and a tied embedding on the
     first and last stage. Without this nothing fails, the copies just drift apart.
     """
-    if stage.config.sequence_parallel and here.tp_size > 1:
+    if stage.config.sequence_parallel and topology.tp_size > 1:
         for parameter in stage.parameters():
             if getattr(parameter, "sequence_parallel", False):
-                dist.all_reduce(gradient_of(parameter), group=here.groups.tp)
-    if stage.model.tie_embeddings and here.pp_size > 1 and stage.embedding is not None:
-        dist.all_reduce(gradient_of(stage.embedding.weight), group=here.groups.embd)
+                dist.all_reduce(gradient_of(parameter), group=topology.groups.tp)
+    if stage.model.tie_embeddings and topology.pp_size > 1 and stage.embedding is not None:
+        dist.all_reduce(gradient_of(stage.embedding.weight), group=topology.groups.embd)
 
 
-def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torch.Tensor, torch.Tensor, Memory]:
-    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere; the loss summed over the loss tokens; memory.
+def predict(
+    stage: HybridStage, batch: MicroBatch, topology: Topology
+) -> tuple[torch.Tensor, torch.Tensor, LayerStates]:
+    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere; the loss summed over the loss tokens; layer states.
 
-    The first two on every stage, the memory that the sequences leave is each stage's own. One stage works at a time.
+    The first two on every stage, the states that the sequences leave are each stage's own. One stage works at a time.
     """
     segments, tokens, loss_mask = batch.segments, batch.tokens, batch.loss_mask
-    if here.pp_size == 1:
+    if topology.pp_size == 1:
         with torch.no_grad():
             output = sleep_and_predict(
-                stage, segments, tokens, loss_mask, memory=batch.memory, recompute=False, predict=True
+                stage, segments, tokens, loss_mask, layer_states=batch.layer_states, recompute=False, predict=True
             )
         assert output.predictions is not None
-        return output.predictions, output.loss, output.memory
+        return output.predictions, output.loss, output.layer_states
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
-    loss = torch.zeros((), dtype=torch.promote_types(stage.like.dtype, torch.float32), device=stage.like.device)
-    ring = Ring(stage, here, longest(segments), len(tokens))
-    memory = stage.empty_memory(len(tokens)) if batch.memory is None else batch.memory
+    loss = torch.zeros((), dtype=torch.promote_types(stage.dtype, torch.float32), device=stage.device)
+    ring = Ring(stage, topology, longest(segments), len(tokens))
+    layer_states = stage.empty_layer_states(len(tokens)) if batch.layer_states is None else batch.layer_states
     with torch.no_grad():
         for index, segment in enumerate(segments):
             takes = not (stage.is_first and segment.from_embeddings)
             hidden_states = ring.receive(segment) if takes else None
-            hidden_states, memory = stage(segment, inputs, hidden_states, memory)
+            hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
             if segment.predicts and stage.is_last:
                 where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
@@ -104,8 +106,8 @@ def predict(stage: HybridStage, batch: MicroBatch, here: Topology) -> tuple[torc
             if not stage.is_last or goes_on:
                 ring.send(hidden_states)
         for result in (predictions, loss):
-            dist.broadcast(result, group=here.groups.pp, group_src=here.pp_size - 1)
-    return predictions, loss, memory
+            dist.broadcast(result, group=topology.groups.pp, group_src=topology.pp_size - 1)
+    return predictions, loss, layer_states
 
 
 class StageStep:
@@ -118,19 +120,19 @@ class StageStep:
         loss_scale: float,
         recompute: bool,
         health: FastWeightHealth | None,
-        here: Topology,
+        topology: Topology,
     ):
         self.stage = stage
-        self.here = here
+        self.topology = topology
         self.micro_batches = micro_batches
         self.loss_scale = loss_scale
         self.recompute = recompute
         self.health = health
-        dtype = torch.promote_types(stage.like.dtype, torch.float32)
-        self.loss = torch.zeros((), dtype=dtype, device=stage.like.device)
+        dtype = torch.promote_types(stage.dtype, torch.float32)
+        self.loss = torch.zeros((), dtype=dtype, device=stage.device)
         # So that every segment has a backward pass, also one without gradient: the schedule runs one.
-        self._anchor = torch.zeros((), device=stage.like.device, requires_grad=True)
-        self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> memory for its next segment
+        self._anchor = torch.zeros((), device=stage.device, requires_grad=True)
+        self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> layer states for its next segment
         self._steps_done = 0
         self._sent: list[torch.Tensor] = []
 
@@ -157,15 +159,15 @@ class StageStep:
         if takes:
             assert received is not None
             hidden_states = received[: self._length(segment)]
-        memory: Sequence[torch.Tensor] | None
-        memory = batch.memory if index == 0 else self._carried.pop(number)
-        if memory is None:
-            memory = self.stage.empty_memory(len(batch.tokens))
-        hidden_states, loss, *memory = self._run(number, segment, hidden_states, memory)
+        layer_states: Sequence[torch.Tensor] | None
+        layer_states = batch.layer_states if index == 0 else self._carried.pop(number)
+        if layer_states is None:
+            layer_states = self.stage.empty_layer_states(len(batch.tokens))
+        hidden_states, loss, *layer_states = self._run(number, segment, hidden_states, layer_states)
 
         if loss is not None:
             self.loss += loss.detach()
-        carried = [state.detach().requires_grad_() for state in memory]
+        carried = [state.detach().requires_grad_() for state in layer_states]
         if not last:
             self._carried[number] = carried
         elif self.stage.sleep.carry:
@@ -176,7 +178,9 @@ class StageStep:
         shape = self._link_shape(link_length, batch, segment) if taken else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
         hidden_states = hidden_states if taken else None
-        output = _SegmentBoundary.apply(link, self._anchor, self.stage.like, hidden_states, received, loss, *memory)
+        output = _SegmentBoundary.apply(
+            link, self._anchor, self.stage.like, hidden_states, received, loss, *layer_states
+        )
         if link_length is not None:
             self._keep(output)
         return output
@@ -190,18 +194,18 @@ class StageStep:
         """
         self._sent.append(output.detach())
 
-    def _run(self, number, segment, hidden_states, memory):
+    def _run(self, number, segment, hidden_states, layer_states):
         stage, batch = self.stage, self.micro_batches[number]
         where = segment.where
         inputs, targets, loss_mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
 
-        def run(hidden_states, *memory):
+        def run(hidden_states, *layer_states):
             with cpu.as_it_is():
-                hidden_states, memory = stage(segment, inputs, hidden_states, memory)
+                hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
                 loss = None
                 if segment.predicts and stage.is_last:
                     loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where])
-                return hidden_states, loss, *memory
+                return hidden_states, loss, *layer_states
 
         health = self.health if number == 0 else None
         with (
@@ -209,9 +213,9 @@ class StageStep:
             health.watch(segment) if health else nullcontext(),
         ):
             if self.recompute and segment.with_grad:  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *memory, use_reentrant=False, preserve_rng_state=False)
+                results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
             else:
-                results = run(hidden_states, *memory)
+                results = run(hidden_states, *layer_states)
         if health:
             health.record(segment, results[2:])
         return results
@@ -220,20 +224,24 @@ class StageStep:
         del self._sent[:-1]
         self._steps_done += 1
         step = Step(*step)
-        self.here.progress.note(self._say, self._steps_done, step, brief=lambda: self._name(step))
+        self.topology.progress.note(self._say, self._steps_done, step, brief=lambda: self._name(step))
 
     def _say(self, done: int, step: Step) -> str:
         """What this stage does, and if it has done that, what it waits for."""
-        if self.here.pp_size == 1:
+        if self.topology.pp_size == 1:
             return self._name(step)
-        segments, here = len(self.micro_batches[0].segments), self.here
-        order = schedule(here.pp_size, len(self.micro_batches), segments)
-        if done == len(order[here.pp_rank]):
+        segments, topology = len(self.micro_batches[0].segments), self.topology
+        order = schedule(topology.pp_size, len(self.micro_batches), segments)
+        if done == len(order[topology.pp_rank]):
             return f"{self._name(step)}, the last of this stage"
-        following = order[here.pp_rank][done]
-        sources = {stage for stage, _ in needs(here.pp_rank, following, here.pp_size, segments)} - {here.pp_rank}
+        following = order[topology.pp_rank][done]
+        sources = {stage for stage, _ in needs(topology.pp_rank, following, topology.pp_size, segments)} - {
+            topology.pp_rank
+        }
         what = "hidden states" if following.kind == FORWARD else "their gradient"
-        source = "".join(f", which needs {what} from {here.describe_rank(here.rank_of_stage(s))}" for s in sources)
+        source = "".join(
+            f", which needs {what} from {topology.describe_rank(topology.rank_of_stage(s))}" for s in sources
+        )
         return f"{self._name(step)} begun; next is {self._name(following)}{source}"
 
     def _name(self, step: Step) -> str:
@@ -255,7 +263,7 @@ class Link:
 
     shape: tuple[int, ...]  # of what is sent, () if nobody takes it
     loss_scale: float
-    carried: list[torch.Tensor]  # the next segment's memory, leaves: their .grad is where its backward leaves it
+    carried: list[torch.Tensor]  # the next segment's layer states, leaves: their .grad is where its backward leaves it
     begin_backward: Callable[[], None]
 
 
@@ -268,7 +276,7 @@ class _SegmentBoundary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, link, anchor, like, hidden_states, received, loss, *memory):
+    def forward(ctx, link, anchor, like, hidden_states, received, loss, *layer_states):
         ctx.link = link
         ctx.loss_gradient = None if loss is None else torch.full_like(loss, link.loss_scale)
         ctx.length = None if hidden_states is None else len(hidden_states)
@@ -285,9 +293,9 @@ class _SegmentBoundary(torch.autograd.Function):
         hidden_states = None if ctx.length is None else gradient[: ctx.length]
         received = None if ctx.received is None else gradient.new_zeros(ctx.received)
         # Zeros where nothing came back: the stage before still waits for the gradient of what it sent.
-        memory = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
+        layer_states = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
         link.carried.clear()
-        return None, None, None, hidden_states, received, ctx.loss_gradient, *memory
+        return None, None, None, hidden_states, received, ctx.loss_gradient, *layer_states
 
 
 def _loop(step: StageStep, number: int) -> None:
@@ -331,18 +339,18 @@ class SegmentChunk(MegatronModule):
         return self.step.forward(number, self.index, received, self.link_length)
 
 
-def _pipeline(step: StageStep, here: Topology) -> None:
+def _pipeline(step: StageStep, topology: Topology) -> None:
     stage, micro_batches = step.stage, step.micro_batches
     segments = micro_batches[0].segments
     order = [(segment.window, segment.pass_number) for segment in segments]
     for number, batch in enumerate(micro_batches):
         if [(segment.window, segment.pass_number) for segment in batch.segments] != order:
             raise SegmentError(
-                f"{here.describe()}: micro-batches 0 and {number} of a step hold loss tokens in different windows: a "
+                f"{topology.describe()}: micro-batches 0 and {number} of a step hold loss tokens in different windows: a "
                 "pipeline runs the same segments in all; batch such sequences apart, or use parallel.pipeline=1"
             )
     length = longest(segments)
-    config = _schedule_config(stage, here, len(segments))
+    config = _schedule_config(stage, topology, len(segments))
     chunks = [SegmentChunk(config, step, i, length // stage.sequence_shards) for i in range(len(segments))]
 
     def forward_step(numbers, chunk):
@@ -367,16 +375,16 @@ def longest(segments: list[Segment]) -> int:
     return max(len(segment.tokens) for segment in segments)
 
 
-def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
+def _schedule_config(stage: HybridStage, topology: Topology, chunks: int):
     """The stage's config as the schedule reads it.
 
     Changed after construction: the stage itself must not number its layers as a virtual pipeline would.
     """
     config = copy.copy(stage.config)
-    config.pipeline_model_parallel_size = here.pp_size
+    config.pipeline_model_parallel_size = topology.pp_size
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
-    config.microbatch_group_size_per_vp_stage = here.pp_size
-    config.pipeline_dtype = stage.like.dtype
+    config.microbatch_group_size_per_vp_stage = topology.pp_size
+    config.pipeline_dtype = stage.dtype
     config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends
     # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
     # gradients are wrong and nothing says so.
@@ -389,9 +397,9 @@ def _schedule_config(stage: HybridStage, here: Topology, chunks: int):
 class Ring:
     """Hidden states from each stage to the next and from the last to the first, one message at a time."""
 
-    def __init__(self, stage: HybridStage, here: Topology, length: int, batch: int):
-        self.group, self.stage = here.groups.pp, stage
-        self.next, self.previous = ((here.pp_rank + step) % here.pp_size for step in (1, -1))
+    def __init__(self, stage: HybridStage, topology: Topology, length: int, batch: int):
+        self.group, self.stage = topology.groups.pp, stage
+        self.next, self.previous = ((topology.pp_rank + step) % topology.pp_size for step in (1, -1))
         self.buffer = stage.like.new_zeros(length // stage.sequence_shards, batch, stage.model.hidden_size)
 
     def receive(self, segment: Segment) -> torch.Tensor:

@@ -19,7 +19,7 @@ from powernap.parallel import cpu, loopback
 from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.heartbeat import beating
 from powernap.parallel.liveness.watchdog import JOINING, Progress, Watchdog
-from powernap.parallel.meeting import MEETING, met
+from powernap.parallel.rendezvous import RENDEZVOUS, rendezvous
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def describe_rank(rank: int, tp_size: int, dp_size: int) -> str:
     return f"rank {rank} (data {data}, stage {rank // (tp_size * dp_size)}, tensor {tensor})"
 
 
-def initialize(
+def init_distributed(
     tensor: int = 1,
     pipeline: int = 1,
     timeout_seconds: float = 600.0,
@@ -160,12 +160,12 @@ def initialize(
     if not dist.is_initialized():
         if not process_group and os.environ.get("WORLD_SIZE") == "1":  # nobody to meet, so no port to lose to others
             process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        timeout, name = timedelta(seconds=timeout_seconds), os.environ.get(MEETING)
+        timeout, name = timedelta(seconds=timeout_seconds), os.environ.get(RENDEZVOUS)
         if process_group or not name or os.environ.get("MASTER_PORT"):
             dist.init_process_group(backend, timeout=timeout, **process_group)
         else:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            with met(name, rank, timeout_seconds) as store:
+            with rendezvous(name, rank, timeout_seconds) as store:
                 dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -198,7 +198,7 @@ _GONE = re.compile(r"gloo.*Connection (closed|reset) by peer|Did the remote serv
 
 
 @contextmanager
-def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
+def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
     """`initialize`, watched by a watchdog if there are other ranks, and leave the process groups at the end.
 
     Not after an error, where there are others: a rank that failed must not wait for them, it exits and takes them down.
@@ -209,17 +209,17 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     who = partial(describe_rank, tp_size=tensor, dp_size=world_size // (tensor * pipeline))
     progress, watchdog = Progress(), None
-    progress.note(f"joining the other ranks{meeting_place()}")
+    progress.note(f"joining the other ranks{rendezvous_address()}")
     if world_size > 1:
         watchdog = Watchdog(progress, who, rank, world_size, timeout_seconds)
         watchdog.start()
     try:
         # The watchdog speaks first, since it knows what it waited for.
-        here = initialize(tensor, pipeline, timeout_seconds + JOINING, progress)
+        topology = init_distributed(tensor, pipeline, timeout_seconds + JOINING, progress)
         progress.joined = True
         progress.note("starting")
         with beating(progress, rank):
-            yield here
+            yield topology
     except RuntimeError as error:
         if watchdog and watchdog.noticed:
             watchdog.join()  # it ends this process
@@ -233,20 +233,20 @@ def joined(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -
         raise
     except ValueError:  # ours, too
         if world_size == 1:  # left to the interpreter's end, threads of the group may abort the process
-            shutdown()
+            shutdown_distributed()
         raise
     if watchdog:
         watchdog.stop()
-    shutdown()
+    shutdown_distributed()
 
 
-def meeting_place() -> str:
+def rendezvous_address() -> str:
     """For messages: where the ranks of this world meet."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     return f" at {address}, port {port or 'to be found'}" if address else ""
 
 
-def shutdown() -> None:
+def shutdown_distributed() -> None:
     """Leave the process groups, and make DeepSpeed forget them: this process may join others later."""
     import deepspeed.comm
 

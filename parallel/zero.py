@@ -104,26 +104,26 @@ def _config(
     precision: Literal["fp32", "bf16"],
     clip: float,
     micro_batch_size: int,
-    level: int,
+    zero_stage: int,
     offload: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's."""
-    zero: dict[str, Any] = {"stage": level, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": level > 1,
+        "managed_gradient_accumulation": zero_stage > 1,
         "gradient_clipping": clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if (precision, level) in (("fp32", 1), ("bf16", 2)):
+    if (precision, zero_stage) in (("fp32", 1), ("bf16", 2)):
         # Its buffer to reduce gradients in: in float32 as large as all of them again, there in all backward passes; at
         # bf16 stage 2 it would be bf16.
         zero["contiguous_gradients"] = False
-    if level == 3:
+    if zero_stage == 3:
         # A prefetcher learns one order of layers; ours changes with N.
         zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
     if offload:
@@ -176,14 +176,14 @@ class ZeroOptimizer:
         precision: Literal["fp32", "bf16"],
         clip: float,
         micro_batch_size: int,
-        level: int = 1,
+        zero_stage: int = 1,
         offload: bool = False,
     ):
         gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through all that is imported by now
         self.topology = topology
         self.stage = stage
         self.clip = clip
-        self.level = level
+        self.zero_stage = zero_stage
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._unused: dict[torch.nn.Parameter, None] = {}  # so far in this step, in order
         self._loss: torch.Tensor | None = None
@@ -199,9 +199,9 @@ class ZeroOptimizer:
         # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
         config = _config(
-            stage, topology.device, precision, 0.0 if self._clip_here else clip, micro_batch_size, level, offload
+            stage, topology.device, precision, 0.0 if self._clip_here else clip, micro_batch_size, zero_stage, offload
         )
-        import deepspeed  # late: it looks at the environment that topology.initialize prepares
+        import deepspeed  # late: it looks at the environment that init_distributed prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
@@ -215,8 +215,8 @@ class ZeroOptimizer:
         if precision == "bf16":
             for parameter in stage.parameters():
                 parameter.grad_dtype = torch.float32
-        self._gradients = _Gradients(stage) if precision == "fp32" and level == 1 else None
-        if level == 3 and stage.model.tie_embeddings:
+        self._gradients = _Gradients(stage) if precision == "fp32" and zero_stage == 1 else None
+        if zero_stage == 3 and stage.model.tie_embeddings:
             assert stage.embedding is not None
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
 
@@ -235,7 +235,7 @@ class ZeroOptimizer:
         self._unused = dict.fromkeys(self.stage.parameters())
         if self._gradients:
             self._gradients.attach()
-        with self.engine.coalesce_grad_reduction() if self.level > 1 else contextlib.nullcontext():
+        with self.engine.coalesce_grad_reduction() if self.zero_stage > 1 else contextlib.nullcontext():
             yield
             self._complete()
             with torch.no_grad():
@@ -264,7 +264,7 @@ class ZeroOptimizer:
 
     def gathered_parameters(self, parameters: list[torch.nn.Parameter] | None = None) -> AbstractContextManager:
         """Inside, these parameters are whole, by default every one of this stage; all ranks call it together."""
-        if self.level < 3:
+        if self.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
 
@@ -309,7 +309,7 @@ class ZeroOptimizer:
 
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Where this rank keeps master weights and optimizer states of a parameter; None if it has nothing of it."""
-        if self.level < 3:
+        if self.zero_stage < 3:
             found = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if found is None:
                 return None
@@ -340,7 +340,7 @@ class ZeroOptimizer:
 
     def group_of(self, partition: int) -> int:
         """The optimizer's parameter group of a partition: stage 3 cuts large groups into several."""
-        return self.zero.sub_group_to_group_id[partition] if self.level == 3 else partition
+        return self.zero.sub_group_to_group_id[partition] if self.zero_stage == 3 else partition
 
     def groups(self) -> list[dict]:
         """By parameter group: the names of the states that are as large as the weights, and the others, step counters.
@@ -369,19 +369,19 @@ class ZeroOptimizer:
             for name, (value, is_tensor) in told["scalars"].items():
                 # On the device: a fused optimizer wants its counter there.
                 state[name] = torch.tensor(value, device=partition.device) if is_tensor else int(value)
-        if self.level < 3:  # DeepSpeed keeps views of the states, which have just been replaced
+        if self.zero_stage < 3:  # DeepSpeed keeps views of the states, which have just been replaced
             self.zero._hp_optimizer_states_linked = False
 
     def adopt_masters(self) -> None:
         """Make the model's weights those of the master weights."""
-        if self.level < 3:
+        if self.zero_stage < 3:
             self.zero.update_lp_params()
             return
         for group in range(len(self._partitions())):  # DeepSpeed does this after every step
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def _partitions(self) -> list[torch.nn.Parameter]:
-        if self.level == 3:
+        if self.zero_stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.zero.optimizer.param_groups]
 

@@ -59,14 +59,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def here():
+def topology():
     """This process as a world of one."""
     import torch.distributed as dist
 
-    from powernap.parallel import topology
+    from powernap.parallel.topology import init_distributed, shutdown_distributed
 
-    yield topology.initialize(store=dist.HashStore(), rank=0, world_size=1)
-    topology.shutdown()
+    yield init_distributed(store=dist.HashStore(), rank=0, world_size=1)
+    shutdown_distributed()
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from powernap.model.batch import SegmentError, pad_end, plan_segments
-from powernap.model.fast_weights import Memory, cat_batch, reset_rows, split_batch
+from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.schedule import MicroBatch, forward_backward
-from powernap.parallel.topology import Topology
+from powernap.parallel.topology import Topology, distributed_session
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
@@ -53,14 +52,14 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
     parallel = recipe.parallel
     with (
         deterministic(recipe.train.deterministic),
-        topology.joined(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as here,
-        RunFolder(recipe.run_folder).locked(here),
+        distributed_session(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as topology,
+        RunFolder(recipe.run_folder).locked(topology),
     ):
-        trainer = Trainer(recipe, here, resume)
-        with trainer.log, anomalies_detected(trainer.stage, here, detect_anomaly):
+        trainer = Trainer(recipe, topology, resume)
+        with trainer.log, anomalies_detected(trainer.stage, topology, detect_anomaly):
             stopped = trainer.train(signals)
-        here.progress.note("waiting for the other ranks to be done")
-        here.barrier()  # torchrun ends all when the first one leaves
+        topology.progress.note("waiting for the other ranks to be done")
+        topology.barrier()  # torchrun ends all when the first one leaves
     return not stopped
 
 
@@ -71,56 +70,58 @@ class TrainState:
     step: int = 0  # the last one done
     data: State | None = None  # of the sample stream after that step; None: at its start, or on ranks that do not read
     unusable: int = 0  # samples and shards left out so far
-    memory: Memory | None = None  # under sleep.carry: what this stage's sequences left; None before the first step
+    layer_states: LayerStates | None = (
+        None  # under sleep.carry: what this stage's sequences left; None before the first step
+    )
 
 
 class Trainer:
     """A run on this rank: model, optimizer, data, log. All ranks hold one and call it together."""
 
-    def __init__(self, recipe: Recipe, here: Topology, resume: bool):
-        self.recipe, self.here = recipe, here
+    def __init__(self, recipe: Recipe, topology: Topology, resume: bool):
+        self.recipe, self.topology = recipe, topology
         self.folder = folder = RunFolder(recipe.run_folder)
-        start, self.passed_over = find_checkpoint(folder, here) if resume else (None, [])
-        here.raise_together(lambda: folder.create(recipe))
-        self.stage, self.zero = build(recipe, here)
+        start, self.passed_over = find_checkpoint(folder, topology) if resume else (None, [])
+        topology.raise_together(lambda: folder.create(recipe))
+        self.stage, self.zero = build(recipe, topology)
         self.state, skipped_steps = self.restore(start) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
         resume_step = self.state.step if resume else None
-        self.skipped_steps = SkippedSteps(recipe, folder, here, skipped_steps, resume_step)
-        self.spikes = Spikes(recipe.train.spike_factor, self.stage, here)
-        self.writer = checkpoint_writer(recipe, folder, here)
-        self.log = RunLog(recipe, folder, here, resume_step)
+        self.skipped_steps = SkippedSteps(recipe, folder, topology, skipped_steps, resume_step)
+        self.spikes = Spikes(recipe.train.spike_factor, self.stage, topology)
+        self.writer = checkpoint_writer(recipe, folder, topology)
+        self.log = RunLog(recipe, folder, topology, resume_step)
 
     def restore(self, start: Checkpoint) -> tuple[TrainState, list[int]]:
         """Load weights and optimizer states; returns what else a checkpoint keeps, and the steps skipped before it."""
-        start.load(self.stage, self.zero, self.here)
+        start.load(self.stage, self.zero, self.topology)
         saved = start.state
-        self.here.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
-        memory = start.load_memory(self.stage, self.here) if self.recipe.sleep.carry else None
-        return TrainState(start.step, saved["data"], saved["skipped"], memory), saved["skipped_steps"]
+        self.topology.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
+        layer_states = start.load_layer_states(self.stage, self.topology) if self.recipe.sleep.carry else None
+        return TrainState(start.step, saved["data"], saved["skipped"], layer_states), saved["skipped_steps"]
 
     def train(self, signals: Signals) -> bool:
         """Step until all steps are done or any rank is asked to stop; returns whether one was."""
-        recipe, here, state = self.recipe, self.here, self.state
-        self.log.start(count_parameters(self.stage, here), self.passed_over)
-        batches = read_batches(recipe, here, state.data)
-        stop = agree_to_stop(signals, here)
+        recipe, topology, state = self.recipe, self.topology, self.state
+        self.log.start(count_parameters(self.stage, topology), self.passed_over)
+        batches = read_batches(recipe, topology, state.data)
+        stop = agree_to_stop(signals, topology)
         while state.step < recipe.train.steps and not stop:
             signals.check()
-            here.progress.step = state.step + 1
+            topology.progress.step = state.step + 1
             metrics = self.step(batches)
             last = state.step == recipe.train.steps
-            stop = agree_to_stop(signals, here) and not last
+            stop = agree_to_stop(signals, topology) and not last
             if recipe.data.test and not stop and (last or is_due(state.step, recipe.evaluation.every)):
-                here.progress.note("evaluating")
+                topology.progress.note("evaluating")
                 passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
-                metrics |= evaluate(self.stage, recipe, passes, samples, here, floors=False).metrics()
+                metrics |= evaluate(self.stage, recipe, passes, samples, topology, floors=False).metrics()
             self.log.step(state.step, metrics)
             self.skipped_steps.check_budget()
             self.log.checkpoint(self.writer.news())
             if last or stop or is_due(state.step, recipe.checkpoint.every):
                 self.save()
-        here.progress.note("waiting for the last checkpoint to be written")
+        topology.progress.note("waiting for the last checkpoint to be written")
         self.log.checkpoint(self.writer.finish())
         if state.unusable:
             self.log.event("%d samples or shards could not be used", state.unusable)
@@ -130,16 +131,20 @@ class Trainer:
 
     def step(self, batches: Iterator[tuple[Batch, State | None]]) -> dict[str, Any]:
         """Read a batch, step, report what was unusual about it; returns the step's metrics."""
-        recipe, here, state, step = self.recipe, self.here, self.state, self.state.step + 1
-        here.progress.note("reading the batch")
+        recipe, topology, state, step = self.recipe, self.topology, self.state, self.state.step + 1
+        topology.progress.note("reading the batch")
         batch, state.data = next(batches)
         if step == self.first_step:
-            here.raise_together(partial(write_work, self.folder, recipe, batch))
-        metrics, state.memory = train_step(recipe, self.stage, self.zero, batch, step, here, state.memory)
+            topology.raise_together(partial(write_work, self.folder, recipe, batch))
+        metrics, state.layer_states = train_step(
+            recipe, self.stage, self.zero, batch, step, topology, state.layer_states
+        )
         norms = self.zero.gradient_norms
         assert norms is not None
         if "skipped_step" in metrics:
-            line, state.memory = self.skipped_steps.add(step, metrics, batch, self.stage, norms, state.memory)
+            line, state.layer_states = self.skipped_steps.add(
+                step, metrics, batch, self.stage, norms, state.layer_states
+            )
             self.log.event("%s", line)
         else:
             for line in self.spikes.check(step, metrics, norms):
@@ -159,27 +164,27 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of the last step."""
-        here, state = self.here, self.state
-        here.progress.note("saving a checkpoint")
-        states = here.all_gather_over_data(state.data)
-        state.data = merge_states(states) if here.is_data_source else None
+        topology, state = self.topology, self.state
+        topology.progress.note("saving a checkpoint")
+        states = topology.all_gather_over_data(state.data)
+        state.data = merge_states(states) if topology.is_data_source else None
         saved = {
             "data": state.data,
             "skipped": state.unusable,
             "skipped_steps": self.skipped_steps.steps,
             "mlflow_run_id": self.folder.mlflow_run_id,
         }
-        self.writer.save(state.step, self.stage, self.zero, saved, state.memory)
+        self.writer.save(state.step, self.stage, self.zero, saved, state.layer_states)
 
 
-def find_checkpoint(folder: RunFolder, here: Topology) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(folder: RunFolder, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
     """What to go on from, checked by all ranks, and why newer checkpoints were passed over.
 
     Raises:
         CheckpointError: if there are checkpoints, and none is whole.
     """
-    here.progress.note("checking the checkpoints")
-    found, passed_over = Checkpoint.newest(folder.checkpoints, here)
+    topology.progress.note("checking the checkpoints")
+    found, passed_over = Checkpoint.newest(folder.checkpoints, topology)
     if passed_over and not found:
         raise CheckpointError(
             f"no checkpoint of {folder.path} is whole: {passed_over[0]}; put a good one back, or start a new run"
@@ -187,12 +192,12 @@ def find_checkpoint(folder: RunFolder, here: Topology) -> tuple[Checkpoint | Non
     return found, passed_over
 
 
-def checkpoint_writer(recipe: Recipe, folder: RunFolder, here: Topology) -> Writer:
+def checkpoint_writer(recipe: Recipe, folder: RunFolder, topology: Topology) -> Writer:
     about = {"versions": versions(), "config": mask_values(recipe.model_dump(mode="json"))}
     wanted = recipe.checkpoint
     return Writer(
         folder.checkpoints,
-        here,
+        topology,
         about,
         keep_last=wanted.keep_last,
         keep_every=wanted.keep_every,
@@ -200,44 +205,44 @@ def checkpoint_writer(recipe: Recipe, folder: RunFolder, here: Topology) -> Writ
     )
 
 
-def agree_to_stop(signals: Signals, here: Topology) -> bool:
+def agree_to_stop(signals: Signals, topology: Topology) -> bool:
     """Whether any rank was asked to; the same answer on all."""
-    here.progress.note("agreeing with all ranks on whether to stop")
-    return bool(here.all_reduce_max(signals.stop is not None))
+    topology.progress.note("agreeing with all ranks on whether to stop")
+    return bool(topology.all_reduce_max(signals.stop is not None))
 
 
-def build(recipe: Recipe, here: Topology) -> tuple[HybridStage, ZeroOptimizer]:
+def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimizer]:
     """The model with its first weights, the same on every rank, and the optimizer around it."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for mixer in dict.fromkeys(recipe.model.mixers):
-        mixer.check_kernels(dtype, here.device)
+        mixer.check_kernels(dtype, topology.device)
     torch.manual_seed(recipe.run.seed)
-    blocks = recipe.stage_blocks[here.pp_rank]
+    blocks = recipe.stage_blocks[topology.pp_rank]
     stage = HybridStage(
-        recipe.model, recipe.sleep, here.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
-    ).to(here.device)
+        recipe.model, recipe.sleep, topology.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
+    ).to(topology.device)
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer),
-        here,
+        topology,
         precision=recipe.train.precision,
         clip=recipe.optimizer.clip,
         micro_batch_size=recipe.micro_batch_size,
-        level=recipe.zero.stage,
+        zero_stage=recipe.zero.stage,
         offload=recipe.zero.offload,
     )
     return stage, zero
 
 
-def count_parameters(stage: HybridStage, here: Topology) -> int:
+def count_parameters(stage: HybridStage, topology: Topology) -> int:
     """Parameters of the whole model."""
     sizes = {
         # ZeRO-3 leaves a shard of a parameter here, and its whole size in ds_numel.
         stage.global_name(name): getattr(p, "ds_numel", p.numel())
-        * (here.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
+        * (topology.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
         for name, p in stage.named_parameters()
     }
-    return round(sum(here.merge_over_model(sizes).values()))
+    return round(sum(topology.merge_over_model(sizes).values()))
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -250,13 +255,13 @@ def train_step(
     zero: ZeroOptimizer,
     batch: Batch,
     step: int,
-    here: Topology,
-    memory: Memory | None = None,
-) -> tuple[dict[str, Any], Memory | None]:
+    topology: Topology,
+    layer_states: LayerStates | None = None,
+) -> tuple[dict[str, Any], LayerStates | None]:
     """One optimizer step on this rank's share of the global batch.
 
     Args:
-        memory: under sleep.carry what this stage's sequences left in the step before; None at the first.
+        layer_states: under sleep.carry what this stage's sequences left in the step before; None at the first.
 
     Returns:
         the step's metrics over all ranks, with "skipped_step" if loss or gradient are not finite and nothing changed, and
@@ -265,26 +270,28 @@ def train_step(
     """
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
-    micro_batches = cut_batch(recipe, batch, passes, here, memory)
+    micro_batches = cut_batch(recipe, batch, passes, topology, layer_states)
     if recipe.zero.stage == 3:
-        check_same_segments(micro_batches, here)
-    here.progress.note("counting the loss tokens of all data ranks")
+        check_same_segments(micro_batches, topology)
+    topology.progress.note("counting the loss tokens of all data ranks")
     # The loss is a mean over the loss tokens of the *global* batch, wherever they fell. ZeRO averages over ranks.
     counts = [int(batch.loss_mask[:, 1:].sum()), len(batch.unusable), fingerprint(batch.tokens)]
-    loss_tokens, unusable, samples = here.all_reduce_over_data(torch.tensor(counts, device=here.device)).tolist()
+    loss_tokens, unusable, samples = topology.all_reduce_over_data(
+        torch.tensor(counts, device=topology.device)
+    ).tolist()
     if not loss_tokens:
         raise DataError(f"step {step}: no sequence of the batch holds a loss token")
     watched = step == 1 or step % recipe.train.log_every == 0
     health = FastWeightHealth(stage) if watched else None
-    scale = here.dp_size / loss_tokens
+    scale = topology.dp_size / loss_tokens
     with zero.accumulation():
-        loss = forward_backward(stage, micro_batches, scale, here, recompute=recipe.train.recompute, health=health)
+        loss = forward_backward(stage, micro_batches, scale, topology, recompute=recipe.train.recompute, health=health)
         zero.skip_step_if_nonfinite(loss)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)
-    here.progress.note("averaging gradients over data ranks and stepping the optimizer")
+    topology.progress.note("averaging gradients over data ranks and stepping the optimizer")
     grad_norm = zero.step()
-    loss = float(here.all_reduce_over_data(loss)) / loss_tokens
+    loss = float(topology.all_reduce_over_data(loss)) / loss_tokens
     seconds = time.perf_counter() - start
     tokens = recipe.train.global_batch_size * (recipe.data.sequence_length - 1)
     metrics = {
@@ -299,11 +306,11 @@ def train_step(
     if not math.isfinite(grad_norm):
         metrics["skipped_step"] = True
     if unusable:
-        metrics["unusable"] = [reason for part in here.all_gather_over_data(batch.unusable) for reason in part]
+        metrics["unusable"] = [reason for part in topology.all_gather_over_data(batch.unusable) for reason in part]
     if health:
         metrics["tokens_per_second"] = tokens / seconds
-        metrics["peak_memory_bytes"] = peak_memory_bytes(here.device)
-        metrics.update(here.merge_over_model(health.summary()))
+        metrics["peak_memory_bytes"] = peak_memory_bytes(topology.device)
+        metrics.update(topology.merge_over_model(health.summary()))
     if not recipe.sleep.carry:
         return metrics, None
     left = [part.left for part in micro_batches if part.left is not None]
@@ -316,22 +323,26 @@ def fingerprint(tokens: torch.Tensor) -> int:
     return sum(zlib.crc32(row.numpy().tobytes()) for row in tokens)
 
 
-def cut_batch(recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None) -> list[MicroBatch]:
-    """The micro-batches of this rank's sequences, each with its segments and with its part of `memory`."""
+def cut_batch(
+    recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
+) -> list[MicroBatch]:
+    """The micro-batches of this rank's sequences, each with its segments and with its part of `layer_states`."""
     size = recipe.micro_batch_size
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     tokens, loss_mask = tokens.split(size), loss_mask.split(size)
-    memories: Sequence[Memory | None] = [None] * len(tokens)
-    if memory is not None:
-        memories = split_batch(reset_rows(memory, batch.begins.to(here.device)), len(batch.tokens), size)
+    parts: Sequence[LayerStates | None] = [None] * len(tokens)
+    if layer_states is not None:
+        parts = split_batch(
+            reset_rows(layer_states, batch.is_document_start.to(topology.device)), len(batch.tokens), size
+        )
     return [
         MicroBatch(
             plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
-            tokens.to(here.device, non_blocking=True),
-            loss_mask.to(here.device, non_blocking=True),
+            tokens.to(topology.device, non_blocking=True),
+            loss_mask.to(topology.device, non_blocking=True),
             own,
         )
-        for tokens, loss_mask, own in zip(tokens, loss_mask, memories, strict=True)
+        for tokens, loss_mask, own in zip(tokens, loss_mask, parts, strict=True)
     ]
 
 
@@ -345,13 +356,13 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     folder.write_work(work_of(recipe, predicts))
 
 
-def check_same_segments(micro_batches: list[MicroBatch], here: Topology) -> None:
+def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> None:
     """Raise SegmentError unless all data ranks run the same segments: at ZeRO-3 each gathers weights with all others."""
     own = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
-    here.progress.note("comparing the segments of all data ranks")
-    if any(other != own for other in here.all_gather_over_data(own)):
+    topology.progress.note("comparing the segments of all data ranks")
+    if any(other != own for other in topology.all_gather_over_data(own)):
         raise SegmentError(
-            f"{here.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
+            f"{topology.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
             "same segments on all; batch such sequences apart, or use zero.stage=1"
         )
 
@@ -362,43 +373,43 @@ def draw_passes(recipe: Recipe, step: int) -> int:
     return choices[0] if len(choices) == 1 else random.Random(f"{recipe.run.seed}/{step}").choice(choices)
 
 
-def read_batches(recipe: Recipe, here: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:
+def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:
     """This rank's share of each global batch, with the stream's state after it, from the batch after `state` on.
 
     One rank of each model reads; the others get tokens and loss mask from it, and no state.
     """
-    if not here.is_data_source:
+    if not topology.is_data_source:
         while True:
-            yield receive_batch(None, recipe, here), None
+            yield receive_batch(None, recipe, topology), None
     batches = training_batches(
         recipe.data,
         batch_size=recipe.sequences_per_rank,
         vocab_size=recipe.model.vocab_size,
-        rank=here.dp_rank,
-        world_size=here.dp_size,
+        rank=topology.dp_rank,
+        world_size=topology.dp_size,
         seed=recipe.run.seed,
         whole_documents=recipe.sleep.carry,
         state=state,
     )
     for batch, now in batches:
-        if here.groups.mp.size() > 1:
-            receive_batch(batch, recipe, here)
+        if topology.groups.mp.size() > 1:
+            receive_batch(batch, recipe, topology)
         yield batch, now
 
 
-def receive_batch(batch: Batch | None, recipe: Recipe, here: Topology) -> Batch:
+def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Batch:
     """The batch that this model's first rank gives, on all its ranks."""
     shape = (2, recipe.sequences_per_rank, recipe.data.sequence_length)
     if batch is None:
         packed = torch.empty(shape, dtype=torch.int64)
     else:
         # What precedes the first token is no target: its place in the loss mask has room for a row's other flag.
-        loss_mask = torch.cat([batch.begins[:, None], batch.loss_mask[:, 1:]], dim=1)
+        loss_mask = torch.cat([batch.is_document_start[:, None], batch.loss_mask[:, 1:]], dim=1)
         packed = torch.stack([batch.tokens, loss_mask.long()])
-    tokens, loss_mask = here.broadcast_in_model(packed.to(here.device)).cpu()
-    loss_mask, begins = loss_mask.bool(), loss_mask[:, 0].bool()
+    tokens, loss_mask = topology.broadcast_in_model(packed.to(topology.device)).cpu()
+    loss_mask, is_document_start = loss_mask.bool(), loss_mask[:, 0].bool()
     loss_mask[:, 0] = False
-    return Batch(tokens, loss_mask, begins, [])
+    return Batch(tokens, loss_mask, is_document_start, [])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

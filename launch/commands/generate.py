@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
             stream.seed(options.seed)
     else:
         stream = model.stream(len(prompts), options.seed or 0)
-    pieces = stream.generate(
+    outputs = stream.generate(
         prompts or None,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -82,16 +82,16 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     streams = len(stream.unread)
     texts = [""] * streams
     tokens: list[list[int]] = [[] for _ in range(streams)]
-    for piece in pieces:
-        texts[piece.row] += piece.text
-        tokens[piece.row].append(piece.token)
+    for output in outputs:
+        texts[output.row] += output.text
+        tokens[output.row].append(output.token)
         if streams == 1 and not options.json:
-            print(piece.text, end="" if piece.finish is None else "\n", flush=True)
-        elif piece.finish and not options.json:
-            print(f"[{piece.row + 1}] {texts[piece.row]}", flush=True)
-        elif piece.finish:
-            answer = {"text": texts[piece.row], "tokens": tokens[piece.row], "finish": piece.finish}
-            print(json.dumps({"prompt": piece.row + 1, **answer}), flush=True)
+            print(output.text, end="" if output.finish_reason is None else "\n", flush=True)
+        elif output.finish_reason and not options.json:
+            print(f"[{output.row + 1}] {texts[output.row]}", flush=True)
+        elif output.finish_reason:
+            answer = {"text": texts[output.row], "tokens": tokens[output.row], "finish": output.finish_reason}
+            print(json.dumps({"prompt": output.row + 1, **answer}), flush=True)
     if options.save_state:
         stream.save(options.save_state)
     return 0

@@ -123,7 +123,7 @@ class GatedDeltaNet(RecurrentMixer):
         state: torch.Tensor,
         window: Window,
         need_output: bool,
-        history: torch.Tensor | None,
+        conv_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state, seen)."""
         import torch.nn.functional as F
@@ -133,13 +133,13 @@ class GatedDeltaNet(RecurrentMixer):
         length, batch, _ = projected.shape
         projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
         qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, self.decays], dim=-1)
-        convolved, seen = self.convolve(layer, qkv, window, history)
+        convolved, seen = self.convolve(layer, qkv, window, conv_state)
         q, k, v = F.silu(convolved).split([d_k, d_k, d_v], dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, g = beta.squeeze(-1).to(state.dtype).sigmoid(), self.log_decay(layer, alpha.to(state.dtype))
-        if window.valid is not None:
-            valid = window.valid.unsqueeze(-1)
-            beta, g = beta * valid, g * valid.view(*valid.shape, *[1] * (g.dim() - 3))
+        if window.padding_mask is not None:
+            padding_mask = window.padding_mask.unsqueeze(-1)
+            beta, g = beta * padding_mask, g * padding_mask.view(*padding_mask.shape, *[1] * (g.dim() - 3))
         layer.watch_gates(window, g.flatten(2), beta)
         q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
         output, state = self.rule(q, k, v, g, beta, state, need_output)

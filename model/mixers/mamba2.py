@@ -135,7 +135,7 @@ class Mamba2(RecurrentMixer):
         state: torch.Tensor,
         window: Window,
         need_output: bool,
-        history: torch.Tensor | None,
+        conv_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """hidden_states [L, B, D], state [B, heads/TP, N, P] -> (output [L, B, D] or None, new state, seen)."""
         import torch.nn.functional as F
@@ -144,13 +144,13 @@ class Mamba2(RecurrentMixer):
         length, batch, _ = projected.shape
         projected = projected.view(length, batch, self.groups // layer.tp_size, -1)
         xbc, z, step = projected.split([self._channels, self._width, self.heads // self.groups], dim=-1)
-        convolved, seen = self.convolve(layer, xbc, window, history)
+        convolved, seen = self.convolve(layer, xbc, window, conv_state)
         convolved = convolved + layer.conv_bias.to(convolved.dtype)
         x, b, c = F.silu(convolved).split([self._width, self.state_dim, self.state_dim], dim=-1)
         x = x.reshape(length, batch, -1, self.head_dim)
         step = F.softplus(step.flatten(2).to(state.dtype) + layer.dt_bias.to(state.dtype))
-        if window.valid is not None:
-            step = step * window.valid.unsqueeze(-1)
+        if window.padding_mask is not None:
+            step = step * window.padding_mask.unsqueeze(-1)
         g = -layer.A_log.to(state.dtype).exp() * step
         layer.watch_gates(window, g, step)
         q, k, v, g, beta = (t.transpose(0, 1) for t in (c, b, x, g, step))

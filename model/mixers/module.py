@@ -66,7 +66,7 @@ class MixerModule(MegatronModule):
         their means over everything but pads."""
         if self.gates is not None:
             gates = {"alpha": log_alpha.detach().exp(), "beta": beta.detach()}
-            self.gates.append({name: _mean_of_tokens(gate, window.valid) for name, gate in gates.items()})
+            self.gates.append({name: _mean_of_tokens(gate, window.padding_mask) for name, gate in gates.items()})
 
     def _add(self, weight: Weight) -> None:
         name, dot, _ = weight.name.partition(".")
@@ -121,6 +121,10 @@ class HeadNorm(RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-def _mean_of_tokens(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def _mean_of_tokens(x: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """The mean of x [L, B, H] over everything but pads."""
-    return x.mean() if valid is None else (x * valid.unsqueeze(-1)).sum() / (valid.sum() * x.shape[-1])
+    return (
+        x.mean()
+        if padding_mask is None
+        else (x * padding_mask.unsqueeze(-1)).sum() / (padding_mask.sum() * x.shape[-1])
+    )

@@ -80,21 +80,21 @@ class RecurrentMixer(Mixer):
         state: torch.Tensor,
         window: Window,
         need_output: bool,
-        history: torch.Tensor | None,
+        conv_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """`forward`, with what the convolution saw before, and what it has seen then, as `convolve` has them."""
 
     def convolve(
-        self, layer: MixerModule, inputs: torch.Tensor, window: Window, history: torch.Tensor | None
+        self, layer: MixerModule, inputs: torch.Tensor, window: Window, conv_state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs [L, B, *conv_shape/TP], history [taps-1, B, ...] or None -> (convolved, as inputs; history and inputs)."""
+        """inputs [L, B, *conv_shape/TP], conv_state [taps-1, B, ...] or None -> (convolved, as inputs; conv_state and inputs)."""
         import torch
 
         from powernap.model.mixers.conv import causal_conv
 
-        if window.valid is not None:  # the convolution must not carry a pad into the tokens after it
-            inputs = inputs * window.valid[..., None, None]
-        seen = inputs if history is None else torch.cat([history, inputs])
+        if window.padding_mask is not None:  # the convolution must not carry a pad into the tokens after it
+            inputs = inputs * window.padding_mask[..., None, None]
+        seen = inputs if conv_state is None else torch.cat([conv_state, inputs])
         return causal_conv(seen, layer.conv_weight)[len(seen) - len(inputs) :], seen
 
     def forward(
@@ -112,17 +112,19 @@ class RecurrentMixer(Mixer):
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
         split, channels = self.conv_shape
-        history = like.new_zeros((batch, self.conv_kernel - 1, split // layer.tp_size, channels))
-        return {**super().init_cache(layer, batch, slots, like), "history": history}
+        conv_state = like.new_zeros((batch, self.conv_kernel - 1, split // layer.tp_size, channels))
+        return {**super().init_cache(layer, batch, slots, like), "conv_state": conv_state}
 
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         import torch
 
-        history = cache["history"].transpose(0, 1)
-        output, cache["state"], seen = self.mix(layer, hidden_states, cache["state"], window, True, history)
+        conv_state = cache["conv_state"].transpose(0, 1)
+        output, cache["state"], seen = self.mix(layer, hidden_states, cache["state"], window, True, conv_state)
         assert output is not None
-        history = seen[len(hidden_states) :].transpose(0, 1)
-        cache["history"] = history.clone(memory_format=torch.contiguous_format)  # a view would keep the chunk alive
+        conv_state = seen[len(hidden_states) :].transpose(0, 1)
+        cache["conv_state"] = conv_state.clone(
+            memory_format=torch.contiguous_format
+        )  # a view would keep the chunk alive
         return output
 
 

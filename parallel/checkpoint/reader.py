@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
@@ -60,16 +60,16 @@ class Checkpoint:
         return cls(folder, manifest.verify(folder))
 
     @classmethod
-    def newest(cls, folder: Path, here: Topology | None = None) -> tuple["Checkpoint | None", list[str]]:
+    def newest(cls, folder: Path, topology: Topology | None = None) -> tuple["Checkpoint | None", list[str]]:
         """The newest whole checkpoint in a run's `checkpoints`, and why newer ones were passed over.
 
         Args:
             here: the ranks that share the reading; None: this process alone.
         """
         candidates, verify = manifest.checkpoints(folder), manifest.verify
-        if here and here.world_size > 1:
+        if topology and topology.world_size > 1:
             # File systems may not show all ranks the same.
-            candidates, verify = here.broadcast_object(candidates), partial(verify_together, here=here)
+            candidates, verify = topology.broadcast_object(candidates), partial(verify_together, topology=topology)
         found, content, passed_over = manifest.newest_valid(candidates, verify)
         return (cls(found, content) if found else None), passed_over
 
@@ -87,7 +87,7 @@ class Checkpoint:
         shards = [self._stretch(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
         return unshard(shards, split)
 
-    def load(self, stage: HybridStage, zero: ZeroOptimizer, here: Topology) -> None:
+    def load(self, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:
         """Restore weights and optimizer states of this rank. All ranks call it."""
         self._check_model({stage.global_name(name): p for name, p in stage.named_parameters()}, stage)
         zero.restore_groups(self.manifest["groups"])
@@ -95,7 +95,7 @@ class Checkpoint:
             fragment = zero.fragment(parameter)
             if fragment is None:
                 continue
-            own = (split_of(parameter), here.tp_rank, here.tp_size)
+            own = (split_of(parameter), topology.tp_rank, topology.tp_size)
             for kind, (start, values) in zero.values(parameter, fragment).items():
                 values.copy_(self._part(stage.global_name(name), kind, *own, start, start + len(values)))
         zero.adopt_masters()
@@ -110,7 +110,7 @@ class Checkpoint:
                 parameter.copy_(rounded(self.whole(name), precision))
         self._open.clear()
 
-    def load_memory(self, stage: HybridStage, here: Topology) -> Memory | None:
+    def load_layer_states(self, stage: HybridStage, topology: Topology) -> LayerStates | None:
         """What this rank's sequences carry to the next step; None if the checkpoint has nothing.
 
         Sequence i of data rank d is lane i * data ranks + d of the stream.
@@ -118,8 +118,8 @@ class Checkpoint:
         lanes = self.manifest.get("lanes")
         if not lanes:
             return None
-        own = range(here.dp_rank, lanes["count"], here.dp_size)
-        memory = []
+        own = range(topology.dp_rank, lanes["count"], topology.dp_size)
+        layer_states = []
         for block in stage.fast_weight_mixers:
             heads, *rest = lanes["blocks"][str(block)]
             whole = torch.empty(lanes["count"], heads, *rest)
@@ -128,11 +128,11 @@ class Checkpoint:
                 if str(block) in told["blocks"]:
                     where = slice(told["tensor"] * share, (told["tensor"] + 1) * share)
                     whole[told["data"] :: self._data_ranks, where] = self._tensor(file, f"fast_weights/{block}")[:]
-            share = heads // here.tp_size
-            where = slice(here.tp_rank * share, (here.tp_rank + 1) * share)
-            memory.append(whole[own.start :: own.step, where].contiguous().to(here.device))
+            share = heads // topology.tp_size
+            where = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
+            layer_states.append(whole[own.start :: own.step, where].contiguous().to(topology.device))
         self._open.clear()
-        return tuple(memory)
+        return tuple(layer_states)
 
     def _part(
         self, name: str, kind: str, split: Split | None, rank: int, ranks: int, start: int, stop: int
@@ -190,13 +190,13 @@ def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
     return weights.bfloat16().float() if precision == "bf16" else weights
 
 
-def verify_together(candidate: Path, here: Topology) -> dict[str, Any]:
+def verify_together(candidate: Path, topology: Topology) -> dict[str, Any]:
     """`manifest.verify` by all ranks, each of which reads its share of the files; they return, or raise, the same."""
-    content, problem = here.broadcast_object(_try_manifest(candidate) if here.is_main else None)
+    content, problem = topology.broadcast_object(_try_manifest(candidate) if topology.is_main else None)
     if problem is None:
-        own = list(content["files"])[here.rank :: here.world_size]
+        own = list(content["files"])[topology.rank :: topology.world_size]
         problems = (manifest.check_file(candidate, name, content["files"][name]) for name in own)
-        problem = next(filter(None, here.all_gather_object(next(filter(None, problems), None))), None)
+        problem = next(filter(None, topology.all_gather_object(next(filter(None, problems), None))), None)
     if problem is not None:
         raise CheckpointError(problem)
     return content

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
@@ -78,7 +78,7 @@ class Writer:
     def __init__(
         self,
         folder: Path,
-        here: Topology,
+        topology: Topology,
         about: dict[str, Any],
         *,
         keep_last: int = 3,
@@ -86,13 +86,13 @@ class Writer:
         asynchronous: bool = True,
     ):
         self.folder = folder
-        self._here = here
+        self._topology = topology
         self._about = about
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
         # A group of its own: its messages, some from the thread, never cross with those of training.
-        timeout = timedelta(seconds=here.timeout_seconds)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if here.world_size > 1 else None
+        timeout = timedelta(seconds=topology.timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if topology.world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._outcome: Outcome | None = None
@@ -100,23 +100,28 @@ class Writer:
         self._error: str | None = None  # the last one's
 
     def save(
-        self, step: int, stage: HybridStage, zero: ZeroOptimizer, state: dict[str, Any], memory: Memory | None = None
+        self,
+        step: int,
+        stage: HybridStage,
+        zero: ZeroOptimizer,
+        state: dict[str, Any],
+        layer_states: LayerStates | None = None,
     ) -> None:
         """Write the state after `step`, in the background if asked; waits for a save that is not done yet.
 
         Args:
             state: what else the run needs to go on, as JSON; rank 0's counts.
-            memory: what this rank's sequences carry to the next step, if they do.
+            layer_states: what this rank's sequences carry to the next step, if they do.
 
         Raises:
             CheckpointError: on all ranks, if this one and the ones before could not be written.
         """
         start = time.monotonic()
         self._settle()
-        tensors, fragments = self._collect(stage, zero, memory)
+        tensors, fragments = self._collect(stage, zero, layer_states)
         parts = self._gather(sum(value.nbytes for value in tensors.values()))
         nbytes = sum(parts) if parts else 0
-        error = self._broadcast(self._make_room(step, nbytes) if self._here.is_main else None)
+        error = self._broadcast(self._make_room(step, nbytes) if self._topology.is_main else None)
         if error is not None:
             stall = time.monotonic() - start
             self._end(Outcome(step, nbytes, error, stall, stall))
@@ -126,11 +131,11 @@ class Writer:
             try:
                 tensors = self._copy(tensors)
             except (RuntimeError, MemoryError) as raised:
-                failed = f"{self._here.describe()}: no memory for a copy of its part ({_one_line(raised)})"
-        own = {"tensor": self._here.tp_rank, "data": self._here.dp_rank, **fragments}
+                failed = f"{self._topology.describe()}: no memory for a copy of its part ({_one_line(raised)})"
+        own = {"tensor": self._topology.tp_rank, "data": self._topology.dp_rank, **fragments}
         content = {
-            "step": step, "layout": layout_of(zero, self._here), **self._about, "state": state,
-            "groups": zero.groups(), **self._describe(stage, zero, memory),
+            "step": step, "layout": layout_of(zero, self._topology), **self._about, "state": state,
+            "groups": zero.groups(), **self._describe(stage, zero, layer_states),
         }  # fmt: skip
         stall = time.monotonic() - start
 
@@ -182,40 +187,42 @@ class Writer:
         self._outcome = outcome
 
     def _collect(
-        self, stage: HybridStage, zero: ZeroOptimizer, memory: Memory | None
+        self, stage: HybridStage, zero: ZeroOptimizer, layer_states: LayerStates | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """This rank's tensors by their names in its file, and what the manifest says of them. Nothing is copied."""
-        here, tensors = self._here, {}
+        topology, tensors = self._topology, {}
         found: dict[str, Any] = {"fragments": {}, "blocks": []}
-        for name, parameter in _written_here(stage, here):
+        for name, parameter in _written_here(stage, topology):
             fragment = zero.fragment(parameter)
             if fragment is None:
                 continue
             found["fragments"][name] = [fragment.start, fragment.stop]
             for kind, (start, value) in zero.values(parameter, fragment).items():
                 tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, fragment.size)
-        if memory is not None:
+        if layer_states is not None:
             found["blocks"] = [str(block) for block in stage.fast_weight_mixers]
-            states = zip(found["blocks"], memory, strict=True)
+            states = zip(found["blocks"], layer_states, strict=True)
             tensors |= {f"fast_weights/{block}": state.detach() for block, state in states}
         return tensors, found
 
-    def _describe(self, stage: HybridStage, zero: ZeroOptimizer, memory: Memory | None) -> dict[str, Any]:
+    def _describe(self, stage: HybridStage, zero: ZeroOptimizer, layer_states: LayerStates | None) -> dict[str, Any]:
         """What the manifest says of all parameters and lanes; of this rank's stage here, of all at rank 0 later."""
-        here = self._here
+        topology = self._topology
         group_of = {id(p): number for number, group in enumerate(zero.parameter_groups) for p in group}
         parameters = {}
-        for name, parameter in _written_here(stage, here):
+        for name, parameter in _written_here(stage, topology):
             split = split_of(parameter)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is empty
-            shape = whole_shape(shape, split, here.tp_size)
+            shape = whole_shape(shape, split, topology.tp_size)
             parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of[id(parameter)]}
         lanes = None
-        if memory is not None:
-            shapes = {str(b): list(state.shape[1:]) for b, state in zip(stage.fast_weight_mixers, memory, strict=True)}
-            blocks = {block: [heads * here.tp_size, *rest] for block, (heads, *rest) in shapes.items()}
-            rows = len(memory[0]) if memory else 0
-            lanes = {"count": rows * here.dp_size, "blocks": blocks}
+        if layer_states is not None:
+            shapes = {
+                str(b): list(state.shape[1:]) for b, state in zip(stage.fast_weight_mixers, layer_states, strict=True)
+            }
+            blocks = {block: [heads * topology.tp_size, *rest] for block, (heads, *rest) in shapes.items()}
+            rows = len(layer_states[0]) if layer_states else 0
+            lanes = {"count": rows * topology.dp_size, "blocks": blocks}
         return {"parameters": parameters, "lanes": lanes}
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,7 +233,7 @@ class Writer:
                 pinned = value.device.type == "cuda"
                 copy = self._copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
             copy.copy_(value, non_blocking=True)
-        if self._here.device.type == "cuda":
+        if self._topology.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return {name: self._copies[name] for name in tensors}
 
@@ -258,7 +265,7 @@ class Writer:
         Args:
             error: what has failed here already.
         """
-        name = f"rank-{self._here.rank:05d}.safetensors"
+        name = f"rank-{self._topology.rank:05d}.safetensors"
         path = self._unfinished(step) / name
         try:
             try:
@@ -271,7 +278,7 @@ class Writer:
             outcome = self._commit(step, content, parts) if parts else None
             return self._broadcast(outcome)
         except RuntimeError as failed:  # another rank is gone
-            return f"{self._here.describe()}: {_one_line(failed)}", ()
+            return f"{self._topology.describe()}: {_one_line(failed)}", ()
 
     def _commit(
         self, step: int, content: dict[str, Any], parts: list[tuple[str, dict, dict, dict | None, str | None]]
@@ -312,7 +319,7 @@ class Writer:
         """What all ranks have for `value`, on rank 0."""
         if self._group is None:
             return [value]
-        found = [None] * self._here.world_size if self._here.is_main else None
+        found = [None] * self._topology.world_size if self._topology.is_main else None
         dist.gather_object(value, found, dst=0, group=self._group)
         return found
 
@@ -324,16 +331,16 @@ class Writer:
         return found[0]
 
 
-def layout_of(zero: ZeroOptimizer, here: Topology) -> dict[str, int]:
+def layout_of(zero: ZeroOptimizer, topology: Topology) -> dict[str, int]:
     """The layout a checkpoint is written in, under the recipe's names."""
-    sizes = {"data": here.dp_size, "tensor": here.tp_size, "pipeline": here.pp_size}
-    return {**{f"parallel.{name}": size for name, size in sizes.items()}, "zero.stage": zero.level}
+    sizes = {"data": topology.dp_size, "tensor": topology.tp_size, "pipeline": topology.pp_size}
+    return {**{f"parallel.{name}": size for name, size in sizes.items()}, "zero.stage": zero.zero_stage}
 
 
-def _written_here(stage: HybridStage, here: Topology):
+def _written_here(stage: HybridStage, topology: Topology):
     """The parameters of which this rank writes what it has: of those that ranks share, one writes."""
     for name, parameter in stage.named_parameters():
-        if split_of(parameter) is None and here.tp_rank != 0:
+        if split_of(parameter) is None and topology.tp_rank != 0:
             continue
         if stage.holds_tied_copy and stage.embedding is not None and parameter is stage.embedding.weight:
             continue  # the first stage's

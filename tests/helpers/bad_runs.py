@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from powernap.launch import cli
-from powernap.parallel import topology
 from powernap.parallel.schedule import forward_backward
+from powernap.parallel.topology import shutdown_distributed
 from tests.helpers.processes import in_processes
 
 BLOCK = 1  # the gated-delta-net block of runs.RECIPE, the last
@@ -26,19 +26,19 @@ def train_badly(folder: Path, processes: int, cases: dict[str, tuple[dict[int, s
         gradient of a module's output. state: the fast weights of the rank's first sequence.
     """
     arguments = [(bad, [f"run.name={name}", *further]) for name, (bad, further) in cases.items()]
-    meetings = [uuid.uuid4().hex for _ in cases]
-    per_rank = in_processes(_train, processes, processes, folder, arguments, meetings)
+    rendezvous_names = [uuid.uuid4().hex for _ in cases]
+    per_rank = in_processes(_train, processes, processes, folder, arguments, rendezvous_names)
     return dict(zip(cases, zip(*per_rank, strict=True), strict=True))
 
 
-def _train(rank, store, processes, folder, cases, meetings):
+def _train(rank, store, processes, folder, cases, rendezvous_names):
     os.chdir(folder)
     results = []
-    for (bad, arguments), meeting in zip(cases, meetings, strict=True):
+    for (bad, arguments), name in zip(cases, rendezvous_names, strict=True):
         os.environ.pop("MASTER_PORT", None)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "POWERNAP_MEETING": meeting, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
+            "POWERNAP_RENDEZVOUS": name, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
         }  # fmt: skip
         said = io.StringIO()
         with mock.patch("powernap.train.trainer.forward_backward", _spoiled(bad)), contextlib.redirect_stderr(said):
@@ -47,13 +47,13 @@ def _train(rank, store, processes, folder, cases, meetings):
         if (
             code and processes == 1
         ):  # leave, so that the next run can be joined; with others a failed run must be the last
-            topology.shutdown()
+            shutdown_distributed()
     return results
 
 
 def _spoiled(bad: dict[int, str]):
-    def run(stage, micro_batches, scale, here, **options):
-        kind = bad.get(here.progress.step) if here.rank == here.world_size - 1 else None
+    def run(stage, micro_batches, scale, topology, **options):
+        kind = bad.get(topology.progress.step) if topology.rank == topology.world_size - 1 else None
         mixer = stage.decoder.layers[BLOCK - stage.blocks.start].self_attention if kind else None
         # As an attribute, ZeRO-3 would gather it here, on this rank alone.
         parameter = next((p for n, p in stage.named_parameters() if stage.global_name(n) == PARAMETER), None)
@@ -70,7 +70,7 @@ def _spoiled(bad: dict[int, str]):
             )
         elif kind == "backward":
             mixer.out_proj.register_forward_hook(lambda module, inputs, output: (_Broken.apply(output[0]), output[1]))
-        loss = forward_backward(stage, micro_batches, scale, here, **options)
+        loss = forward_backward(stage, micro_batches, scale, topology, **options)
         for hook in hooks:
             hook.remove()
         return loss

@@ -154,22 +154,22 @@ class Chaos:
     def _start(self, name: str, layout: str, options: list[str]) -> list[psutil.Process]:
         """The ranks of a run, forked: libraries take longer to import than a trial runs."""
         arguments = ["train", "tiny.yaml", f"run.name={name}", *LAYOUTS[layout], *options]
-        meeting, ranks, found = f"{self.folder.name}.{next(self._starts)}", size(layout), []
+        name, ranks, found = f"{self.folder.name}.{next(self._starts)}", size(layout), []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                os._exit(self._be_rank(rank, ranks, meeting, arguments))
+                os._exit(self._be_rank(rank, ranks, name, arguments))
             found.append(psutil.Process(pid))
         return found
 
-    def _be_rank(self, rank: int, ranks: int, meeting: str, arguments: list[str]) -> int:
+    def _be_rank(self, rank: int, ranks: int, name: str, arguments: list[str]) -> int:
         os.chdir(self.folder)
         output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "POWERNAP_MEETING": meeting, "MLFLOW_TRACKING_URI": "",
+            "POWERNAP_RENDEZVOUS": name, "MLFLOW_TRACKING_URI": "",
         }  # fmt: skip
         from powernap.launch import cli
 

@@ -9,10 +9,11 @@ import torch
 
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
-from powernap.parallel import topology, zero
+from powernap.parallel import zero
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.planning.layout import split_layers
+from powernap.parallel.topology import init_distributed
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny, zero_layouts
@@ -49,64 +50,66 @@ class Loading(Saving):
 def run(case: Saving, **process_group) -> dict:
     """Losses of the ten steps after the checkpoint; what this rank's sequences carry, and what they should; the manifest."""
     layout = case.layout
-    here = topology.initialize(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
+    topology = init_distributed(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
-    blocks = split_layers(model.pattern, layout.pipeline)[here.pp_rank]
-    stage = layouts.build(model, SleepConfig(), here.groups, blocks, layout.sequence).float()
+    blocks = split_layers(model.pattern, layout.pipeline)[topology.pp_rank]
+    stage = layouts.build(model, SleepConfig(), topology.groups, blocks, layout.sequence).float()
     if isinstance(case, Loading):  # nothing may be right because it was so before
         with torch.no_grad():
             [parameter.add_(1.0) for parameter in stage.parameters()]
     engine = zero.ZeroOptimizer(
         stage,
         build_optimizer(stage, case.optimizer),
-        here,
+        topology,
         precision=layout.problem.precision,
         clip=zero_layouts.CLIP,
         micro_batch_size=zero_layouts.MICRO_BATCH,
-        level=layout.level,
+        zero_stage=layout.zero_stage,
         offload=layout.offload,
     )
     folder = Path(case.folder)
-    if here.is_main:
+    if topology.is_main:
         folder.mkdir(parents=True)
-    here.barrier()
+    topology.barrier()
     if isinstance(case, Loading):
-        found, passed_over = Checkpoint.newest(Path(case.saved), here)
+        found, passed_over = Checkpoint.newest(Path(case.saved), topology)
         assert not passed_over
-        found.load(stage, engine, here)
+        found.load(stage, engine, topology)
         if case.broken == "moments":
             for state in engine.zero.optimizer.state.values():
                 [value.zero_() for value in state.values() if value.ndim]
     else:
         for step in range(1, BEFORE + 1):
-            zero_layouts.train_step(layout, stage, engine, here, step)
+            zero_layouts.train_step(layout, stage, engine, topology, step)
     about = {"versions": {}, "config": {}}
-    writer = Writer(folder, here, about, asynchronous=layout.tensor == 1)
-    expected = memory = carried(stage, model, here)
+    writer = Writer(folder, topology, about, asynchronous=layout.tensor == 1)
+    expected = layer_states = carried(stage, model, topology)
     if isinstance(case, Loading):
-        memory = found.load_memory(stage, here)
-    writer.save(BEFORE, stage, engine, {"data": {"samples": 7}}, memory)
-    found = [zero_layouts.train_step(layout, stage, engine, here, BEFORE + step)[0] for step in range(1, AFTER + 1)]
+        layer_states = found.load_layer_states(stage, topology)
+    writer.save(BEFORE, stage, engine, {"data": {"samples": 7}}, layer_states)
+    found = [zero_layouts.train_step(layout, stage, engine, topology, BEFORE + step)[0] for step in range(1, AFTER + 1)]
     writer.finish()
     engine.engine.destroy()
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
     return {
         "losses": found,
-        "memory": memory,
+        "memory": layer_states,
         "expected": expected,
         "manifest": json.loads((folder / "step_00000003" / "manifest.json").read_text()),
     }
 
 
-def carried(stage, model, here) -> tuple[torch.Tensor, ...]:
+def carried(stage, model, topology) -> tuple[torch.Tensor, ...]:
     """This rank's part of what eight lanes carry: rows by data rank, heads by tensor rank, blocks by stage."""
-    memory = []
+    layer_states = []
     for block, mixer in stage.fast_weight_mixers.items():
         generator = torch.Generator().manual_seed(block)
         whole = torch.randn(8, *mixer.mixer.state_shape, generator=generator)
-        memory.append(whole[here.dp_rank :: here.dp_size].chunk(here.tp_size, 1)[here.tp_rank].contiguous())
-    return tuple(memory)
+        layer_states.append(
+            whole[topology.dp_rank :: topology.dp_size].chunk(topology.tp_size, 1)[topology.tp_rank].contiguous()
+        )
+    return tuple(layer_states)
 
 
 def differences(one: str, other: str) -> dict[str, float]:

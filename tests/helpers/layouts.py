@@ -19,8 +19,9 @@ from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import schedule, topology
+from powernap.parallel import schedule
 from powernap.parallel.planning.layout import split_layers
+from powernap.parallel.topology import init_distributed, shutdown_distributed
 from powernap.train import trainer
 from powernap.train.data.loader import Batch
 from tests.helpers import tiny
@@ -55,60 +56,62 @@ class Case:
 
 def compare(case: Case, **process_group) -> dict:
     """Run one case; the relative error of the loss and of this rank's worst gradient."""
-    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
+    topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
     scale = case.data / loss_tokens if case.unequal else 0.37  # ZeRO averages, here ranks are added up
     loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
-    blocks = split_layers(model.pattern, case.pipeline, case.layout)[here.pp_rank]
+    blocks = split_layers(model.pattern, case.pipeline, case.layout)[topology.pp_rank]
     with broken(case.broken):
-        stage = build(model, sleep, here.groups, blocks, case.sequence)
-    own = batches[here.dp_rank :: case.data]
+        stage = build(model, sleep, topology.groups, blocks, case.sequence)
+    own = batches[topology.dp_rank :: case.data]
     if sleep.carry:
         for batch in own:
             lost = case.broken == "carried fast weights"
-            batch.memory = None if lost else own_memory(batch.memory, stage, here)
+            batch.layer_states = None if lost else own_states(batch.layer_states, stage, topology)
     with broken(case.broken), watched_sends(case) as freed:
         if case.unequal:
-            metrics = train_step(case, stage, own, here)
+            metrics = train_step(case, stage, own, topology)
             own_loss = metrics["loss"] * loss_tokens
-            reference = health[here.dp_rank]  # of this model's first micro-batch
+            reference = health[topology.dp_rank]  # of this model's first micro-batch
             watched = max(abs(metrics[name] / value - 1) for name, value in reference.items())
         else:
-            own_loss = schedule.forward_backward(stage, own, scale, here, recompute=case.recompute)
-            schedule.sum_shared_gradients(stage, here)
-            own_loss = here.all_reduce_over_data(own_loss).item()
+            own_loss = schedule.forward_backward(stage, own, scale, topology, recompute=case.recompute)
+            schedule.sum_shared_gradients(stage, topology)
+            own_loss = topology.all_reduce_over_data(own_loss).item()
     worst = {"error": 0.0, "name": None}
     for name, parameter in stage.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        here.all_reduce_over_data(gradient)
+        topology.all_reduce_over_data(gradient)
         reference = expected[stage.global_name(name)]
-        difference = (gradient - own_slice(reference, parameter, here)).abs().max() / (reference.abs().max() + 1e-12)
+        difference = (gradient - own_slice(reference, parameter, topology)).abs().max() / (
+            reference.abs().max() + 1e-12
+        )
         if not difference <= worst["error"]:
             worst = {"error": difference.item(), "name": stage.global_name(name)}
-    read, read_loss, read_left = schedule.predict(stage, own[0], here)
+    read, read_loss, read_left = schedule.predict(stage, own[0], topology)
     carried = 0.0
     if sleep.carry:
-        reference = own_memory(left[here.dp_rank], stage, here)  # of own[0]
+        reference = own_states(left[topology.dp_rank], stage, topology)  # of own[0]
         carried = max(
             (found - expected).abs().max().item()
-            for memory in (own[0].left, read_left)
-            for found, expected in zip(memory, reference, strict=True)
+            for layer_states in (own[0].left, read_left)
+            for found, expected in zip(layer_states, reference, strict=True)
         )
     result = {
         "loss": abs(own_loss / loss - 1),
         "gradient": worst,
-        "predictions": torch.equal(read, predictions[here.dp_rank][0]),
-        "read_loss": abs(read_loss.item() / predictions[here.dp_rank][1] - 1),
+        "predictions": torch.equal(read, predictions[topology.dp_rank][0]),
+        "read_loss": abs(read_loss.item() / predictions[topology.dp_rank][1] - 1),
         "carried": carried,
         "freed": len(freed),
         "health": watched if case.unequal else 0.0,
-        "counted": trainer.count_parameters(stage, here) / sum(gradient.numel() for gradient in expected.values()),
+        "counted": trainer.count_parameters(stage, topology) / sum(gradient.numel() for gradient in expected.values()),
         "parameters": len(list(stage.parameters())),
     }
-    topology.shutdown()
+    shutdown_distributed()
     return result
 
 
@@ -121,15 +124,15 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     if case.unequal:
         loss_mask = tiny.thin_out(loss_mask, seed)
     segments = plan_segments(tokens, loss_mask, model, sleep, case.passes)
-    memory = None
+    layer_states = None
     if sleep.carry:
         shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
-        memory = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return schedule.MicroBatch(segments, tokens, loss_mask, memory)
+        layer_states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return schedule.MicroBatch(segments, tokens, loss_mask, layer_states)
 
 
-def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], here) -> dict:
+def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], topology) -> dict:
     """The metrics of train/trainer.py's step on these micro-batches; gradients stay as they are before ZeRO averages."""
     tokens, loss_mask = (torch.cat([getattr(part, name) for part in own]) for name in ("tokens", "loss_mask"))
     recipe = tiny.recipe(
@@ -147,7 +150,7 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], h
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
     )
     batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [])
-    metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, here), batch, 1, here)
+    metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, topology), batch, 1, topology)
     return metrics
 
 
@@ -156,13 +159,13 @@ class NoOptimizer:
 
     param_groups = ()
 
-    def __init__(self, stage: HybridStage, here):
-        self.stage, self.here = stage, here
+    def __init__(self, stage: HybridStage, topology):
+        self.stage, self.topology = stage, topology
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
         yield
-        schedule.sum_shared_gradients(self.stage, self.here)
+        schedule.sum_shared_gradients(self.stage, self.topology)
 
     def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
         pass
@@ -171,14 +174,14 @@ class NoOptimizer:
         return 0.0
 
 
-def own_memory(memory, stage: HybridStage, here) -> tuple[torch.Tensor, ...]:
+def own_states(layer_states, stage: HybridStage, topology) -> tuple[torch.Tensor, ...]:
     """The blocks and heads that this rank holds of the whole model's fast weights."""
-    states = dict(zip(stage.model.fast_weight_blocks, memory, strict=True))
-    return tuple(states[block].chunk(here.tp_size, 1)[here.tp_rank] for block in stage.fast_weight_mixers)
+    states = dict(zip(stage.model.fast_weight_blocks, layer_states, strict=True))
+    return tuple(states[block].chunk(topology.tp_size, 1)[topology.tp_rank] for block in stage.fast_weight_mixers)
 
 
 def one_process(case: Case, model, sleep, batches, scale: float):
-    """Loss, gradients by name, predictions, memory left and health of the loop on rank 0 alone, on all ranks."""
+    """Loss, gradients by name, predictions, layer states left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], single_rank_groups()
     of_data = (case.windows, case.predicting, case.last_window, case.pads, case.unequal, len(batches))
     key = repr((model, sleep, case.passes, scale, of_data))
@@ -195,13 +198,19 @@ def compute_alone(stage: HybridStage, batches: list[schedule.MicroBatch], scale:
     for batch in batches:
         health = FastWeightHealth(stage)
         output = sleep_and_predict(
-            stage, batch.segments, batch.tokens, batch.loss_mask, memory=batch.memory, predict=True, health=health
+            stage,
+            batch.segments,
+            batch.tokens,
+            batch.loss_mask,
+            layer_states=batch.layer_states,
+            predict=True,
+            health=health,
         )
         healths.append(health.summary())
         (output.loss * scale).backward()
         losses.append(output.loss.item())
         predictions.append((output.predictions, output.loss.item()))
-        left.append(detach(output.memory))
+        left.append(detach(output.layer_states))
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
     return sum(losses), gradients, predictions, left, healths
 
@@ -216,27 +225,27 @@ def build(model, sleep, groups, blocks=None, sequence_parallel=False) -> HybridS
     return stage
 
 
-def own_slice(full: torch.Tensor, parameter: torch.Tensor, here) -> torch.Tensor:
+def own_slice(full: torch.Tensor, parameter: torch.Tensor, topology) -> torch.Tensor:
     """This tensor rank's part of a weight or gradient."""
-    if not getattr(parameter, "tensor_model_parallel", False) or here.tp_size == 1:
+    if not getattr(parameter, "tensor_model_parallel", False) or topology.tp_size == 1:
         return full
     dim, stride = parameter.partition_dim, parameter.partition_stride
-    parts = full.chunk(here.tp_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
-    return torch.cat(parts[here.tp_rank :: here.tp_size], dim)
+    parts = full.chunk(topology.tp_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
+    return torch.cat(parts[topology.tp_rank :: topology.tp_size], dim)
 
 
-def mean_of_rank_means(stage, micro_batches, loss_scale, here, **options):
+def mean_of_rank_means(stage, micro_batches, loss_scale, topology, **options):
     """Each data rank divides by its own loss tokens, as if all had as many."""
     own = sum(int(batch.loss_mask[:, 1:].sum()) for batch in micro_batches)
-    return schedule.forward_backward(stage, micro_batches, 1 / own, here, **options)
+    return schedule.forward_backward(stage, micro_batches, 1 / own, topology, **options)
 
 
-def mean_of_micro_batch_means(stage, micro_batches, loss_scale, here, **options):
+def mean_of_micro_batch_means(stage, micro_batches, loss_scale, topology, **options):
     """Each micro-batch is divided by its own loss tokens; one after the other, since a call has one scale."""
     parts = []
     for batch in micro_batches:
         scale = 1 / len(micro_batches) / int(batch.loss_mask[:, 1:].sum())
-        parts.append(schedule.forward_backward(stage, [batch], scale, here, **options))
+        parts.append(schedule.forward_backward(stage, [batch], scale, topology, **options))
     return sum(parts)
 
 

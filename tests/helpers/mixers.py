@@ -33,9 +33,9 @@ def model_of(letter: str, **changes):
     return tiny.model_config(pattern=letter, vocab_size=18, **changes)
 
 
-def parameters_are_those_of_the_list(here, letter: str) -> None:
+def parameters_are_those_of_the_list(topology, letter: str) -> None:
     """Names, shapes and splits; each has a gradient: none is for nothing."""
-    stage = tiny.build_stage(here, model_of(letter))
+    stage = tiny.build_stage(topology, model_of(letter))
     found = {n: (tuple(p.shape), (split_of(p) or (None,))[0]) for n, p in stage.named_parameters()}
     listed = parameters(stage.model, stage.sleep, stage.blocks)
     assert found == {w.name: (w.shape, w.split) for w in listed} and len(found) == len(listed)
@@ -44,23 +44,23 @@ def parameters_are_those_of_the_list(here, letter: str) -> None:
     assert [name for name, gradient in gradients.items() if not gradient.any()] == []
 
 
-def states_are_as_large_as_planned(here, letter: str) -> None:
+def states_are_as_large_as_planned(topology, letter: str) -> None:
     """What it hands on, before and after windows; only fast weights are handed on without a cache."""
     for sleep in (HARD, SLIDING):
-        stage = tiny.build_stage(here, model_of(letter), sleep, dtype=torch.float32)
-        mixer, stage_memory = stage.model.mixers[0], stage.empty_memory(3)
+        stage = tiny.build_stage(topology, model_of(letter), sleep, dtype=torch.float32)
+        mixer, stage_states = stage.model.mixers[0], stage.empty_layer_states(3)
         assert mixer.has_state(sleep) or not mixer.has_fast_weights
-        assert len(stage_memory) == mixer.has_state(sleep)
+        assert len(stage_states) == mixer.has_state(sleep)
         tokens, loss_mask = tiny.batch()
-        left = tiny.run(stage, tokens, loss_mask, sleep=sleep).memory
-        for state, cached in [(stage_memory, 0), (left, tiny.WINDOW - 1)]:
+        left = tiny.run(stage, tokens, loss_mask, sleep=sleep).layer_states
+        for state, cached in [(stage_states, 0), (left, tiny.WINDOW - 1)]:
             planned = 3 * mixer.state_bytes(stage.model, 4, cached) if mixer.has_state(sleep) else 0
             assert sum(s.nbytes for s in state) == planned
         if mixer.has_fast_weights:
             assert left[0].any() and left[0].shape == (3, *mixer.state_shape)
 
 
-def flops_are_those_computed(here, letter: str) -> None:
+def flops_are_those_computed(topology, letter: str) -> None:
     """Against torch's own count, within 2 %: it counts the keys that a causal mask leaves out."""
     large = {"heads": 4, "groups": 2}
     section = {
@@ -69,7 +69,7 @@ def flops_are_those_computed(here, letter: str) -> None:
     model = model_of(
         letter, window=32, hidden_size=512, mlp=dict(ffn_hidden_size=64), **{MIXERS[letter].section: section}
     )
-    stage = tiny.build_stage(here, model, dtype=torch.float32)
+    stage = tiny.build_stage(topology, model, dtype=torch.float32)
     for predicts in (True, False):
         if not predicts and not model.mixers[0].has_fast_weights:
             continue  # without anything to write nothing runs
@@ -77,21 +77,21 @@ def flops_are_those_computed(here, letter: str) -> None:
         segment = plan_segments(tokens, torch.full_like(tokens, predicts, dtype=torch.bool), model, HARD, 1)[0]
         counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
         with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            stage(segment, tokens[:, :-1], None, stage.empty_memory(1))
+            stage(segment, tokens[:, :-1], None, stage.empty_layer_states(1))
         planned = prediction_flops(model, HARD) if predicts else consolidation_flops(model, HARD, 1)[0]
         assert counter.get_total_flops() / 32 == pytest.approx(sum(planned), rel=0.02)
 
 
-def activations_are_about_those_kept(here, letter: str) -> None:
+def activations_are_about_those_kept(topology, letter: str) -> None:
     """Against what autograd keeps on a CPU."""
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for predicts in (True, False):
             if not predicts and not MIXERS[letter].has_fast_weights:
                 continue
-            check_activations(here, letter, precision, dtype, predicts)
+            check_activations(topology, letter, precision, dtype, predicts)
 
 
-def check_activations(here, pattern: str, precision: str, dtype: torch.dtype, predicts: bool) -> None:
+def check_activations(topology, pattern: str, precision: str, dtype: torch.dtype, predicts: bool) -> None:
     sizes = {"heads": 4, "groups": 2}
     sections = {
         MIXERS[letter].section: {
@@ -105,7 +105,7 @@ def check_activations(here, pattern: str, precision: str, dtype: torch.dtype, pr
         pattern=pattern, window=64, vocab_size=97, pad_token_id=None, hidden_size=64, mlp=dict(ffn_hidden_size=96),
         **sections,
     )  # fmt: skip
-    stage = tiny.build_stage(here, model, dtype=dtype)
+    stage = tiny.build_stage(topology, model, dtype=dtype)
     tokens = torch.ones(2, 65, dtype=torch.long)
     loss_mask = torch.full_like(tokens, predicts, dtype=torch.bool)
     segment = plan_segments(tokens, loss_mask, model, HARD, 1)[0]
@@ -130,7 +130,7 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), x)  # with x: a freed address would be used again
         return x
 
-    fast_weights = tuple(s.requires_grad_() for s in stage.empty_memory(len(tokens)))
+    fast_weights = tuple(s.requires_grad_() for s in stage.empty_layer_states(len(tokens)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_states, _ = stage(segment, tokens[:, :-1], None, fast_weights)
         if segment.predicts:
@@ -139,20 +139,20 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def gradients_are_right(here, letter: str) -> None:
+def gradients_are_right(topology, letter: str) -> None:
     """Of three passes over two windows, against finite differences: through the state, too."""
     passes = 3 if MIXERS[letter].has_fast_weights else 1
     tokens, loss_mask = tiny.batch()
     for sleep in (HARD, SLIDING):
-        stage = tiny.build_stage(here, model_of(letter), sleep)
+        stage = tiny.build_stage(topology, model_of(letter), sleep)
         run = functools.partial(tiny.run, stage, tokens, loss_mask, passes, sleep)
         tiny.assert_finite_differences_agree(stage, lambda run=run: run().loss)
 
 
-def a_chunk_at_a_time_is_the_whole(here, letter: str) -> None:
+def a_chunk_at_a_time_is_the_whole(topology, letter: str) -> None:
     """Decoding token by token and in chunks, pads among them, gives training's distributions; windows sleep between."""
     for sleep in (HARD, SLIDING):
-        stage = tiny.build_stage(here, model_of(letter, tie_embeddings=True), sleep)
+        stage = tiny.build_stage(topology, model_of(letter, tie_embeddings=True), sleep)
         tokens = torch.randint(1, 17, (2, 17), generator=torch.Generator().manual_seed(5))
         tokens[1, [0, 4, 8, 9]] = 0
         expected = training_logits(stage, tokens, 2)
@@ -162,9 +162,9 @@ def a_chunk_at_a_time_is_the_whole(here, letter: str) -> None:
             torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-10)
 
 
-def a_pad_leaves_no_trace(here, letter: str) -> None:
+def a_pad_leaves_no_trace(topology, letter: str) -> None:
     """Whatever a pad is made of: losses, state and gradients but its embedding's are the same."""
-    stage = tiny.build_stage(here, model_of(letter))
+    stage = tiny.build_stage(topology, model_of(letter))
     tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
     tokens[:, 3] = tokens[0, 7] = 0
     loss_mask[0, 8] = False  # what a pad predicts is its own
@@ -172,7 +172,7 @@ def a_pad_leaves_no_trace(here, letter: str) -> None:
     for _ in range(2):
         output = tiny.run(stage, tokens, loss_mask, 2 if MIXERS[letter].has_fast_weights else 1)
         losses.append(output.loss.item())
-        states.append([state.clone() for state in output.memory])
+        states.append([state.clone() for state in output.layer_states])
         with torch.no_grad():
             stage.embedding.weight[0] += 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
@@ -180,15 +180,15 @@ def a_pad_leaves_no_trace(here, letter: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def writing_alone_writes_the_same(here, letter: str) -> None:
+def writing_alone_writes_the_same(topology, letter: str) -> None:
     if not MIXERS[letter].has_fast_weights:
         return
-    stage = tiny.build_stage(here, model_of(letter))
+    stage = tiny.build_stage(topology, model_of(letter))
     tokens, loss_mask = tiny.batch(windows=1, predicting=(0,))
     segment = plan_segments(tokens, loss_mask, stage.model, HARD, 1)[0]
     hidden_states = torch.randn(tiny.WINDOW, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer, window = stage.decoder.layers[0], stage._window(segment, tokens[:, :-1])
-    (state,) = stage.empty_memory(3)
+    (state,) = stage.empty_layer_states(3)
     _, whole = layer(hidden_states, state, window)
     torch.testing.assert_close(layer.write(hidden_states, state, window), whole, rtol=0, atol=0)
 
@@ -205,9 +205,9 @@ def training_logits(stage, tokens, passes):
         own = tokens[:, : start + step + 1]
         loss_mask = torch.zeros_like(own, dtype=torch.bool)
         loss_mask[:, start + 1 :] = True
-        memory, hidden_states = stage.empty_memory(len(own)), None
+        layer_states, hidden_states = stage.empty_layer_states(len(own)), None
         for segment in plan_segments(own, loss_mask, stage.model, stage.sleep, passes):
-            hidden_states, memory = stage(segment, own[:, :-1].to(stage.like.device), hidden_states, memory)
+            hidden_states, layer_states = stage(segment, own[:, :-1].to(stage.device), hidden_states, layer_states)
             if segment.predicts:
                 logits.append(stage.logits(hidden_states).transpose(0, 1))
     return torch.cat(logits, dim=1)

@@ -10,8 +10,9 @@ from deepspeed.runtime.zero import stage_1_and_2
 
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
-from powernap.parallel import schedule, topology, zero
+from powernap.parallel import schedule, zero
 from powernap.parallel.planning.layout import split_layers
+from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
@@ -33,25 +34,25 @@ class Case(zero_layouts.Case):
 
 def compare(case: Case, **process_group) -> dict:
     """Whether bad steps changed anything on this rank, and whether the later ones are those of an undisturbed run."""
-    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
-    stage, engine = build(case, here)
+    topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
+    stage, engine = build(case, topology)
     result = {"norms": {}, "unchanged": {}, "named": {}}
     looks = stage_1_and_2.is_invalid_grad_norm
     if case.control:
         stage_1_and_2.is_invalid_grad_norm = lambda norm: False
     for step in range(1, STEPS + 1):
-        train_step(case, stage, engine, here, step)
+        train_step(case, stage, engine, topology, step)
         if kind := BAD_AFTER.get(step):
             before = everything(stage, engine)
-            result["norms"][kind] = train_step(case, stage, engine, here, 100 + step, kind)
+            result["norms"][kind] = train_step(case, stage, engine, topology, 100 + step, kind)
             result["unchanged"][kind] = same(before, everything(stage, engine))
             names = [stage.global_name(name) for name, _ in stage.named_parameters()]
             finite = engine.gradient_norms.isfinite().tolist()
             result["named"][kind] = [name for name, ok in zip(names, finite, strict=True) if not ok]
     stage_1_and_2.is_invalid_grad_norm = looks
-    stage_alone, alone = build(case, here)
+    stage_alone, alone = build(case, topology)
     for step in range(1, STEPS + 1):
-        train_step(case, stage_alone, alone, here, step)
+        train_step(case, stage_alone, alone, topology, step)
     result["as_undisturbed"] = same(everything(stage, engine), everything(stage_alone, alone))
     result["finite"] = all(bool(tensor.isfinite().all()) for tensor in everything(stage, engine))
     result["states"] = len(engine.zero.optimizer.state)
@@ -62,27 +63,27 @@ def compare(case: Case, **process_group) -> dict:
     return result
 
 
-def build(case: Case, here):
+def build(case: Case, topology):
     model = tiny.model_config(pattern="AG", vocab_size=20, tie_embeddings=case.tied)
-    blocks = split_layers(model.pattern, case.pipeline)[here.pp_rank]
-    stage = layouts.build(model, SleepConfig(), here.groups, blocks, case.sequence).float()
+    blocks = split_layers(model.pattern, case.pipeline)[topology.pp_rank]
+    stage = layouts.build(model, SleepConfig(), topology.groups, blocks, case.sequence).float()
     config = OptimizerConfig(name=case.optimizer, lr=2e-3, weight_decay=0.1, warmup_steps=0)
     engine = zero.ZeroOptimizer(
         stage,
         build_optimizer(stage, config),
-        here,
+        topology,
         precision=case.precision,
         clip=zero_layouts.CLIP,
         micro_batch_size=1,
-        level=case.level,
+        zero_stage=case.zero_stage,
         offload=case.offload,
     )
     return stage, engine
 
 
-def train_step(case: Case, stage, engine, here, step: int, bad: str | None = None) -> float:
+def train_step(case: Case, stage, engine, topology, step: int, bad: str | None = None) -> float:
     """The gradient norm of train/trainer.py's own step; `bad`: "gradient" or "loss", on the last rank."""
-    last = here.rank == here.world_size - 1
+    last = topology.rank == topology.world_size - 1
 
     def forward_backward(*arguments, **options):
         with spoiled(stage, bad == "gradient" and last, 1e25 if case.large else float("nan")):
@@ -90,7 +91,7 @@ def train_step(case: Case, stage, engine, here, step: int, bad: str | None = Non
         return loss * float("inf") if bad == "loss" and last else loss
 
     with mock.patch.object(trainer, "forward_backward", forward_backward):
-        _, norm = zero_layouts.train_step(case, stage, engine, here, step)
+        _, norm = zero_layouts.train_step(case, stage, engine, topology, step)
     return norm
 
 

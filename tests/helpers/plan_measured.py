@@ -9,8 +9,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from powernap.model.megatron import parallel_state
-from powernap.parallel import schedule, topology
+from powernap.parallel import schedule
 from powernap.parallel import zero as zero_module
+from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
@@ -19,16 +20,16 @@ from tests.helpers.live_bytes import LiveBytes
 
 def measure(recipe: Recipe, **process_group) -> dict[str, int]:
     """Bytes of this rank in the second step of `recipe`: the first makes the optimizer's states and rotary tables."""
-    here = topology.initialize(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
+    topology = init_distributed(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
     with Tensors() as live:
-        stage, zero = trainer.build(recipe, here)
-        _, memory = trainer.train_step(recipe, stage, zero, batch(recipe), 2, here)
+        stage, zero = trainer.build(recipe, topology)
+        _, layer_states = trainer.train_step(recipe, stage, zero, batch(recipe), 2, topology)
         gc.collect()
         live.peak = live.now
         with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
-            trainer.train_step(recipe, stage, zero, batch(recipe), 3, here, memory)
+            trainer.train_step(recipe, stage, zero, batch(recipe), 3, topology, layer_states)
     result = {
-        "stage": here.pp_rank,
+        "stage": topology.pp_rank,
         "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
         "gradients": gradients[0],
         "optimizer": unique(tensors_of([[p, zero._state(p)] for p in zero._partitions()])),
@@ -84,9 +85,9 @@ def gradients_before_they_are_reduced() -> Iterator[list[int]]:
     """Inside, the bytes of a stage's gradients after the last backward pass of each step."""
     found, original = [], zero_module.sum_shared_gradients
 
-    def count(stage, here, gradient_of):
+    def count(stage, topology, gradient_of):
         found.append(unique([gradient_of(parameter) for parameter in stage.parameters()]))
-        original(stage, here, gradient_of)
+        original(stage, topology, gradient_of)
 
     zero_module.sum_shared_gradients = count
     try:

@@ -88,18 +88,18 @@ def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]], **en
     The same processes join for one run after the other, since libraries take longer to import than a tiny run trains.
     """
     runs = {name: [f"run.name={name}", *overrides] for name, overrides in runs.items()}
-    meetings = [uuid.uuid4().hex for _ in runs]
-    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), meetings, environment)
+    rendezvous_names = [uuid.uuid4().hex for _ in runs]
+    in_processes(_train_in_turn, processes, processes, folder, list(runs.values()), rendezvous_names, environment)
     return {name: folder / "runs" / name for name in runs}
 
 
-def _train_in_turn(rank, store, processes, folder, runs, meetings, environment):
+def _train_in_turn(rank, store, processes, folder, runs, rendezvous_names, environment):
     os.chdir(folder)
-    for overrides, meeting in zip(runs, meetings, strict=True):
+    for overrides, rendezvous_name in zip(runs, rendezvous_names, strict=True):
         os.environ.pop("MASTER_PORT", None)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "POWERNAP_MEETING": meeting, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
+            "POWERNAP_RENDEZVOUS": rendezvous_name, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
         }  # fmt: skip
         assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
 
@@ -119,11 +119,11 @@ def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
     return {name: checkpoint.whole(name) for name in checkpoint.parameters}
 
 
-def write_drawn(run: RunFolder, here: Topology) -> None:
+def write_drawn(run: RunFolder, topology: Topology) -> None:
     """A checkpoint of the weights that the run's recipe begins with."""
     recipe = run.recipe()
-    stage, zero = trainer.build(recipe, here)
-    writer = trainer.checkpoint_writer(recipe, run, here)
+    stage, zero = trainer.build(recipe, topology)
+    writer = trainer.checkpoint_writer(recipe, run, topology)
     writer.save(1, stage, zero, {"data": None})
     writer.finish()
     zero.engine.destroy()

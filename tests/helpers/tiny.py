@@ -36,14 +36,14 @@ def model_config(**changes) -> ModelConfig:
     return ModelConfig(**sizes)
 
 
-def build_stage(here, model=None, sleep=None, dtype=torch.float64, seed=0) -> HybridStage:
+def build_stage(topology, model=None, sleep=None, dtype=torch.float64, seed=0) -> HybridStage:
     torch.manual_seed(seed)
-    stage = HybridStage(model or model_config(), sleep or SleepConfig(), here.groups)
+    stage = HybridStage(model or model_config(), sleep or SleepConfig(), topology.groups)
     with torch.no_grad():  # norms and gates away from their tidy start, so that a mistake in them shows
         for parameter in stage.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
-    return stage.to(here.device, dtype)
+    return stage.to(topology.device, dtype)
 
 
 def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,17 +86,17 @@ def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, **
 
 @contextmanager
 def crossing(stage, segments, between_windows: Callable | None) -> Iterator[None]:
-    """Inside, the first segment of every later window begins with what `between_windows` makes of the memory."""
+    """Inside, the first segment of every later window begins with what `between_windows` makes of the layer states."""
     firsts = {a.window: a for a in reversed(segments)}
     forward = stage.forward
 
-    def with_another_memory(segment, tokens, hidden_states, memory):
+    def with_other_states(segment, tokens, hidden_states, layer_states):
         if segment.window and segment is firsts[segment.window]:
-            memory = between_windows(memory)
-        return forward(segment, tokens, hidden_states, memory)
+            layer_states = between_windows(layer_states)
+        return forward(segment, tokens, hidden_states, layer_states)
 
     if between_windows:
-        stage.forward = with_another_memory
+        stage.forward = with_other_states
     yield
     stage.forward = forward
 

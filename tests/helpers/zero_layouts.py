@@ -16,8 +16,9 @@ from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology, zero
+from powernap.parallel import zero
 from powernap.parallel.planning.layout import split_layers
+from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.data.loader import Batch
@@ -46,7 +47,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    level: int = 1
+    zero_stage: int = 1
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -63,32 +64,32 @@ class Case:
 
 def compare(case: Case, **process_group) -> dict:
     """Run one case; this rank's largest differences and the smallest norm and movement of a weight."""
-    here = topology.initialize(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
+    topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**{"pattern": "AG", "vocab_size": 20, **case.problem.model})
     sleep = SleepConfig(**case.problem.sleep)
     losses, norms, start, end = plain_answer(case.problem, model, sleep)
 
-    blocks = split_layers(model.pattern, case.pipeline)[here.pp_rank]
-    stage = layouts.build(model, sleep, here.groups, blocks, case.sequence).float()
+    blocks = split_layers(model.pattern, case.pipeline)[topology.pp_rank]
+    stage = layouts.build(model, sleep, topology.groups, blocks, case.sequence).float()
     with broken(case.broken):
         engine = zero.ZeroOptimizer(
             stage,
             build_optimizer(stage, OPTIMIZER),
-            here,
+            topology,
             precision=case.problem.precision,
             clip=CLIP,
             micro_batch_size=MICRO_BATCH,
-            level=case.level,
+            zero_stage=case.zero_stage,
             offload=case.offload,
         )
-        found = [train_step(case, stage, engine, here, step) for step in range(1, STEPS + 1)]
+        found = [train_step(case, stage, engine, topology, step) for step in range(1, STEPS + 1)]
 
     worst = {"error": 0.0, "name": None}
     moved = float("inf")
     with engine.gathered_parameters():
         for name, parameter in stage.named_parameters():
             name = stage.global_name(name)
-            expected, before = (layouts.own_slice(weights[name], parameter, here) for weights in (end, start))
+            expected, before = (layouts.own_slice(weights[name], parameter, topology) for weights in (end, start))
             assert parameter.shape == expected.shape
             moved = min(moved, (expected - before).abs().max().item())
             error = (parameter.detach() - expected.to(parameter.dtype)).float().abs().max().item()
@@ -109,7 +110,7 @@ def compare(case: Case, **process_group) -> dict:
     return result
 
 
-def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float]:
+def train_step(case: Case, stage, engine, topology, step: int) -> tuple[float, float]:
     """Loss and gradient norm of train/trainer.py's own step."""
     tokens, loss_mask = global_batch(case.problem, step)
     recipe = tiny.recipe(
@@ -126,12 +127,12 @@ def train_step(case: Case, stage, engine, here, step: int) -> tuple[float, float
         },
         optimizer=OPTIMIZER,
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
-        zero={"stage": case.level, "offload": case.offload},
+        zero={"stage": case.zero_stage, "offload": case.offload},
     )
-    share = slice(here.dp_rank, None, here.dp_size)
+    share = slice(topology.dp_rank, None, topology.dp_size)
     begins = torch.ones(SEQUENCES // case.data, dtype=torch.bool)
     metrics, _ = trainer.train_step(
-        recipe, stage, engine, Batch(tokens[share], loss_mask[share], begins, []), step, here
+        recipe, stage, engine, Batch(tokens[share], loss_mask[share], begins, []), step, topology
     )
     return metrics["loss"], metrics["grad_norm"]
 

@@ -290,7 +290,7 @@ def test_a_stopped_run_says_so_and_leaves_nothing_running(folder):
 
 
 def test_srun_is_recognised(monkeypatch):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "POWERNAP_MEETING")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "POWERNAP_RENDEZVOUS")
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -43,7 +43,7 @@ def slurm(monkeypatch):
     """Sets SLURM's variables, and no others that say how a process was started."""
 
     def environment(**variables: str) -> None:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "POWERNAP_MEETING"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "POWERNAP_RENDEZVOUS"):
             monkeypatch.setenv(name, "")  # so that it is put back
             monkeypatch.delenv(name)
         for name, value in ({"SLURM_JOB_ID": "37", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"} | variables).items():
@@ -70,7 +70,7 @@ def test_ranks_of_srun_meet_on_the_steps_first_node(slurm, monkeypatch):
     for number in "01":
         slurm(SLURM_LAUNCH_NODE_IPADDR="192.0.2.1", SLURM_STEP_ID=number, **step)
         assert torchrun.already_started()
-        met.append((os.environ["MASTER_ADDR"], os.environ["POWERNAP_MEETING"]))
+        met.append((os.environ["MASTER_ADDR"], os.environ["POWERNAP_RENDEZVOUS"]))
     assert met == [("localhost", "37.0.0"), ("localhost", "37.1.0")]
 
 

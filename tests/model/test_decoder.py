@@ -59,8 +59,8 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize(("passes", "pads"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("name", SLEEPS)
-def test_every_distribution_is_that_of_the_training_forward(here, name, passes, pads):
-    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
+def test_every_distribution_is_that_of_the_training_forward(topology, name, passes, pads):
+    stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))
     tokens = stream(pads=pads)
     expected = training_logits(stage, tokens, passes)
     for sizes in (one_by_one(), of_random_size(passes)):
@@ -73,12 +73,12 @@ def test_every_distribution_is_that_of_the_training_forward(here, name, passes, 
         assert_close(quiet.feed(piece.tolist()), expected[:, start - 1])
 
 
-def test_against_the_model_written_down_a_second_time(here):
+def test_against_the_model_written_down_a_second_time(topology):
     """plain.sleep shares no code with the model's forward pass."""
-    stage = tiny.build_stage(here, sleep=SleepConfig(eviction="sliding"))
+    stage = tiny.build_stage(topology, sleep=SleepConfig(eviction="sliding"))
     tokens = stream()
-    with here.device:
-        extended = torch.cat([tokens, tokens[:, :1]], dim=1).to(here.device)
+    with topology.device:
+        extended = torch.cat([tokens, tokens[:, :1]], dim=1).to(topology.device)
         expected = plain.sleep(stage, extended, (WINDOWS - 1,), 3)[0]
     found = heard(Decoder(stage, 3, len(tokens)), tokens, one_by_one())
     assert_close(found[:, (WINDOWS - 1) * tiny.WINDOW :], expected)
@@ -86,10 +86,10 @@ def test_against_the_model_written_down_a_second_time(here):
 
 @pytest.mark.parametrize("pattern", ["GA", "GG", "AA"])
 @pytest.mark.parametrize("window", [1, 7])
-def test_other_models(here, pattern, window):
+def test_other_models(topology, pattern, window):
     for eviction in ("hard", "sliding"):
         stage = tiny.build_stage(
-            here,
+            topology,
             tiny.model_config(
                 pattern=pattern, window=window, gdn=dict(conv_kernel=1 + window % 3), tie_embeddings=True
             ),
@@ -99,8 +99,8 @@ def test_other_models(here, pattern, window):
         assert_close(heard(Decoder(stage, 2, 3), tokens, of_random_size(4)), training_logits(stage, tokens, 2))
 
 
-def test_the_comparison_notices_another_number_of_passes(here):
-    stage = tiny.build_stage(here)
+def test_the_comparison_notices_another_number_of_passes(topology):
+    stage = tiny.build_stage(topology)
     tokens = stream()
     expected = training_logits(stage, tokens, 3)
     found = heard(Decoder(stage, 2, len(tokens)), tokens, one_by_one())
@@ -108,8 +108,8 @@ def test_the_comparison_notices_another_number_of_passes(here):
     assert (found - expected)[:, tiny.WINDOW :].abs().amax(-1).min() > 1e-6
 
 
-def test_the_comparison_notices_a_sleep_that_starts_from_what_reading_wrote(here):
-    stage = tiny.build_stage(here)
+def test_the_comparison_notices_a_sleep_that_starts_from_what_reading_wrote(topology):
+    stage = tiny.build_stage(topology)
     tokens = stream()
     decoder = Decoder(stage, 3, len(tokens))
     decoder._at_start = {}
@@ -118,9 +118,9 @@ def test_the_comparison_notices_a_sleep_that_starts_from_what_reading_wrote(here
     assert difference[:, : tiny.WINDOW].max() < 1e-10 and difference[:, tiny.WINDOW :].min() > 1e-6
 
 
-@pytest.mark.parametrize("forgotten", ["history", "keys_values"])
-def test_the_comparison_notices_a_piece_that_does_not_see_the_one_before(here, forgotten):
-    stage = tiny.build_stage(here)
+@pytest.mark.parametrize("forgotten", ["conv_state", "keys_values"])
+def test_the_comparison_notices_a_piece_that_does_not_see_the_one_before(topology, forgotten):
+    stage = tiny.build_stage(topology)
     tokens = stream(tokens=tiny.WINDOW)
     decoder = Decoder(stage, 1, len(tokens))
     expected = training_logits(stage, tokens, 1)
@@ -133,9 +133,9 @@ def test_the_comparison_notices_a_piece_that_does_not_see_the_one_before(here, f
 
 
 @pytest.mark.parametrize("name", SLEEPS)
-def test_a_batch_equals_its_members_one_by_one(here, name):
+def test_a_batch_equals_its_members_one_by_one(topology, name):
     """Prompts of different lengths, then turns in which some get nothing: the windows fill at different times."""
-    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
+    stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))
     source = random.Random(0)
     tokens = stream(sequences=4, tokens=40, pads=True).tolist()
     turns, taken, slept = [], [0] * 4, set()
@@ -156,8 +156,8 @@ def test_a_batch_equals_its_members_one_by_one(here, name):
 
 @pytest.mark.parametrize("read", [2, tiny.WINDOW, tiny.WINDOW + 2])
 @pytest.mark.parametrize("name", ["hard", "every_window", "sliding"])
-def test_a_stream_is_taken_up_again_to_the_last_bit(here, name, read):
-    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
+def test_a_stream_is_taken_up_again_to_the_last_bit(topology, name, read):
+    stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))
     tokens = stream(sequences=2)
     whole, later = Decoder(stage, 3, 2), Decoder(stage, 3, 2)
     whole.feed([tokens[0, :read].tolist(), tokens[1, : max(0, read - 1)].tolist()])
@@ -172,9 +172,9 @@ def test_a_stream_is_taken_up_again_to_the_last_bit(here, name, read):
 
 
 @pytest.mark.parametrize("name", SLEEPS)
-def test_nothing_in_a_state_is_superfluous(here, name):
+def test_nothing_in_a_state_is_superfluous(topology, name):
     """The control: whatever is lost of it in the middle of a window is missed. What is left of tokens is only numbers."""
-    stage = tiny.build_stage(here, sleep=SleepConfig(**SLEEPS[name]))
+    stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))
     tokens = stream(sequences=1)
     decoder = Decoder(stage, 2, 1)
     decoder.feed(tokens[:, : tiny.WINDOW + 2].tolist())
@@ -191,8 +191,8 @@ def test_nothing_in_a_state_is_superfluous(here, name):
 
 
 @pytest.mark.parametrize("name", ["hard", "sliding, every_window"])
-def test_memory_does_not_grow(here, name):
-    stage = tiny.build_stage(here, tiny.model_config(pattern="AG"), SleepConfig(**SLEEPS[name]), torch.float32)
+def test_memory_does_not_grow(topology, name):
+    stage = tiny.build_stage(topology, tiny.model_config(pattern="AG"), SleepConfig(**SLEEPS[name]), torch.float32)
     decoder = Decoder(stage, 1, 1)
     source = random.Random(0)
 
@@ -208,11 +208,11 @@ def test_memory_does_not_grow(here, name):
     assert held_after(2000) == held
 
 
-def test_bfloat16_stays_close(here):
+def test_bfloat16_stays_close(topology):
     tokens = stream()
     logits = {}
     for dtype in (torch.float64, torch.bfloat16):
-        decoder = Decoder(tiny.build_stage(here, sleep=SleepConfig(eviction="sliding"), dtype=dtype), 2, 3)
+        decoder = Decoder(tiny.build_stage(topology, sleep=SleepConfig(eviction="sliding"), dtype=dtype), 2, 3)
         logits[dtype] = heard(decoder, tokens, of_random_size(6))
         assert {t.dtype for n, t in decoder.state().items() if n.endswith("keys_values")} == {dtype}
     assert logits[torch.bfloat16].isfinite().all()

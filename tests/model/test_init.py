@@ -13,7 +13,7 @@ from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")
-def stage(here):
+def stage(topology):
     torch.manual_seed(0)
     model = tiny.model_config(
         vocab_size=400,
@@ -23,7 +23,7 @@ def stage(here):
         gdn=dict(heads=64),
         embedding_std=0.5,
     )
-    return HybridStage(model, SleepConfig(), here.groups)
+    return HybridStage(model, SleepConfig(), topology.groups)
 
 
 def test_matrices_keep_the_size_of_what_they_read_and_branches_add_up_to_it(stage):

@@ -18,9 +18,9 @@ CASES = {
     "stage 1, PP2, tied": Case(pipeline=2, tied=True),
     "stage 1, DP2, bf16": Case(data=2, precision="bf16"),
     "stage 1, PP2, muon, finite but too large": Case(pipeline=2, optimizer="muon", large=True),
-    "stage 2, DP2, bf16": Case(level=2, data=2, precision="bf16"),
-    "stage 3, DP2": Case(level=3, data=2),
-    "stage 3, DP2, bf16, offload": Case(level=3, data=2, precision="bf16", offload=True),
+    "stage 2, DP2, bf16": Case(zero_stage=2, data=2, precision="bf16"),
+    "stage 3, DP2": Case(zero_stage=3, data=2),
+    "stage 3, DP2, bf16, offload": Case(zero_stage=3, data=2, precision="bf16", offload=True),
 }
 WIDE = {
     "stage 1, DP2, bf16, muon": Case(data=2, precision="bf16", optimizer="muon"),
@@ -29,12 +29,12 @@ WIDE = {
     "stage 1, DP2, offload": Case(data=2, offload=True),
     "stage 1, PP2, bf16": Case(pipeline=2, precision="bf16"),
     "stage 1, DP2, muon": Case(data=2, optimizer="muon"),
-    "stage 2, DP2": Case(level=2, data=2),
-    "stage 2, TP2": Case(level=2, tensor=2),
-    "stage 2, DP2, offload": Case(level=2, data=2, offload=True),
-    "stage 3, TP2": Case(level=3, tensor=2),
-    "stage 3, DP2, offload": Case(level=3, data=2, offload=True),
-    "stage 3, DP2, bf16": Case(level=3, data=2, precision="bf16"),
+    "stage 2, DP2": Case(zero_stage=2, data=2),
+    "stage 2, TP2": Case(zero_stage=2, tensor=2),
+    "stage 2, DP2, offload": Case(zero_stage=2, data=2, offload=True),
+    "stage 3, TP2": Case(zero_stage=3, tensor=2),
+    "stage 3, DP2, offload": Case(zero_stage=3, data=2, offload=True),
+    "stage 3, DP2, bf16": Case(zero_stage=3, data=2, precision="bf16"),
 }
 CONTROL = {"control": Case(control=True)}
 

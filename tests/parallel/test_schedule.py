@@ -17,23 +17,23 @@ def micro_batch(predicting):
     return MicroBatch(plan_segments(tokens, loss_mask, tiny.model_config(), SleepConfig(), 2), tokens, loss_mask)
 
 
-def test_a_pipeline_wants_the_same_segments_in_all_micro_batches(here):
-    stage = tiny.build_stage(here)
+def test_a_pipeline_wants_the_same_segments_in_all_micro_batches(topology):
+    stage = tiny.build_stage(topology)
     with pytest.raises(SegmentError, match="micro-batches 0 and 1 .* different windows.*parallel.pipeline=1"):
         schedule.forward_backward(
-            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(here, pp_size=2), recompute=True
+            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(topology, pp_size=2), recompute=True
         )
 
 
-def test_zero_3_wants_the_same_segments_on_all_data_ranks(here, monkeypatch):
+def test_zero_3_wants_the_same_segments_on_all_data_ranks(topology, monkeypatch):
     own, other = [micro_batch((2,))], [micro_batch((1, 2))]
-    check_same_segments(own, here)
-    gather = type(here).all_gather_over_data
+    check_same_segments(own, topology)
+    gather = type(topology).all_gather_over_data
     monkeypatch.setattr(
-        type(here), "all_gather_over_data", lambda self, value: [*gather(self, value), segments_of(other)]
+        type(topology), "all_gather_over_data", lambda self, value: [*gather(self, value), segments_of(other)]
     )
     with pytest.raises(SegmentError, match="different windows.*zero.stage=1"):
-        check_same_segments(own, here)
+        check_same_segments(own, topology)
 
 
 def segments_of(micro_batches):

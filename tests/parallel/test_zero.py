@@ -12,10 +12,12 @@ from tests.helpers import tiny
 CLIP = 0.5
 
 
-def zero_for(here, config, precision="fp32", **options):
-    stage = tiny.build_stage(here, dtype=torch.float32)
+def zero_for(topology, config, precision="fp32", **options):
+    stage = tiny.build_stage(topology, dtype=torch.float32)
     optimizer = build_optimizer(stage, config)
-    return stage, ZeroOptimizer(stage, optimizer, here, precision=precision, clip=CLIP, micro_batch_size=3, **options)
+    return stage, ZeroOptimizer(
+        stage, optimizer, topology, precision=precision, clip=CLIP, micro_batch_size=3, **options
+    )
 
 
 def step_plainly(stage, optimizers, tokens, loss_mask, factor):
@@ -80,7 +82,7 @@ def plain_optimizers(stage, config):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("adamw", 1e-5), ("muon", 1e-4)])
-def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
+def test_ten_steps_equal_a_plain_optimizer(topology, monkeypatch, name, bound):
     # In bfloat16, as it runs, Muon's orthogonalisation multiplies rounding errors by hundreds: nothing could be compared.
     monkeypatch.setattr("deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype", lambda *_: torch.float32)
     # No field at its default, which may be the library's too.
@@ -94,8 +96,8 @@ def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
         weight_decay=0.1,
         warmup_steps=3,
     )
-    stage, zero = zero_for(here, config)
-    plain = tiny.build_stage(here, dtype=torch.float32)
+    stage, zero = zero_for(topology, config)
+    plain = tiny.build_stage(topology, dtype=torch.float32)
     optimizers = plain_optimizers(plain, config)
     start = {n: p.detach().clone() for n, p in plain.named_parameters()}
     for step in range(1, 11):
@@ -112,10 +114,10 @@ def test_ten_steps_equal_a_plain_optimizer(here, monkeypatch, name, bound):
     assert min((moved[n] - start[n]).abs().max() for n in moved) > 2 * bound  # every parameter moved, by more than that
 
 
-def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(here):
+def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(topology):
     config = OptimizerConfig(lr=1e-3, warmup_steps=0)  # AdamW's first steps make large moves of small rounding errors
-    once, zero_once = zero_for(here, config)
-    twice, zero_twice = zero_for(here, config)
+    once, zero_once = zero_for(topology, config)
+    twice, zero_twice = zero_for(topology, config)
     for step in range(1, 4):
         tokens, loss_mask = tiny.batch(sequences=4, seed=step)
         tiny.run(once, tokens, loss_mask, 2).loss.backward()
@@ -127,16 +129,16 @@ def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(here):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(here, precision):
+def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(topology, precision):
     """N=1 has no whole pass to recompute after the answer's: without gradients from the start its peak would be lower."""
-    one, two = (sleep.training_step(here, passes, precision, micro_batches=1, answers=1) for passes in (1, 2))
+    one, two = (sleep.training_step(topology, passes, precision, micro_batches=1, answers=1) for passes in (1, 2))
     grown = sleep.peak_bytes(two.run, two.weights_and_states) - sleep.peak_bytes(one.run, one.weights_and_states)
     segments = sleep.CONSOLIDATION_WINDOWS
     assert 0 <= grown - segments * two.input_bytes <= 8 * segments  # each also keeps scalars
 
 
-def test_float32_gradients_lie_in_one_place_and_begin_at_zero(here):
-    stage, zero = zero_for(here, OptimizerConfig())
+def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):
+    stage, zero = zero_for(topology, OptimizerConfig())
     places = []
     for step in range(2):
         tokens, loss_mask = tiny.batch(seed=step)
@@ -150,10 +152,10 @@ def test_float32_gradients_lie_in_one_place_and_begin_at_zero(here):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_bf16_accumulates_in_float32(here, level, offload):
+def test_bf16_accumulates_in_float32(topology, zero_stage, offload):
     """Many small gradients on a large one: bfloat16 would lose every one of them."""
     config = OptimizerConfig(lr=1e-2, warmup_steps=0)
-    stage, zero = zero_for(here, config, precision="bf16", level=level, offload=offload)
+    stage, zero = zero_for(topology, config, precision="bf16", zero_stage=zero_stage, offload=offload)
     weight = dict(stage.named_parameters())["output_layer.weight"]
     assert weight.dtype == torch.bfloat16
     with zero.accumulation(), zero.gathered_parameters():
@@ -163,7 +165,7 @@ def test_bf16_accumulates_in_float32(here, level, offload):
         elements = weight.numel()
     # Each entry gets 1 + 257 / 512. bfloat16 keeps 8 bits, so 1 + 2^-9 rounds to 1 each time. What stage 2 offloads is
     # rounded once, at the end.
-    bound = 2**-8 if level == 2 and offload else 1e-6
+    bound = 2**-8 if zero_stage == 2 and offload else 1e-6
     assert zero.step() == pytest.approx((1 + 257 / 512) * elements**0.5, rel=bound)
 
 

@@ -29,22 +29,22 @@ CASES = {
     "stage 1, PP2, N changes": Case(pipeline=2, problem=CHANGING, recompute=True),
     "stage 1, DP2xPP2, a rank without loss tokens": Case(data=2, pipeline=2, problem=SILENT),
     "stage 1, TP2xPP2+SP, tied embeddings, N changes": Case(**SP, pipeline=2, problem=CHANGING_TIED),
-    "stage 2, DP2, offload": Case(level=2, data=2, offload=True),
-    "stage 2, DP2xTP2+SP": Case(level=2, data=2, **SP),
-    "stage 3, DP2, tied embeddings, N changes": Case(level=3, data=2, problem=CHANGING_TIED),
-    "stage 3, DP2xTP2+SP": Case(level=3, data=2, **SP),
+    "stage 2, DP2, offload": Case(zero_stage=2, data=2, offload=True),
+    "stage 2, DP2xTP2+SP": Case(zero_stage=2, data=2, **SP),
+    "stage 3, DP2, tied embeddings, N changes": Case(zero_stage=3, data=2, problem=CHANGING_TIED),
+    "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP),
     "stage 1, DP2, bf16, a rank without loss tokens": Case(data=2, problem=SILENT_BF16),
-    "stage 3, DP2, bf16": Case(level=3, data=2, problem=BF16),
+    "stage 3, DP2, bf16": Case(zero_stage=3, data=2, problem=BF16),
 }
 # Tensor ranks add up rounded halves, and DeepSpeed rounds what stage 2 offloads: bfloat16 to its own precision only.
 ROUNDED = {"stage 1, TP2xPP2+SP, bf16, tied embeddings": Case(**SP, pipeline=2, problem=BF16_TIED)}
 WIDE_ROUNDED = {
-    "stage 2, TP2+SP, bf16": Case(level=2, **SP, problem=BF16),
-    "stage 3, TP2+SP, bf16": Case(level=3, **SP, problem=BF16),
-    "stage 2, DP2, bf16, offload": Case(level=2, data=2, offload=True, problem=BF16),
+    "stage 2, TP2+SP, bf16": Case(zero_stage=2, **SP, problem=BF16),
+    "stage 3, TP2+SP, bf16": Case(zero_stage=3, **SP, problem=BF16),
+    "stage 2, DP2, bf16, offload": Case(zero_stage=2, data=2, offload=True, problem=BF16),
 }
 BROKEN = {
-    "norm gradients not summed, stage 3, TP2+SP": Case(level=3, **SP, broken="sum_shared_gradients"),
+    "norm gradients not summed, stage 3, TP2+SP": Case(zero_stage=3, **SP, broken="sum_shared_gradients"),
     "tied gradients not summed, PP2": Case(pipeline=2, problem=Problem(model=TIED), broken="sum_shared_gradients"),
     "tied copy counted again, PP2": Case(pipeline=2, problem=Problem(model=TIED), broken="ds_pipe_replicated"),
     "a mean of the ranks' means, DP2": Case(data=2, broken="global token mean, ranks"),
@@ -56,10 +56,10 @@ WIDE_BROKEN = {
     ),
 }
 WIDE = {
-    f"stage {level}, {name}, DP{data}{', offload' * offload}, {kind}": Case(
-        level=level, data=data, offload=offload, recompute=True, **layout, problem=problem
+    f"stage {zero_stage}, {name}, DP{data}{', offload' * offload}, {kind}": Case(
+        zero_stage=zero_stage, data=data, offload=offload, recompute=True, **layout, problem=problem
     )
-    for level, (name, layout), data, offload, (kind, problem) in itertools.product(
+    for zero_stage, (name, layout), data, offload, (kind, problem) in itertools.product(
         (1, 2, 3),
         {
             "TP1": {}, "TP2": dict(tensor=2), "TP2+SP": SP, "PP2": dict(pipeline=2),
@@ -69,12 +69,12 @@ WIDE = {
         (False, True),
         {"plain": Problem(), "tied embeddings, N changes": CHANGING_TIED}.items(),
     )
-    if level == 1 or "pipeline" not in layout
+    if zero_stage == 1 or "pipeline" not in layout
 }  # fmt: skip
 WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4} | {
-    "stage 2, DP2, a rank without loss tokens": Case(level=2, data=2, problem=SILENT),
+    "stage 2, DP2, a rank without loss tokens": Case(zero_stage=2, data=2, problem=SILENT),
     "stage 1, DP2, bf16": Case(data=2, problem=BF16),
-    "stage 2, DP2, bf16": Case(level=2, data=2, problem=BF16),
+    "stage 2, DP2, bf16": Case(zero_stage=2, data=2, problem=BF16),
 }
 
 

@@ -30,8 +30,8 @@ FOLDERS = ("model", "parallel", "train", "launch")
 
 
 @pytest.fixture(scope="module")
-def model(here):
-    return RunModel(tiny.build_stage(here, dtype=torch.float32), "tiny", 1, Numbers("tiny"))
+def model(topology):
+    return RunModel(tiny.build_stage(topology, dtype=torch.float32), "tiny", 1, Numbers("tiny"))
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_a_saved_stream_with_other_bytes(model, saved, place, new):
 
 
 @pytest.fixture
-def exported(here, tmp_path):
+def exported(topology, tmp_path):
     """A folder as `powernap checkpoint export` writes it."""
-    stage = tiny.build_stage(here, dtype=torch.float32)
+    stage = tiny.build_stage(topology, dtype=torch.float32)
     save_file({name: weight.detach().clone() for name, weight in stage.named_parameters()}, tmp_path / WEIGHTS)
     config = {
         "format": FORMAT, "name": "tiny", "step": 1, "precision": "fp32", "model": tiny.model_config().model_dump(),

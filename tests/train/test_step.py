@@ -21,12 +21,14 @@ def recipe(passes=2, seed=0, **optimizer):
     )
 
 
-def test_gradients_are_clipped_to_optimizer_clip(here):
+def test_gradients_are_clipped_to_optimizer_clip(topology):
     """After one step Adam's first moment is (1 - beta_1) times the gradient that was stepped."""
     wanted = recipe(clip=0.01, betas=[0.75, 0.9])
-    stage, zero = trainer.build(wanted, here)
+    stage, zero = trainer.build(wanted, topology)
     tokens, loss_mask = tiny.batch()
-    metrics, _ = trainer.train_step(wanted, stage, zero, Batch(tokens, loss_mask, torch.ones(3).bool(), []), 1, here)
+    metrics, _ = trainer.train_step(
+        wanted, stage, zero, Batch(tokens, loss_mask, torch.ones(3).bool(), []), 1, topology
+    )
     assert metrics["grad_norm"] > 0.1
     moments = [state["exp_avg"].norm() for state in zero.zero.optimizer.state.values()]
     assert torch.stack(moments).norm() / (1 - 0.75) == pytest.approx(0.01, rel=1e-3)

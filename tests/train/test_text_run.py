@@ -110,7 +110,7 @@ def forget(checkpoint):
     write_manifest(checkpoint, {key: value for key, value in content.items() if key not in ("format", "sha256")})
 
 
-def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here):
+def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topology):
     """Held-out text in sequences of three windows, carried, against all windows in one sequence."""
     losses = {}
     for name, changes in (
@@ -121,9 +121,9 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, here
         overrides = [change.replace("=long", f"={folder}/long") for change in changes]
         overrides += [] if name == "whole" else [f"data.test={folder}/data/test-*.tar"]
         recipe = load_recipe(str(folder / "tiny.yaml"), overrides)
-        stage = HybridStage(recipe.model, recipe.sleep, here.groups).double().to(here.device)
+        stage = HybridStage(recipe.model, recipe.sleep, topology.groups).double().to(topology.device)
         RunFolder(trained["one"]).newest_checkpoint().load_weights(stage)
-        losses[name] = evaluate(stage, recipe, [2], 1000, here).loss["2"]
+        losses[name] = evaluate(stage, recipe, [2], 1000, topology).loss["2"]
     assert losses["carried"] == pytest.approx(losses["whole"], rel=1e-9)
     assert abs(losses["forgotten"] / losses["whole"] - 1) > 1e-3
 
@@ -139,7 +139,7 @@ def test_eval_tells_the_loss(folder, trained):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_process(
-    folder, trained, here, name, monkeypatch, capfd
+    folder, trained, topology, name, monkeypatch, capfd
 ):
     monkeypatch.chdir(folder)
     assert main(["generate", name, "--prompt", "a dog ran to the old", "--max-tokens", "80"]) == 0

@@ -206,7 +206,7 @@ def test_torchrun_may_start_the_processes(folder, trained):
 
 
 def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_fast_weights(
-    tmp_path, here, monkeypatch
+    tmp_path, topology, monkeypatch
 ):
     sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50}, "checkpoint": {"every": 300}}
     runs.prepare(tmp_path, train_samples=8000, **sections)
@@ -222,7 +222,7 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
     # The same model with its fast weights emptied at the window's end is back at chance.
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("tiny.yaml")
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+    stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device)
     Checkpoint.open(run / "checkpoints" / "step_00000300").load_weights(stage)
 
     def without_memory(stage, segments, *arguments, **options):
@@ -230,7 +230,7 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
         with tiny.crossing(stage, segments, empty):
             return sleep_and_predict(stage, segments, *arguments, **options)
 
-    kept = evaluate(stage, recipe, [2], 64, here)
+    kept = evaluate(stage, recipe, [2], 64, topology)
     monkeypatch.setattr("powernap.parallel.schedule.sleep_and_predict", without_memory)
-    emptied = evaluate(stage, recipe, [2], 64, here)
+    emptied = evaluate(stage, recipe, [2], 64, topology)
     assert kept.accuracy["2"]["1"] > 0.9 and emptied.accuracy["2"]["1"] < 0.35

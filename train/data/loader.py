@@ -48,11 +48,13 @@ class Batch:
 
     tokens: torch.Tensor  # int64 [B, T]
     loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was left out
-    begins: torch.Tensor  # bool [B]: rows that begin a document; the others go on where the batch before ended
+    is_document_start: (
+        torch.Tensor
+    )  # bool [B]: rows that begin a document; the others go on where the batch before ended
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
     unusable: list[str] = field(default_factory=list)  # samples and shards left out: why, a line each
-    counts: bool = True  # False: only there because another rank has a batch
-    places: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and its number there
+    is_real: bool = True  # False: padding, only there because another rank has a batch
+    sample_ids: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and number there
 
 
 StreamItem = tuple[Batch, list[dict[int, Cursor]]]  # with it, by dataset, where the lanes are after the batch
@@ -217,10 +219,10 @@ def merge_states(states: list[State]) -> State:
     return merged
 
 
-def sample_names(places: list[tuple[str, int]], cache: ShardCache) -> list[str]:
-    """`shard.tar:key` of each of a batch's `places`; reads whole shards: for messages. What cannot be read is numbered."""
+def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache) -> list[str]:
+    """`shard.tar:key` of each of a batch's `sample_ids`; reads whole shards: for messages. What cannot be read is numbered."""
     by_shard: dict[str, list[int]] = {}
-    for name, number in places:
+    for name, number in sample_ids:
         by_shard.setdefault(name, []).append(number)
     found: dict[tuple[str, int], str] = {}
     for name, numbers in by_shard.items():
@@ -230,7 +232,7 @@ def sample_names(places: list[tuple[str, int]], cache: ShardCache) -> list[str]:
             keys = [f"number {number}" for number in numbers]
         shown = name.partition("?")[0]  # a signed URL ends in a secret
         found |= {(name, number): f"{shown}:{key}" for number, key in zip(numbers, keys, strict=True)}
-    return [found[place] for place in places]
+    return [found[sample_id] for sample_id in sample_ids]
 
 
 def evaluation_batches(
@@ -276,7 +278,7 @@ def _evaluation_batch(documents: list[Document], part: int, is_padding: bool, le
         sample = decode(shard[number], length, vocab_size)
         rows.append(sample if is_padding or part < len(document) else _without_loss(sample))
     batch = _collate(rows, [part == 0] * len(rows))
-    return replace(batch, answers=[answers[:0] for answers in batch.answers], counts=False) if is_padding else batch
+    return replace(batch, answers=[answers[:0] for answers in batch.answers], is_real=False) if is_padding else batch
 
 
 class BatchStream(IterableDataset):
@@ -324,7 +326,7 @@ class BatchStream(IterableDataset):
                 self.cache.stop.set()  # or the threads would be waited for
 
     def _batch(self, numbers: range) -> StreamItem:
-        samples, begins, places = [], [], []
+        samples, starts, sample_ids = [], [], []
         self._unusable: list[str] = []
         touched: list[dict[int, Cursor]] = [{} for _ in self.orders]
         for number in numbers:
@@ -342,9 +344,9 @@ class BatchStream(IterableDataset):
                 self._unusable.append(str(error))
                 sample = _nothing(self.data.sequence_length)
             samples.append(sample)
-            begins.append(shard.begins_document(i))
-            places.append((shard.name, i))
-        return replace(_collate(samples, begins, self._unusable), places=places), touched
+            starts.append(shard.begins_document(i))
+            sample_ids.append((shard.name, i))
+        return replace(_collate(samples, starts, self._unusable), sample_ids=sample_ids), touched
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Sample `number` of the run: its dataset, its lane there, and its number in that lane."""
@@ -395,11 +397,11 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _collate(samples: list[Sample], begins: list[bool], unusable: Sequence[str] = ()) -> Batch:
+def _collate(samples: list[Sample], starts: list[bool], unusable: Sequence[str] = ()) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)),
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
-        begins=torch.tensor(begins),
+        is_document_start=torch.tensor(starts),
         answers=[sample.answers for sample in samples],
         unusable=list(unusable),
     )

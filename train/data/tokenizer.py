@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from powernap.train.data.sample import DataError
 
 
-class Decoder(Protocol):
+class Detokenizer(Protocol):
     """Tokens back to text, one after the other, in units that are never taken back: characters, or words."""
 
     def step(self, token: int) -> Sequence[str]: ...
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
     def token_name(self, token: int) -> str: ...
 
-    def decoder(self) -> Decoder: ...
+    def detokenizer(self) -> Detokenizer: ...
 
 
 class _WithEndAndPad:
@@ -81,8 +81,8 @@ class _WithEndAndPad:
             return "[end]" if token == self.end else "[pad]"
         return self._name(token).replace("\n", "\\n").replace(" ", "_")
 
-    def decoder(self) -> Decoder:
-        return _Utf8Decoder(self._spelled)
+    def detokenizer(self) -> Detokenizer:
+        return _Utf8Detokenizer(self._spelled)
 
     def _name(self, token: int) -> str:
         raise NotImplementedError
@@ -99,7 +99,7 @@ class _WithEndAndPad:
         return self._bytes(token)
 
 
-class _Utf8Decoder:
+class _Utf8Detokenizer:
     """Bytes as characters: a character waits for its last byte, what is no UTF-8 becomes U+FFFD."""
 
     def __init__(self, spelled: Callable[[int], bytes]):
@@ -256,8 +256,8 @@ class HuggingFace(_WithEndAndPad):
     def _name(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False) if self._is_text(token) else f"<{token}>"
 
-    def decoder(self) -> Decoder:
-        return _HuggingFaceDecoder(self._tokenizer, self._spelled, self._is_text)
+    def detokenizer(self) -> Detokenizer:
+        return _HuggingFaceDetokenizer(self._tokenizer, self._spelled, self._is_text)
 
 
 def _reloaded(path: Path, end: int, pad: int) -> HuggingFace:
@@ -284,7 +284,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-class _HuggingFaceDecoder:
+class _HuggingFaceDetokenizer:
     """Only the library knows what its tokens are next to each other."""
 
     def __init__(self, tokenizer, spelled: Callable[[int], bytes], is_text: Callable[[int], bool]):

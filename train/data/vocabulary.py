@@ -12,7 +12,7 @@ from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
 from powernap.train.data.text import Text
-from powernap.train.data.tokenizer import Decoder, Tokenizer
+from powernap.train.data.tokenizer import Detokenizer, Tokenizer
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import task_kind
 
@@ -33,9 +33,9 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def units(self, text: str) -> Sequence[str]:
-        """The text as its decoder's units."""
+        """The text as its detokenizer's units."""
 
-    def decoder(self) -> Decoder: ...
+    def detokenizer(self) -> Detokenizer: ...
 
 
 class TextVocabulary:
@@ -45,7 +45,7 @@ class TextVocabulary:
 
     def __init__(self, tokenizer: Tokenizer):
         self.end: int | None = tokenizer.end
-        self.encode, self.decoder = tokenizer.encode, tokenizer.decoder
+        self.encode, self.detokenizer = tokenizer.encode, tokenizer.detokenizer
 
     def units(self, text: str) -> str:
         return text
@@ -72,7 +72,7 @@ class Words:
     def units(self, text: str) -> list[str]:
         return _WORD.findall(text)
 
-    def decoder(self) -> Decoder:
+    def detokenizer(self) -> Detokenizer:
         return self
 
     def step(self, token: int) -> list[str]:
@@ -103,7 +103,7 @@ class Numbers:
     def units(self, text: str) -> list[str]:
         return text.split()
 
-    def decoder(self) -> Decoder:
+    def detokenizer(self) -> Detokenizer:
         return self
 
     def step(self, token: int) -> list[str]:

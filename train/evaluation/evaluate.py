@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from powernap.model.batch import pad_end, plan_segments
-from powernap.model.fast_weights import Memory
+from powernap.model.fast_weights import LayerStates
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
 from powernap.parallel.schedule import MicroBatch, predict
-from powernap.parallel.topology import Topology
+from powernap.parallel.topology import Topology, distributed_session
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.data.shard_list import local_path
@@ -52,7 +51,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, here: Topology, *, floors: bool = True
+    stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, topology: Topology, *, floors: bool = True
 ) -> Evaluation:
     """Read the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
 
@@ -64,31 +63,36 @@ def evaluate(
     floor = Floor.of_test(recipe.data) if floors and recipe.data.test else None
     asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
-    losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=here.device)  # loss tokens, sum of losses by N
-    memories: dict[int, Memory | None] = {}  # N -> what the batch before left, under sleep.carry
+    losses = torch.zeros(
+        1 + len(passes), dtype=torch.float64, device=topology.device
+    )  # loss tokens, sum of losses by N
+    left_before: dict[int, LayerStates | None] = {}  # N -> what the batch before left, under sleep.carry
     batches = evaluation_batches(
         recipe.data,
         batch_size=recipe.micro_batch_size,
         vocab_size=recipe.model.vocab_size,
-        rank=here.dp_rank,
-        world_size=here.dp_size,
+        rank=topology.dp_rank,
+        world_size=topology.dp_size,
         limit=samples,
     )
     for batch in batches:
         asked.update(depth for _, depth, _ in _answers(batch))
         if floor:
             floor.add_all(batch.tokens.numpy(), batch.answers)
-        losses[0] += batch.counts * batch.loss_mask[:, 1:].sum()
+        losses[0] += batch.is_real * batch.loss_mask[:, 1:].sum()
         for place, number in enumerate(passes, start=1):
-            before = None if batch.begins.all() else memories[number]
-            predictions, loss, left = _predict(stage, recipe, batch, number, here, before)
-            memories[number] = left if recipe.sleep.carry else None
-            losses[place] += batch.counts * loss
+            before = None if batch.is_document_start.all() else left_before[number]
+            predictions, loss, left = _predict(stage, recipe, batch, number, topology, before)
+            left_before[number] = left if recipe.sleep.carry else None
+            losses[place] += batch.is_real * loss
             by_sequence.update(_tally(batch, predictions, number))
-    loss_tokens, *sums = here.all_reduce_over_data(losses).tolist()
-    answers, by_sequence = here.all_reduce_counter_over_data(asked), here.all_reduce_counter_over_data(by_sequence)
+    loss_tokens, *sums = topology.all_reduce_over_data(losses).tolist()
+    answers, by_sequence = (
+        topology.all_reduce_counter_over_data(asked),
+        topology.all_reduce_counter_over_data(by_sequence),
+    )
     depths = sorted(answers)
-    guesses = floor.shares(here.all_reduce_counter_over_data(floor.counts)) if floor else {}
+    guesses = floor.shares(topology.all_reduce_counter_over_data(floor.counts)) if floor else {}
     tallies = {
         n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
         for n in passes
@@ -119,11 +123,11 @@ def evaluate_run(
     to_read = _with_secrets(recipe, test, folder.config)
     check_folder(path, "")
     newest = folder.newest_checkpoint()
-    with topology.joined() as here:
-        stage = HybridStage(recipe.model, recipe.sleep, here.groups).to(here.device)
+    with distributed_session() as topology:
+        stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device)
         newest.load_weights(stage, recipe.train.precision)
         result = evaluate(
-            stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, here
+            stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, topology
         )
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
@@ -172,16 +176,16 @@ def evaluation_passes(recipe: Recipe) -> list[int]:
 
 
 def _predict(
-    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, here: Topology, memory: Memory | None
-) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, Memory]:
-    """The predicted answer at every place of an answer, (row, start, stop) -> tokens; the sum of the losses; memory."""
+    stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
+) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, LayerStates]:
+    """The predicted answer at every place of an answer, (row, start, stop) -> tokens; the sum of the losses; layer states."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
-    batch_here = MicroBatch(segments, tokens.to(here.device), loss_mask.to(here.device), memory)
-    predictions, loss, memory = predict(stage, batch_here, here)
+    batch_here = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
+    predictions, loss, layer_states = predict(stage, batch_here, topology)
     rows = predictions.tolist()
     answers = {where: tuple(rows[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
-    return answers, loss, memory
+    return answers, loss, layer_states
 
 
 def _tally(

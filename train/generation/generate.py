@@ -21,14 +21,14 @@ import torch.distributed as dist
 from powernap.model.decoder import Decoder
 from powernap.model.errors import PowernapError
 from powernap.model.stage import HybridStage
-from powernap.parallel import topology
+from powernap.parallel.topology import init_distributed
 from powernap.train.data.vocabulary import Vocabulary, find_vocabulary
 from powernap.train.generation.export import is_exported, load_exported_weights, read_exported
 from powernap.train.generation.sampling import draw, token_probabilities
 from powernap.train.run.folder import RunFolder
 
 Prompt = str | Sequence[int]  # text, or tokens
-Finish = Literal["length", "stop", "end"]
+FinishReason = Literal["length", "stop", "end"]
 
 
 class GenerateError(PowernapError):
@@ -36,13 +36,13 @@ class GenerateError(PowernapError):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token that a stream has said, and what of its text is certain by now."""
+class TokenOutput:
+    """A generated token, and the text that is certain by now."""
 
     row: int
     token: int
-    text: str  # all pieces of a row together are its text; cut before a stop text, without the end token
-    finish: Finish | None = None  # why this is the row's last piece
+    text: str  # the texts of a row's tokens add up to its text; cut before a stop text, without the end token
+    finish_reason: FinishReason | None = None  # why this is the row's last token
 
 
 def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
@@ -68,10 +68,10 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
         newest = folder.newest_checkpoint()
         model, sleep, name = recipe.model, recipe.sleep, recipe.run.name
     own: dict[str, Any] = {} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    here = topology.initialize(**own)
-    if here.world_size > 1:
-        raise GenerateError(f"generation runs in one process, {here.world_size} were started: start one")
-    stage = HybridStage(model, sleep, here.groups).to(here.device)
+    topology = init_distributed(**own)
+    if topology.world_size > 1:
+        raise GenerateError(f"generation runs in one process, {topology.world_size} were started: start one")
+    stage = HybridStage(model, sleep, topology.groups).to(topology.device)
     if is_exported(path):
         load_exported_weights(path, stage)
         vocabulary = exported.vocabulary
@@ -99,7 +99,7 @@ class RunModel:
         """`batch` new streams. Row i draws from seed + i: what a row says does not depend on the others."""
         return Stream(self, batch, seed)
 
-    def generate(self, prompts: Sequence[Prompt], seed: int = 0, **options) -> Iterator[Piece]:
+    def generate(self, prompts: Sequence[Prompt], seed: int = 0, **options) -> Iterator[TokenOutput]:
         """`Stream.generate` with new streams, one a prompt."""
         return self.stream(len(prompts), seed).generate(prompts, **options)
 
@@ -125,7 +125,8 @@ class RunModel:
             )
         try:
             stream = self.stream(len(random))
-            stream.decoder.load_state(state)
+            # What is conv_state now was called history once.
+            stream.decoder.load_state({name.replace(".history", ".conv_state"): state[name] for name in state})
             stream.unread = [self.encode(tokens) for tokens in unread]
             for generator, numbers, _ in zip(stream.random, random, unread, strict=True):
                 generator.set_state(numbers)
@@ -161,7 +162,7 @@ class Stream:
 
     Attributes:
         decoder: what was read; its `feed_with_logits` gives the logits after every token.
-        unread: by row, tokens that were said and not read yet.
+        unread: by row, generated tokens that were not read yet.
         random: by row, where its draws come from.
     """
 
@@ -183,8 +184,8 @@ class Stream:
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
-    ) -> Iterator[Piece]:
-        """Read a prompt in every row, then say up to `max_tokens`, which the next call goes on from.
+    ) -> Iterator[TokenOutput]:
+        """Read a prompt in every row, then generate up to `max_tokens`; the next call continues there.
 
         Args:
             prompts: one a row, some may be empty once the row has read something; None: all are.
@@ -193,7 +194,7 @@ class Stream:
             stop: a row ends where its text, or its words, hold one of these.
 
         Yields:
-            a piece for every token, row by row in turns. A row ends with the vocabulary's end token as well.
+            every token, row by row in turns. A row ends with the vocabulary's end token as well.
 
         Raises:
             DataError, GenerateError: before anything is read.
@@ -244,23 +245,23 @@ class Stream:
 
     def _generate(
         self, tokens: list[list[int]], max_tokens: int, temperature: float, top_p: float, stops: list[list[str]]
-    ) -> Iterator[Piece]:
-        self.unread = [said + coming for said, coming in zip(self.unread, tokens, strict=True)]
+    ) -> Iterator[TokenOutput]:
+        self.unread = [unread + new for unread, new in zip(self.unread, tokens, strict=True)]
         texts = [_Text(self.model.vocabulary, stops) for _ in tokens]
         active = list(range(len(tokens)))
         if not max_tokens:
             self._read_all()
         for turn in range(1, max_tokens + 1):
-            # What was said is read only now: a window that it filled sleeps after the answer, not before.
+            # What was generated is read only now: a window that it filled sleeps after the answer, not before.
             self._read_all()
             for row in list(active):
                 probabilities = token_probabilities(self.decoder.logits[row], temperature, top_p)
                 token = draw(probabilities, self.random[row])
                 self.unread[row] = [token]
-                text, finish = texts[row].add(token, last=turn == max_tokens)
-                if finish:
+                text, finish_reason = texts[row].add(token, last=turn == max_tokens)
+                if finish_reason:
                     active.remove(row)
-                yield Piece(row, token, text, finish)
+                yield TokenOutput(row, token, text, finish_reason)
             if not active:
                 return
 
@@ -270,21 +271,21 @@ class Stream:
 
 
 class _Text:
-    """What a row says, up to its end; a unit that may turn out to begin a stop text is held back."""
+    """The text of a row, up to its end; a unit that may turn out to begin a stop text is held back."""
 
     def __init__(self, vocabulary: Vocabulary, stops: list[list[str]]):
         self._end, self._joiner = vocabulary.end, vocabulary.joiner
-        self._decoder = vocabulary.decoder()
+        self._detokenizer = vocabulary.detokenizer()
         self._stops = stops
         self._held: list[str] = []
         self._begun = False
 
-    def add(self, token: int, last: bool) -> tuple[str, Finish | None]:
+    def add(self, token: int, last: bool) -> tuple[str, FinishReason | None]:
         """The text that is certain now, and why the row ends with this token, if it does."""
         ended = token == self._end
-        self._held += self._decoder.finish() if ended else self._decoder.step(token)
+        self._held += self._detokenizer.finish() if ended else self._detokenizer.step(token)
         if last and not ended:
-            self._held += self._decoder.finish()
+            self._held += self._detokenizer.finish()
         found = [place for stop in self._stops if (place := _find(self._held, stop)) is not None]
         if found:
             return self._release(min(found)), "stop"

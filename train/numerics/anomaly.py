@@ -24,13 +24,13 @@ class AnomalyError(PowernapError):
 
 
 @contextmanager
-def anomalies_detected(stage: HybridStage, here: Topology, wanted: bool = True) -> Iterator[None]:
+def anomalies_detected(stage: HybridStage, topology: Topology, wanted: bool = True) -> Iterator[None]:
     """Inside, the stage raises AnomalyError at the first number that is not finite.
 
     Works through activation checkpoints, since the looks at gradients are part of the graph that is recomputed, and
     within a pipeline, where the stage that makes the number sees it before it is sent.
     """
-    watch = _Watch(stage, here)
+    watch = _Watch(stage, topology)
     hooks = watch.hook_all() if wanted else []
     try:
         yield
@@ -40,8 +40,8 @@ def anomalies_detected(stage: HybridStage, here: Topology, wanted: bool = True) 
 
 
 class _Watch:
-    def __init__(self, stage: HybridStage, here: Topology):
-        self._stage, self._here = stage, here
+    def __init__(self, stage: HybridStage, topology: Topology):
+        self._stage, self._topology = stage, topology
 
     def hook_all(self) -> list[Any]:
         hooks = []
@@ -93,7 +93,7 @@ class _Watch:
         return look
 
     def _fail(self, what: str) -> None:
-        raise AnomalyError(f"{self._here.describe()}: {self._here.progress.describe(brief=True)}: {what}")
+        raise AnomalyError(f"{self._topology.describe()}: {self._topology.progress.describe(brief=True)}: {what}")
 
 
 class _Look(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from powernap.model.errors import PowernapError
-from powernap.model.fast_weights import Memory, reset_rows
+from powernap.model.fast_weights import LayerStates, reset_rows
 from powernap.model.stage import HybridStage
 from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
@@ -36,11 +36,13 @@ class SkippedSteps:
         resume_step: the step of that checkpoint, None for a new run: what was written of later steps is removed.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, here: Topology, steps: list[int], resume_step: int | None):
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, topology: Topology, steps: list[int], resume_step: int | None
+    ):
         self.steps = list(steps)
-        self._recipe, self._file, self._here = recipe, folder.skipped_steps, here
+        self._recipe, self._file, self._topology = recipe, folder.skipped_steps, topology
         self._first_place = ""  # of those that this process saw
-        if here.is_main and resume_step is not None and self._file.exists():
+        if topology.is_main and resume_step is not None and self._file.exists():
             cut_after(self._file, resume_step)
 
     def add(
@@ -50,46 +52,46 @@ class SkippedSteps:
         batch: Batch,
         stage: HybridStage,
         norms: torch.Tensor,
-        memory: Memory | None,
-    ) -> tuple[str, Memory | None]:
+        layer_states: LayerStates | None,
+    ) -> tuple[str, LayerStates | None]:
         """Record `step`, which was skipped.
 
         Args:
             metrics: of the step, with loss and grad_norm.
             norms: [parameters of `stage`], of this rank's gradients.
-            memory: under sleep.carry what the step's sequences leave.
+            layer_states: under sleep.carry what the step's sequences leave.
 
         Returns:
-            a line for the log; the memory, with zeros for lanes in which it was not finite
+            a line for the log; the layer states, with zeros for lanes in which it was not finite
         """
-        self._here.progress.note("recording a skipped step")
+        self._topology.progress.note("recording a skipped step")
         names = _names_not_finite(stage, norms)
         own = [len(names), names[:PARAMETERS_NAMED]] if names else None
-        ranks = [(rank, *found) for rank, found in enumerate(self._here.all_gather_object(own)) if found]
+        ranks = [(rank, *found) for rank, found in enumerate(self._topology.all_gather_object(own)) if found]
         # Each rank that reads looks up its own: the shards are in its cache.
-        samples = sample_names(batch.places, cache_of(self._recipe.data))
-        parts = self._here.all_gather_over_data(samples)
-        memory, anew = reset_nonfinite_lanes(memory, self._here)
+        samples = sample_names(batch.sample_ids, cache_of(self._recipe.data))
+        parts = self._topology.all_gather_over_data(samples)
+        layer_states, anew = reset_nonfinite_lanes(layer_states, self._topology)
         record = {
             "step": step,
             "loss": metrics["loss"],
             "grad_norm": metrics["grad_norm"],
             "not_finite": [
-                {"rank": self._here.describe_rank(rank), "parameters": count, "first": first}
+                {"rank": self._topology.describe_rank(rank), "parameters": count, "first": first}
                 for rank, count, first in ranks[:RANKS_NAMED]
             ],
             "ranks_not_finite": len(ranks),
             # Sample k of the run is rank k's, modulo their number.
             "samples": [name for row in zip(*parts, strict=True) for name in row],
         }
-        if memory is not None:
+        if layer_states is not None:
             record["lanes_begun_anew"] = anew
         self.steps.append(step)
         self._first_place = self._first_place or _where(record)
-        if self._here.is_main:
+        if self._topology.is_main:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
-        return _describe(record), memory
+        return _describe(record), layer_states
 
     def check_budget(self) -> None:
         """Raise DivergedError, on all ranks, if more steps were skipped than train.skip_budget allows."""
@@ -111,28 +113,28 @@ class SkippedSteps:
         )
 
 
-def reset_nonfinite_lanes(memory: Memory | None, here: Topology) -> tuple[Memory | None, list[int]]:
+def reset_nonfinite_lanes(layer_states: LayerStates | None, topology: Topology) -> tuple[LayerStates | None, list[int]]:
     """Under sleep.carry: fast weights of zero for sequences of which any are not finite on any rank of the model.
 
     The others keep theirs. All ranks call it together.
 
     Returns:
-        the memory, and the lanes of all data ranks that start anew
+        the layer states, and the lanes of all data ranks that start anew
     """
-    if memory is None:
+    if layer_states is None:
         return None, []
-    # A stage without gated-delta-net blocks has no memory, and learns from the others how many sequences there are.
-    rows = len(memory[0]) if memory else 0
+    # A stage without recurrent mixers has no layer states, and learns from the others how many sequences there are.
+    rows = len(layer_states[0]) if layer_states else 0
     broken = torch.zeros(rows, dtype=torch.bool)
-    for state in memory:
+    for state in layer_states:
         broken |= ~state.isfinite().flatten(1).all(1).cpu()
     own = broken.nonzero().flatten().tolist()
-    found = here.all_gather_object((here.dp_rank, own))
+    found = topology.all_gather_object((topology.dp_rank, own))
     everywhere = {(rank, row) for rank, rows in found for row in rows}
-    for row in (row for rank, row in everywhere if rank == here.dp_rank):
+    for row in (row for rank, row in everywhere if rank == topology.dp_rank):
         broken[row : row + 1] = True
-    memory = reset_rows(memory, broken.to(memory[0].device)) if memory else memory
-    return memory, sorted(row * here.dp_size + rank for rank, row in everywhere)
+    layer_states = reset_rows(layer_states, broken.to(layer_states[0].device)) if layer_states else layer_states
+    return layer_states, sorted(row * topology.dp_size + rank for rank, row in everywhere)
 
 
 def _describe(record: dict[str, Any]) -> str:

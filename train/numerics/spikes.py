@@ -42,8 +42,8 @@ class Spikes:
     it spikes, and only then the parameters' own norms, which each rank keeps for itself, are looked at and gathered.
     """
 
-    def __init__(self, factor: float | None, stage: HybridStage, here: Topology):
-        self._factor, self._here = factor, here
+    def __init__(self, factor: float | None, stage: HybridStage, topology: Topology):
+        self._factor, self._topology = factor, topology
         self._names = [stage.global_name(name) for name, _ in stage.named_parameters()]
         self._history = History()
         self._own: deque[torch.Tensor] = deque(maxlen=WINDOW)  # [parameters] each, on the device
@@ -79,14 +79,14 @@ class Spikes:
 
     def _grown_most(self, norms: torch.Tensor) -> str:
         """The parameters whose norm is the most times its own median, over all ranks."""
-        self._here.progress.note("comparing where the gradient norm spikes")
+        self._topology.progress.note("comparing where the gradient norm spikes")
         medians = torch.stack(tuple(self._own)).median(dim=0).values
         growth = (norms / medians.clamp(min=torch.finfo(norms.dtype).tiny)).tolist()
         own = sorted(zip(growth, self._names, strict=True), reverse=True)[:PARAMETERS_NAMED]
-        found = [(*one, rank) for rank, part in enumerate(self._here.all_gather_object(own)) for one in part]
-        several = self._here.world_size > 1
+        found = [(*one, rank) for rank, part in enumerate(self._topology.all_gather_object(own)) for one in part]
+        several = self._topology.world_size > 1
         return ", ".join(
-            f"{name} {times:.1f} times" + (f" on {self._here.describe_rank(rank)}" if several else "")
+            f"{name} {times:.1f} times" + (f" on {self._topology.describe_rank(rank)}" if several else "")
             for times, name, rank in sorted(found, reverse=True)[:PARAMETERS_NAMED]
         )
 

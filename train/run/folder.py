@@ -110,7 +110,7 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @contextmanager
-    def locked(self, here: "Topology") -> Iterator[None]:
+    def locked(self, topology: "Topology") -> Iterator[None]:
         """Inside, no other process trains this run; the main rank holds the lock, which ends with its process.
 
         Raises:
@@ -123,7 +123,7 @@ class RunFolder:
             if not lock.acquire():
                 raise RecipeError(f"{self.path}: another process is training this run: wait for its end")
 
-        here.raise_together(acquire)
+        topology.raise_together(acquire)
         try:
             yield
         finally:

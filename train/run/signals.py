@@ -59,7 +59,7 @@ class Signals:
 
 
 @contextmanager
-def heeding_signals() -> Iterator[Signals]:
+def signal_handlers() -> Iterator[Signals]:
     """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead."""
     signals = Signals()
     # A scheduler's signals are heeded even where they are ignored, as in a batch script that must see its ranks end.

@@ -26,11 +26,11 @@ class RunLog:
     resume_step: the step a resumed run goes on from, None for a new run.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, here: Topology, resume_step: int | None) -> None:
-        self._recipe, self._folder, self._here = recipe, folder, here
+    def __init__(self, recipe: Recipe, folder: RunFolder, topology: Topology, resume_step: int | None) -> None:
+        self._recipe, self._folder, self._topology = recipe, folder, topology
         self._first = resume_step or 0
         self._resume_step = resume_step
-        self._enabled = here.is_main
+        self._enabled = topology.is_main
         self._tracker = Trackers()
         self._stopped_after: int | None = None
 
@@ -58,7 +58,7 @@ class RunLog:
         """Say what is about to run, and which checkpoints it does not go on from."""
         if not self._enabled:
             return
-        recipe, here = self._recipe, self._here
+        recipe, topology = self._recipe, self._topology
         passes = recipe.sleep.passes
         logger.info(
             "%s: %s parameters, pattern %s, windows of %d tokens, N=%s",
@@ -68,8 +68,8 @@ class RunLog:
             recipe.model.window,
             passes if isinstance(passes, int) else f"one of {passes}",
         )
-        processes = f"{here.world_size} process{'es' if here.world_size > 1 else ''}"
-        logger.info("%s on %s, %s, into %s", processes, here.device.type, recipe.train.precision, self._folder.path)
+        processes = f"{topology.world_size} process{'es' if topology.world_size > 1 else ''}"
+        logger.info("%s on %s, %s, into %s", processes, topology.device.type, recipe.train.precision, self._folder.path)
         for reason in passed_over:
             logger.warning("passed over a checkpoint: %s", reason)
         if self._first:

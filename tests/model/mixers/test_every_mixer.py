@@ -12,8 +12,8 @@ from tests.helpers import mixers
 
 @pytest.mark.parametrize("letter", MIXERS)
 @pytest.mark.parametrize("check", mixers.CHECKS, ids=lambda check: check.__name__)
-def test_holds(here, check, letter):
-    check(here, letter)
+def test_holds(topology, check, letter):
+    check(topology, letter)
 
 
 def without(name):
@@ -38,11 +38,11 @@ def scaled(method, factor):
 def written_to_by_pads(self, layer, hidden_states, state, window, *rest, honest=GatedDeltaNet.forward):
     from dataclasses import replace
 
-    return honest(self, layer, hidden_states, state, replace(window, valid=None), *rest)
+    return honest(self, layer, hidden_states, state, replace(window, padding_mask=None), *rest)
 
 
-def without_the_history(self, layer, hidden_states, cache, window, honest=GatedDeltaNet.decode):
-    cache["history"] = cache["history"] * 0
+def without_the_conv_state(self, layer, hidden_states, cache, window, honest=GatedDeltaNet.decode):
+    cache["conv_state"] = cache["conv_state"] * 0
     return honest(self, layer, hidden_states, cache, window)
 
 
@@ -59,18 +59,18 @@ LIES = {
     "says 5 % more": ("flops", scaled("flops", 1.05)),
     "says half its activations": ("activation_bytes", scaled("activation_bytes", 0.5)),
     "writes pads": ("forward", written_to_by_pads),
-    "forgets the chunk before": ("decode", without_the_history),
+    "forgets the chunk before": ("decode", without_the_conv_state),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_mixer_that_lies_is_seen(here, monkeypatch, lie):
+def test_a_mixer_that_lies_is_seen(topology, monkeypatch, lie):
     method, replacement = LIES[lie]
     monkeypatch.setattr(GatedDeltaNet, method, replacement)
     failed = []
     for check in mixers.CHECKS:
         try:
-            check(here, "G")
+            check(topology, "G")
         except Exception:  # wrong, or it cannot even run
             failed.append(check.__name__)
     assert failed

@@ -154,16 +154,16 @@ def test_flas_kernel_is_the_recurrence(length, decay):
         assert (one.double() - other).norm() <= 2e-2 * (1 + other.norm())
 
 
-def test_the_mixer_written_down_a_second_time(here):
+def test_the_mixer_written_down_a_second_time(topology):
     """One window in plain torch with conv1d and the recurrence, from the weights by their rows' names."""
     sizes = dict(heads=2, key_dim=5, value_dim=3, conv_kernel=4)
-    stage = tiny.build_stage(here, tiny.model_config(pattern="K", kda=sizes))
+    stage = tiny.build_stage(topology, tiny.model_config(pattern="K", kda=sizes))
     layer, length = stage.decoder.layers[0].self_attention, tiny.WINDOW
     x = torch.randn(length, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(2, length + 1)
     segment = plan_segments(nothing.long() + 1, nothing.bool(), stage.model, stage.sleep, 1)[0]
     window = stage._window(segment, torch.ones(2, length).long())
-    found, state = layer(x, stage.empty_memory(2)[0], window)
+    found, state = layer(x, stage.empty_layer_states(2)[0], window)
 
     rows = F.linear(x, layer.in_proj.weight).view(length, 2, 2, -1)  # [q 5 | k 5 | v 3 | z 3 | beta 1 | alpha 5] a head
     outputs, states = [], []
@@ -188,9 +188,9 @@ def test_the_mixer_written_down_a_second_time(here):
     torch.testing.assert_close(state, torch.stack(states, dim=1), rtol=0, atol=1e-12)
 
 
-def test_every_channel_starts_with_its_own_decay(here):
+def test_every_channel_starts_with_its_own_decay(topology):
     """Half-lives as a gated delta net's: about a hundred to seven thousand tokens."""
-    stage = tiny.build_stage(here, tiny.model_config(pattern="K", kda=dict(heads=4, key_dim=64)))
+    stage = tiny.build_stage(topology, tiny.model_config(pattern="K", kda=dict(heads=4, key_dim=64)))
     layer = stage.decoder.layers[0].self_attention
     assert layer.A_log.shape == (4,) and layer.dt_bias.shape == (4, 64)
     assert len(layer.dt_bias.unique()) == 4 * 64

@@ -84,17 +84,17 @@ def test_flas_kernel_is_the_recurrence(length):
     assert_equal(results(ssd, arguments), expected, 2e-2)
 
 
-def test_the_mixer_written_down_a_second_time(here):
+def test_the_mixer_written_down_a_second_time(topology):
     """One window in plain torch with conv1d and the recurrence, from the weights by their rows' names."""
     stage = tiny.build_stage(
-        here, tiny.model_config(pattern="M", mamba2=dict(heads=4, head_dim=3, state_dim=5, groups=2))
+        topology, tiny.model_config(pattern="M", mamba2=dict(heads=4, head_dim=3, state_dim=5, groups=2))
     )
     layer, length = stage.decoder.layers[0].self_attention, tiny.WINDOW
     x = torch.randn(length, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     segment = tiny.plan_segments(
         torch.ones(2, length + 1).long(), torch.zeros(2, length + 1).bool(), stage.model, stage.sleep, 1
     )[0]
-    found, state = layer(x, stage.empty_memory(2)[0], stage._window(segment, torch.ones(2, length).long()))
+    found, state = layer(x, stage.empty_layer_states(2)[0], stage._window(segment, torch.ones(2, length).long()))
 
     rows = F.linear(x, layer.in_proj.weight).view(length, 2, 2, -1)  # [x 6 | B 5 | C 5 | z 6 | dt 2] a group
     outputs, states = [], []

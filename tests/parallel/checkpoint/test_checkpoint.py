@@ -18,21 +18,21 @@ SP = dict(tensor=2, sequence=True)
 SAVED = {
     "TP2xPP2": Case(tensor=2, pipeline=2),
     "DP2, ZeRO 1": Case(data=2),
-    "DP2, ZeRO 3": Case(level=3, data=2),
+    "DP2, ZeRO 3": Case(zero_stage=3, data=2),
     "PP2xDP2": Case(pipeline=2, data=2),
 }
 # Every legal layout of up to four ranks: micro-batches come in groups of the stages, so three stages do not fit, and four
 # tensor ranks do not share the six tokens of a window.
 LAYOUTS = {
-    f"TP{tensor}{'+SP' * sequence}xPP{pipeline}xDP{data}, ZeRO {level}": Case(
-        level=level, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence
+    f"TP{tensor}{'+SP' * sequence}xPP{pipeline}xDP{data}, ZeRO {zero_stage}": Case(
+        zero_stage=zero_stage, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence
     )
-    for data, tensor, pipeline, sequence, level in itertools.product(
+    for data, tensor, pipeline, sequence, zero_stage in itertools.product(
         (1, 2, 4), (1, 2, 4), (1, 2, 4), (False, True), (1, 2, 3)
     )
     if data * tensor * pipeline <= 4
     and (not sequence or (tensor > 1 and WINDOW % tensor == 0))
-    and (pipeline == 1 or level == 1)
+    and (pipeline == 1 or zero_stage == 1)
 } | {"DP2, offload": Case(data=2, offload=True)}
 GRID = [(saved, loaded) for saved in SAVED for loaded in LAYOUTS if SAVED[saved] != LAYOUTS[loaded]]
 # Every way of cutting a parameter, into every other.
@@ -45,7 +45,7 @@ SHORT = [
     ("PP2xDP2", "DP2, offload"),
 ]
 OTHERS = {  # name -> saved, loaded, further fields
-    "tied embeddings": (Case(tensor=2, pipeline=2), Case(level=3, data=2), {"tied": True}),
+    "tied embeddings": (Case(tensor=2, pipeline=2), Case(zero_stage=3, data=2), {"tied": True}),
     "Muon, DP2": (Case(data=2), Case(pipeline=2), {"optimizer": MUON}),
 }
 WIDE_OTHERS = {
@@ -53,7 +53,7 @@ WIDE_OTHERS = {
     "Muon, one process": (Case(), Case(data=2), {"optimizer": MUON}),
 }
 BF16 = Problem(precision="bf16")
-ROUNDED = {"bf16, ZeRO 3": (Case(tensor=2, problem=BF16), Case(level=3, data=2, problem=BF16), {})}
+ROUNDED = {"bf16, ZeRO 3": (Case(tensor=2, problem=BF16), Case(zero_stage=3, data=2, problem=BF16), {})}
 WIDE_ROUNDED = {"bf16": (Case(data=2, problem=BF16), Case(problem=BF16), {})}
 
 

@@ -28,23 +28,23 @@ ABOUT = {"versions": {"powernap": "1"}, "config": {}}
 
 
 @pytest.fixture(scope="module")
-def trained(here):
+def trained(topology):
     """A stage and its optimizer."""
     torch.manual_seed(0)
-    stage = HybridStage(tiny.model_config(), SleepConfig(), here.groups)
+    stage = HybridStage(tiny.model_config(), SleepConfig(), topology.groups)
     zero = ZeroOptimizer(
-        stage, build_optimizer(stage, OptimizerConfig()), here, precision="fp32", clip=1.0, micro_batch_size=1
+        stage, build_optimizer(stage, OptimizerConfig()), topology, precision="fp32", clip=1.0, micro_batch_size=1
     )
     yield stage, zero
     zero.engine.destroy()
 
 
 @pytest.fixture
-def save(trained, here, tmp_path):
+def save(trained, topology, tmp_path):
     """save(step, ...) writes a checkpoint into tmp_path and tells how it ended."""
 
     def save(step, folder=tmp_path, **options):
-        one = Writer(folder, here, ABOUT, **options)
+        one = Writer(folder, topology, ABOUT, **options)
         one.save(step, *trained, {"data": step})
         one._join()
         return one.news()
@@ -143,12 +143,12 @@ def test_broken_checkpoints_do_not_count_as_kept_ones(save, tmp_path):
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "3", "4"]
 
 
-def test_training_goes_on_while_a_file_is_written(trained, here, tmp_path, monkeypatch):
+def test_training_goes_on_while_a_file_is_written(trained, topology, tmp_path, monkeypatch):
     """What is saved is the state at the call, not what training made of it meanwhile."""
     stage, zero = trained
     go, write = threading.Event(), writer._write_file
     monkeypatch.setattr(writer, "_write_file", lambda *a: (go.wait(30), write(*a))[1])
-    one = Writer(tmp_path, here, ABOUT)
+    one = Writer(tmp_path, topology, ABOUT)
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
     one.save(1, stage, zero, {})
     assert one.news() is None and not checkpoints(tmp_path)
@@ -163,12 +163,12 @@ def test_training_goes_on_while_a_file_is_written(trained, here, tmp_path, monke
         partition.data.sub_(1.0)
 
 
-def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, here, tmp_path, monkeypatch):
+def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, topology, tmp_path, monkeypatch):
     def fail(path, tensors):
         path.write_bytes(b"half")
         raise OSError(5, "Input/output error")
 
-    one = Writer(tmp_path, here, ABOUT)
+    one = Writer(tmp_path, topology, ABOUT)
     one.save(1, *trained, {})
     assert one.finish().error is None
     with monkeypatch.context() as patch:
@@ -186,7 +186,7 @@ def test_a_failed_background_write_is_told_and_is_no_checkpoint(trained, here, t
         with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written"):
             one.save(5, *trained, {})
     assert newest(tmp_path)[0].name == "step_00000001"
-    again = Writer(tmp_path, here, ABOUT)
+    again = Writer(tmp_path, topology, ABOUT)
     again.save(6, *trained, {})
     assert again.finish().error is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000006"]  # rests are gone

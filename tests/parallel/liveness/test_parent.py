@@ -79,12 +79,12 @@ def test_workers_of_a_build_of_shards_that_was_killed_end(tmp_path):
 
 # Waits for a rank that never comes.
 JOINING = """
-from powernap.parallel import topology
+from powernap.parallel.topology import distributed_session
 from powernap.parallel.liveness.parent import follow_parent
 from powernap.train.run.signals import heeding_signals
 with heeding_signals():
     follow_parent()
-    with topology.joined():
+    with distributed_session():
         pass
 """
 
@@ -93,7 +93,13 @@ with heeding_signals():
 def test_a_rank_that_still_waits_for_others_leaves_at_once_when_its_launcher_is_gone():
     gone = subprocess.Popen(["true"])
     gone.wait()
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "POWERNAP_MEETING": "alone"}
+    world = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "POWERNAP_RENDEZVOUS": "alone",
+    }
     done = subprocess.run(
         [sys.executable, "-c", JOINING],
         env=os.environ | world | {PARENT: str(gone.pid)},

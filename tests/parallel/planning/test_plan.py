@@ -109,10 +109,10 @@ def sizes_of_two_shards() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_parameters_are_the_models(here, tensor):
+def test_parameters_are_the_models(topology, tensor):
     """Names and sizes of every stage, whole and per tensor-parallel shard."""
     if tensor == 1:
-        theirs = stage_sizes(here.groups)
+        theirs = stage_sizes(topology.groups)
     else:
         code = "import test_plan, json; print('RESULT', json.dumps(test_plan.sizes_of_two_shards()))"
         path = os.pathsep.join([os.path.dirname(__file__), str(Path(tiny.__file__).parents[2])])
@@ -153,12 +153,12 @@ def test_a_window_lengthened_for_sequence_parallelism():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_states_are_what_zero_allocates(here, optimizer):
+def test_states_are_what_zero_allocates(topology, optimizer):
     """With one rank; test_plan_measured.py has AdamW in every layout."""
     planned = recipe(optimizer=optimizer)
-    stage = tiny.build_stage(here, planned.model, dtype=torch.float32)
+    stage = tiny.build_stage(topology, planned.model, dtype=torch.float32)
     zero = ZeroOptimizer(
-        stage, build_optimizer(stage, planned.optimizer), here, precision="fp32", clip=1.0, micro_batch_size=3
+        stage, build_optimizer(stage, planned.optimizer), topology, precision="fp32", clip=1.0, micro_batch_size=3
     )
     with zero.accumulation():
         sum(p.square().sum() for p in stage.parameters()).backward()
@@ -197,17 +197,17 @@ def test_zero_stages_split_what_they_say():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("predicts", [True, False])
-def test_activations_of_several_blocks_are_about_what_autograd_keeps(here, precision, predicts):
+def test_activations_of_several_blocks_are_about_what_autograd_keeps(topology, precision, predicts):
     mixers.check_activations(
-        here, "AGGA", precision, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], predicts
+        topology, "AGGA", precision, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], predicts
     )
 
 
-def test_live_segments_hold_hidden_states_and_fast_weights(here):
+def test_live_segments_hold_hidden_states_and_fast_weights(topology):
     model = tiny.model_config()
-    stage = tiny.build_stage(here, model, dtype=torch.float32)
+    stage = tiny.build_stage(topology, model, dtype=torch.float32)
     planned = recipe(model, train={"micro_batch_size": 2})
-    fast_weights = sum(s.nbytes for s in stage.empty_memory(2))
+    fast_weights = sum(s.nbytes for s in stage.empty_layer_states(2))
     hidden_states = 4 * model.window * 2 * model.hidden_size
     # three windows: the second pass gets hidden states from the first; seven segments write, the first starts from zeros
     assert plan(planned).stages[0].memory.segments == 3 * hidden_states + (7 + 1) * fast_weights
@@ -270,10 +270,10 @@ def test_truncated_backpropagation_keeps_fewer_activations():
 
 
 def test_offloading_moves_the_states_to_the_host():
-    here, there = (plan(recipe(offload=offload)).stages[0].memory for offload in (False, True))
-    assert there.host == here.optimizer and there.optimizer == 0
-    assert (here.buffers, there.buffers) == (0, here.gradients)  # a staging buffer comes with offloading
-    assert here.total - there.total == here.optimizer - there.buffers
+    topology, there = (plan(recipe(offload=offload)).stages[0].memory for offload in (False, True))
+    assert there.host == topology.optimizer and there.optimizer == 0
+    assert (topology.buffers, there.buffers) == (0, topology.gradients)  # a staging buffer comes with offloading
+    assert topology.total - there.total == topology.optimizer - there.buffers
 
 
 def test_text_is_plain_and_narrow():

@@ -277,7 +277,7 @@ def test_who_waits_for_another_process_says_so(server, tmp_path, monkeypatch, ca
 
 def test_a_fetch_ahead_that_stalls_does_not_hold_up_the_end(server):
     place = dict(lanes=1, batch_size=1)
-    needed = next(read(f"{server.folder}/train-{{0,1}}.tar", **place)).places[0][0]
+    needed = next(read(f"{server.folder}/train-{{0,1}}.tar", **place)).sample_ids[0][0]
     (ahead,) = {"train-0.tar", "train-1.tar"} - {needed.rpartition("/")[2]}
     asked = threading.Event()
 

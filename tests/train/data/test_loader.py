@@ -73,7 +73,7 @@ def test_evaluation_reads_in_file_order(folder):
     assert numbers(evaluate(folder / "train-*.tar", rank=1, world_size=3, limit=10)) == [[1, 4, 7]]
     assert sum(numbers(evaluate(folder / "train-*.tar")), []) == list(range(44))
     (without,) = evaluate(folder / "train-*.tar", rank=2, world_size=3, limit=2)  # as many batches as the other ranks
-    assert not without.counts and [len(answers) for answers in without.answers] == [0]
+    assert not without.is_real and [len(answers) for answers in without.answers] == [0]
     assert [len(evaluate(folder / "train-*.tar", rank=rank, world_size=2, limit=9)) for rank in (0, 1)] == [2, 2]
 
 

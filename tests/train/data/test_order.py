@@ -146,7 +146,7 @@ def test_a_batch_says_which_rows_begin(library):
     beginnings = {number for number in following if number == 0 or following[number - 1] is None}
     stream_of_one = stream(library / "train-*.tar", whole_documents=True, lanes=4)
     for batch, _ in itertools.islice(stream_of_one, 12):
-        assert batch.begins.tolist() == [number in beginnings for number in batch.tokens[:, 1].tolist()]
+        assert batch.is_document_start.tolist() == [number in beginnings for number in batch.tokens[:, 1].tolist()]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -163,7 +163,12 @@ def test_documents_are_evaluated_side_by_side(library):
     library, _ = library
     batches = evaluate(library / "train-*.tar", batch_size=2)
     assert numbers(batches)[:5] == [[0, 3], [1, 3], [2, 3], [4, 6], [5, 7]]
-    assert [batch.begins.tolist() for batch in batches[:5]] == [[True] * 2, *[[False] * 2] * 2, [True] * 2, [False] * 2]
+    assert [batch.is_document_start.tolist() for batch in batches[:5]] == [
+        [True] * 2,
+        *[[False] * 2] * 2,
+        [True] * 2,
+        [False] * 2,
+    ]
     assert counted(batches) == list(range(sum(map(sum, LENGTHS))))
     ranks = [evaluate(library / "train-*.tar", batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
@@ -172,5 +177,5 @@ def test_documents_are_evaluated_side_by_side(library):
 
 def counted(batches):
     """The samples with something to count, in order."""
-    rows = ((batch, row) for batch in batches if batch.counts for row in range(len(batch.tokens)))
+    rows = ((batch, row) for batch in batches if batch.is_real for row in range(len(batch.tokens)))
     return sorted(batch.tokens[row, 1].item() for batch, row in rows if batch.loss_mask[row].any())

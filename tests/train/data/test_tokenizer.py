@@ -49,8 +49,8 @@ def test_added_ids_follow_the_largest_where_ids_have_gaps(load):
     loaded = load(byte_level(h=400))
     assert (loaded.end, loaded.pad, loaded.vocab_size) == (401, 402, 403)
     assert 400 in loaded.encode("hello")
-    decoder = loaded.decoder()
-    assert "".join(decoder.step(token) for token in [*loaded.encode("hi"), 300, 401, 500]) == "hi<300>[end]<500>"
+    detokenizer = loaded.detokenizer()
+    assert "".join(detokenizer.step(token) for token in [*loaded.encode("hi"), 300, 401, 500]) == "hi<300>[end]<500>"
     assert loaded.token_name(300) == "<300>"
 
 

@@ -74,9 +74,9 @@ def test_a_shard_that_is_not_the_manifests_stops_a_run_or_is_left_out(data):
     assert [skipped.partition(" (")[0] for skipped in batch.unusable] == [
         f"{bad}: not the shard that {data}/manifest.json records"
     ]
-    assert "train-000001" not in " ".join(name for name, _ in batch.places)
+    assert "train-000001" not in " ".join(name for name, _ in batch.sample_ids)
     (data / "manifest.json").unlink()  # nothing says what it was: read as before
-    assert len(next(read(data / "train-*.tar", **settings)).places) == 6
+    assert len(next(read(data / "train-*.tar", **settings)).sample_ids) == 6
 
 
 def test_a_manifest_of_other_shards_or_of_none_says_nothing(data, tmp_path):

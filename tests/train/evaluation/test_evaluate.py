@@ -26,13 +26,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypatch):
+def test_an_answer_counts_when_every_token_of_it_is_right(folder, topology, monkeypatch):
     monkeypatch.chdir(folder)
     recipe = load_recipe("tiny.yaml", ["train.micro_batch_size=8"])
-    stage = HybridStage(recipe.model, recipe.sleep, here.groups)
+    stage = HybridStage(recipe.model, recipe.sleep, topology.groups)
     truth = {}
 
-    def predictions(stage, batch, here):
+    def predictions(stage, batch, topology):
         """The truth, but for the last token of the first answer of every other sequence and for every answer where N is 3."""
         guess = batch.tokens.clone()
         passes = max(segment.pass_number for segment in batch.segments)
@@ -66,7 +66,7 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
                 truth[depth] = [
                     right + (start != 13 or row % 2), asked + 1, [*kinds, tuple(batch.tokens[row, start:stop].tolist())]
                 ]  # fmt: skip
-    result = evaluate(stage, recipe, [2, 3], 43, here)
+    result = evaluate(stage, recipe, [2, 3], 43, topology)
     assert result.accuracy["2"] == {str(d): pytest.approx(r / n) for d, (r, n, _) in sorted(truth.items())}
     assert set(result.accuracy["3"].values()) == {0.0}
     for depth, counts in by_sequence.items():
@@ -79,7 +79,7 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, here, monkeypa
     most = {str(d): max(kinds.count(k) for k in kinds) / len(kinds) for d, (_, _, kinds) in sorted(truth.items())}
     assert result.guesses["constant"] == pytest.approx(most)
     assert all(result.floor[depth] >= share for depth, share in most.items())
-    assert not evaluate(stage, recipe, [2], 40, here, floors=False).floor
+    assert not evaluate(stage, recipe, [2], 40, topology, floors=False).floor
     # The last batch has fewer sequences: a mean of the batches' means is another number.
     mean = float(sum(map(loss_of, batches)) / sum(batch.loss_mask[:, 1:].sum() for batch in batches))
     means = [float(loss_of(batch) / batch.loss_mask[:, 1:].sum()) for batch in batches]

@@ -20,7 +20,7 @@ from powernap.train.yaml_core import dump
 from tests.helpers import runs
 
 
-def write_run(folder, here, manifest, precision="fp32"):
+def write_run(folder, topology, manifest, precision="fp32"):
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "train-000000.tar").touch()
     (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
@@ -31,7 +31,7 @@ def write_run(folder, here, manifest, precision="fp32"):
     }
     run = RunFolder(folder / "runs" / "tiny")
     run.create(check(Recipe, {**runs.RECIPE, **sections}))
-    runs.write_drawn(run, here)
+    runs.write_drawn(run, topology)
     return run
 
 
@@ -41,8 +41,8 @@ def as_before_sections(model):
     return flat | {old: model[section][field] for old, (section, field) in RENAMED.items()}
 
 
-def test_runs_and_exports_of_before_are_read(tmp_path, here):
-    run = write_run(tmp_path, here, {"task": "text", "fields": {"inputs": "-", "tokenizer": "bytes"}})
+def test_runs_and_exports_of_before_are_read(tmp_path, topology):
+    run = write_run(tmp_path, topology, {"task": "text", "fields": {"inputs": "-", "tokenizer": "bytes"}})
     recipe = run.recipe()
     folder = export(run.newest_checkpoint(), recipe, tmp_path / "exported")
     expected = said(folder)
@@ -59,7 +59,7 @@ def test_runs_and_exports_of_before_are_read(tmp_path, here):
 
 
 @pytest.fixture
-def exported(tmp_path, here):
+def exported(tmp_path, topology):
     """A run with a trained tokenizer, exported in bfloat16; the run, its shards and its tokenizer are gone."""
     own = tokenizers.Tokenizer(tokenizers.models.BPE())
     own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +72,7 @@ def exported(tmp_path, here):
     place.parent.mkdir()
     own.save(str(place))
     manifest = {"task": "text", "fields": {"inputs": "/home/somebody/corpus", "tokenizer": str(place)}}
-    run = write_run(tmp_path / "work" / "run", here, manifest, "bf16")
+    run = write_run(tmp_path / "work" / "run", topology, manifest, "bf16")
     expected = said(run.path)
     export(run.newest_checkpoint(), run.recipe(), tmp_path / "model")
     shutil.rmtree(tmp_path / "work")
@@ -93,10 +93,10 @@ def test_an_export_speaks_as_its_run_did(exported):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_are_in_the_precision_that_training_reads(tmp_path, here, monkeypatch, precision, dtype):
+def test_weights_are_in_the_precision_that_training_reads(tmp_path, topology, monkeypatch, precision, dtype):
     whole = Checkpoint.whole  # master weights begin as bfloat16 rounds them, and soon are others
     monkeypatch.setattr(Checkpoint, "whole", lambda self, name: whole(self, name) * (1 + 2**-10))
-    run = write_run(tmp_path, here, {"task": "unknown"}, precision)
+    run = write_run(tmp_path, topology, {"task": "unknown"}, precision)
     checkpoint = run.newest_checkpoint()
     found = load_file(export(checkpoint, run.recipe(), tmp_path / "model") / "model.safetensors")
     read = dict(load_run(run.path).stage.named_parameters())
@@ -133,8 +133,8 @@ def test_what_is_no_export_is_answered_in_one_line(exported, tmp_path):
         load_run(folder)
 
 
-def test_an_export_is_whole_or_not_there(tmp_path, here):
-    run = write_run(tmp_path / "run", here, {})
+def test_an_export_is_whole_or_not_there(tmp_path, topology):
+    run = write_run(tmp_path / "run", topology, {})
     checkpoint = run.newest_checkpoint()
     file = checkpoint.folder / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:100])

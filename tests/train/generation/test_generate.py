@@ -33,35 +33,35 @@ def recipe(folder, **sections):
     return check(Recipe, {**runs.RECIPE, **changed})
 
 
-def write_run(folder, here, manifest, name="run", seed=0, **sections):
+def write_run(folder, topology, manifest, name="run", seed=0, **sections):
     """A run with drawn weights and shards that hold nothing: all that generation reads of one."""
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / "train-000000.tar").touch()
     (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
     run = RunFolder(folder / "runs" / name)
     run.create(recipe(folder, run={"name": name, "seed": seed}, **sections))
-    runs.write_drawn(run, here)
+    runs.write_drawn(run, topology)
     return run.path
 
 
 @pytest.fixture(scope="module")
-def depo(tmp_path_factory, here):
-    return write_run(tmp_path_factory.mktemp("depo"), here, DEPO, sleep={"passes": [1, 3, 2]})
+def depo(tmp_path_factory, topology):
+    return write_run(tmp_path_factory.mktemp("depo"), topology, DEPO, sleep={"passes": [1, 3, 2]})
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, here):
+def text(tmp_path_factory, topology):
     sizes = {"window": 8, "vocab_size": 258, "pad_token_id": 257}
-    return write_run(tmp_path_factory.mktemp("text"), here, BYTES, model={**runs.RECIPE["model"], **sizes})
+    return write_run(tmp_path_factory.mktemp("text"), topology, BYTES, model={**runs.RECIPE["model"], **sizes})
 
 
-def said(pieces, rows=1):
+def said(outputs, rows=1):
     """Text, tokens and reason of each row."""
     found = [["", [], None] for _ in range(rows)]
-    for piece in pieces:
-        row = found[piece.row]
+    for output in outputs:
+        row = found[output.row]
         assert row[2] is None
-        row[:] = [row[0] + piece.text, [*row[1], piece.token], piece.finish]
+        row[:] = [row[0] + output.text, [*row[1], output.token], output.finish_reason]
     return found
 
 
@@ -74,7 +74,7 @@ def scripted(monkeypatch, tokens):
 # What is said
 
 
-def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo, monkeypatch, here):
+def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo, monkeypatch, topology):
     """Answers of one to three tokens, half of them written down from what the model says, in the answer window."""
     model = load_run(depo, passes=2)
     source = random.Random(0)
@@ -97,7 +97,7 @@ def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo,
             right[depth] += greedy(row, start, stop) == tokens[row, start:stop].tolist()
     batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [torch.tensor(places)] * len(tokens))
     monkeypatch.setattr("powernap.train.evaluation.evaluate.evaluation_batches", lambda *_, **__: [batch])
-    result = evaluate(model.stage, RunFolder(depo).recipe(), [1, 2], len(tokens), here)
+    result = evaluate(model.stage, RunFolder(depo).recipe(), [1, 2], len(tokens), topology)
     assert {int(d): round(share * 24) for d, share in result.accuracy["2"].items()} == right
     assert all(4 < count < 20 for count in right.values())
     assert {int(d): round(share * 24) for d, share in result.accuracy["1"].items()} != right  # slept on with another N
@@ -121,11 +121,11 @@ def test_pieces_come_as_they_are_said_and_the_window_sleeps_when_the_next_token_
     monkeypatch.setattr(
         stream.decoder, "_sleep", lambda rows, sleep=stream.decoder._sleep: (slept.append(rows), sleep(rows))
     )
-    pieces = stream.generate(["seven b"], max_tokens=3)
+    outputs = stream.generate(["seven b"], max_tokens=3)
     for asleep in (0, 0, 1):
-        next(pieces)
+        next(outputs)
         assert len(slept) == asleep
-    assert next(pieces, None) is None
+    assert next(outputs, None) is None
     assert stream.decoder.lengths == [9] and len(stream.unread[0]) == 1
 
 
@@ -193,16 +193,18 @@ def test_what_was_read_is_kept_without_a_word_said(text, tmp_path):
     assert more == said(model.generate([whole], max_tokens=9))
 
 
-def test_a_state_of_another_model_is_refused(text, here, tmp_path):
+def test_a_state_of_another_model_is_refused(text, topology, tmp_path):
     stream = load_run(text).stream()
     list(stream.generate(["a"], max_tokens=1))
     stream.save(tmp_path / "state.pt")
     sections = {"model": load_run(text).stage.model.model_dump()}
     (tmp_path / "other").mkdir()
-    weights = write_run(tmp_path / "other", here, BYTES, "weights", seed=1, **sections)
-    slept = write_run(tmp_path / "other", here, BYTES, "slept", sleep={"passes": 2, "every_window": True}, **sections)
+    weights = write_run(tmp_path / "other", topology, BYTES, "weights", seed=1, **sections)
+    slept = write_run(
+        tmp_path / "other", topology, BYTES, "slept", sleep={"passes": 2, "every_window": True}, **sections
+    )
     same = write_run(
-        tmp_path / "other", here, BYTES, "same", sleep={"passes": [1, 2], "backprop_passes": 1}, **sections
+        tmp_path / "other", topology, BYTES, "same", sleep={"passes": [1, 2], "backprop_passes": 1}, **sections
     )
     load_run(same).load_stream(tmp_path / "state.pt")
     for other in (weights, slept):
@@ -216,14 +218,14 @@ def test_a_state_of_another_model_is_refused(text, here, tmp_path):
 
 
 def joined(vocabulary, tokens, stops=()):
-    """All pieces of a row that says `tokens`, and why it ended."""
-    row, pieces = generate._Text(vocabulary, [list(vocabulary.units(stop)) for stop in stops]), []
+    """All outputs of a row that says `tokens`, and why it ended."""
+    row, outputs = generate._Text(vocabulary, [list(vocabulary.units(stop)) for stop in stops]), []
     for place, token in enumerate(tokens):
-        piece, finish = row.add(token, last=place == len(tokens) - 1)
-        pieces.append(piece)
+        output, finish = row.add(token, last=place == len(tokens) - 1)
+        outputs.append(output)
         if finish:
             break
-    return pieces, finish
+    return outputs, finish
 
 
 BPE = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -249,10 +251,10 @@ def vocabulary(request, tmp_path, monkeypatch):
 
 def test_characters_are_never_broken(vocabulary):
     tokens = vocabulary.encode(SAID)
-    pieces, finish = joined(vocabulary, tokens)
-    assert "".join(pieces) == SAID and finish == "length"
-    assert "\ufffd" not in "".join(pieces) and "" in pieces  # some tokens are half a character
-    assert joined(vocabulary, [*tokens, vocabulary.end, *tokens]) == ([*pieces, ""], "end")
+    outputs, finish = joined(vocabulary, tokens)
+    assert "".join(outputs) == SAID and finish == "length"
+    assert "\ufffd" not in "".join(outputs) and "" in outputs  # some tokens are half a character
+    assert joined(vocabulary, [*tokens, vocabulary.end, *tokens]) == ([*outputs, ""], "end")
 
 
 def test_bytes_that_are_no_text_do_not_stop_the_rest(vocabulary):
@@ -266,13 +268,13 @@ def test_bytes_that_are_no_text_do_not_stop_the_rest(vocabulary):
 def test_a_stop_text_ends_a_row_and_is_held_back(vocabulary):
     tokens = vocabulary.encode(SAID)
     for stop in ("€", "3 €, 😀", "naï", "ve — 3", "d"):
-        pieces, finish = joined(vocabulary, tokens, ["nowhere", stop])
-        assert "".join(pieces) == SAID[: SAID.index(stop)] and finish == "stop"
+        outputs, finish = joined(vocabulary, tokens, ["nowhere", stop])
+        assert "".join(outputs) == SAID[: SAID.index(stop)] and finish == "stop"
     assert joined(vocabulary, tokens, ["the end?"])[1] == "length"
     assert "".join(joined(vocabulary, tokens, ["the end?"])[0]) == SAID  # what was held back comes at the end
     assert "".join(joined(vocabulary, tokens, [", 😀", "3 €, 😀 t"])[0]) == SAID[: SAID.index(",")]
-    pieces, _ = joined(vocabulary, vocabulary.encode("aaab"), ["aab"])
-    assert "".join(pieces) == "a"
+    outputs, _ = joined(vocabulary, vocabulary.encode("aaab"), ["aab"])
+    assert "".join(outputs) == "a"
 
 
 def test_words_stop_at_words():
@@ -290,7 +292,7 @@ def test_words_of_a_task_come_back_as_its_tokens(name):
     assert Words(names).encode(" ".join(names)) == list(range(task.vocab_size))
 
 
-def test_the_vocabulary_is_that_of_the_shards(depo, text, tmp_path, here):
+def test_the_vocabulary_is_that_of_the_shards(depo, text, tmp_path, topology):
     assert load_run(depo).vocabulary.encode("1 6. [hop 2]") == [1, 12, 14]
     assert load_run(text).vocabulary.encode("hé") == [104, 195, 169]
     both = {name: {"shards": str(run.parent.parent / "data" / "*.tar")} for name, run in (("a", depo), ("b", text))}
@@ -307,8 +309,8 @@ def test_the_vocabulary_is_that_of_the_shards(depo, text, tmp_path, here):
     assert isinstance(find_vocabulary(recipe(tmp_path, data={"train": twice, "sequence_length": 24}).data), Words)
 
 
-def test_a_run_without_vocabulary_speaks_in_numbers(tmp_path, here):
-    run = write_run(tmp_path, here, {})
+def test_a_run_without_vocabulary_speaks_in_numbers(tmp_path, topology):
+    run = write_run(tmp_path, topology, {})
     text, tokens, finish = said(load_run(run).generate([[1, 2, 3]], max_tokens=5))[0]
     assert text == " ".join(map(str, tokens)) and len(tokens) == 5 and finish == "length"
     assert said(load_run(run).generate([[1, 2, 3]], stop=[str(tokens[2])], max_tokens=5))[0][2] == "stop"
@@ -359,6 +361,11 @@ def test_a_state_goes_on_with_more_text(text, capfd, tmp_path):
     whole = command(capfd, text, "--prompt", "a prompt, and more", "--max-tokens", 6)
     assert command(capfd, text, "--prompt", "a prompt", "--max-tokens", 0, "--save-state", state) == (0, "", "")
     assert command(capfd, text, "--state", state, "--prompt", ", and more", "--max-tokens", 6) == whole
+    saved = torch.load(state, weights_only=True)
+    earlier = {name.replace(".conv_state", ".history"): tensor for name, tensor in saved["decoder"].items()}
+    assert earlier.keys() != saved["decoder"].keys()
+    torch.save(saved | {"decoder": earlier}, state)  # as an earlier version wrote it
+    assert command(capfd, text, "--state", state, "--prompt", ", and more", "--max-tokens", 6) == whole
 
 
 @pytest.mark.parametrize(
@@ -398,7 +405,7 @@ def test_options_out_of_bounds_in_python(depo, options, words):
         list(load_run(depo).generate([[1]], **options))
 
 
-def test_a_run_without_a_checkpoint_is_answered_in_one_line(tmp_path, here, capfd):
+def test_a_run_without_a_checkpoint_is_answered_in_one_line(tmp_path, topology, capfd):
     RunFolder(tmp_path / "runs" / "none").create(recipe(tmp_path))
     code, _, error = command(capfd, tmp_path / "runs" / "none", "--tokens", "1")
     assert code == 2 and "no checkpoint yet" in error and error.count("\n") == 1

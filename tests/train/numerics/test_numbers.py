@@ -237,21 +237,21 @@ def test_a_lane_whose_fast_weights_broke_begins_anew_in_a_run(folder, results):
     assert sum("skipped_step" in record for record in records(folder, "carried")) == 1  # or step 6 would be NaN too
 
 
-def test_only_lanes_that_are_broken_begin_anew(here):
-    memory = (torch.ones(3, 2, 4, 4), torch.ones(3, 2, 4, 4))
-    memory[1][1, 0, 2, 3] = float("inf")
-    left, lanes = reset_nonfinite_lanes(memory, here)
+def test_only_lanes_that_are_broken_begin_anew(topology):
+    layer_states = (torch.ones(3, 2, 4, 4), torch.ones(3, 2, 4, 4))
+    layer_states[1][1, 0, 2, 3] = float("inf")
+    left, lanes = reset_nonfinite_lanes(layer_states, topology)
     assert lanes == [1]
     for state in left:
         assert state[1].eq(0).all() and state[[0, 2]].eq(1).all()
-    assert reset_nonfinite_lanes(None, here) == (None, [])
+    assert reset_nonfinite_lanes(None, topology) == (None, [])
 
 
-def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(here, monkeypatch):
-    """Ranks of two stages with two data ranks: this one's memory is finite, as is that of the other data rank."""
+def test_a_lane_that_broke_on_another_stage_begins_anew_here_too(topology, monkeypatch):
+    """Ranks of two stages with two data ranks: this one's states are finite, as are those of the other data rank."""
     found = [(0, []), (1, []), (0, [2]), (1, [0])]
-    monkeypatch.setattr(type(here), "all_gather_object", lambda self, value: [value, *found[1:]])
-    memory = (torch.ones(3, 2, 4, 4),)
-    (state,), lanes = reset_nonfinite_lanes(memory, replace(here, dp_size=2))
+    monkeypatch.setattr(type(topology), "all_gather_object", lambda self, value: [value, *found[1:]])
+    layer_states = (torch.ones(3, 2, 4, 4),)
+    (state,), lanes = reset_nonfinite_lanes(layer_states, replace(topology, dp_size=2))
     assert lanes == [1, 4]
     assert state[2].eq(0).all() and state[:2].eq(1).all()

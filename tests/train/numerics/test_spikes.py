@@ -29,14 +29,14 @@ def test_a_norm_of_zero_is_no_trouble():
     assert history.median_if_spike("a", 1.0, 10.0) == 0.0
 
 
-def spikes(here, factor=10.0):
-    stage = tiny.build_stage(here)
+def spikes(topology, factor=10.0):
+    stage = tiny.build_stage(topology)
     names = [name for name, _ in stage.named_parameters()]
-    return Spikes(factor, stage, here), names
+    return Spikes(factor, stage, topology), names
 
 
-def test_the_parameters_that_grew_most_are_named_and_not_the_largest(here):
-    watch, names = spikes(here)
+def test_the_parameters_that_grew_most_are_named_and_not_the_largest(topology):
+    watch, names = spikes(topology)
     usual = torch.rand(len(names)) + 1.0
     usual[0] = 1e6
     for step in range(1, 21):
@@ -49,16 +49,16 @@ def test_the_parameters_that_grew_most_are_named_and_not_the_largest(here):
     assert grown[0] == f"{names[5]} 40.0 times" and grown[1] == f"{names[7]} 30.0 times"
 
 
-def test_a_median_of_zero_does_not_divide(here):
-    watch, names = spikes(here)
+def test_a_median_of_zero_does_not_divide(topology):
+    watch, names = spikes(topology)
     for step in range(1, 21):
         watch.check(step, {"grad_norm": 0.0}, torch.zeros(len(names)))
     (line,) = watch.check(21, {"grad_norm": 1.0}, torch.ones(len(names)))
     assert "gradient norm 1" in line
 
 
-def test_fast_weights_are_named_by_block_and_pass(here):
-    watch, names = spikes(here)
+def test_fast_weights_are_named_by_block_and_pass(topology):
+    watch, names = spikes(topology)
     name, other = "fast_weights/block_3/pass_2/norm", "fast_weights/block_1/pass_2/norm"
     for step in range(1, 21):
         watch.check(step, {"grad_norm": 1.0, name: 2.0, other: 2.0}, torch.ones(len(names)))
@@ -68,7 +68,7 @@ def test_fast_weights_are_named_by_block_and_pass(here):
     ]
 
 
-def test_null_switches_it_off(here):
-    watch, names = spikes(here, None)
+def test_null_switches_it_off(topology):
+    watch, names = spikes(topology, None)
     for step in range(1, 31):
         assert watch.check(step, {"grad_norm": 10.0**step}, torch.ones(len(names))) == []

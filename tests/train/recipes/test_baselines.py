@@ -89,19 +89,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_trains(folder, here, monkeypatch, name):
+def test_a_baseline_trains(folder, topology, monkeypatch, name):
     """Two steps and an evaluation on data that its base's first lines say to build."""
     monkeypatch.chdir(folder)
     recipe = load_recipe(name, SMALL)
     check_data(recipe)
-    stage, zero = trainer.build(recipe, here)
+    stage, zero = trainer.build(recipe, topology)
     before = [parameter.detach().clone() for parameter in stage.parameters()]
-    batches = trainer.read_batches(recipe, here, None)
-    losses = [trainer.train_step(recipe, stage, zero, next(batches)[0], step, here)[0]["loss"] for step in (1, 2)]
+    batches = trainer.read_batches(recipe, topology, None)
+    losses = [trainer.train_step(recipe, stage, zero, next(batches)[0], step, topology)[0]["loss"] for step in (1, 2)]
     assert all(math.isfinite(loss) for loss in losses)
     changed = [not torch.equal(*pair) for pair in zip(before, stage.parameters(), strict=True)]
     assert all(changed), name
-    accuracy = evaluate(stage, recipe, [recipe.sleep.passes], 8, here).accuracy
+    accuracy = evaluate(stage, recipe, [recipe.sleep.passes], 8, topology).accuracy
     assert len(accuracy[str(recipe.sleep.passes)]) == {"demo": 4, "depo": 16}[name.split("/")[0]]
 
 

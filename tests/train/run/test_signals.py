@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from powernap.train.run.signals import heeding_signals
+from powernap.train.run.signals import signal_handlers
 
 
 class Kept:
@@ -25,7 +25,7 @@ def lose_an_interrupt():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_lost_in_a_callback_still_ends_the_run():
-    with pytest.raises(KeyboardInterrupt), heeding_signals() as signals:
+    with pytest.raises(KeyboardInterrupt), signal_handlers() as signals:
         lose_an_interrupt()
         for _ in range(3):
             signals.check()
@@ -33,14 +33,14 @@ def test_an_interrupt_lost_in_a_callback_still_ends_the_run():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_error_that_follows_from_it_does_not_hide_it():
-    with pytest.raises(KeyboardInterrupt), heeding_signals():
+    with pytest.raises(KeyboardInterrupt), signal_handlers():
         lose_an_interrupt()
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
 
 
 def test_other_errors_stay_what_they_are():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(RuntimeError, match="mine"), heeding_signals():
+    with pytest.raises(RuntimeError, match="mine"), signal_handlers():
         raise RuntimeError("mine")
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -59,7 +59,7 @@ def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(m
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        with heeding_signals() as signals:
+        with signal_handlers() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.stop == ("SIGHUP" if launched_by_torchrun else None)
             assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) != launched_by_torchrun

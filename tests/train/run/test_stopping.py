@@ -289,7 +289,7 @@ def test_a_run_goes_on_in_another_layout(trained, elsewhere):
         assert all((weights[n] - w).abs().max() < 1e-5 for n, w in runs.weights(trained).items())
 
 
-def test_checkpoint_command(folder, trained, monkeypatch, capfd, here):
+def test_checkpoint_command(folder, trained, monkeypatch, capfd, topology):
     from powernap.launch import cli
 
     monkeypatch.chdir(folder)

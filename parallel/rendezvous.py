@@ -17,14 +17,14 @@ import torch.distributed as dist
 
 from powernap.parallel import loopback
 
-MEETING = "POWERNAP_MEETING"  # environment: the common name; MASTER_ADDR says where rank 0 is
+RENDEZVOUS = "POWERNAP_RENDEZVOUS"  # environment: the common name; MASTER_ADDR says where rank 0 is
 PORTS = range(10000, 32000)  # below those that systems give to whoever asks for any
 TRIES = 16
 ANSWERS_WITHIN = 3.0  # seconds
 
 
 @contextmanager
-def met(name: str, rank: int, timeout_seconds: float) -> Iterator[dist.Store]:
+def rendezvous(name: str, rank: int, timeout_seconds: float) -> Iterator[dist.Store]:
     """The ranks' common store, for all of them to join inside; MASTER_PORT says its port from now on.
 
     Raises:

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from powernap.parallel import meeting
-from powernap.parallel.meeting import drawn_ports, met
+from powernap.parallel import rendezvous
+from powernap.parallel.rendezvous import drawn_ports
 
 
 @pytest.fixture(autouse=True)
@@ -18,21 +18,21 @@ def _environment(monkeypatch):
 
 def test_ranks_meet_though_others_listen_on_the_first_ports(monkeypatch):
     """One that says nothing, and another job of ours."""
-    monkeypatch.setattr(meeting, "ANSWERS_WITHIN", 0.2)
+    monkeypatch.setattr(rendezvous, "ANSWERS_WITHIN", 0.2)
     first, second = drawn_ports("one")[:2]
     with (
         socket.create_server(("", first)),
-        meeting._listener("one") as other,
+        rendezvous._listener("one") as other,
         ThreadPoolExecutor() as threads,
     ):
         assert other.getsockname()[1] == second
-        threads.submit(meeting._tell, other, "powernap another 7")
-        asking = threads.submit(meeting._ask, "one", 20)
-        with met("one", 0, 20) as store:
+        threads.submit(rendezvous._tell, other, "powernap another 7")
+        asking = threads.submit(rendezvous._ask, "one", 20)
+        with rendezvous.rendezvous("one", 0, 20) as store:
             assert asking.result() == store.port == int(os.environ["MASTER_PORT"])
             other.shutdown(socket.SHUT_RDWR)
 
 
 def test_rank_0_that_is_not_there_is_said():
     with pytest.raises(RuntimeError, match="rank 0 was not found on any of the ports"):
-        meeting._ask("nobody", 0.3)
+        rendezvous._ask("nobody", 0.3)
