@@ -14,8 +14,8 @@ from tests.helpers import runs
 CHILD = """
 import time
 from powernap.parallel.liveness.parent import follow_parent
-from powernap.train.run.signals import heeding_signals
-with heeding_signals() as signals:
+from powernap.train.run.signals import signal_handlers
+with signal_handlers() as signals:
     follow_parent()
     print("ready", flush=True)
     while not signals.stop:
@@ -81,8 +81,8 @@ def test_workers_of_a_build_of_shards_that_was_killed_end(tmp_path):
 JOINING = """
 from powernap.parallel.topology import distributed_session
 from powernap.parallel.liveness.parent import follow_parent
-from powernap.train.run.signals import heeding_signals
-with heeding_signals():
+from powernap.train.run.signals import signal_handlers
+with signal_handlers():
     follow_parent()
     with distributed_session():
         pass

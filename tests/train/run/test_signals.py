@@ -72,8 +72,8 @@ def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(m
 
 HEEDING = """
 import sys, time
-from powernap.train.run.signals import heeding_signals
-with heeding_signals() as signals:
+from powernap.train.run.signals import signal_handlers
+with signal_handlers() as signals:
     print("ready", flush=True)
     while True:
         time.sleep(0.01)
