@@ -3,7 +3,7 @@
 Bubble. The time of a step in which P stages wait, as a fraction, where every segment takes the same time on all of them.
 Sleep in one circular pipeline, where pass n+1 follows pass n without emptying it, waits (P-1) / (M C + P-1) with C segments
 and M micro-batches. A pipeline that is flushed after each of them waits (P-1) / (M + P-1), however often. Both by the
-formula, by parallel/planning/timeline.py `simulate`, and on the clock with stages that sleep (benchmarks/fixed_cost.py). A flush
+formula, by parallel/planning/timeline.py `simulate`, and on the clock with stages that sleep (tests/helpers/fixed_cost.py). A flush
 here runs its micro-batches forward and backward; all segments forward first and then all backward is as long.
 
 Two processes. A step's forward and backward pass of a real hybrid in a layout of two one-threaded processes, and the same
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from benchmarks import fixed_cost, sleep
+from benchmarks import sleep
 from benchmarks.common import Times, milliseconds, paired_ratio, table, verdicts, write
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
@@ -29,6 +29,7 @@ from powernap.parallel.planning import timeline
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology, init_distributed, shutdown_distributed
+from tests.helpers import fixed_cost
 from tests.helpers.processes import in_processes, single_rank_groups
 
 STAGES, MICRO_BATCHES = 4, 8  # of the bubble

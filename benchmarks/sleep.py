@@ -16,26 +16,20 @@ Wake latency. One prediction window answered from fast weights that N passes hav
 """
 
 import argparse
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.common import interleave, join_alone, milliseconds, paired_ratio, table, verdicts, write
-from powernap.model import fast_weights as fw
 from powernap.model.batch import plan_segments
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.fast_weights import LayerStates
 from powernap.model.segments import Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import ZeroOptimizer
-from powernap.train.config import OptimizerConfig
-from powernap.train.optimizer import build_optimizer
-from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.training_step import peak_bytes, training_step
 
 PASSES = (1, 2, 4, 8)
 CONSOLIDATION_WINDOWS = 4
@@ -161,8 +155,8 @@ def memory(topology: Topology):
         "bf16, 1 micro-batch, 1 answer": ("bf16", 1, 1),
     }
     mib, rows, targets, numbers = 2**20, [], [], {}
-    for name, form in steps.items():
-        found = {n: training_step(topology, n, *form) for n in PASSES}
+    for name, (precision, micro_batches, answers) in steps.items():
+        found = {n: training_step(topology, MODEL, *batch(BATCH, answers), n, precision, micro_batches) for n in PASSES}
         peaks = {n: peak_bytes(each.run, each.weights_and_states) for n, each in found.items()}
         saved = {n: CONSOLIDATION_WINDOWS * (n - 1) * found[n].input_bytes for n in PASSES}
         growth = {n: peaks[n] - peaks[1] for n in PASSES}
@@ -183,50 +177,6 @@ def memory(topology: Topology):
     return numbers, report, targets
 
 
-class TrainingStep(NamedTuple):
-    """A model under ZeRO, and a step of it.
-
-    Attributes:
-        input_bytes: of one segment that starts from hidden states.
-    """
-
-    stage: HybridStage
-    zero: ZeroOptimizer
-    run: Callable[[], object]
-    input_bytes: int
-
-    def weights_and_states(self) -> list[torch.Tensor]:
-        states = [[partition, self.zero._state(partition)] for partition in self.zero._partitions()]
-        return [*self.stage.parameters(), *(leaf for leaf in tree_leaves(states) if torch.is_tensor(leaf))]
-
-
-def training_step(topology: Topology, passes: int, precision: str, micro_batches: int, answers: int) -> TrainingStep:
-    stage = HybridStage(MODEL, SleepConfig(), topology.groups)
-    optimizer = build_optimizer(stage, OptimizerConfig())
-    zero = ZeroOptimizer(stage, optimizer, topology, precision=precision, clip=1.0, micro_batch_size=BATCH)
-    tokens, loss_mask = batch(BATCH, answers)
-    segments = plan_segments(tokens, loss_mask, MODEL, SleepConfig(), passes)
-    scale = 1.0 / (micro_batches * int(loss_mask.sum()))
-    hidden = MODEL.window * BATCH * MODEL.hidden_size * stage.embedding.weight.element_size()
-
-    def run():
-        with zero.accumulation():
-            forward_backward(
-                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, topology, recompute=True
-            )
-        zero.step()
-
-    return TrainingStep(stage, zero, run, hidden + sum(state.nbytes for state in stage.empty_layer_states(BATCH)))
-
-
-def peak_bytes(run: Callable[[], object], known: Callable[[], Iterable[torch.Tensor]]) -> int:
-    """The most bytes of tensors alive at once in `run`, those that are `known` after a first one left out."""
-    run()  # rotary tables and optimizer states are made outside the count
-    with LiveBytes(known()) as live:
-        run()
-    return live.peak
-
-
 def wake_latency(stage: HybridStage, rounds: int):
     print("sleep: wake latency", flush=True)
     tokens, loss_mask = batch(1)
@@ -235,7 +185,7 @@ def wake_latency(stage: HybridStage, rounds: int):
         segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), n)
         with torch.no_grad():
             asleep = sleep_and_predict(stage, segments[:-1], tokens, loss_mask)
-        forms[n] = answer(stage, segments[-1], tokens, asleep.memory)
+        forms[n] = answer(stage, segments[-1], tokens, asleep.layer_states)
     times = interleave(forms, rounds, warmup=3)
     numbers = {n: {"ms": milliseconds(times[n]), "over_one_pass": paired_ratio(times[n], times[1])} for n in PASSES}
     report = [
@@ -247,7 +197,7 @@ def wake_latency(stage: HybridStage, rounds: int):
     return numbers, report, [("wake latency N=8 over N=1", numbers[8]["over_one_pass"], "<=", 1.05)]
 
 
-def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.Memory):
+def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: LayerStates):
     def run():
         with torch.no_grad():
             hidden_states, _ = stage(segment, tokens, None, states)

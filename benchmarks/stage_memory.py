@@ -16,6 +16,7 @@ from powernap.parallel.planning import timeline
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology, init_distributed, shutdown_distributed
 from tests.helpers.processes import in_processes
+from tests.helpers.training_step import peak_bytes
 
 
 def main(options: argparse.Namespace, command: str) -> None:
@@ -58,7 +59,7 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
     peaks = {}
     for n in passes:
         stage, batches = build(topology, n)
-        peaks[n] = sleep.peak_bytes(lambda: step(stage, batches, topology), lambda: stage.parameters())  # noqa: B023
+        peaks[n] = peak_bytes(lambda: step(stage, batches, topology), lambda: stage.parameters())  # noqa: B023
     states = sum(state.nbytes for state in stage.empty_layer_states(MICRO_BATCH_SIZE))
     hidden = sleep.MODEL.window * MICRO_BATCH_SIZE * sleep.MODEL.hidden_size * stage.dtype.itemsize
     shutdown_distributed()

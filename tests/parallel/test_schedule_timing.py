@@ -7,8 +7,8 @@ none, so a step is never faster.
 
 import pytest
 
-from benchmarks import fixed_cost
-from benchmarks.fixed_cost import Case, even
+from tests.helpers import fixed_cost
+from tests.helpers.fixed_cost import Case, even
 from tests.helpers.processes import in_processes
 
 # On the clock: for a machine with nothing else to do, so not part of `make test`.

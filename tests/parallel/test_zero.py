@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import sleep
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
 from tests.helpers import tiny
+from tests.helpers.training_step import peak_bytes, training_step
 
 CLIP = 0.5
 
@@ -131,10 +131,12 @@ def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(topology):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(topology, precision):
     """N=1 has no whole pass to recompute after the answer's: without gradients from the start its peak would be lower."""
-    one, two = (sleep.training_step(topology, passes, precision, micro_batches=1, answers=1) for passes in (1, 2))
-    grown = sleep.peak_bytes(two.run, two.weights_and_states) - sleep.peak_bytes(one.run, one.weights_and_states)
-    segments = sleep.CONSOLIDATION_WINDOWS
-    assert 0 <= grown - segments * two.input_bytes <= 8 * segments  # each also keeps scalars
+    model = tiny.model_config()
+    tokens, loss_mask = tiny.batch()
+    windows = (tokens.shape[1] - 1) // model.window - 1  # that sleep
+    one, two = (training_step(topology, model, tokens, loss_mask, passes, precision) for passes in (1, 2))
+    grown = peak_bytes(two.run, two.weights_and_states) - peak_bytes(one.run, one.weights_and_states)
+    assert 0 <= grown - windows * two.input_bytes <= 8 * windows  # each also keeps scalars
 
 
 def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):
@@ -151,7 +153,7 @@ def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_accumulates_in_float32(topology, zero_stage, offload):
     """Many small gradients on a large one: bfloat16 would lose every one of them."""
     config = OptimizerConfig(lr=1e-2, warmup_steps=0)

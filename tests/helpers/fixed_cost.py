@@ -1,4 +1,4 @@
-"""A stage whose segments take fixed times, and steps of it in real processes.
+"""A stage whose segments take fixed times, and steps of it in real processes; benchmarks use it, too.
 
 Everything around the stage is what trains: processes over gloo, Megatron-core's schedule, parallel/schedule.py. The stage
 only sleeps (time.sleep), which needs no core, so two cores show how long a pipeline of four takes.
