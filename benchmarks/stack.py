@@ -34,7 +34,6 @@ from powernap.parallel.topology import Topology
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
-from powernap.train.optimizer import build_optimizer
 from powernap.train.recipe_file import load_recipe
 
 
@@ -194,9 +193,10 @@ def powernap_step(recipe: Recipe, topology: Topology, batch: Batch, clock: FormC
 def plain_step(network: nn.Module, recipe: Recipe, batch: Batch, recompute: bool, clock: FormClock):
     """The loop one would write without a framework."""
     config = recipe.optimizer
-    optimizer = build_optimizer(network, config)
-    for group in optimizer.param_groups:  # as train_step sets it at step 2
-        group["lr"] = group["peak_lr"] * trainer.lr_factor(2, recipe.train.steps, config)
+    lr = config.lr * trainer.lr_factor(2, recipe.train.steps, config)  # as train_step sets it at step 2
+    matrices, rest = ([p for p in network.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
     model = recipe.model
     inputs, targets, mask = batch.tokens[:, :-1], batch.tokens[:, 1:].t(), batch.loss_mask[:, 1:].t()
     windows = []
