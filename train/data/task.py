@@ -20,6 +20,7 @@ class Task(Protocol):
 
     A task may have beside these:
         pad_token_id: int, the token that fills a sequence up; without it, 0.
+        depth_name: str, of what an answer's depth counts, such as "hops"; without it, "depth".
         surface_guesses(sample: Sample) -> dict[str, Candidates]: by name, what a reader guesses who works nothing out, for
             each answer of the sample: the best of them is a depth's floor (train/evaluation/floors.py).
     """
