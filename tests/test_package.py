@@ -2,14 +2,17 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import powernap
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -56,3 +59,22 @@ def test_the_product_pins_nothing_in_its_metadata():
     extras = ("cuda", "text", "kubernetes")
     product = PROJECT["dependencies"] + [text for extra in extras for text in PROJECT["optional-dependencies"][extra]]
     assert not [text for text in product if "==" in text.split(";")[0]]
+
+
+def test_public_names_are_what_editors_see():
+    seen = {}
+    for node in ast.walk(ast.parse(Path(powernap.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("powernap."):
+            seen |= {alias.name: node.module for alias in node.names}
+    assert seen.keys() | {"__version__"} == set(powernap.__all__) == set(dir(powernap))
+    for name, module in seen.items():
+        public = getattr(powernap, name)
+        assert public.__module__ == module and public.__doc__, name
+    assert powernap.__version__ == version("powernap")
+    with pytest.raises(AttributeError, match="'powernap' has no attribute 'load_runs'"):
+        powernap.load_runs  # noqa: B018
+
+
+def test_public_names_load_torch_where_they_need_it():
+    ask = "import powernap, sys; powernap.Recipe, powernap.Mixer, powernap.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask], cwd="/").returncode == 0
