@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from powernap.train.tasks.depo import Depo
     from powernap.train.tasks.gsm import Gsm
     from powernap.train.tasks.rule110 import Rule110
+    from powernap.train.tasks.track import Track
 
 
 class Task(Protocol):
@@ -60,4 +61,4 @@ class Task(Protocol):
 
 if TYPE_CHECKING:
     # Type checkers compare Powernap's own with it.
-    OWN: tuple[type[Task], ...] = (Depo, Gsm, Rule110)
+    OWN: tuple[type[Task], ...] = (Depo, Gsm, Rule110, Track)
