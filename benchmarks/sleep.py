@@ -9,7 +9,7 @@ where `pass` is timed by itself: one segment forward, recomputed, backward, as t
 Memory. Checkpointing keeps the inputs of each segment: hidden states [L, B, D] and fast weights. Live tensor bytes are
 counted at every operation of a whole training step, so the peak is exact and the same on every machine. It is in the
 backward pass of one segment: gradients of all parameters, saved inputs of the segments still to come, and that segment
-recomputed. Gradients lie in one buffer that stays: so a peak is the same whether a segment is the first to be
+recomputed. Gradients stay in one buffer, so a peak is the same whether a segment is the first to be
 back-propagated or the last, and only saved inputs grow with N.
 
 Wake latency. One prediction window answered from fast weights that N passes have written.
@@ -220,8 +220,8 @@ def training_step(topology: Topology, passes: int, precision: str, micro_batches
 
 
 def peak_bytes(run: Callable[[], object], known: Callable[[], Iterable[torch.Tensor]]) -> int:
-    """The most bytes of tensors alive at once in `run`, those that are `known` after a first one left out."""
-    run()  # rotary tables and optimizer states are made outside the count
+    """Peak live tensor bytes of `run`, without the tensors that are `known` after a first call."""
+    run()  # rotary tables and optimizer states are created outside the count
     with LiveBytes(known()) as live:
         run()
     return live.peak
