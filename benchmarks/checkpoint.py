@@ -1,9 +1,9 @@
 """What a checkpoint costs: how long training waits for one, and a resumed run for its state.
 
-Two data-parallel ranks with ZeRO 1 write the state of the same model (master weights and both moments) in turn, on the
-clock: Powernap's writer in the background and in line, and torch.distributed.checkpoint (DCP) alone, in the background and
-in line, with the same fragments. Powernap's files have SHA-256, are flushed to the disk and are renamed when all are there; DCP's
-are flushed and have no checksum, so its reading checks nothing.
+Two data-parallel ranks with ZeRO 1 write the state of the same model (master weights and both moments) in turn, in wall
+time: Powernap's writer in the background and in line, and torch.distributed.checkpoint (DCP) alone, in the background
+and in line, with the same fragments. Powernap's files have SHA-256, are flushed to the disk and are renamed when
+complete; DCP's are flushed and have no checksum, so its reading checks nothing.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 
 def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int) -> dict:
-    """This rank's seconds by what was done, one a round."""
+    """This rank's seconds by operation, one entry per round."""
     topology = init_distributed(store=store, rank=rank, world_size=RANKS)
     model = ModelConfig(
         pattern="AGAGAGAG", window=64, vocab_size=8192, pad_token_id=0, hidden_size=width,
@@ -85,7 +85,7 @@ def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int)
     zero = ZeroOptimizer(
         stage, build_optimizer(stage, OptimizerConfig()), topology, precision="fp32", clip=1.0, micro_batch_size=1
     )
-    with zero.accumulation():  # a step without gradients makes the moments
+    with zero.accumulation():  # a step without gradients creates the moments
         pass
     zero.step()
     about = {"versions": {}, "config": {}}
@@ -128,9 +128,9 @@ def measure(rank: int, store: dist.Store, folder: Path, width: int, rounds: int)
         dist.barrier()
     nbytes = torch.tensor(sum(value.nbytes for value in own.values()))
     dist.all_reduce(nbytes)
-    # The first round is of files, buffers and imports.
-    found = {name: times[1:] for name, times in seconds.items()}
-    return {"seconds": found, "nbytes": int(nbytes), "parameters": sum(p.numel() for p in stage.parameters())}
+    # The first round pays for files, buffers and imports.
+    warm = {name: times[1:] for name, times in seconds.items()}
+    return {"seconds": warm, "nbytes": int(nbytes), "parameters": sum(p.numel() for p in stage.parameters())}
 
 
 def resume(folder: Path, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:

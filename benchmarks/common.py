@@ -1,4 +1,4 @@
-"""What every benchmark needs: paired timing, a description of the machine, one JSON file and one table from it."""
+"""Shared by all benchmarks: paired timing, a description of the machine, results as one JSON file and one table."""
 
 import json
 import os
@@ -27,12 +27,12 @@ Times = dict[str, list[float]]
 def interleave(forms: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Times:
     """CPU seconds of every form in every round.
 
-    CPU time of this one-threaded process, not time on the clock: it is what a machine with nothing else to do would
-    show, and other people's processes do not count.
+    CPU time of this one-threaded process, not wall time: an idle machine would show the same, and other processes do
+    not count.
 
-    The forms take turns, so that a busy neighbour or a change of clock meets all of them: compare two forms by
-    `paired_ratio`, not by times taken apart. Every other round runs backwards, or the same form would always follow
-    the same one and find its caches.
+    The forms take turns, so that a busy neighbour or a change of clock affects all of them: compare two forms by
+    `paired_ratio`, not by separate times. Every other round runs in reverse, or a form would always follow the same one
+    and find its caches.
     """
     times: Times = {name: [] for name in forms}
     for number in range(warmup + rounds):
@@ -57,23 +57,23 @@ def milliseconds(seconds: list[float]) -> float:
 def join_alone() -> Topology:
     """This process as a world of one, on one CPU thread."""
     torch.set_num_threads(1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     if not dist.is_initialized():
         return init_distributed(store=dist.HashStore(), rank=0, world_size=1)
     return init_distributed()
 
 
 def machine(clock: str = "CPU time") -> dict:
-    """What the numbers depend on; nothing that names the machine or its folders."""
-    found = provenance.machine()
-    return {**found, "clock": "wall" if found["gpu"] else clock}
+    """Hardware and versions that the numbers depend on; nothing that names the machine or its folders."""
+    about = provenance.machine()
+    return {**about, "clock": "wall" if about["gpu"] else clock}
 
 
 def write(name: str, command: str, numbers: dict, report: list[str], clock: str = "CPU time") -> None:
     """results/NAME.json with `numbers` and results/NAME.md with `report`, both headed by machine, date and commit.
 
     Args:
-        clock: what times on the CPU are.
+        clock: the kind of time measured on a CPU.
     """
     header = {
         "benchmark": name,
@@ -85,16 +85,16 @@ def write(name: str, command: str, numbers: dict, report: list[str], clock: str 
     about = machine(clock)
     document = {**header, "machine": about, **numbers}
     (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
-    place = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; {clock}"
+    hardware = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; {clock}"
     commit = header["commit"] + (" with uncommitted changes" if header["uncommitted_changes"] else "")
-    heading = [f"{place}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
+    heading = [f"{hardware}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
     text = "\n".join([f"# {name}", "", f"`{command}`", "", *heading, "", *report]).rstrip() + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print("\n".join(report), flush=True)
 
 
 def draw_seeds(home: Path, count: int) -> list[int]:
-    """Fresh seeds, or those that this folder began with."""
+    """Fresh seeds, or those already drawn for this folder."""
     file = home / "seeds.json"
     if not file.exists():
         file.write_text(json.dumps([secrets.randbelow(10_000) for _ in range(count)]) + "\n")
@@ -123,7 +123,7 @@ def _show(value: object) -> str:
 
 
 def _rounded(value: object) -> object:
-    """Floats with six significant digits: the rest is noise and makes every difference unreadable."""
+    """Floats with six significant digits: the rest is noise and makes every diff unreadable."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """The gated delta rule on the CPU: our chunked form, Megatron-core's torch form and the token-by-token recurrence.
 
-All three run the same numbers from an initial state to a final one; before the clock starts they must agree.
+All three get the same inputs and initial state; their outputs and final states must agree before the clock starts.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The demo on three fresh seeds: does it hold every time?
 
 Runs `powernap demo` for each seed, each model in one process. Accuracy is what counts: how long `make demo` takes is not
-measured here, since machines are shared. Shards and runs are kept in a folder: stopped, the same command continues, and what is
-finished is only read. The first seed's picture is kept beside the results.
+measured here, since machines are shared. Shards and runs are kept in a folder: when stopped, the same command
+continues; finished runs are only read. The first seed's picture is kept beside the results.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 
 def measure(folder: Path, overrides: list[str]) -> dict[int, dict]:
-    """Seed -> what its demo wrote. Seconds are left out: the machine may be busy with other things."""
+    """Seed -> its demo's results, without seconds: the machine may be busy with other things."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for seed in draw_seeds(folder, SEEDS):

@@ -98,7 +98,7 @@ def measure(size: str, steps: int) -> dict:
             torch.cuda.reset_peak_memory_stats()
         try:
             seconds = [timed_step(own, stage, zero, batch, topology, on_cuda) for _ in range(3 + steps)][3:]
-        except torch.OutOfMemoryError:  # an answer too; the larger N will not fit either
+        except torch.OutOfMemoryError:  # a result, too; the larger N will not fit either
             result["by_passes"][passes] = {"flops": flops, "error": "out of memory"}
             break
         median = statistics.median(seconds)
@@ -113,9 +113,9 @@ def measure(size: str, steps: int) -> dict:
 
 
 def timed_step(recipe, stage, zero, batch, topology, on_cuda: bool) -> float:
-    """Seconds on the clock of one step; the first three of a measurement compile and tune kernels."""
+    """Wall seconds of one step; the first three of a measurement compile and tune kernels."""
     start = time.perf_counter()
-    trainer.train_step(recipe, stage, zero, batch, 2, topology)  # step 2: not one of those that watch the fast weights
+    trainer.train_step(recipe, stage, zero, batch, 2, topology)  # step 2 does not watch the fast weights
     if on_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""What a token costs while awake: against N, against how much was read before, and beside attention over a kept cache.
+"""What an awake token costs: against N, against the tokens read before, and against attention with a growing cache.
 
 Latency. A token is fed to a window that has room for it: one pass, no sleep. Decoders with different N, and states of one
-stream saved at different places, take turns.
+stream saved at different positions, take turns.
 
 Sleep. The first token after a full window is fed again and again from the same saved state: N passes over the window,
 and the token.
@@ -44,7 +44,7 @@ def main(options: argparse.Namespace, command: str) -> None:
     stage = HybridStage(MODEL, SleepConfig(), topology.groups)
     windows = 1 if quick else 6
     places = tuple(place // 100 for place in PLACES) if quick else PLACES
-    # First, while the process holds no memory that was freed before: there a growth would not show.
+    # First, while the process holds no freed memory, in which growth would not show.
     memory, memory_report, memory_targets = memory_of_a_stream(topology, places)
     by_passes, passes_report, passes_targets = latency_by_passes(stage, windows)
     by_place, place_report, place_targets = latency_by_place(stage, places, windows)
@@ -71,13 +71,13 @@ def main(options: argparse.Namespace, command: str) -> None:
 
 
 def next_tokens(seed: int = 0) -> Callable[[], list[list[int]]]:
-    """The next random token, as one stream's turn."""
+    """Returns a source of random tokens for one stream, in the form that `Decoder.feed` takes."""
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randint(MODEL.vocab_size, (1, 1), generator=generator).tolist()
 
 
 def read(decoder: Decoder, tokens: int, at_once: int = 4096) -> Decoder:
-    """`decoder` after so many random tokens more."""
+    """`decoder` after reading `tokens` more random tokens."""
     generator = torch.Generator().manual_seed(1)
     for start in range(0, tokens, at_once):
         count = min(at_once, tokens - start)
@@ -112,7 +112,7 @@ def latency_by_passes(stage: HybridStage, windows: int):
 
 
 def latency_by_place(stage: HybridStage, places: tuple[int, ...], windows: int):
-    """One stream, saved at each place and taken up there."""
+    """One stream, saved at each position and resumed from there."""
     print("generate: latency over the place in a stream", flush=True)
     stream, decoders = Decoder(stage, 1, 1), {}
     for place in places:
@@ -170,7 +170,7 @@ def beside_full_attention(stage: HybridStage, topology: Topology, lengths: tuple
     torch.manual_seed(0)
     full = HybridStage(model, SleepConfig(), topology.groups)
     decoders = {"hybrid": read(Decoder(stage, 1, 1), lengths[-1])}
-    # Small pieces: the mask of a piece has a place for every token before.
+    # Small chunks: the mask of a chunk has a column for every earlier token.
     decoders |= {n: read(Decoder(full, 1, 1), n, at_once=256) for n in lengths}
     times = awake(decoders, windows)
     token_bytes = MODEL.num_layers * 2 * MODEL.hidden_size * full.dtype.itemsize
@@ -226,10 +226,10 @@ def memory_of_a_stream(topology: Topology, places: tuple[int, ...]):
 
 
 def live_tensor_bytes() -> int:
-    """Of every tensor that Python can reach, each storage once."""
+    """Bytes of every tensor that Python can reach, each storage once."""
     gc.collect()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects warn when they are looked at
+        warnings.simplefilter("ignore")  # some objects warn when they are inspected
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,9 +1,9 @@
 """The training stream against plain WebDataset on the same shards, and how fast it is in the middle of a million samples.
 
-Speed. Samples a second, in batches of tensors, after a warm-up; the same shards, shuffle buffer and readers. Plain
+Speed. Samples per second, in batches of tensors, after a warm-up; the same shards, shuffle buffer and readers. Plain
 WebDataset is `WebDataset(shards).shuffle(buffer).decode().to_tuple(...)` in a DataLoader that stacks arrays. Rounds in turn,
-one epoch each. Ours checks every sample and keeps a state; the first time it also makes the shards' indexes, which the
-rounds include ("cold"), and which are there later ("warm").
+one epoch each. Ours checks every sample and keeps a state; "cold" rounds include building the shards' indexes, "warm"
+rounds find them.
 
 Resuming. One million samples in 100 shards: seconds from the call to the first batch, from a state at half an epoch, with
 indexes and without, in a process that has imported everything; and how long plain WebDataset takes to read up to there.
@@ -88,7 +88,7 @@ def stack(samples: list[tuple]) -> tuple:
 
 
 def ours(shards: list[str], cache: Path, workers: int) -> Iterator[torch.Tensor]:
-    """As many batches as an epoch has."""
+    """One epoch's number of batches."""
     batches = stream(shards, cache, workers)
     for _ in range(SHARDS * PER_SHARD // BATCH):
         yield next(batches)[0].tokens
@@ -122,7 +122,7 @@ def resume(folder: Path, shards: int):
     (first,) = write_shards(folder / "million", 1, per_shard, length)
     names = [first, *(first.replace("000000", f"{number:06d}") for number in range(1, shards))]
     for name in names[1:]:
-        os.link(first, name)  # the same bytes, a shard and an index of its own
+        os.link(first, name)  # the same bytes, but a separate shard with its own index
     cache, done = folder / "cache-million", shards * per_shard // 2 // BATCH * BATCH
     state = state_at(names, cache, length, done)
     seconds = {}
@@ -151,7 +151,7 @@ def resume(folder: Path, shards: int):
 
 
 def state_at(names: list[str], cache: Path, length: int, done: int) -> dict:
-    """The state after `done` samples, as the run itself would have kept it: by looking into every shard on the way."""
+    """The state after `done` samples, as the run itself would have kept it: by opening every shard on the way."""
     _, state = next(stream(names, cache, length=length))
     (lanes,) = state["settled"]["lanes"]
     order, shards = Order(tuple(names), lanes, 0, BUFFER), ShardCache(cache)

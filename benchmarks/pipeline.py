@@ -1,14 +1,15 @@
 """What the parallel layouts cost in time: the pipeline's bubble, and two processes against one.
 
-Bubble. The time of a step in which P stages wait, as a fraction, where every segment takes the same time on all of them.
-Sleep in one circular pipeline, where pass n+1 follows pass n without emptying it, waits (P-1) / (M C + P-1) with C segments
-and M micro-batches. A pipeline that is flushed after each of them waits (P-1) / (M + P-1), however often. Both by the
-formula, by parallel/planning/timeline.py `simulate`, and on the clock with stages that sleep (tests/helpers/fixed_cost.py). A flush
-here runs its micro-batches forward and backward; all segments forward first and then all backward is as long.
+Bubble. The fraction of a step that P stages wait, if every segment takes the same time on all of them. Sleep in one
+circular pipeline, where pass n+1 follows pass n without a flush, waits (P-1) / (M C + P-1) with C segments and M
+micro-batches. A pipeline that is flushed after each segment waits (P-1) / (M + P-1), however many there are. Both by
+formula, by parallel/planning/timeline.py `simulate`, and on the clock with stages that only wait
+(tests/helpers/fixed_cost.py). A flush here runs its micro-batches forward and backward; running all segments forward first
+and then all backward takes as long.
 
-Two processes. A step's forward and backward pass of a real hybrid in a layout of two one-threaded processes, and the same
-global batch in the same micro-batches in one process with one thread and with two: on as many cores. Data parallelism
-includes the sum of the gradients, in one message.
+Two processes. Forward and backward pass of a step of a real hybrid in a layout of two one-threaded processes, against
+the same global batch and micro-batches in one process with one thread and with two, on as many cores. Data parallelism
+includes the all-reduce of the gradients, in one message.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from tests.helpers import fixed_cost
 from tests.helpers.processes import in_processes, single_rank_groups
 
 STAGES, MICRO_BATCHES = 4, 8  # of the bubble
-FORWARD_SECONDS = 0.03  # of a segment; recomputed and backward three times as long
+FORWARD_SECONDS = 0.03  # of a segment; recomputation and backward take three times as long
 SLEEPS = {  # name: N of each window
     "1 window, N=1": (1,),
     "1 window, N=2": (2,),

@@ -9,7 +9,7 @@ where `pass` is timed by itself: one segment forward, recomputed, backward, as t
 Memory. Checkpointing keeps the inputs of each segment: hidden states [L, B, D] and fast weights. Live tensor bytes are
 counted at every operation of a whole training step, so the peak is exact and the same on every machine. It is in the
 backward pass of one segment: gradients of all parameters, saved inputs of the segments still to come, and that segment
-recomputed. Gradients lie in one buffer that stays: so a peak is the same whether a segment is the first to be
+recomputed. Gradients stay in one buffer, so a peak is the same whether a segment is the first to be
 back-propagated or the last, and only saved inputs grow with N.
 
 Wake latency. One prediction window answered from fast weights that N passes have written.

@@ -6,8 +6,8 @@ The same weights, windows and tokens go through
 * blocks: the same HybridStage called window by window in a plain loop, torch.optim.AdamW, clip_grad_norm_;
 * plain: the same network of nn.Linear and functions, without Megatron-core; delta rule and convolution are ours.
 
-Each with every window's activations recomputed (torch.utils.checkpoint) and with all of them kept. All three leave out
-what nobody reads: in windows without loss the last block only writes its fast weights.
+Each with every window's activations recomputed (torch.utils.checkpoint) and with all of them kept. All three skip
+unused outputs: in windows without loss the last block only writes its fast weights.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def recipe_256() -> Recipe:
 
 
 def recipe_demo() -> Recipe:
-    """What one of the demo's two processes does in a step, read once."""
+    """The step of one of the demo's two processes, with N = 1."""
     return load_recipe("demo", ["sleep.passes=1", "parallel.data=1", "train.global_batch_size=32"])
 
 
@@ -119,7 +119,7 @@ def parts_table(numbers: dict) -> list[str]:
 
 
 class Clock:
-    """Seconds of a step's parts, summed over the step, one list entry a step."""
+    """Seconds of a step's parts, summed over the step, one list entry per step."""
 
     def __init__(self):
         self._steps: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -242,7 +242,7 @@ class Blocks(nn.Module):
         super().__init__()
         for name, child in stage.named_children():
             self.add_module(name, child)
-        self._stage = [stage]  # in a list: its parameters are named once
+        self._stage = [stage]  # in a list, so that its parameters are not registered twice
 
     def zero_states(self, batch: int) -> list[torch.Tensor]:
         return list(self._stage[0].empty_layer_states(batch))

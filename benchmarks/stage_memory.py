@@ -1,7 +1,7 @@
 """Memory of a pipeline's stages over N.
 
-The peak of live tensor bytes on each of two stages, parameters left out. By parallel/planning/timeline.py a stage holds peak_live
-segments at once, each with its inputs, hidden states and fast weights; nothing else should grow with N.
+Peak live tensor bytes on each of two stages, without parameters. By parallel/planning/timeline.py a stage holds
+peak_live segments at once, each with its inputs, hidden states and fast weights; nothing else should grow with N.
 """
 
 import argparse
@@ -67,5 +67,5 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
 
 
 def step(stage: HybridStage, batches: list[MicroBatch], topology: Topology) -> None:
-    stage.zero_grad(set_to_none=False)  # gradients have a place that stays, as in parallel/zero.py
+    stage.zero_grad(set_to_none=False)  # gradients stay in their buffers, as in parallel/zero.py
     forward_backward(stage, batches, 1e-3, topology, recompute=True)

@@ -1,7 +1,7 @@
-"""What a tracking server that is away costs training: step times with an MLflow server up, frozen, and down.
+"""What an unavailable tracking server costs training: step times with an MLflow server up, frozen, and down.
 
-Real runs of a small model on one process, every step tracked, in turn; the server is a process of its own on loopback. The
-losses of all runs must be the same to the last digit.
+Real runs of a small model on one process, every step tracked, in turn; the server is a separate process on loopback.
+The losses of all runs must be the same to the last digit.
 """
 
 import argparse
@@ -33,26 +33,27 @@ def main(options: argparse.Namespace, command: str) -> None:
         build = ["data", "build", "depo", "data", "nodes=8", "max_hop=4", "queries=18", "names=ends"]
         powernap(folder, [*build, "--train-samples", "2000", "--test-samples", "100"])
         uri, server = start_server(folder / "server")
-        found: dict[str, list[list[dict]]] = {"up": [], "frozen": [], "down": []}
+        runs_by_state: dict[str, list[list[dict]]] = {"up": [], "frozen": [], "down": []}
         try:
             for number in range(rounds):
-                for state, runs in found.items():
+                for state, runs in runs_by_state.items():
                     os.killpg(server.pid, signal.SIGSTOP if state == "frozen" else signal.SIGCONT)
                     run = f"{state}-{number}"
-                    # Nobody listens on port 9, "discard".
-                    where = "http://127.0.0.1:9" if state == "down" else uri
+                    # Nothing listens on port 9, "discard".
+                    run_uri = "http://127.0.0.1:9" if state == "down" else uri
                     fields = [*RECIPE, f"run.name={run}", f"train.steps={steps}"]
-                    powernap(folder, ["train", *fields], MLFLOW_TRACKING_URI=where)
+                    powernap(folder, ["train", *fields], MLFLOW_TRACKING_URI=run_uri)
                     lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
                     runs.append([json.loads(line) for line in lines])
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-    losses = [[line["loss"] for line in run] for runs in found.values() for run in runs]
+    losses = [[line["loss"] for line in run] for runs in runs_by_state.values() for run in runs]
     assert all(one == losses[0] for one in losses)
     # The first steps start threads and fill caches.
     medians = {
-        s: [statistics.median(line["seconds"] for line in run[10:]) for run in runs] for s, runs in found.items()
+        s: [statistics.median(line["seconds"] for line in run[10:]) for run in runs]
+        for s, runs in runs_by_state.items()
     }
 
     def ratio(state: str) -> float:
@@ -80,7 +81,7 @@ def powernap(folder: Path, arguments: list[str], **environment: str) -> None:
 
 
 def start_server(folder: Path) -> tuple[str, subprocess.Popen]:
-    """An MLflow server that answers, the first of a process group of its own; with its address."""
+    """Start an MLflow server in its own process group; its address and process, once it answers."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
 """Does accuracy at depth rise with N? Three seeds of each N on the same shards, recipes trend_depo and trend_rule110.
 
-Shards and runs are kept in a folder: stopped, the same command goes on where it was, and what is finished is only read.
+Shards and runs are kept in a folder: when stopped, the same command continues; finished runs are only read.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from powernap.train.tracking.metrics import read_metrics
 
 SEEDS = 3
 LONG_SEEDS = 1  # of the control
-EVERY = 50  # steps that a point of a loss curve is the mean of
+EVERY = 50  # steps averaged in a point of a loss curve
 PASSES = {"N=1": 1, "N=2": 2, "N=4": 4, "N=1 long": 1}  # the models; the last one costs as many FLOPs as N=4
 LONG = "N=1 long"
 STYLES = {"N=1": (ORANGE, "o-"), "N=2": ("#31a354", "o-"), "N=4": (BLUE, "o-"), LONG: ("#8c2d04", "s--")}
@@ -41,7 +41,7 @@ class Setup:
     test_samples: int
     depth_name: str
     long_steps: int | None  # of N=1, for the FLOPs of N=4 in the recipe's steps; None: without this control
-    note: tuple[str, ...]  # what to know of these sizes
+    note: tuple[str, ...]  # remarks on these sizes
 
 
 SETUPS = (
@@ -94,7 +94,7 @@ ABOUT = [
 
 @dataclass(frozen=True)
 class Trained:
-    """One model, trained and read with the same N."""
+    """One model, trained and evaluated with the same N."""
 
     seed: int
     name: str  # one of PASSES
@@ -106,7 +106,7 @@ class Trained:
     answers: dict[str, int]
     loss: float  # held out, per loss token
     trained_loss: list[float]  # mean of every EVERY steps
-    token_passes: int  # tokens that went through the blocks, once for each pass, in the whole training
+    token_passes: int  # tokens through the blocks, counted in every pass, of the whole training
     flops: int  # of the whole training
     seconds: float  # on the clock
 
@@ -140,7 +140,7 @@ def measure(folder: Path, overrides: list[str], seeds: int) -> tuple[dict[str, l
 
 
 def train(setup: Setup, home: Path, seed: int, name: str, overrides: list[str]) -> Trained:
-    """Train one model and read it, unless that is done; models of a seed share their shards and the order of samples."""
+    """Train and evaluate one model, unless that is done; models of a seed share shards and the order of samples."""
     data, passes = home / f"data-{seed}", PASSES[name]
     run = home / f"seed{seed}-{name.replace('=', '').replace(' ', '-')}"
     if not (run / "evaluation.json").exists():
@@ -157,25 +157,25 @@ def train(setup: Setup, home: Path, seed: int, name: str, overrides: list[str]) 
 
 
 def read(path: Path, seed: int, name: str) -> Trained:
-    """What a finished run's folder says."""
+    """The results in a finished run's folder."""
     folder, passes = RunFolder(path), PASSES[name]
-    recipe, found = folder.recipe(), json.loads((path / "evaluation.json").read_text())
-    accuracy, segments = found["accuracy"][str(passes)], segments_of(recipe, predicting_windows(recipe))
+    recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
+    accuracy, segments = evaluation["accuracy"][str(passes)], segments_of(recipe, predicting_windows(recipe))
     records = read_metrics(folder.metrics)
     sequences = recipe.train.steps * recipe.train.global_batch_size
     return Trained(
         seed=seed,
         name=name,
         passes=passes,
-        steps=found["step"],
+        steps=evaluation["step"],
         accuracy=accuracy,
         interval={  # the worst case: as if the answers about one problem were all right or all wrong
-            depth: wilson(share, min(found["answers"][depth], recipe.evaluation.samples))
+            depth: wilson(share, min(evaluation["answers"][depth], recipe.evaluation.samples))
             for depth, share in accuracy.items()
         },
-        floor=found["floor"],
-        answers=found["answers"],
-        loss=found["loss"][str(passes)],
+        floor=evaluation["floor"],
+        answers=evaluation["answers"],
+        loss=evaluation["loss"][str(passes)],
         trained_loss=[
             statistics.mean(record["loss"] for record in records[start : start + EVERY])
             for start in range(0, len(records), EVERY)

@@ -1,4 +1,4 @@
-"""A batch as segments: which windows its loss tokens and pads stand in (model/segments.py cuts them)."""
+"""A batch as segments: finds the windows with loss tokens and pads; model/segments.py cuts."""
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,11 @@ def plan_segments(
             targets tokens[:, 1:] where loss_mask[:, 1:] is set.
         passes: N of this step.
 
-    A sequence whose loss tokens are all behind it, or that has none, goes along with the others: what becomes of it has
-    no effect.
+    A sequence with no loss tokens left follows the others: its results have no effect.
 
     Raises:
         SegmentError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
-            sleep on different windows; batch them apart.
+            sleep on different windows; put them in separate batches.
     """
     assert tokens.shape == loss_mask.shape
     windows = windows_of(tokens.shape[1] - 1, model)
@@ -49,9 +48,9 @@ def plan_segments(
 def pad_end(
     tokens: torch.Tensor, loss_mask: torch.Tensor, multiple: int, pad_token_id: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengthen [B, T] so that the last window's inputs are a multiple too, as sequence parallelism splits them.
+    """Pad [B, T] so that the last window's length is a `multiple`, too: sequence parallelism splits it.
 
-    What is added comes after everything else in a causal model and bears no loss.
+    The model is causal, so pads without loss after the last token change nothing.
     """
     missing = -(tokens.shape[1] - 1) % multiple
     pad = 0 if pad_token_id is None else pad_token_id

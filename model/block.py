@@ -1,4 +1,4 @@
-"""The block stack on Megatron-core: layers whose fast weights and caches go in and come out."""
+"""The block stack on Megatron-core: layers that take and return fast weights and caches."""
 
 import torch
 
@@ -31,7 +31,7 @@ class HybridLayer(TransformerLayer):
 
         Args:
             hidden_states: [L, B, D].
-            state: what the mixer hands from window to window; None if nothing.
+            state: the tensor that the mixer hands from window to window; None if it has none.
 
         Returns:
             (hidden_states, state) after the window.
@@ -40,7 +40,7 @@ class HybridLayer(TransformerLayer):
         return self._add(hidden_states, mixed), state
 
     def decode(self, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
-        """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; `cache` gets what the next chunk needs."""
+        """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; updates `cache` for the next chunk."""
         return self._add(hidden_states, self.self_attention.decode(self.input_layernorm(hidden_states), cache, window))
 
     def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class HybridLayer(TransformerLayer):
         return hidden_states + output
 
     def write(self, hidden_states: torch.Tensor, state: torch.Tensor, window: Window) -> torch.Tensor:
-        """Only the new state: what a layer must still do when nobody reads its output."""
+        """Compute only the new state, for a layer whose output is unused."""
         _, state = self.self_attention(self.input_layernorm(hidden_states), state, window, need_output=False)
         return state
 
@@ -70,7 +70,7 @@ class HybridBlock(TransformerBlock):
         Args:
             hidden_states: [L, B, D].
             layer_states: one state for each layer of this stage that has one, in order.
-            state_only: the hidden states are not needed: stop inside the last layer with a state of `layers`.
+            state_only: the hidden states are unused: stop inside the last of `layers` that has a state.
 
         Returns:
             (hidden_states or None if state_only, layer states of the whole stage)
@@ -87,14 +87,14 @@ class HybridBlock(TransformerBlock):
         return hidden_states, tuple(states.values())
 
     def decode(self, hidden_states: torch.Tensor, caches: list[Cache], window: Window) -> torch.Tensor:
-        """Read a chunk of a window with all layers, one cache a layer: [n, B, D] -> [n, B, D]."""
+        """Run all layers on a chunk of a window, one cache per layer: [n, B, D] -> [n, B, D]."""
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden_states = layer.decode(hidden_states, cache, window)
         return hidden_states
 
     @property
     def layers_with_state(self) -> list[int]:
-        """Those that hand a tensor from window to window."""
+        """Indices of the layers that hand a tensor from window to window."""
         return [i for i, layer in enumerate(self.layers) if layer.self_attention.has_state]
 
 

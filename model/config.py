@@ -53,8 +53,8 @@ class _ModelConfig(Section):
         for kind in dict.fromkeys(MIXERS[letter] for letter in self.pattern):
             if getattr(self, kind.section) is None:
                 fields = [name for name, field in kind.model_fields.items() if field.is_required()]
-                wanted = ", ".join(f"{kind.section}.{name}" for name in fields)
-                raise ValueError(f"{kind.section} is missing: pattern={self.pattern} needs {wanted}")
+                required = ", ".join(f"{kind.section}.{name}" for name in fields)
+                raise ValueError(f"{kind.section} is missing: pattern={self.pattern} needs {required}")
         for part in self.parts:
             part.check(self)
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
@@ -67,12 +67,12 @@ class _ModelConfig(Section):
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
-        """Of each block."""
+        """The mixer of each block."""
         return tuple(getattr(self, MIXERS[letter].section) for letter in self.pattern)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Each mixer that some block has, and the MLP."""
+        """The distinct mixers of the blocks, and the MLP."""
         return (*dict.fromkeys(self.mixers), self.mlp)
 
     @property
@@ -86,7 +86,7 @@ class _ModelConfig(Section):
         return self.fast_weight_blocks[-1] + 1 if self.fast_weight_blocks else 0
 
 
-# Fields that stood in `model` itself before each part had a section.
+# Fields that were in `model` itself before each part had its own section.
 RENAMED = {
     "ffn_hidden_size": ("mlp", "ffn_hidden_size"),
     "num_attention_heads": ("attention", "heads"),
@@ -99,7 +99,7 @@ RENAMED = {
 
 
 def with_sections(model: Any) -> Any:
-    """A `model` section as checkpoints and exports have it, with the fields where they are now; anything else as it is."""
+    """The `model` section of an old checkpoint or export, fields moved to their sections; anything else as it is."""
     if not isinstance(model, dict):
         return model
     moved = {name: value for name, value in model.items() if name not in RENAMED}
@@ -186,21 +186,21 @@ class SleepConfig(Section):
         return self
 
     def pass_blocks(self, model: ModelConfig, passes: int) -> list[range]:
-        """The blocks each of the N passes over a consolidation window runs.
+        """The blocks that each of the N passes over a consolidation window runs.
 
-        Blocks before the loop run in the first pass, those after it in the last. A pass whose hidden states nobody reads
+        Blocks before the loop run in the first pass, those after it in the last. A pass whose hidden states are unused
         ends with its last write.
         """
         first, stop = self.loop_range or (0, model.num_layers)
         stops = [stop] * (passes - 1)
         if self.pass_input == "embeddings":
             stops = [model.after_last_write] * (passes - 1)
-        # In the last pass, under sliding eviction, attention leaves keys and values.
+        # Under sliding eviction the last pass also fills the KV caches, so it runs all blocks.
         stops.append(model.num_layers if self.eviction == "sliding" else model.after_last_write)
         return [range(0 if number == 0 else first, stop) for number, stop in enumerate(stops)]
 
     def only_writes(self, pass_number: int, passes: int) -> bool:
-        """Whether nobody reads the hidden states of a pass over a consolidation window."""
+        """Whether the hidden states of a pass over a consolidation window are unused."""
         return pass_number == passes or self.pass_input == "embeddings"
 
     @property
@@ -208,7 +208,7 @@ class SleepConfig(Section):
         return self.passes if isinstance(self.passes, list) else [self.passes]
 
     def check_against(self, model: ModelConfig) -> None:
-        """Raise ValueError if this way of sleeping does not fit `model`."""
+        """Raise ValueError if these settings do not fit `model`."""
         if self.carry and self.eviction == "sliding":
             raise ValueError("carry=true carries fast weights alone, no cached keys: use eviction=hard")
         if self.carry and not model.fast_weight_blocks:

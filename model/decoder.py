@@ -1,16 +1,17 @@
-"""Decoding token by token, with sleep: what model/sleep.py computes for whole sequences, as the tokens come.
+"""Token-by-token decoding with sleep: the computation of model/sleep.py, incrementally.
 
-Windows begin at multiples of L from the start of a stream. The one that is being read is *awake*: its tokens go once
-through all blocks; attention keeps their keys and values, at most L, a recurrent mixer its running state and the last
-inputs of its convolution. When a window is full and a further token arrives, the window sleeps: N passes, the
-same segments as in training, from the fast weights at the window's start; with sleep.every_window they go on from where
-reading left them, unless only the last pass writes. Its keys and values are then gone, under sliding eviction but for the newest L-1 of the last pass.
+Windows begin at multiples of L from the start of a stream. The current window is *awake*: its tokens go once through
+all blocks; attention caches their keys and values, at most L, a recurrent mixer its running state and the last inputs
+of its convolution. When the window is full and another token arrives, it sleeps: N passes, the same segments as in
+training, from the fast weights at the window's start; with sleep.every_window from those after its tokens were read,
+unless only the last pass writes. Its keys and values are then evicted; under sliding eviction the newest L-1 of the
+last pass stay.
 
-So the distribution of every next token is that of the training-time forward pass in which all windows before are slept
-on and the current one predicts. Memory and time for a token depend on L, not on N or on how much was read before.
+So every next token has the distribution of the training-time forward pass that sleeps on all earlier windows and
+predicts in the current one. Memory and time per awake token depend on L, not on N or the length of the stream so far.
 
-A stream does not know which of its tokens would bear loss. Training without sleep.every_window reads windows of answers
-that follow each other once each; here all but the last of them sleep as any other window does.
+A stream does not know which of its tokens would bear loss. Training without sleep.every_window reads consecutive
+windows of answers once each; here all but the last of them sleep like any other window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,14 +27,14 @@ from powernap.model.window import Positions, Window
 
 
 class Decoder:
-    """A batch of streams, each at a place of its own. For a whole model on one rank, without tensor parallelism.
+    """A batch of streams, each at its own position. For a whole model on one rank, without tensor parallelism.
 
     Args:
         passes: N of every sleep.
         batch: B, streams.
 
     Attributes:
-        logits: [B, vocabulary], of the token that follows what each stream has read; zeros before the first.
+        logits: [B, vocabulary], of the next token of each stream; zeros before the first token.
     """
 
     def __init__(self, stage: HybridStage, passes: int, batch: int):
@@ -45,18 +46,18 @@ class Decoder:
         # Slots of attention's cache: the newest tokens of earlier windows, then the L of this one.
         self._before = model.window - 1 if sleep.eviction == "sliding" else 0
         self._caches = stage.init_caches(batch, self._before + model.window)
-        # Sleep starts from the fast weights that reading left, or else from those it began with.
+        # Sleep starts from the fast weights after the awake pass, or else from those before it.
         self._starts_after_reading = sleep.every_window and sleep.write == "every"
         self._at_start = {} if self._starts_after_reading else self._fast_weights()
-        # Bookkeeping stays on the CPU: what to do next depends on it.
+        # Bookkeeping stays on the CPU: control flow depends on it.
         self._tokens = torch.full((batch, self._before + model.window), -1)  # by slot; -1: none yet
         self._start = torch.zeros(batch, dtype=torch.int64)  # of the current window, in the stream
-        self._filled = torch.zeros(batch, dtype=torch.int64)  # tokens of the current window that were read
+        self._filled = torch.zeros(batch, dtype=torch.int64)  # tokens read of the current window
         self.logits = torch.zeros((batch, model.vocab_size), dtype=stage.dtype, device=stage.device)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens each stream has read."""
+        """Number of tokens each stream has read."""
         return (self._start + self._filled).tolist()
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class Decoder:
         """Read tokens, any number for each stream; streams that get none stay as they are.
 
         Returns:
-            `logits`, which the next call writes over
+            `logits`, which the next call overwrites
         """
         for _ in self._feed(tokens, every_token=False):
             pass
@@ -80,28 +81,28 @@ class Decoder:
         return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in logits]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the streams' future depends on, beside weights and N: copies, by name."""
+        """Copies, by name, of all that later logits depend on besides the weights and N."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self._named().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state`, of a decoder with as many streams for the same model."""
-        own = self._named()
-        assert own.keys() == state.keys()
-        for name, tensor in own.items():
+        """Continue from the `state` of a decoder with the same model and number of streams."""
+        tensors = self._named()
+        assert tensors.keys() == state.keys()
+        for name, tensor in tensors.items():
             assert tensor.shape == state[name].shape and tensor.dtype == state[name].dtype, name
             tensor.copy_(state[name])
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held, the model's left out."""
+        """Bytes of all tensors held, excluding the model's."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._named().values())
 
     def _feed(self, tokens: Sequence[Sequence[int]], every_token: bool) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Read `tokens`, sleeping on the way; after each pass its rows and their logits: of all n tokens, or of the last."""
+        """Read `tokens`, sleeping on full windows; yields each pass's rows and logits, of all n tokens or the last."""
         assert len(tokens) == self.batch
         window = self.stage.model.window
         coming = [torch.as_tensor(list(row), dtype=torch.int64) for row in tokens]
         # If no logits are requested, skip the awake pass over a window that is about to be consolidated, unless sleep
-        # starts from what that pass left.
+        # starts from the state after that pass.
         may_skip = not every_token and not self._starts_after_reading
         while rows := [row for row in range(self.batch) if len(coming[row])]:
             if full := [row for row in rows if self._filled[row] == window]:
@@ -124,7 +125,7 @@ class Decoder:
         self._filled[row] = self.stage.model.window
 
     def _read(self, rows: list[int], tokens: torch.Tensor, every_token: bool) -> torch.Tensor:
-        """Read [R, n] tokens of windows that have room for them, in one pass; the logits of all n, or of the last."""
+        """Read tokens [R, n] into windows with room for them, in one pass; the logits of all n, or of the last."""
         offsets = self._filled[rows, None] + torch.arange(tokens.shape[1])
         slots = self._before + offsets
         self._tokens[torch.tensor(rows)[:, None], slots] = tokens
@@ -139,19 +140,19 @@ class Decoder:
         hidden_states = self.stage.decode(tokens.to(device), caches, window)
         logits = self.stage.logits(hidden_states if every_token else hidden_states[-1:])
         if not everyone:
-            for own, cache in zip(self._caches, caches, strict=True):
+            for whole, cache in zip(self._caches, caches, strict=True):
                 for name, tensor in cache.items():
-                    own[name][rows] = tensor
+                    whole[name][rows] = tensor
         self.logits[rows] = logits[-1]
         self._filled[rows] += tokens.shape[1]
         return logits
 
     def _sleep(self, rows: list[int]) -> None:
-        """N passes over the full windows of `rows`; what they leave is what the next windows begin with."""
+        """Run N passes over the full windows of `rows`; the next windows start from the resulting states."""
         model, sleep, before = self.stage.model, self.stage.sleep, self._before
         tokens = self._tokens[rows, before:]
         device = self.logits.device
-        # The mask goes without saying where all tokens are the window's own, and none is a pad.
+        # No mask, plain causal attention, if all tokens are the window's own and none is a pad.
         padded = self._padding_mask(self._tokens[rows]) is not None
         mask = None
         if padded or before:
@@ -163,16 +164,16 @@ class Decoder:
             window = replace(awake, final_blocks=segment.final_blocks)
             hidden_states, layer_states = self.stage.run_pass(segment, tokens, hidden_states, layer_states, window)
 
-        for index, left in zip(self.stage.decoder.layers_with_state, layer_states, strict=True):
-            self._mixer(index).begin_window(self._caches[index], rows, before, left)
+        for index, state in zip(self.stage.decoder.layers_with_state, layer_states, strict=True):
+            self._mixer(index).begin_window(self._caches[index], rows, before, state)
             if index in self._at_start:
-                self._at_start[index][rows] = left
+                self._at_start[index][rows] = state
         self._tokens[rows, :before] = self._tokens[rows, model.window :]
         self._start[rows] += model.window
         self._filled[rows] = 0
 
     def _states_before_sleep(self, rows: list[int]) -> LayerStates:
-        """What the sleep of the current windows begins with."""
+        """The states from which the sleep of the current windows starts."""
         return tuple(
             self._at_start[index][rows]
             if index in self._at_start
@@ -184,13 +185,13 @@ class Decoder:
         return self.stage.model.mixers[block]
 
     def _mask(self, rows: list[int], offsets: torch.Tensor) -> torch.Tensor:
-        """What tokens at `offsets` [R, n] of their windows see of the slots: [R, 1, n, slots], cut after the last seen.
+        """Attention mask of tokens at `offsets` [R, n] of their windows over cache slots: [R, 1, n, slots to the last].
 
-        Themselves and the L-1 tokens before, as far as there are any in the cache, and no pads.
+        A token sees itself and the L-1 tokens before it, as far as they are in the cache, but no pads.
         """
-        places = self._before + offsets
-        slots = torch.arange(int(places.max()) + 1)
-        distance = places[:, :, None] - slots
+        queries = self._before + offsets
+        slots = torch.arange(int(queries.max()) + 1)
+        distance = queries[:, :, None] - slots
         first = self._before - self._start[rows].clamp(max=self._before)
         seen = (distance >= 0) & (distance < self.stage.model.window) & (slots >= first[:, None, None])
         pad = self.stage.model.pad_token_id
@@ -205,13 +206,13 @@ class Decoder:
         return None if padding_mask is None or padding_mask.all() else padding_mask.t().to(self.logits.device)
 
     def _positions(self, rows: Sequence[int], offsets: torch.Tensor | None = None) -> Positions:
-        """Of the current windows, or of their tokens at `offsets` [n, R]."""
-        # Under hard eviction positions begin anew in every window.
+        """Positions of the current windows, or of their tokens at `offsets` [n, R]."""
+        # Under hard eviction positions restart in every window.
         starts = tuple(int(self._start[row]) if self._before else 0 for row in rows)
         return Positions(starts, self.stage.model.window, offsets)
 
     def _fast_weights(self) -> dict[int, torch.Tensor]:
-        """A copy of the fast weights by block."""
+        """Copies of the fast weights, by block."""
         return {block: self._caches[block]["state"].clone() for block in self.stage.model.fast_weight_blocks}
 
     def _named(self) -> dict[str, torch.Tensor]:

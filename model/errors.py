@@ -5,7 +5,7 @@ class PowernapError(ValueError):
     """A mistake or an obstacle that its message explains in one line: the field or file, and what to write instead.
 
     Errors of tasks and other extensions derive from it as well: the command line prints their message and exits with
-    `exit_code`, whatever module they come from. It is a ValueError, so that the validator of a recipe's field may raise it.
+    `exit_code`, whatever module they come from. As a ValueError it may be raised by a field's validator.
     """
 
     exit_code = 2  # powernap.parallel.liveness.exit_codes.WRONG_USE

@@ -1,4 +1,4 @@
-"""The health of the fast weights: how large they grow and how much they keep and take in, per block and pass."""
+"""Health of the fast weights per block and pass: how large they grow, how much they retain and write."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class FastWeightHealth:
 
     @contextmanager
     def watch(self, segment: Segment) -> Iterator[None]:
-        """Gates are seen inside this block only: a recomputation in the backward pass does not count them twice."""
+        """Record gates inside only: recomputation in the backward pass must not count them twice."""
         for mixer in self._mixers.values():
             mixer.gates = []
         try:
@@ -36,7 +36,7 @@ class FastWeightHealth:
                 mixer.gates = None
 
     def record(self, segment: Segment, layer_states: LayerStates) -> None:
-        """Note the Frobenius norm of a head's state, averaged over batch and heads, as the segment left it."""
+        """Record the Frobenius norm of the heads' states after the segment, averaged over batch and heads."""
         if segment.predicts:
             return
         states = dict(zip(self._blocks_with_state, layer_states, strict=True))

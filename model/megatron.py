@@ -1,7 +1,7 @@
-"""Megatron-core as far as Powernap uses it, loaded in one place.
+"""The parts of Megatron-core that Powernap uses, imported in one place.
 
-It makes its fused functions with torch.compile when it is imported, which loads torch's whole compiler: seconds of every
-process. Powernap asks for none of them (`transformer_config` in stage.py), so meanwhile torch.compile changes nothing.
+On import it builds its fused functions with torch.compile, which loads torch's whole compiler: seconds in every
+process. Powernap uses none of them (`transformer_config` in stage.py), so torch.compile is a no-op during the import.
 """
 
 from collections.abc import Callable

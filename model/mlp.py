@@ -39,7 +39,7 @@ class SwiGLU(Part):
         return 0 if state_only else 5 * self.ffn_hidden_size * number
 
     def transformer_config(self) -> dict[str, Any]:
-        """What Megatron-core's TransformerConfig says of it."""
+        """Its fields of Megatron-core's TransformerConfig."""
         import torch.nn.functional as F
 
         return {"ffn_hidden_size": self.ffn_hidden_size, "gated_linear_unit": True, "activation_func": F.silu}

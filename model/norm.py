@@ -1,6 +1,6 @@
 """RMSNorm with the constructor Megatron-core's layers expect.
 
-Megatron-core's own torch norm refuses sequence parallelism and never marks its weight for the gradient all-reduce that
+Megatron-core's own torch norm rejects sequence parallelism and never marks its weight for the gradient all-reduce that
 sequence parallelism needs.
 """
 

@@ -1,11 +1,11 @@
-"""Every parameter of a model, or of a stage of it, as its parts list them. Nothing here imports torch."""
+"""All parameters of a model or a stage, as its parts list them. Nothing here imports torch."""
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.part import Weight
 
 
 def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
-    """The parameters of the stage that owns `blocks`, named and shaped as in stage.py, whole over tensor ranks."""
+    """The parameters of the stage that owns `blocks`, named and shaped as in stage.py, not split over tensor ranks."""
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     vocabulary = (model.vocab_size, model.hidden_size)
     weights = []

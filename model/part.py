@@ -1,11 +1,11 @@
-"""The slot: what a block's sequence mixer, and its MLP, say of themselves and how a mixer computes.
+"""The slot: how a block's sequence mixer and MLP describe themselves, and how a mixer computes.
 
 A part is a section of the recipe (`model.attention`, `model.mlp`). It lists its parameters once: the module is built from
 that list (module.py), and memory, optimizer, checkpoints and `powernap plan` read it. Nothing else in Powernap knows a
 mixer's letter or its fields.
 
-Nothing here imports torch, nor does a mixer's file when it is imported: recipes are checked and planned without it. The
-methods that compute import what they need.
+Importing this file or a mixer's imports no torch: recipes are checked and planned without it. The methods that compute
+import what they need.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from powernap.model.mixers.module import MixerModule
     from powernap.model.window import Window
 
-FP32 = 4  # bytes; of fast weights in every precision
+FP32 = 4  # bytes; fast weights are fp32 in every precision
 
 Device = Literal["cuda", "cpu"]  # cuda: NCCL, fused norms, FLA in bf16; cpu: gloo and torch's own operations
-Cache = dict[str, "torch.Tensor"]  # what a block keeps between decoded tokens; the first dimension is the batch
+Cache = dict[str, "torch.Tensor"]  # tensors a block keeps between decoded tokens; the first dimension is the batch
 
 
 class Weight(NamedTuple):
-    """One parameter, whole over tensor ranks.
+    """One parameter, before tensor ranks split it.
 
-    A mixer's module is built by its name: "x.weight" with two dimensions is a projection, column-parallel where its rows are
-    split, row-parallel where its columns are; with one dimension an RMSNorm that all heads share; a name without a dot is a
-    plain parameter, whose whole value `draw` gives.
+    Its name tells MixerModule what to build: "x.weight" with two dimensions is a projection, column-parallel if its
+    rows are split, row-parallel if its columns are; with one dimension an RMSNorm that all heads share; a name without
+    a dot is a plain parameter, whose unsplit value `draw` returns.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Weight(NamedTuple):
     draw: Callable[[tuple[int, ...]], torch.Tensor] | None = None
 
     def size(self, tensor: int = 1) -> int:
-        """Numbers on one of `tensor` ranks."""
+        """Number of elements on one of `tensor` ranks."""
         return math.prod(self.shape) // (1 if self.split is None else tensor)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a matrix product's, which optimizers treat apart: no embedding, norm, convolution or gate."""
+        """Whether optimizers treat it as a matrix: a product's weight, no embedding, norm, convolution or gate."""
         return len(self.shape) == 2 and self.name.endswith(".weight") and not self.name.startswith("embedding.")
 
 
 class Part(Section):
-    """A mixer or an MLP. FLOPs count matrix products and convolutions, 2 a multiply-add; bytes are over all tensor ranks."""
+    """A mixer or an MLP. FLOPs of matrix products and convolutions, 2 per multiply-add; bytes over all tensor ranks."""
 
     section: ClassVar[str]  # its fields are model.<section>.<field>
 
@@ -64,7 +64,7 @@ class Part(Section):
 
     @abstractmethod
     def split_sizes(self) -> dict[str, int]:
-        """Field -> what it counts that parallel.tensor must divide."""
+        """Field -> its size, which parallel.tensor must divide."""
 
     @abstractmethod
     def weights(self, model: ModelConfig) -> list[Weight]:
@@ -72,13 +72,13 @@ class Part(Section):
 
     @abstractmethod
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
-        """Forward FLOPs per token; `state_only`: of a pass whose output nobody reads."""
+        """Forward FLOPs per token; `state_only`: of a pass whose output is unused."""
 
     @abstractmethod
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """Bytes per token that autograd keeps of its forward pass, the block's norms left out; `number`: bytes of one."""
+        """Bytes per token that autograd saves in forward, without the block's norms; `number`: bytes per number."""
 
     @abstractmethod
     def module_spec(self, model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
@@ -86,7 +86,7 @@ class Part(Section):
 
 
 class Mixer(Part):
-    """A sequence mixer. By default one with fast weights: a matrix state for each head, handed from window to window.
+    """A sequence mixer. By default one with fast weights: a matrix state per head, handed from window to window.
 
     `layer`, in the methods that compute, is the module with this rank's parameters.
     """
@@ -105,7 +105,7 @@ class Mixer(Part):
         return self.has_fast_weights
 
     def state_bytes(self, model: ModelConfig, number: int, cached: int) -> int:
-        """Bytes of what it hands on for one sequence; `number`: bytes of one, `cached`: tokens that a cache holds."""
+        """Bytes of one sequence's state; `number`: bytes per number, `cached`: tokens in a cache."""
         return FP32 * math.prod(self.state_shape)
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class Mixer(Part):
         return ModuleSpec(module=MixerModule, params={"mixer": self, "model": model, "sleep": sleep, "block": block})
 
     def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
-        """What it hands on at the start of `batch` sequences: its first dimension is the batch, its second the heads."""
+        """The state at the start of `batch` sequences: its first dimension is the batch, its second the heads."""
         from powernap.model.fast_weights import zero_state
 
         heads, rows, columns = self.state_shape
@@ -133,26 +133,26 @@ class Mixer(Part):
         window: Window,
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [L, B, D] and the state of the window's start -> (output [L, B, D] or None, new state)."""
+        """hidden_states [L, B, D] and the state at the window's start -> (output [L, B, D] or None, new state)."""
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
-        """What `decode` starts from; `slots`: tokens that attention sees, those of the window and those before."""
+        """The cache that `decode` starts from; `slots`: tokens that attention sees, in the window and before it."""
         return {"state": self.first_state(layer, batch, like)}
 
     @abstractmethod
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
-        """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; `cache` gets what the next chunk needs."""
+        """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; updates `cache` for the next chunk."""
 
     def state_of(self, cache: Cache, rows: list[int], before: int) -> torch.Tensor:
-        """The state that a window's sleep begins with; `before`: slots of the tokens before the window."""
+        """The state from which a window's sleep starts; `before`: slots of the tokens before the window."""
         return cache["state"][rows]
 
     def begin_window(self, cache: Cache, rows: list[int], before: int, state: torch.Tensor) -> None:
-        """Start the next window from the `state` that sleep left."""
+        """Start the next window from the `state` after sleep."""
         for name, tensor in cache.items():
             tensor[rows] = state if name == "state" else 0
 
 
 def even_chunk(length: int, longest: int) -> int:
-    """Tokens a chunk: 75 in chunks of at most 32 are 3 x 25, not 32 + 32 + 11 and padding."""
+    """Tokens per chunk: 75 in chunks of at most 32 are 3 x 25, not 32 + 32 + 11 and padding."""
     return -(-length // -(-length // longest))

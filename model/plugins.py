@@ -1,4 +1,4 @@
-"""Other people's code: what installed packages offer under Powernap's entry points. Nothing here imports torch."""
+"""Third-party code: the entry points that installed packages register for Powernap. Nothing here imports torch."""
 
 import functools
 from importlib.metadata import entry_points
@@ -21,16 +21,16 @@ def plugins(group: str) -> dict[str, Any]:
     """Name -> object of every entry point of `powernap.<group>`.
 
     Raises:
-        PluginError: if one cannot be imported, or two have one name.
+        PluginError: if one cannot be imported, or two share a name.
     """
-    found: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
     for point in entry_points(group=f"powernap.{group}"):
         package = point.dist.name if point.dist else "?"
-        where = f"entry point {point.name} = {point.value} in powernap.{group} (package {package})"
-        if point.name in found:
-            raise PluginError(f"{where}: another installed package has this name, too; uninstall one of them")
+        label = f"entry point {point.name} = {point.value} in powernap.{group} (package {package})"
+        if point.name in objects:
+            raise PluginError(f"{label}: another installed package has this name, too; uninstall one of them")
         try:
-            found[point.name] = point.load()
-        except Exception as error:  # another's code may raise anything
-            raise PluginError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
-    return found
+            objects[point.name] = point.load()
+        except Exception as error:  # third-party code may raise anything
+            raise PluginError(f"{label}: cannot be imported ({type(error).__name__}: {error})") from error
+    return objects

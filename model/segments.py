@@ -1,13 +1,13 @@
-"""Segments: what a batch has to run, in which order. The same list drives one process and a pipeline.
+"""Segments: the passes of a batch over its windows, in order. The same list drives one process and a pipeline.
 
 A segment is (window, pass). Consolidation windows, which hold no loss token, are slept on: N passes, each writing the
 fast weights. Prediction windows are read once and carry the loss (method: arXiv 2605.26099, algorithm 1); with
 sleep.every_window they are then slept on too, except the last: in text every token bears loss. With sleep.carry the last
-one is as well, for the next sequence of the document. Under sliding eviction a window also leaves keys and values: of each
-attention block those of its last pass.
+one is as well, for the next sequence of the document. Under sliding eviction a window also leaves the keys and values
+of each attention block's last pass.
 
-With sleep.write=last a block's fast weights change in its last pass over a window only: every pass, reading included,
-begins with the state of the window's start, reads and updates a copy of its own, and all but the last drop it.
+With sleep.write=last a block's fast weights change in its last pass over a window only: every pass, the awake one
+included, starts from the state at the window's start and updates its own copy; all but the last discard it.
 
 Nothing here imports torch: `powernap plan` cuts a recipe as training cuts a batch (model/batch.py).
 """
@@ -24,13 +24,13 @@ class Segment:
     """One pass over one window."""
 
     window: int
-    pass_number: int  # from 1; 0 where a window that is slept on is read before
+    pass_number: int  # from 1; 0: the awake pass over a window that is slept on next
     tokens: range  # in the inputs
     blocks: range  # the blocks this pass runs
     final_blocks: range  # those that no later pass over this window runs
-    from_embeddings: bool = True  # False: from the hidden states of the pass before
+    from_embeddings: bool = True  # False: from the hidden states of the previous pass
     predicts: bool = False  # the window holds loss tokens: the output head runs
-    state_only: bool = False  # nobody reads the hidden states: skip what follows the last write
+    state_only: bool = False  # the hidden states are unused: stop at the last write
     padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
 
@@ -47,7 +47,7 @@ class Segment:
 
 
 def windows_of(length: int, model: ModelConfig) -> list[range]:
-    """The windows that `length` inputs are read in; the last one may be short."""
+    """Split `length` inputs into windows; the last one may be short."""
     return [
         range(number * model.window, min((number + 1) * model.window, length))
         for number in range(math.ceil(length / model.window))
@@ -65,9 +65,9 @@ def cut(
     """Cut a sequence into segments.
 
     Args:
-        windows: the tokens of each.
-        reads: whether a window is read, since it holds loss tokens.
-        padded: whether pads stand in a window or among the tokens that it finds cached.
+        windows: the token range of each.
+        reads: whether each window is read for its loss tokens.
+        padded: whether each window, or the cached tokens before it, contain pads.
         passes: N.
     """
     assert passes >= 1
@@ -81,7 +81,7 @@ def cut(
             segments.append(Segment(number, first, tokens, every, final, predicts=True, padded=pads))
         if sleeps:
             segments += sleep_on(number, tokens, pads, model, sleep, passes)
-    # What follows the last loss is there for the next sequence only, where its fast weights arrive detached.
+    # Segments after the last loss only serve the next sequence, which gets their fast weights detached.
     last_loss = max((index for index, segment in enumerate(segments) if segment.predicts), default=0)
     if sleep.carry:
         segments[last_loss + 1 :] = [replace(segment, with_grad=False) for segment in segments[last_loss + 1 :]]
@@ -89,7 +89,7 @@ def cut(
 
 
 def cached_tokens(start: int, model: ModelConfig, sleep: SleepConfig) -> int:
-    """n, tokens whose keys and values a window that begins at `start` finds in the cache."""
+    """n, the number of cached tokens before a window that begins at `start`."""
     return min(model.window - 1, start) if sleep.eviction == "sliding" else 0
 
 

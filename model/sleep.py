@@ -20,8 +20,10 @@ from powernap.model.stage import HybridStage
 @dataclass
 class SleepOutput:
     loss: torch.Tensor  # sum over the loss tokens
-    predictions: torch.Tensor | None  # [B, T], the likeliest token at each place in a prediction window, -1 elsewhere
-    layer_states: LayerStates  # what is left after the last window
+    predictions: (
+        torch.Tensor | None
+    )  # [B, T], the most likely token at each position of a prediction window, -1 elsewhere
+    layer_states: LayerStates  # after the last window
 
 
 def sleep_and_predict(
@@ -39,8 +41,8 @@ def sleep_and_predict(
 
     Args:
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
-        layer_states: what the sequences start from; None: they begin with fast weights of zero.
-        recompute: keep only each segment's inputs and compute the rest again in the backward pass.
+        layer_states: the sequences' initial states; None: zero fast weights.
+        recompute: keep only each segment's inputs and recompute the rest in the backward pass.
         predict: also return the predictions.
         health: watches norms and gates of the fast weights.
     """
@@ -79,9 +81,9 @@ def _run(
     hidden_states: torch.Tensor | None,
     *layer_states: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    """One segment: its hidden states, its loss if it predicts, and what it leaves in each block."""
-    hidden_states, left = stage(segment, inputs, hidden_states, layer_states)
+    """Run one segment; return its hidden states, its loss if it predicts, and each block's new state."""
+    hidden_states, states = stage(segment, inputs, hidden_states, layer_states)
     loss = None
     if segment.predicts:
         loss = stage.loss(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])
-    return hidden_states, loss, *left
+    return hidden_states, loss, *states

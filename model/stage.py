@@ -25,7 +25,7 @@ from powernap.model.window import Positions, Window, mask_padding, sliding_mask
 
 
 class HybridStage(MegatronModule):
-    """The blocks of one pipeline stage, or all; knows how to run one segment, not in which order they come.
+    """The blocks of one pipeline stage, or all; knows how to run one segment, not their order.
 
     Args:
         blocks: the blocks of this stage, counted over the whole model; None: all. The stage with the first one holds
@@ -86,12 +86,12 @@ class HybridStage(MegatronModule):
 
     @property
     def like(self) -> torch.Tensor:
-        """A tensor as the weights are, to make others from."""
+        """A tensor with the dtype and device of the weights, for new_zeros and the like."""
         return self.decoder.layers[0].input_layernorm.weight.data
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights'; DeepSpeed may have changed it."""
+        """Dtype of the weights; DeepSpeed may have changed it."""
         return self.like.dtype
 
     @property
@@ -100,7 +100,7 @@ class HybridStage(MegatronModule):
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that share the tokens of a window between blocks."""
+        """Number of ranks that split a window's tokens between blocks."""
         return self.tp_group.size() if self.config.sequence_parallel else 1
 
     @property
@@ -123,7 +123,7 @@ class HybridStage(MegatronModule):
         return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
 
     def empty_layer_states(self, batch: int) -> LayerStates:
-        """What the first segment of `batch` sequences starts from: fast weights of zero, caches of no token."""
+        """The initial states of `batch` sequences: zero fast weights, empty caches."""
         mixers = [self.decoder.layers[index].self_attention for index in self.decoder.layers_with_state]
         return tuple(mixer.first_state(batch, self.like) for mixer in mixers)
 
@@ -134,12 +134,12 @@ class HybridStage(MegatronModule):
 
         Args:
             tokens: [B, T], the whole sequences' inputs.
-            hidden_states: [L, B, D] of the stage before, or on the first stage of the pass before; None on the first
-                stage where a segment begins with the embeddings.
-            layer_states: what the segment before left of fast weights and caches.
+            hidden_states: [L, B, D] of the previous stage, or on the first stage of the previous pass; None on the
+                first stage if the segment starts from the embeddings.
+            layer_states: fast weights and caches after the previous segment.
 
         Returns:
-            (hidden_states [L, B, D], None where the segment only writes; layer states)
+            (hidden_states [L, B, D], None on the stage where a state_only segment ends; layer states)
         """
         where = segment.where
         return self.run_pass(segment, tokens[:, where], hidden_states, layer_states, self._window(segment, tokens))
@@ -152,7 +152,7 @@ class HybridStage(MegatronModule):
         layer_states: LayerStates,
         window: Window,
     ) -> tuple[torch.Tensor | None, LayerStates]:
-        """`forward` given the window's tokens [B, L] alone, with its positions, mask and pads."""
+        """`forward` for the window's tokens [B, L] alone, given its positions, mask and pads."""
         if self.is_first:
             hidden_states = self._pass_input(segment, tokens, hidden_states)
         layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
@@ -161,7 +161,7 @@ class HybridStage(MegatronModule):
         return self.decoder(hidden_states, layer_states, window, layers, state_only)
 
     def init_caches(self, batch: int, slots: int) -> list[Cache]:
-        """What `decode` starts from, one a block; `slots`: tokens that attention sees, of the window and before."""
+        """Caches for `decode`, one per block; `slots`: tokens that attention sees, in the window and before."""
         return [layer.self_attention.init_cache(batch, slots, self.like) for layer in self.decoder.layers]
 
     def decode(self, tokens: torch.Tensor, caches: list[Cache], window: Window) -> torch.Tensor:
@@ -181,11 +181,11 @@ class HybridStage(MegatronModule):
         return (losses * loss_mask.t()).sum()
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The likeliest next token at every position: hidden_states [L, B, D] -> [B, L]."""
+        """The most likely next token at every position: hidden_states [L, B, D] -> [B, L]."""
         return self.logits(hidden_states).argmax(dim=-1).t()
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Of the next token at every position, over the whole vocabulary: [L, B, D] -> [L, B, vocabulary]."""
+        """Logits of the next token at every position, over the whole vocabulary: [L, B, D] -> [L, B, vocabulary]."""
         return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class HybridStage(MegatronModule):
         return embedded.transpose(0, 1).contiguous()  # Megatron's layout, [L, B, D]
 
     def _pass_input(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """The embeddings, or for pass n the final hidden states of pass n-1 (normed, re-injected if asked)."""
+        """The embeddings, or for pass n the final hidden states of pass n-1 (normed, with embeddings, if configured)."""
         if segment.from_embeddings:
             return self._embed(tokens)
         assert hidden_states is not None
@@ -216,9 +216,9 @@ class HybridStage(MegatronModule):
         return hidden_states
 
     def _window(self, segment: Segment, tokens: torch.Tensor) -> Window:
-        """tokens [B, T], the whole sequences' inputs.
+        """The segment's window; tokens [B, T] are the whole sequences' inputs.
 
-        No parameter is looked at: ZeRO 3 gathers one when it is, and expects the same order in every segment.
+        Reads no parameter: ZeRO-3 gathers one on access and expects the same order in every segment.
         """
         start, stop = segment.tokens.start, segment.tokens.stop
         cached = cached_tokens(start, self.model, self.sleep)
@@ -241,7 +241,7 @@ class HybridStage(MegatronModule):
 def transformer_config(
     model: ModelConfig, tensor_parallel_size: int, dtype: torch.dtype, sequence_parallel: bool = False
 ) -> TransformerConfig:
-    """The same sizes in Megatron-core's terms."""
+    """Megatron-core's config for `model`."""
 
     def fan_in(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         return torch.nn.init.normal_(weight, 0.0, gain / math.sqrt(weight.shape[1]))
@@ -252,7 +252,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=tensor_parallel_size,  # Megatron wants some; mixers have their own
+        num_attention_heads=tensor_parallel_size,  # required by Megatron; mixers have their own
         **model.mlp.transformer_config(),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -266,7 +266,7 @@ def transformer_config(
         params_dtype=dtype,
         # Weights are drawn whole on the CPU and sliced: the same model for every degree of tensor parallelism.
         use_cpu_initialization=True,
-        # Megatron's fused kernels need CUDA extensions that Powernap does not ask for.
+        # Megatron's fused kernels need CUDA extensions that Powernap does not require.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -1,4 +1,4 @@
-"""What all blocks share while they read one window."""
+"""Data that all blocks share while they read one window."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Positions:
-    """Where a window's tokens stand.
+    """Positions of a window's tokens.
 
-    Under hard eviction positions begin anew in every window; under sliding eviction they count from the sequence's start.
+    Under hard eviction they restart in every window; under sliding eviction they count from the sequence's start.
     """
 
     starts: tuple[int, ...]  # position of the window's first token: one for all sequences, or one for each
@@ -21,7 +21,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Window:
-    """Positions and pads of a window of L tokens, after n that attention has in its cache (none under hard eviction).
+    """Positions and pads of a window of L tokens, after n tokens in attention's cache (none under hard eviction).
 
     When decoding in chunks L is the chunk's length, n the tokens already cached.
     """
@@ -30,18 +30,18 @@ class Window:
     padding_mask: torch.Tensor | None = None  # [L, B], False at pads; None: no pads
     attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
     final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window
-    slots: torch.Tensor | None = None  # [B, L], where in its cache attention keeps a chunk's keys and values
+    slots: torch.Tensor | None = None  # [B, L], cache slots for the keys and values of a chunk
     computed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, computed for the first block that asks."""
+        """The result of `compute`, computed for the first block that needs it."""
         if key not in self.computed:
             self.computed[key] = compute()
         return self.computed[key]
 
 
 def sliding_mask(length: int, cached: int, window_size: int, device: torch.device) -> torch.Tensor:
-    """What each query of a window sees of the cached keys and its own window: itself and up to window_size-1 before.
+    """Attention mask of a window over cached and own keys: a query sees itself and up to window_size-1 keys before.
 
     Returns:
         [L, n+L], True where seen.
@@ -52,9 +52,9 @@ def sliding_mask(length: int, cached: int, window_size: int, device: torch.devic
 
 
 def mask_padding(mask: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-    """The mask [B, 1, L, n+L] without padded keys; mask [L, n+L], padding_mask [B, n+L] is False at pads.
+    """`mask` [L, n+L] without padded keys, as [B, 1, L, n+L]; padding_mask [B, n+L] is False at pads.
 
-    A pad may see itself: a row that sees nothing would be a softmax over nothing, NaN.
+    A pad may see itself: a softmax over an empty row would be NaN.
     """
     length, keys = mask.shape
     itself = torch.ones_like(mask).triu(keys - length).tril(keys - length)

@@ -1,6 +1,6 @@
-"""What the libraries underneath need to run without CUDA. Called once, before DeepSpeed is imported.
+"""Shims that the underlying libraries need to run without CUDA. Applied once, before DeepSpeed is imported.
 
-Everything else is the same code as on CUDA, with gloo for NCCL.
+Everything else is the same code as on CUDA, with gloo in place of NCCL.
 """
 
 import os
@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 
 def prepare() -> None:
-    """Set the stage for Megatron-core and DeepSpeed; does nothing that matters where CUDA is available."""
+    """Prepare Megatron-core and DeepSpeed; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
     # DeepSpeed guesses its accelerator, and warns that it did.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Its Muon is wrapped in torch.compile, which on CPUs calls a C++ compiler that need not be there.
+    # Its Muon is wrapped in torch.compile, which on CPUs calls a C++ compiler that may be missing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     # Megatron-core asks for the current CUDA device where it makes a buffer: sequence-parallel gathers, pipeline links.
@@ -25,12 +25,12 @@ def prepare() -> None:
     import deepspeed.ops
 
     # On CPUs DeepSpeed compiles a shared-memory all-reduce when it starts: a minute and a C++ compiler, for collectives
-    # that gloo has already.
+    # that gloo already has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def in_place_of_cuda() -> AbstractContextManager:
-    """Inside, tensors that Megatron-core's schedules make with device="cuda" are made on the CPU if there is no CUDA."""
+    """Inside, without CUDA, tensors that Megatron-core's schedules create with device="cuda" are created on the CPU."""
     return nullcontext() if torch.cuda.is_available() else _CudaIsCpu()
 
 
@@ -43,5 +43,5 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 def as_it_is() -> AbstractContextManager:
-    """Inside `in_place_of_cuda`: our own code, which names no CUDA device and need not be looked through."""
+    """For our own code inside `in_place_of_cuda`: it names no CUDA device, so its calls are not intercepted."""
     return nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()

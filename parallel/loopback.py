@@ -1,4 +1,4 @@
-"""Where processes of this machine meet. Nothing here imports torch."""
+"""The address where processes of this machine meet. Nothing here imports torch."""
 
 import os
 import socket
@@ -15,6 +15,6 @@ def address() -> str:
 
 
 def prepare(world_size: int, local_world_size: int) -> None:
-    """Have gloo use loopback where all ranks are here and there is no 127.0.0.1, to which it turns by itself."""
+    """Make gloo use loopback if all ranks are on this machine and it has no 127.0.0.1, gloo's own choice."""
     if world_size == local_world_size and address() == "::1":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -33,8 +33,8 @@ class MicroBatch:
     segments: list[Segment]
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
-    layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: fast weights of zero
-    left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: what they leave, detached
+    layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: zero fast weights
+    left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: the final states, detached
 
 
 def forward_backward(
@@ -48,7 +48,7 @@ def forward_backward(
 ) -> torch.Tensor:
     """Add every micro-batch's gradient of `loss_scale` x (sum of token losses); return the unscaled sum, on all stages.
 
-    Gradients of weights that several ranks hold are this rank's part: see `sum_shared_gradients`. `health` watches the
+    Gradients of weights that several ranks hold are partial sums: see `sum_shared_gradients`. `health` watches the
     first micro-batch.
     """
     step = StageStep(stage, micro_batches, loss_scale, recompute, health, topology)
@@ -61,10 +61,10 @@ def forward_backward(
 
 
 def sum_shared_gradients(stage: HybridStage, topology: Topology, gradient_of=lambda parameter: parameter.grad) -> None:
-    """Add up the gradients of weights that several ranks of a model hold and each saw a part of.
+    """All-reduce the partial gradients of weights that several ranks of a model hold.
 
     These are norm weights under sequence parallelism (each tensor rank saw its tokens) and a tied embedding on the
-    first and last stage. Without this nothing fails, the copies just drift apart.
+    first and last stage. Without this nothing fails, the copies silently drift apart.
     """
     if stage.config.sequence_parallel and topology.tp_size > 1:
         for parameter in stage.parameters():
@@ -77,9 +77,9 @@ def sum_shared_gradients(stage: HybridStage, topology: Topology, gradient_of=lam
 def predict(
     stage: HybridStage, batch: MicroBatch, topology: Topology
 ) -> tuple[torch.Tensor, torch.Tensor, LayerStates]:
-    """The likeliest tokens [B, T] in prediction windows, -1 elsewhere; the loss summed over the loss tokens; layer states.
+    """The most likely tokens [B, T] in prediction windows, -1 elsewhere; the summed loss; the final layer states.
 
-    The first two on every stage, the states that the sequences leave are each stage's own. One stage works at a time.
+    The first two are the same on every stage, the layer states are each stage's own. One stage works at a time.
     """
     segments, tokens, loss_mask = batch.segments, batch.tokens, batch.loss_mask
     if topology.pp_size == 1:
@@ -95,15 +95,15 @@ def predict(
     layer_states = stage.empty_layer_states(len(tokens)) if batch.layer_states is None else batch.layer_states
     with torch.no_grad():
         for index, segment in enumerate(segments):
-            takes = not (stage.is_first and segment.from_embeddings)
-            hidden_states = ring.receive(segment) if takes else None
+            needs_input = not (stage.is_first and segment.from_embeddings)
+            hidden_states = ring.receive(segment) if needs_input else None
             hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
             if segment.predicts and stage.is_last:
                 where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
                 loss += stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
-            goes_on = index + 1 < len(segments) and not segments[index + 1].from_embeddings
-            if not stage.is_last or goes_on:
+            feeds_next_pass = index + 1 < len(segments) and not segments[index + 1].from_embeddings
+            if not stage.is_last or feeds_next_pass:
                 ring.send(hidden_states)
         for result in (predictions, loss):
             dist.broadcast(result, group=topology.groups.pp, group_src=topology.pp_size - 1)
@@ -111,7 +111,7 @@ def predict(
 
 
 class StageStep:
-    """The segments of one optimizer step on this stage: runs one at a time, keeps what it hands to the next."""
+    """The segments of one optimizer step on this stage: runs one at a time, keeps its layer states for the next."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class StageStep:
         self.health = health
         dtype = torch.promote_types(stage.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=stage.device)
-        # So that every segment has a backward pass, also one without gradient: the schedule runs one.
+        # Gives every segment a backward pass, even one without gradients: the schedule runs one.
         self._anchor = torch.zeros((), device=stage.device, requires_grad=True)
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> layer states for its next segment
         self._steps_done = 0
@@ -142,21 +142,21 @@ class StageStep:
         """Run segment `index` of micro-batch `number`.
 
         Args:
-            received: hidden states [>= L, b, D] of the stage or pass before; present but ignored on a pipeline's first
-                stage when the segment starts from embeddings.
-            link_length: length that a pipeline's links have for every segment, None if this stage is alone.
+            received: hidden states [>= L, b, D] of the previous stage or pass; present but ignored on a pipeline's
+                first stage when the segment starts from embeddings.
+            link_length: length of a pipeline's messages, the same for every segment; None on a single stage.
 
         Returns:
-            hidden states for the next stage or pass, [link_length or L, b, D]; a scalar if nobody reads them. It is the
+            hidden states for the next stage or pass, [link_length or L, b, D]; a scalar if they are unused. It is the
             root of the segment's backward pass, which also consumes the fast-weight gradient of the next segment and
             seeds the loss: run segments in reverse.
         """
         self._note(FORWARD, number, index)
         batch = self.micro_batches[number]
         segment, last = batch.segments[index], index + 1 == len(batch.segments)
-        takes = not (self.stage.is_first and segment.from_embeddings)
+        needs_input = not (self.stage.is_first and segment.from_embeddings)
         hidden_states = None
-        if takes:
+        if needs_input:
             assert received is not None
             hidden_states = received[: self._length(segment)]
         layer_states: Sequence[torch.Tensor] | None
@@ -172,12 +172,12 @@ class StageStep:
             self._carried[number] = carried
         elif self.stage.sleep.carry:
             batch.left = detach(tuple(carried))
-        taken = not (last and self.stage.is_last)
+        output_used = not (last and self.stage.is_last)
         if link_length is None:
-            taken = not last and not batch.segments[index + 1].from_embeddings
-        shape = self._link_shape(link_length, batch, segment) if taken else ()
+            output_used = not last and not batch.segments[index + 1].from_embeddings
+        shape = self._link_shape(link_length, batch, segment) if output_used else ()
         link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
-        hidden_states = hidden_states if taken else None
+        hidden_states = hidden_states if output_used else None
         output = _SegmentBoundary.apply(
             link, self._anchor, self.stage.like, hidden_states, received, loss, *layer_states
         )
@@ -186,11 +186,11 @@ class StageStep:
         return output
 
     def _keep(self, output: torch.Tensor) -> None:
-        """Keep the memory of an output until the schedule has waited for its isend.
+        """Keep an output's memory alive until the schedule has waited for its isend.
 
         Megatron-core 0.16.1 frees an output (`output.data = ...`) as soon as its isend has begun, and waits for that isend
         only after it has begun the next one, before it runs another segment. No backend's isend keeps the memory of a
-        tensor whose `.data` changes (Megatron-LM PR 4047); a second tensor on it does.
+        tensor whose `.data` changes (Megatron-LM PR 4047); a second tensor on that memory does.
         """
         self._sent.append(output.detach())
 
@@ -224,10 +224,10 @@ class StageStep:
         del self._sent[:-1]
         self._steps_done += 1
         step = Step(*step)
-        self.topology.progress.note(self._say, self._steps_done, step, brief=lambda: self._name(step))
+        self.topology.progress.note(self._describe, self._steps_done, step, brief=lambda: self._name(step))
 
-    def _say(self, done: int, step: Step) -> str:
-        """What this stage does, and if it has done that, what it waits for."""
+    def _describe(self, done: int, step: Step) -> str:
+        """What this stage is doing, and what it waits for once that is done."""
         if self.topology.pp_size == 1:
             return self._name(step)
         segments, topology = len(self.micro_batches[0].segments), self.topology
@@ -259,20 +259,20 @@ class StageStep:
 
 @dataclass
 class Link:
-    """What a segment hands on."""
+    """A segment's handover to the next stage or pass, and to the next segment on its stage."""
 
-    shape: tuple[int, ...]  # of what is sent, () if nobody takes it
+    shape: tuple[int, ...]  # of the message; () if it is unused
     loss_scale: float
-    carried: list[torch.Tensor]  # the next segment's layer states, leaves: their .grad is where its backward leaves it
+    carried: list[torch.Tensor]  # the next segment's layer states: leaves, whose .grad its backward pass fills
     begin_backward: Callable[[], None]
 
 
 class _SegmentBoundary(torch.autograd.Function):
-    """Output: what is sent. Backward: gradients for everything that left the segment, wherever it went.
+    """Output: the message to send. Backward: gradients for everything that the segment handed on.
 
-    Hidden states get the gradient that came back for what was sent; the loss its scale; fast weights the gradient that
-    the next segment's backward left. What was received gets zeros beside the gradient of what was made of it, since that
-    can be nothing and its sender waits for a gradient all the same.
+    Hidden states get the gradient that came back for the message; the loss its scale; fast weights the gradient from
+    the next segment's backward. The received message gets zeros on top of the gradient of its uses: it may have none,
+    and its sender waits for a gradient all the same.
     """
 
     @staticmethod
@@ -292,17 +292,17 @@ class _SegmentBoundary(torch.autograd.Function):
         link.begin_backward()
         hidden_states = None if ctx.length is None else gradient[: ctx.length]
         received = None if ctx.received is None else gradient.new_zeros(ctx.received)
-        # Zeros where nothing came back: the stage before still waits for the gradient of what it sent.
+        # Zeros where nothing came back: the previous stage still waits for the gradient of its message.
         layer_states = [torch.zeros_like(x) if x.grad is None else x.grad for x in link.carried]
         link.carried.clear()
         return None, None, None, hidden_states, received, ctx.loss_gradient, *layer_states
 
 
 def _loop(step: StageStep, number: int) -> None:
-    """All segments of a micro-batch on one stage: forward in order, backward in reverse.
+    """Run all segments of a micro-batch on one stage: forward in order, backward in reverse.
 
-    Each segment is a graph of its own: its weight gradients are added to .grad before the next one's begin, so that one
-    set of them is alive and not one more that autograd gathers over all segments.
+    Each segment has its own graph: its weight gradients are added to .grad before the next one's begin, so that only
+    one set is alive, without a second one that autograd would gather over all segments.
     """
     done: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     output: torch.Tensor | None = None
@@ -371,12 +371,12 @@ def _pipeline(step: StageStep, topology: Topology) -> None:
 
 
 def longest(segments: list[Segment]) -> int:
-    """Tokens of the longest window: a pipeline's links have one shape for all segments."""
+    """Tokens of the longest window: a pipeline's messages have one shape for all segments."""
     return max(len(segment.tokens) for segment in segments)
 
 
 def _schedule_config(stage: HybridStage, topology: Topology, chunks: int):
-    """The stage's config as the schedule reads it.
+    """A copy of the stage's config for the schedule.
 
     Changed after construction: the stage itself must not number its layers as a virtual pipeline would.
     """
@@ -385,11 +385,11 @@ def _schedule_config(stage: HybridStage, topology: Topology, chunks: int):
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
     config.microbatch_group_size_per_vp_stage = topology.pp_size
     config.pipeline_dtype = stage.dtype
-    config.deallocate_pipeline_outputs = True  # a stage keeps what it was sent, not what it sends
-    # Batched, the messages to the stage before and after cross when both are the same peer: with two stages the
-    # gradients are wrong and nothing says so.
+    config.deallocate_pipeline_outputs = True  # a stage keeps what it receives, not what it sends
+    # Batched, the messages to the previous and the next stage get swapped when both are the same peer: with two stages
+    # gradients are silently wrong.
     config.batch_p2p_comm = False
-    config.overlap_p2p_comm = chunks > 1  # Megatron-core wants it so for a single chunk
+    config.overlap_p2p_comm = chunks > 1  # Megatron-core requires False for a single chunk
     config.batch_p2p_sync = False
     return config
 

@@ -24,7 +24,7 @@ from powernap.parallel.rendezvous import RENDEZVOUS, rendezvous
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands."""
+    """This process's place among the ranks, and its process groups."""
 
     rank: int
     world_size: int
@@ -67,7 +67,7 @@ class Topology:
         return values
 
     def all_reduce_counter_over_data(self, counter: Counter) -> Counter:
-        """The sum of `counter` over data-parallel ranks, which may have counted different things."""
+        """The sum of `counter` over data-parallel ranks, whose keys may differ."""
         return sum(self.all_gather_over_data(counter), Counter())
 
     @property
@@ -76,44 +76,44 @@ class Topology:
         return self.pp_rank == 0 and self.tp_rank == 0
 
     def broadcast_in_model(self, values: torch.Tensor) -> torch.Tensor:
-        """What the rank that reads has in `values`, on all stages and tensor ranks of its model."""
+        """Broadcast the data source's `values` to all stages and tensor ranks of its model, in place."""
         dist.broadcast(values, group=self.groups.mp, group_src=0)
         return values
 
     def all_gather_over_data(self, value: object) -> list:
-        """What each data-parallel rank has for `value`."""
+        """`value` of each data-parallel rank."""
         values = [None] * self.dp_size
         dist.all_gather_object(values, value, group=self.groups.dp)
         return values
 
     def all_gather_object(self, value: object) -> list:
-        """What each rank has for `value`."""
+        """`value` of each rank."""
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def merge_over_model(self, values: dict[str, float]) -> dict[str, float]:
-        """The values of all stages and tensor ranks of this model; where several have one of a name, their mean."""
-        found: list[Any] = [None] * self.groups.mp.size()
-        dist.all_gather_object(found, values, group=self.groups.mp)
-        names = dict.fromkeys(name for part in found for name in part)
-        same = {name: [part[name] for part in found if name in part] for name in names}
-        return {name: sum(values) / len(values) for name, values in same.items()}
+        """The values of all stages and tensor ranks of this model, averaged where several have the same name."""
+        parts: list[Any] = [None] * self.groups.mp.size()
+        dist.all_gather_object(parts, values, group=self.groups.mp)
+        names = dict.fromkeys(name for part in parts for name in part)
+        by_name = {name: [part[name] for part in parts if name in part] for name in names}
+        return {name: sum(values) / len(values) for name, values in by_name.items()}
 
     def broadcast_object(self, value: Any) -> Any:
-        """What the main rank has for `value`, on all ranks."""
+        """`value` of the main rank, on all ranks."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of all ranks' `value`."""
+        """The largest `value` of all ranks."""
         values = torch.tensor(value, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return int(values)
 
     def raise_together(self, call: Callable[[], None]) -> None:
-        """`call` on the main rank; where it raises an OSError or ValueError, every rank does, and none waits for it."""
+        """`call` on the main rank; if it raises an OSError or ValueError, every rank raises it and none hangs."""
         error = None
         if self.is_main:
             try:
@@ -143,22 +143,22 @@ def init_distributed(
     """Join the processes that torchrun or srun described in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     Args:
-        tensor, pipeline: ranks per tensor-parallel group, pipeline stages; data parallelism takes what is left.
+        tensor, pipeline: ranks per tensor-parallel group, pipeline stages; data parallelism takes the rest.
         timeout_seconds: a collective that waits longer raises instead of hanging.
-        progress: where this rank notes what it does.
+        progress: records what this rank is doing.
         process_group: passed to torch.distributed.init_process_group in place of the environment (tests).
     """
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # set, since DeepSpeed insists on it
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # set, since DeepSpeed requires it
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     cpu.prepare()
     loopback.prepare(int(os.environ.get("WORLD_SIZE", 1)), local_world)
-    # NCCL wants a GPU for each rank; several ranks on one GPU, as tests use, talk through gloo.
+    # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if not dist.is_initialized():
-        if not process_group and os.environ.get("WORLD_SIZE") == "1":  # nobody to meet, so no port to lose to others
+        if not process_group and os.environ.get("WORLD_SIZE") == "1":  # no peers, so no port that others could take
             process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         timeout, name = timedelta(seconds=timeout_seconds), os.environ.get(RENDEZVOUS)
         if process_group or not name or os.environ.get("MASTER_PORT"):
@@ -193,15 +193,15 @@ class RankLostError(PowernapError):
     exit_code = exit_codes.FAILED
 
 
-# What gloo and the ranks' common store say when a process at the other end has ended.
+# Messages of gloo and of the ranks' common store after a peer has exited.
 _GONE = re.compile(r"gloo.*Connection (closed|reset) by peer|Did the remote server shutdown or crash", re.DOTALL)
 
 
 @contextmanager
 def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
-    """`initialize`, watched by a watchdog if there are other ranks, and leave the process groups at the end.
+    """`init_distributed`, with a watchdog if there are other ranks; leaves the process groups at the end.
 
-    Not after an error, where there are others: a rank that failed must not wait for them, it exits and takes them down.
+    Not after an error with other ranks: a failed rank must not wait for them, it exits and takes them down.
 
     Raises:
         RankLostError: if another rank closed its connections.
@@ -214,7 +214,7 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
         watchdog = Watchdog(progress, who, rank, world_size, timeout_seconds)
         watchdog.start()
     try:
-        # The watchdog speaks first, since it knows what it waited for.
+        # The watchdog reports first, since it knows what the rank waited for.
         topology = init_distributed(tensor, pipeline, timeout_seconds + JOINING, progress)
         progress.joined = True
         progress.note("starting")
@@ -231,8 +231,8 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RankLostError(f"{who(rank)}: {progress.describe()}: {reason}") from None
         raise
-    except ValueError:  # ours, too
-        if world_size == 1:  # left to the interpreter's end, threads of the group may abort the process
+    except ValueError:  # PowernapErrors, too
+        if world_size == 1:  # at the interpreter's exit, threads of the group may abort the process
             shutdown_distributed()
         raise
     if watchdog:

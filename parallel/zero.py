@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO as the optimizer: splits its states over data-parallel ranks, averages gradients, clips, steps.
 
 The model runs outside DeepSpeed's engine (engine.module), because a schedule calls backward once per segment and
-micro-batch, and every weight has a part in each. What makes that legal: at stage 1 `managed_gradient_accumulation:
-false`, DeepSpeed's hooks only accumulate and all communication happens in step(); at stages 2 and 3
-`coalesce_grad_reduction` around all backward passes of a step.
+micro-batch, and every weight takes part in each. Two settings make that legal: at stage 1
+`managed_gradient_accumulation: false`, so that DeepSpeed's hooks only accumulate and all communication happens in
+step(); at stages 2 and 3 `coalesce_grad_reduction` around all backward passes of a step.
 
 ZeRO 2 shards the wrong thing here: every segment adds to every weight's gradient, so whole gradients are alive in
-every backward pass. The most live tensor bytes of a step, parameters and optimizer left out, in whole sets of float32
+every backward pass. Peak live tensor bytes of a step, without parameters and optimizer, in full sets of float32
 gradients (d=192, AGAG, two data-parallel ranks, four micro-batches of five segments, buckets of 50,000 elements):
 
                                                one pipeline stage   two
@@ -15,7 +15,7 @@ gradients (d=192, AGAG, two data-parallel ranks, four micro-batches of five segm
     stage 2, reduced after each micro-batch                  3.13   3.50
     stage 2, reduced after each segment                      3.18   3.56
 
-So stage 2 is refused beside a pipeline, and no better than stage 1 elsewhere.
+So stage 2 is rejected with a pipeline, and no better than stage 1 elsewhere.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ MASTER = "master"  # float32 weights, among the names of optimizer states
 
 
 class Fragment(NamedTuple):
-    """The part of a parameter that one data-parallel rank steps: a stretch of the flattened tensor-parallel shard."""
+    """The part of a parameter that one data-parallel rank updates: a range of the flattened tensor-parallel shard."""
 
-    partition: int  # of this rank's, by number
+    partition: int  # index among this rank's
     offset: int  # in that partition
     start: int  # in the shard
     stop: int
@@ -57,7 +57,7 @@ def _bucket_size(stage: torch.nn.Module) -> int:
 
 
 class ModelParallelUnit:
-    """The process grid in the words DeepSpeed asks for.
+    """The process grid under the names that DeepSpeed expects.
 
     To DeepSpeed, model parallelism is everything that is not data parallelism: tensor and pipeline ranks together. No
     name with "sequence_parallel" may appear here: it takes that for its own Ulysses and then leaves the tensor ranks
@@ -107,7 +107,7 @@ def _config(
     zero_stage: int,
     offload: bool,
 ) -> dict[str, Any]:
-    """DeepSpeed's."""
+    """DeepSpeed's config."""
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -120,8 +120,8 @@ def _config(
         "steps_per_print": 10**9,
     }
     if (precision, zero_stage) in (("fp32", 1), ("bf16", 2)):
-        # Its buffer to reduce gradients in: in float32 as large as all of them again, there in all backward passes; at
-        # bf16 stage 2 it would be bf16.
+        # Its buffer for gradient reduction: in float32 a second full set, alive in all backward passes; at bf16 stage 2
+        # it would be bf16.
         zero["contiguous_gradients"] = False
     if zero_stage == 3:
         # A prefetcher learns one order of layers; ours changes with N.
@@ -136,9 +136,9 @@ def _config(
 
 
 class _Gradients:
-    """All gradients of a stage in one buffer that stays from step to step.
+    """All gradients of a stage in one buffer that persists across steps.
 
-    DeepSpeed's bf16 optimizer has its own that way. Nothing grows in the midst of a step, and no allocator pieces it together.
+    DeepSpeed's bf16 optimizer keeps its own like that. Nothing grows in the middle of a step, and nothing fragments.
     """
 
     def __init__(self, stage: torch.nn.Module):
@@ -148,7 +148,7 @@ class _Gradients:
         self._parts = self._flat.split(sizes)
 
     def attach(self) -> None:
-        """Every parameter's gradient is zero, and lies here."""
+        """Zero the buffer, and make every parameter's gradient a view of it."""
         self._flat.zero_()
         for parameter, part in zip(self._parameters, self._parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -158,12 +158,12 @@ class ZeroOptimizer:
     """One ZeRO engine around a stage.
 
     Args:
-        stage: the module; its parameters become views into DeepSpeed's flat buffers, bf16 if asked.
-        optimizer: over the stage's parameters, stepping one flat float32 partition per parameter group. Every rank must
+        stage: the module; its parameters become views into DeepSpeed's flat buffers, bf16 with that precision.
+        optimizer: over the stage's parameters, updating one flat float32 partition per parameter group. Every rank must
             have the same number of groups, none of them empty: the gradient norm is summed group by group.
         precision: "bf16" keeps float32 master weights and accumulates gradients in float32.
         clip: largest global gradient norm, 0 for no clipping.
-        level: ZeRO's stage: 1 splits optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too.
+        zero_stage: 1 splits optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too.
         offload: keep the optimizer's states in host memory and step there.
     """
 
@@ -179,7 +179,7 @@ class ZeroOptimizer:
         zero_stage: int = 1,
         offload: bool = False,
     ):
-        gc.freeze()  # DeepSpeed collects garbage dozens of times as it starts: not through all that is imported by now
+        gc.freeze()  # DeepSpeed collects garbage dozens of times at startup: skip all that is imported by now
         self.topology = topology
         self.stage = stage
         self.clip = clip
@@ -187,21 +187,21 @@ class ZeroOptimizer:
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._unused: dict[torch.nn.Parameter, None] = {}  # so far in this step, in order
         self._loss: torch.Tensor | None = None
-        # [parameters of the stage], on the device: what this rank alone accumulated in the last step, in float32.
+        # [parameters of the stage], on the device, float32: norms of what this rank alone accumulated in the last step.
         self.gradient_norms: torch.Tensor | None = None
         for parameter in stage.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: self._unused.pop(parameter, None))
         if stage.holds_tied_copy:
             assert stage.embedding is not None
             stage.embedding.weight.ds_pipe_replicated = True  # the first stage counts it in the gradient norm
-        # DeepSpeed's float32 ZeRO-1 turns a matrix's gradient into Muon's update before it takes the norm: the norm and
-        # the clipping would be of updates. So there we average and clip ourselves first. Its bf16 optimizer has the
-        # right order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
+        # DeepSpeed's float32 ZeRO-1 turns a matrix's gradient into Muon's update before it takes the norm: it would
+        # clip by the norm of updates. So there we average and clip ourselves first. Its bf16 optimizer has the right
+        # order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
         config = _config(
             stage, topology.device, precision, 0.0 if self._clip_here else clip, micro_batch_size, zero_stage, offload
         )
-        import deepspeed  # late: it looks at the environment that init_distributed prepares
+        import deepspeed  # late: it reads the environment that init_distributed prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
@@ -209,7 +209,7 @@ class ZeroOptimizer:
                 model=stage,
                 optimizer=optimizer,
                 config=config,
-                # Its bf16 Muon refuses any, also one that says that there is no model parallelism.
+                # Its bf16 Muon rejects any mpu, even one without model parallelism.
                 mpu=ModelParallelUnit(topology.groups) if topology.tp_size * topology.pp_size > 1 else None,
             )
         if precision == "bf16":
@@ -226,12 +226,12 @@ class ZeroOptimizer:
 
     @property
     def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
-        """The stage's parameters by the optimizer's groups."""
+        """The stage's parameters by optimizer group."""
         return self._groups
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Around all backward passes of a step; at its end every rank's gradients are whole, but for averaging."""
+        """Wraps all backward passes of a step; after it every rank's gradients are complete except for averaging."""
         self._unused = dict.fromkeys(self.stage.parameters())
         if self._gradients:
             self._gradients.attach()
@@ -247,15 +247,15 @@ class ZeroOptimizer:
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
 
     def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
-        """Called in `accumulation`: the step is to be skipped, by all ranks, if this rank's `loss` is not finite."""
+        """Call in `accumulation`: all ranks skip the step if this rank's `loss` is not finite."""
         self._loss = loss.detach()
 
     def step(self) -> float:
         """Average gradients over data-parallel ranks, clip, update, clear. Returns the norm before clipping.
 
-        If that is not finite the step is skipped: nothing of the optimizer's state and no weight changes, on any rank.
-        The norm is of all ranks' gradients, so all decide alike and nothing more is sent. DeepSpeed does that in every
-        optimizer we use: a look at the norm before anything is stepped, as for float16's overflows. (0.19.8: `overflow`
+        If that is not finite the step is skipped: no weight and no optimizer state changes, on any rank. The norm
+        covers all ranks' gradients, so all decide alike without further communication. DeepSpeed does that in every
+        optimizer we use: it checks the norm before it updates anything, as for float16's overflows. (0.19.8: `overflow`
         in stage_1_and_2.py step, stage3.py step, bf16_optimizer.py step.)
         """
         norm = self._average_and_clip() if self._clip_here else None
@@ -263,7 +263,7 @@ class ZeroOptimizer:
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
 
     def gathered_parameters(self, parameters: list[torch.nn.Parameter] | None = None) -> AbstractContextManager:
-        """Inside, these parameters are whole, by default every one of this stage; all ranks call it together."""
+        """Inside, these parameters, by default all of this stage, are gathered; all ranks call it together."""
         if self.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
@@ -271,10 +271,10 @@ class ZeroOptimizer:
         return deepspeed.zero.GatheredParameters(parameters or list(self.stage.parameters()))
 
     def _complete(self) -> None:
-        """Gradients of zero for parameters that had no part in this step, such as the pass norm's where N is 1.
+        """Give parameters without a part in this step, such as the pass norm with N = 1, zero gradients.
 
-        DeepSpeed leaves out what has no gradient. Where other ranks have one (an output head, but no loss token here),
-        their messages no longer match at stages 1 and 2, in bf16 their norms; stage 3 takes the step before's.
+        DeepSpeed skips parameters without a gradient. If other ranks have one (an output head, but no loss token here),
+        messages no longer match at stages 1 and 2, nor norms in bf16; stage 3 takes the previous step's gradient.
         """
         unused = list(self._unused)
         if unused:
@@ -282,7 +282,7 @@ class ZeroOptimizer:
                 torch.autograd.backward(unused, [torch.zeros_like(parameter) for parameter in unused])
 
     def _accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Where DeepSpeed adds up this parameter's gradient: in float32."""
+        """The tensor in which DeepSpeed accumulates this parameter's gradient, in float32."""
         for name in ("_hp_grad", "grad_accum", "grad"):
             gradient = getattr(parameter, name, None)
             if gradient is not None:
@@ -295,11 +295,11 @@ class ZeroOptimizer:
         flat = torch._utils._flatten_dense_tensors(gradients)
         self.topology.all_reduce_over_data(flat).div_(self.topology.dp_size)
         averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
-        own = [g for p, g in zip(parameters, averaged, strict=True) if not getattr(p, "ds_pipe_replicated", False)]
-        squares = torch.stack([g.pow(2).sum() for g in own]).sum()  # tensor-parallel Muon does not exist
+        counted = [g for p, g in zip(parameters, averaged, strict=True) if not getattr(p, "ds_pipe_replicated", False)]
+        squares = torch.stack([g.pow(2).sum() for g in counted]).sum()  # tensor-parallel Muon does not exist
         dist.all_reduce(squares, group=self.topology.groups.pp)
         norm = squares.sqrt()
-        # Muon's update would be finite, and a step made, where only the norm is too large for float32.
+        # If only the norm overflows float32, Muon's update would still be finite and the step would run.
         _poison_if_nonfinite(flat, norm)
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
@@ -308,72 +308,74 @@ class ZeroOptimizer:
         return float(norm)
 
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
-        """Where this rank keeps master weights and optimizer states of a parameter; None if it has nothing of it."""
+        """Location of this rank's master weights and optimizer states of a parameter; None if it has none."""
         if self.zero_stage < 3:
-            found = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
-            if found is None:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if mapping is None:
                 return None
-            own, where = found.lp_fragment_address, found.hp_fragment_address
-            return Fragment(found.param_group_index, where.start, own.start, own.start + own.numel)
+            in_shard, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return Fragment(
+                mapping.param_group_index, in_partition.start, in_shard.start, in_shard.start + in_shard.numel
+            )
         partition, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)][:3]
-        start = self.topology.dp_rank * size  # all ranks have as much; the last ones' is partly padding
+        start = self.topology.dp_rank * size  # the same size on all ranks; the last ones' is partly padding
         stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]  # DeepSpeed's
         return Fragment(partition, offset, start, stop) if start < stop else None
 
     def values(self, parameter: torch.nn.Parameter, fragment: Fragment) -> dict[str, tuple[int, torch.Tensor]]:
-        """What this rank keeps of a parameter: `master` float32 and the optimizer's states by name.
+        """This rank's values of a parameter by name: float32 `master` and the optimizer's states.
 
-        Each is a view [n] of a stretch of the flattened shard, with where that begins: the fragment, and of float32 Muon's
-        momentum the whole matrix, which is the same on all ranks that have a part of the matrix.
+        Each is (start, view [n]) of a range of the flattened shard: the fragment, or for float32 Muon's momentum the
+        whole matrix, which is the same on all ranks that have a part of the matrix.
         """
         partition = self._partitions()[fragment.partition]
-        kinds = {name: value for name, value in self._state(partition).items() if _is_flat(value)}
-        found = {}
-        for name, value in {MASTER: partition.detach(), **kinds}.items():
+        states = {name: value for name, value in self._state(partition).items() if _is_flat(value)}
+        views = {}
+        for name, value in {MASTER: partition.detach(), **states}.items():
             if name != MASTER and self._keeps_whole_matrices(fragment.partition):
                 offset = self._offset_of_matrix(parameter, fragment.partition)
-                found[name] = (0, value.narrow(0, offset, parameter.numel()))
+                views[name] = (0, value.narrow(0, offset, parameter.numel()))
             else:
                 assert value.shape == partition.shape
-                found[name] = (fragment.start, value.narrow(0, fragment.offset, fragment.size))
-        return found
+                views[name] = (fragment.start, value.narrow(0, fragment.offset, fragment.size))
+        return views
 
     def group_of(self, partition: int) -> int:
-        """The optimizer's parameter group of a partition: stage 3 cuts large groups into several."""
+        """The optimizer's parameter group of a partition: stage 3 splits large groups into several."""
         return self.zero.sub_group_to_group_id[partition] if self.zero_stage == 3 else partition
 
     def groups(self) -> list[dict]:
-        """By parameter group: the names of the states that are as large as the weights, and the others, step counters.
+        """Per parameter group: the names of the states as large as the weights, and the others, step counters.
 
-        A counter is given as [value, whether the optimizer keeps it as a tensor].
+        A counter is [value, whether the optimizer keeps it as a tensor].
         """
-        found: list[dict] = [{"kinds": [], "scalars": {}} for _ in self._groups]
+        groups: list[dict] = [{"kinds": [], "scalars": {}} for _ in self._groups]
         for index, partition in enumerate(self._partitions()):
             state = self._state(partition)
-            found[self.group_of(index)] = {
+            groups[self.group_of(index)] = {
                 "kinds": sorted(name for name, value in state.items() if _is_flat(value)),
                 "scalars": {n: [float(v), torch.is_tensor(v)] for n, v in state.items() if not _is_flat(v)},
             }
-        return found
+        return groups
 
     def restore_groups(self, groups: list[dict]) -> None:
         """Recreate the states listed in `groups`; tensors start at zero."""
         for index, partition in enumerate(self._partitions()):
-            told, state = groups[self.group_of(index)], self._state(partition)
+            saved, state = groups[self.group_of(index)], self._state(partition)
             state.clear()
             size = partition.numel()
             if self._keeps_whole_matrices(index):
                 size = sum(parameter.numel() for parameter in self.zero.params_in_partition[index])
-            for name in told["kinds"]:
+            for name in saved["kinds"]:
                 state[name] = partition.new_zeros(size)
-            for name, (value, is_tensor) in told["scalars"].items():
-                # On the device: a fused optimizer wants its counter there.
+            for name, (value, is_tensor) in saved["scalars"].items():
+                # On the device: a fused optimizer expects its counter there.
                 state[name] = torch.tensor(value, device=partition.device) if is_tensor else int(value)
         if self.zero_stage < 3:  # DeepSpeed keeps views of the states, which have just been replaced
             self.zero._hp_optimizer_states_linked = False
 
     def adopt_masters(self) -> None:
-        """Make the model's weights those of the master weights."""
+        """Set the model's weights from the master weights."""
         if self.zero_stage < 3:
             self.zero.update_lp_params()
             return
@@ -386,7 +388,7 @@ class ZeroOptimizer:
         return [group["params"][0] for group in self.zero.optimizer.param_groups]
 
     def _keeps_whole_matrices(self, partition: int) -> bool:
-        """DeepSpeed's float32 Muon keeps the momentum of all matrices of which a partition has a part, one by one."""
+        """DeepSpeed's float32 Muon keeps the whole momentum of each matrix with a part in a partition, one by one."""
         return self._clip_here and self.zero.optimizer.param_groups[partition]["use_muon"]
 
     def _offset_of_matrix(self, parameter: torch.nn.Parameter, partition: int) -> int:
@@ -407,5 +409,5 @@ def _is_flat(value: object) -> bool:
 
 
 def _poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:
-    """Make `gradient` NaN, in place, if the scalar `witness` is not finite; else add zero. Nobody waits for the device."""
+    """Make `gradient` NaN, in place, if the scalar `witness` is not finite; else add zero. No wait for the device."""
     gradient += (witness * 0).to(gradient.dtype)

@@ -1,9 +1,9 @@
-"""Parity: read rows of bits, then say for each row how many of its first t bits are set, modulo 2.
+"""Parity: read rows of bits, then answer for each row how many of its first t bits are set, modulo 2.
 
     row row row                      | [bits t] answer answer answer
     rows windows of L = width tokens | the window that answers
 
-The depth of an answer is t. No row of the test is in a training sample.
+The depth of an answer is t. No test row is in a training sample.
 """
 
 from typing import ClassVar
@@ -55,5 +55,5 @@ class Parity(Section):
         return Sample(tokens, loss_mask, np.array([(start, stop, depth)], dtype=np.int32))
 
     def _row(self, rng: np.random.Generator, held_out: bool) -> np.ndarray:
-        """One that belongs to the test, or to the training, by its hash."""
+        """A row of the test split or of the training split, by its hash."""
         return draw_problem(lambda: rng.integers(2, size=self.width), lambda row: row, held_out, "parity")

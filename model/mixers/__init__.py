@@ -13,26 +13,26 @@ BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet, Mamba2, KimiDelta
 
 
 def _registry() -> dict[str, type[Mixer]]:
-    """Powernap's own, and those of installed packages (entry points of `powernap.mixers`)."""
-    found: dict[str, type[Mixer]] = {}
+    """The built-in mixers and those of installed packages (entry points of `powernap.mixers`)."""
+    mixers: dict[str, type[Mixer]] = {}
     for name, kind in [*((mixer.__name__, mixer) for mixer in BUILT_IN), *plugins("mixers").items()]:
-        where = f"entry point {name} of powernap.mixers"
+        label = f"entry point {name} of powernap.mixers"
         if not (inspect.isclass(kind) and issubclass(kind, Mixer)):
-            raise PluginError(f"{where}: {kind!r} is no class derived from powernap.model.part.Mixer")
+            raise PluginError(f"{label}: {kind!r} is no class derived from powernap.model.part.Mixer")
         if missing := [field for field in ("letter", "title", "section") if not hasattr(kind, field)]:
-            raise PluginError(f"{where}: {kind.__name__} does not say its {missing[0]}")
+            raise PluginError(f"{label}: {kind.__name__} does not say its {missing[0]}")
         if kind.__abstractmethods__:
-            raise PluginError(f"{where}: {kind.__name__} lacks {', '.join(sorted(kind.__abstractmethods__))}")
+            raise PluginError(f"{label}: {kind.__name__} lacks {', '.join(sorted(kind.__abstractmethods__))}")
         if len(kind.letter) != 1 or not kind.letter.isalpha() or not kind.section.isidentifier():
-            raise PluginError(f"{where}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
-        for other in found.values():
+            raise PluginError(f"{label}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
+        for other in mixers.values():
             if kind.letter == other.letter or kind.section == other.section:
                 raise PluginError(
-                    f"{where}: letter {kind.letter} and section {kind.section} must differ from those of {other.title} "
+                    f"{label}: letter {kind.letter} and section {kind.section} must differ from those of {other.title} "
                     f"({other.letter}, {other.section})"
                 )
-        found[kind.letter] = kind
-    return found
+        mixers[kind.letter] = kind
+    return mixers
 
 
 MIXERS = _registry()

@@ -21,7 +21,7 @@ class Attention(Mixer):
     and values of earlier windows, as far back as L-1 tokens.
 
     The fused projection is head-major, per head [q | k | v], so a tensor-parallel shard is a plain slice of rows and
-    the weights at the start do not depend on the number of shards.
+    the initial weights do not depend on the number of shards.
     """
 
     letter: ClassVar[str] = "A"
@@ -70,14 +70,14 @@ class Attention(Mixer):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """q, k, v, the rotated q and k, the output; the log-sum of each head's scores."""
+        """q, k, v, the rotated q and k, the output; the log-sum-exp of each head's scores."""
         if state_only:
             return 0
-        kept = 6 if sleep.eviction == "hard" else 8  # ... keys and values joined to the cached ones
+        kept = 6 if sleep.eviction == "hard" else 8  # ... keys and values concatenated with the cache
         return kept * model.hidden_size * number + self.heads * FP32
 
     def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
-        """Keys and values of no token, [2, B, heads/TP, 0, head_dim], with device and precision of `like`."""
+        """An empty KV cache, [2, B, heads/TP, 0, head_dim], with the device and dtype of `like`."""
         return like.new_zeros((2, batch, self.heads // layer.tp_size, 0, self.head_dim(layer.model)))
 
     def forward(
@@ -104,11 +104,11 @@ class Attention(Mixer):
             output = self._attend(layer, query, keys, values, window)
         if layer.block in window.final_blocks:
             kept = min(layer.model.window - 1, seen.shape[3])
-            state = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep alive what is evicted
+            state = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep the evicted ones alive
         return output, state
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
-        """Room for `slots` tokens, those of the window and those before that are still seen."""
+        """Room for `slots` tokens: the window's, and the earlier ones that it still sees."""
         shape = (batch, 2, self.heads // layer.tp_size, slots, self.head_dim(layer.model))
         return {"keys_values": like.new_zeros(shape)}
 

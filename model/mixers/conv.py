@@ -1,4 +1,4 @@
-"""Depthwise causal convolution along the tokens, which mixers have before their recurrence."""
+"""Depthwise causal convolution along the tokens, for mixers to run before their recurrence."""
 
 import torch
 
@@ -29,13 +29,13 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         *earlier, now = weight.unbind(-1)
-        of_x = gradient * now
-        of_taps = [(gradient * x).sum((0, 1))]  # from the newest tap back
+        grad_x = gradient * now
+        grad_taps = [(gradient * x).sum((0, 1))]  # from the newest tap back
         for shift, tap in _shifts(earlier, x):
-            of_x[:-shift].addcmul_(gradient[shift:], tap)
-            of_taps.append((gradient[shift:] * x[:-shift]).sum((0, 1)))
-        unused = [torch.zeros_like(now)] * (weight.shape[-1] - len(of_taps))  # taps that reach before the first token
-        return of_x, torch.stack([*of_taps, *unused][::-1], dim=-1)
+            grad_x[:-shift].addcmul_(gradient[shift:], tap)
+            grad_taps.append((gradient[shift:] * x[:-shift]).sum((0, 1)))
+        unused = [torch.zeros_like(now)] * (weight.shape[-1] - len(grad_taps))  # taps that reach before the first token
+        return grad_x, torch.stack([*grad_taps, *unused][::-1], dim=-1)
 
 
 def _shifts(earlier: list[torch.Tensor], x: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -5,9 +5,9 @@ With S_t in R^{d_k x d_v} (the transpose of the paper's matrix, as kernels store
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
 
 alpha_t = exp(g_t) decays, beta_t in [0, 1] sets the write strength (arXiv 2412.06464, eq. 10). All forms take an initial
-state, give the final one, and carry gradients through both.
+state, return the final one, and pass gradients through both.
 
-Layout of every form, the field's own: q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], state [B, H, K, V].
+All forms have the field's usual layout: q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], state [B, H, K, V].
 """
 
 import functools
@@ -21,7 +21,7 @@ from powernap.model.part import even_chunk
 
 
 def sequential_delta_rule(q, k, v, g, beta, state, need_output: bool = True):
-    """The recurrence written down token by token. Arguments as `Recurrence`; g may have a number for each channel."""
+    """The recurrence token by token. Arguments as in `Recurrence`; g may have one value per channel."""
     dtype = v.dtype
     q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
     outputs = []
@@ -37,16 +37,16 @@ def sequential_delta_rule(q, k, v, g, beta, state, need_output: bool = True):
 
 
 def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
-    """The same numbers chunk by chunk with matrix products (arXiv 2406.06484 sec. 3, with decay 2412.06464 sec. 3.2).
+    """The same result chunk by chunk with matrix products (arXiv 2406.06484 sec. 3, with decay 2412.06464 sec. 3.2).
 
-    Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j and D_ij = exp(gamma_i - gamma_j) for j <= i. The values the
-    tokens really write, u, solve a unit lower-triangular system
+    Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j and D_ij = exp(gamma_i - gamma_j) for j <= i. The values u
+    that the tokens actually write solve a unit lower-triangular system
 
         (I + tril(beta k k^T * D, -1)) u = beta (v - exp(gamma) k S)
 
     and then  o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + (exp(gamma_C - gamma) k)^T u.
-    The triangular solve is done for all chunks at once; only the part that needs S goes from chunk to chunk.
-    Arguments as `Recurrence`. No write in place, so autograd needs no copy.
+    The triangular solve is done for all chunks at once; only the part that needs S runs chunk by chunk.
+    Arguments as in `Recurrence`. Nothing is written in place, so autograd needs no copy.
     """
     length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
     chunk = even_chunk(length, max_chunk)
@@ -73,7 +73,7 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
 
 
 def to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, H, ...] -> [chunks, B * H, C, ...]. What is missing at the end is zero: such tokens neither decay nor write."""
+    """[B, T, H, ...] -> [chunks, B * H, C, ...]. Zero padding at the end: such tokens neither decay nor write."""
     x = x.to(dtype)
     if padding := -x.shape[1] % chunk:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
@@ -90,10 +90,10 @@ def through_chunks(
     dtype: torch.dtype,
     length: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """From chunk to chunk: u = u_of_v - u_of_state S, S' = whole S + k_to_end u, and for reads (q, scores) o = q S + scores u.
+    """Chunk by chunk: u = u_of_v - u_of_state S, S' = whole S + k_to_end u; for reads (q, scores) o = q S + scores u.
 
     Args:
-        u_of_v, u_of_state, whole, k_to_end, reads: [chunks, B * H, ...], as `to_chunks` has them.
+        u_of_v, u_of_state, whole, k_to_end, reads: [chunks, B * H, ...], as from `to_chunks`.
         state: S, [B, H, K, V].
         dtype, length: of the output.
         reads: None if no output is needed.
@@ -104,7 +104,7 @@ def through_chunks(
     # unbind, not indexing: the backward of n slices would fill n gradients of the full size
     per_chunk = [u_of_v, u_of_state, whole, k_to_end, *(reads or ())]
     outputs = []
-    flat_state = state.flatten(0, 1)  # [B * H, K, V]: baddbmm, a product and a sum in one, wants one batch dimension
+    flat_state = state.flatten(0, 1)  # [B * H, K, V]: baddbmm, a product and a sum in one, takes one batch dimension
     for u_v, u_s, decay_all, k_end, *query in zip(*(x.unbind(0) for x in per_chunk), strict=True):
         u = torch.baddbmm(u_v, u_s, flat_state, alpha=-1)
         if query:
@@ -113,7 +113,7 @@ def through_chunks(
         flat_state = torch.baddbmm(decay_all * flat_state, k_end, u)
     if not outputs:
         return None, flat_state.view_as(state)
-    # Tokens first in memory, as the caller has it: its transpose to [T, B, H, V] is then contiguous.
+    # Tokens first in memory, as the caller's tensors: the transpose to [T, B, H, V] is then contiguous.
     output = torch.stack(outputs).unflatten(1, state.shape[:2]).permute(0, 3, 1, 2, 4).flatten(0, 1)
     return output[:length].transpose(0, 1).to(dtype), flat_state.view_as(state)
 

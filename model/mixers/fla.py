@@ -1,4 +1,4 @@
-"""When FLA's Triton kernels compute a recurrence, and whether they would: one rule for all mixers."""
+"""When FLA's Triton kernels compute a recurrence, and whether they can: one rule for all mixers."""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ from torch.torch_version import TorchVersion
 from powernap.model.errors import PowernapError
 
 LARGEST_KEY_DIM = 256
-# FLA 0.6.0 refuses its backward pass (chunk_bwd_dqkwg) on Hopper with Triton in [first, second): wrong gradients.
+# FLA 0.6.0 rejects its backward pass (chunk_bwd_dqkwg) on Hopper with Triton in [first, second): wrong gradients.
 HOPPER = 9  # major compute capability
 TRITON_WRONG_ON_HOPPER = ("3.4.0", "3.7.1")
 
@@ -21,10 +21,10 @@ class KernelError(PowernapError):
 def check_fla(dtype: torch.dtype, device: torch.device, field: str, key_dim: int) -> None:
     """Raise KernelError if training in `dtype` on `device` needs FLA's kernels and they would fail.
 
-    Without this the first segment fails: in a queue, after the weights were built.
+    Without this check the first segment would fail, after queueing and building the weights.
 
     Args:
-        field, key_dim: rows of a head's state, and what they are called in a recipe.
+        field, key_dim: the recipe field for the rows of a head's state, and their number.
     """
     if device.type != "cuda" or not fla_is_precise_enough_for(dtype):
         return
@@ -54,8 +54,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def fla_is_precise_enough_for(dtype: torch.dtype) -> bool:
-    """FLA takes float32 but multiplies in TF32 (10-bit mantissas), so it is used there only if torch's own matrix
-    products may do the same; it has no float64."""
+    """FLA takes float32 but multiplies in TF32 (10-bit mantissas), so float32 uses it only if torch's own matrix
+    products may use TF32, too; it has no float64."""
     if dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "highest"
     return dtype in (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The gated-delta-net mixer (arXiv 2412.06464), tensor-parallel over heads, with its state going in and out."""
+"""The gated-delta-net mixer (arXiv 2412.06464), tensor-parallel over heads; takes and returns its state."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from powernap.model.mixers.recurrent import Recurrence
     from powernap.model.window import Window
 
-# Range of -d(log alpha)/dt and of the step size dt at the start, drawn log-uniformly per head: half-lives from about a
-# hundred to about seven thousand tokens. What the first pass wrote must outlive the N passes that follow.
+# Initial ranges of -d(log alpha)/dt and of the step size dt, drawn log-uniformly per head: half-lives from about a
+# hundred to about seven thousand tokens. The first pass's writes must survive the passes that follow.
 DECAY_RANGE = (1.0, 4.0)
 STEP_RANGE = (0.0001, 0.002)
 
-# Longest chunk of the delta rule's chunked form. Inside a chunk work grows with the square of its length, between chunks
-# the loop costs Python time; benchmarks/delta_rule.py measured the balance.
+# Longest chunk of the delta rule's chunked form. Work inside a chunk grows with the square of its length, the loop over
+# chunks costs Python time; benchmarks/delta_rule.py measured the balance.
 MAX_CHUNK = 32
 FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
 
@@ -33,7 +33,7 @@ class GatedDeltaNet(RecurrentMixer):
     """q, k, v, gate z, write strength beta and decay alpha from one head-major projection.
 
     Per head the projection's rows are [q | k | v | z | beta | alpha], so a tensor-parallel shard is a plain slice of
-    rows: the same weights at the start for every degree of tensor parallelism, no reordering in checkpoints.
+    rows: the same initial weights at every degree of tensor parallelism, no reordering in checkpoints.
     """
 
     letter: ClassVar[str] = "G"
@@ -54,12 +54,12 @@ class GatedDeltaNet(RecurrentMixer):
 
     @property
     def _channels(self) -> int:
-        """Of a head's q, k and v."""
+        """Channels of a head's q, k and v."""
         return 2 * self.key_dim + self.value_dim
 
     @property
     def decays(self) -> int:
-        """Numbers alpha of a head."""
+        """Number of decays alpha per head."""
         return 1
 
     def split_sizes(self) -> dict[str, int]:
@@ -94,10 +94,10 @@ class GatedDeltaNet(RecurrentMixer):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """Of each head: projection, convolution before and after SiLU, the delta rule, gate and norm.
+        """Per head: projection, convolution before and after SiLU, the delta rule, gate and norm.
 
-        For a CPU counted from what torch keeps, which the tests measure. For CUDA in bf16 read off FLA's source (chunk.py of
-        gated_delta_rule keeps q, k, v, g, beta and a 64 x 64 matrix a chunk), and not measured.
+        On a CPU the tensors that torch saves, as the tests measure. On CUDA in bf16 taken from FLA's source (chunk.py
+        of gated_delta_rule saves q, k, v, g, beta and a 64 x 64 matrix per chunk), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
         projected = number * ((self._channels + d_v + 2) + 2 * self._channels)

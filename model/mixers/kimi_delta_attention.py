@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class KimiDeltaAttention(GatedDeltaNet):
-    """A gated delta net with d_k decays a head, and a sigmoid for the output gate (eq. 10).
+    """A gated delta net with d_k decays per head, and a sigmoid for the output gate (eq. 10).
 
-    Per head the projection's rows are [q | k | v | z | beta | alpha]. z and alpha have full rank, where the paper has
-    products of two matrices of low rank. Steps are drawn for each channel, in a gated delta net's range: a head
-    remembers for long in some channels and for a short time in others.
+    Per head the projection's rows are [q | k | v | z | beta | alpha]. z and alpha are full-rank projections, where the
+    paper has products of two low-rank ones. Step sizes are drawn per channel, in a gated delta net's range: a head has
+    long memory in some channels and short memory in others.
     """
 
     letter: ClassVar[str] = "K"
@@ -43,8 +43,8 @@ class KimiDeltaAttention(GatedDeltaNet):
         return [weight._replace(shape=by_channel.get(weight.name, weight.shape)) for weight in super().weights(model)]
 
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
-        """A gated delta net's, with two differences. The projection has d_k - 1 more rows a head. k k^T and q k^T take
-        C d_k each, not 2 C d_k: nothing above the diagonal is computed (`decayed_products`)."""
+        """A gated delta net's, with two differences. The projection has d_k - 1 more rows per head. k k^T and q k^T
+        take C d_k each, not 2 C d_k: nothing above the diagonal is computed (`decayed_products`)."""
         d_k, chunk = self.key_dim, even_chunk(model.window, MAX_CHUNK)
         more_rows = 2 * model.hidden_size * (d_k - 1)
         above_diagonal = (1 if state_only else 2) * chunk * d_k
@@ -53,11 +53,11 @@ class KimiDeltaAttention(GatedDeltaNet):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """Of each head: projection, convolution before and after SiLU, the rule, gate and norm.
+        """Per head: projection, convolution before and after SiLU, the rule, gate and norm.
 
-        For a CPU counted from what torch keeps, which the tests measure; a few percent off where a chunk is no power of
-        two. For CUDA in bf16 read off FLA's source (chunk.py of kda keeps q, k, v, g, its sums, beta and two 64 x 64
-        matrices a chunk), and not measured.
+        On a CPU the tensors that torch saves, as the tests measure; a few percent off if the chunk length is no power
+        of two. On CUDA in bf16 taken from FLA's source (chunk.py of kda saves q, k, v, g, its sums, beta and two 64 x
+        64 matrices per chunk), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
         projected = number * ((self._channels + d_v + 1 + d_k) + 2 * self._channels + 4)
@@ -73,7 +73,7 @@ class KimiDeltaAttention(GatedDeltaNet):
         return self.heads * (projected + write + read)
 
     def log_decay(self, layer: MixerModule, alpha: torch.Tensor) -> torch.Tensor:
-        """alpha [L, B, heads/TP, d_k], as g."""
+        """alpha and g: [L, B, heads/TP, d_k]."""
         import torch.nn.functional as F
 
         step = F.softplus(alpha + layer.dt_bias.to(alpha.dtype))
@@ -90,16 +90,16 @@ class KimiDeltaAttention(GatedDeltaNet):
 
 
 def chunked_kimi_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
-    """The same numbers chunk by chunk with matrix products (eq. 6 to 9, but without a division by the decay).
+    """The same result chunk by chunk with matrix products (eq. 6 to 9, but without a division by the decay).
 
     Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j, of K channels, and for j <= i let
-    A(x)_ij = x_i . (exp(gamma_i - gamma_j) * k_j). The values the tokens really write, u, solve a unit lower-triangular
-    system
+    A(x)_ij = x_i . (exp(gamma_i - gamma_j) * k_j). The values u that the tokens actually write solve a unit
+    lower-triangular system
 
         (I + tril(beta A(k), -1)) u = beta (v - (exp(gamma) * k) S)
 
     and then  o = (exp(gamma) * q) S + A(q) u,   S' = exp(gamma_C)^T * S + (exp(gamma_C - gamma) * k)^T u.
-    As in delta_rule.py only the part that needs S goes from chunk to chunk. Arguments as `Recurrence`.
+    As in delta_rule.py only the part that needs S runs chunk by chunk. Arguments as in `Recurrence`.
     """
     import torch
 
@@ -129,8 +129,8 @@ def decayed_products(rows: list[torch.Tensor], k: torch.Tensor, gamma: torch.Ten
     Every channel has its own decay, so it belongs inside the product; as exp(gamma_i) exp(-gamma_j) it would overflow.
     Cut the tokens in two, and let m be the last of the first part. From j in the first part to i in the second the
     decay is exp(gamma_i - gamma_m) exp(gamma_m - gamma_j), and neither exponent is positive: this block is one matrix
-    product. The two blocks on the diagonal are the same task with fewer tokens. An even number is cut into halves,
-    which are computed together; of an odd number the last token is cut off, which needs no padding.
+    product. The two blocks on the diagonal are the same task with fewer tokens. An even number of tokens is cut into
+    halves, which are computed together; of an odd number the last one is cut off, which needs no padding.
 
     Args:
         rows, k, gamma: [..., C, K]; gamma never grows along C.
@@ -165,7 +165,7 @@ def decayed_products(rows: list[torch.Tensor], k: torch.Tensor, gamma: torch.Ten
 
 def _fla(q, k, v, g, beta, state):
     """FLA 0.6.0: q, k, v of one dtype; g, beta and the state in float32; d_k at most 256. Without
-    `safe_gate`, which asks for bounded decays."""
+    `safe_gate`, which requires bounded decays."""
     from fla.ops.kda import chunk_kda  # imported late: it takes seconds
 
     g, beta, state = g.float(), beta.float(), state.float()

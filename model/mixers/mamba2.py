@@ -1,11 +1,11 @@
-"""Mamba-2 (state space duality, arXiv 2405.21060): its fast weights are the state-space model's, one matrix a head.
+"""Mamba-2 (state space duality, arXiv 2405.21060): its fast weights are the SSM states, one matrix per head.
 
 With S_t in R^{N x P}, per head, for input x_t, input and output maps B_t and C_t that a group of heads shares, and step
 size dt_t:
 
     S_t = exp(-A dt_t) S_{t-1} + dt_t B_t x_t^T        y_t = S_t^T C_t + D x_t
 
-which is equation 3 of arXiv 2605.26099. Written with a gated delta net's letters: k = B, v = x, q = C, g = -A dt, beta = dt,
+which is equation 3 of arXiv 2605.26099. In a gated delta net's notation: k = B, v = x, q = C, g = -A dt, beta = dt,
 without the delta rule's correction.
 """
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from powernap.model.mixers.module import MixerModule
     from powernap.model.window import Window
 
-# The reference's ranges at the start (state-spaces/mamba, modules/mamba2.py: A_init_range, dt_min and dt_max).
+# Initial ranges of the reference (state-spaces/mamba, modules/mamba2.py: A_init_range, dt_min and dt_max).
 A_RANGE = (1.0, 16.0)
 STEP_RANGE = (0.001, 0.1)
 
-MAX_CHUNK = 32  # tokens in a chunk of the chunked form, as of the delta rule
-FLA_CHUNK = 64  # of FLA's kernel
+MAX_CHUNK = 32  # longest chunk of the chunked form, as in the delta rule
+FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
 
 
 class Mamba2(RecurrentMixer):
@@ -63,12 +63,12 @@ class Mamba2(RecurrentMixer):
 
     @property
     def _width(self) -> int:
-        """Numbers of a group's x, all heads of it."""
+        """Channels of a group's x, over all its heads."""
         return self.heads // self.groups * self.head_dim
 
     @property
     def _channels(self) -> int:
-        """Of a group's x, B and C."""
+        """Channels of a group's x, B and C."""
         return self._width + 2 * self.state_dim
 
     def split_sizes(self) -> dict[str, int]:
@@ -89,8 +89,8 @@ class Mamba2(RecurrentMixer):
         ]
 
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
-        """Projections, convolution, and the chunked form with chunks of C tokens: to the state 2 N P a head; for the output
-        C B^T 2 C N a group, and a head 2 C P times the inputs and 2 N P from the state."""
+        """Projections, convolution, and the chunked form with chunks of C tokens: per head 2 N P for the new state; for
+        the output 2 C N per group for C B^T, and per head 2 C P for the chunk's inputs, 2 N P for its first state."""
         n, p, chunk = self.state_dim, self.head_dim, even_chunk(model.window, MAX_CHUNK)
         projection = 2 * model.hidden_size * (self.groups * (self._channels + self._width) + self.heads)
         convolution = 2 * self.conv_kernel * self.groups * self._channels
@@ -105,8 +105,8 @@ class Mamba2(RecurrentMixer):
     ) -> float:
         """Projection, convolution before SiLU, the chunked form, gate and norm.
 
-        For a CPU counted from what torch keeps, which the tests measure. For CUDA in bf16 read off FLA's source (chunk.py of
-        simple_gla keeps q, k, v and g), and not measured.
+        On a CPU the tensors that torch saves, as the tests measure. On CUDA in bf16 taken from FLA's source (chunk.py
+        of simple_gla saves q, k, v and g), not measured.
         """
         groups, heads, n, is_bf16 = self.groups, self.heads, self.state_dim, number < FP32
         x = heads * self.head_dim
@@ -164,7 +164,7 @@ class Mamba2(RecurrentMixer):
         return output, state, seen
 
     def _draw_taps(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Weight and bias as torch's Conv1d begins."""
+        """Initial weight and bias, as torch's Conv1d draws them."""
         import torch
 
         bound = 1 / math.sqrt(self.conv_kernel)
@@ -172,11 +172,11 @@ class Mamba2(RecurrentMixer):
 
 
 def sequential_ssd(q, k, v, g, beta, state, need_output: bool = True):
-    """S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t token by token; q and k [B, T, G, N]. Arguments as `Recurrence`."""
+    """By token: S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t. As `Recurrence`; q, k [B, T, G, N]."""
     import torch
 
-    dtype, of_a_group = v.dtype, v.shape[2] // q.shape[2]
-    q, k = (x.to(state.dtype).repeat_interleave(of_a_group, dim=2) for x in (q, k))
+    dtype, heads_per_group = v.dtype, v.shape[2] // q.shape[2]
+    q, k = (x.to(state.dtype).repeat_interleave(heads_per_group, dim=2) for x in (q, k))
     v, g, beta = (x.to(state.dtype) for x in (v, g, beta))
     outputs = []
     for t in range(q.shape[1]):
@@ -188,13 +188,13 @@ def sequential_ssd(q, k, v, g, beta, state, need_output: bool = True):
 
 
 def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: int = MAX_CHUNK):
-    """The same numbers chunk by chunk with matrix products (arXiv 2405.21060, section 6).
+    """The same result chunk by chunk with matrix products (arXiv 2405.21060, section 6).
 
     Inside a chunk of C tokens let gamma_i = sum_{j<=i} g_j and D_ij = exp(gamma_i - gamma_j) for j <= i. With u = beta v
 
         o = exp(gamma) q S + (q k^T * D) u,   S' = exp(gamma_C) S + k^T (exp(gamma_C - gamma) u).
 
-    All but the two products with S is done for all chunks at once. Arguments as `Recurrence`.
+    All but the two products with S are computed for all chunks at once. Arguments as in `Recurrence`.
     """
     import torch
     import torch.nn.functional as F
@@ -240,11 +240,11 @@ def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: in
 
 
 def _fla(q, k, v, g, beta, state):
-    """FLA 0.6.0's simple_gla: q, k, v of one dtype, one q and k a head; g and the state in float32."""
+    """FLA 0.6.0's simple_gla: q, k, v of one dtype, one q and k per head; g and the state in float32."""
     from fla.ops.simple_gla import chunk_simple_gla  # imported late: it takes seconds
 
-    of_a_group = v.shape[2] // q.shape[2]
-    q, k = (x.repeat_interleave(of_a_group, dim=2) for x in (q, k))
+    heads_per_group = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(heads_per_group, dim=2) for x in (q, k))
     u = (beta.float().unsqueeze(-1) * v.float()).to(v.dtype)
     return chunk_simple_gla(q, k, u, g.float(), scale=1.0, initial_state=state.float(), output_final_state=True)
 

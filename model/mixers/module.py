@@ -1,4 +1,4 @@
-"""A mixer's parameters on one tensor rank, built from the list that its section gives."""
+"""A mixer's parameters on one tensor rank, built from its section's list."""
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from powernap.model.window import Window
 
 
 class MixerModule(MegatronModule):
-    """What Megatron-core's layer calls its attention.
+    """A mixer in the place of a Megatron-core layer's attention.
 
     Args:
-        block: its index in the whole model, to know which of a window's passes is its last.
+        block: its index in the whole model, to recognise its last pass over a window.
 
     Attributes:
-        gates: a list while someone watches, of the mean of each named gate over the tokens of a pass (model/health.py).
+        gates: the mean of each named gate over the tokens of a pass, one entry per pass (model/health.py); None: off.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MixerModule(MegatronModule):
     def forward(
         self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window, need_output: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [L, B, D], state as the mixer has it -> (output [L, B, D] or None, state).
+        """hidden_states [L, B, D], the mixer's state -> (output [L, B, D] or None, state).
 
         With sleep.write=last the fast weights change in the block's last pass over a window only.
         """
@@ -62,8 +62,8 @@ class MixerModule(MegatronModule):
         return self.mixer.decode(self, hidden_states, cache, window)
 
     def watch_gates(self, window: Window, log_alpha: torch.Tensor, beta: torch.Tensor) -> None:
-        """Note how much a token leaves of the old state, alpha, and how strongly it writes, beta, each [L, B, numbers/TP]:
-        their means over everything but pads."""
+        """Record the means, without pads, of alpha, the share of the old state that a token keeps, and beta, its write
+        strength; each is [L, B, numbers/TP]."""
         if self.gates is not None:
             gates = {"alpha": log_alpha.detach().exp(), "beta": beta.detach()}
             self.gates.append({name: _mean_of_tokens(gate, window.padding_mask) for name, gate in gates.items()})
@@ -81,7 +81,7 @@ class MixerModule(MegatronModule):
     def _projection(self, weight: Weight) -> torch.nn.Module:
         rows, columns = weight.shape
         common = dict(config=self.config, bias=False, tp_group=self.tp_group)
-        # Between mixers hidden states are whole: what is split is inside.
+        # Hidden states are whole between mixers: only the inner dimension is split.
         assert weight.split in (0, 1) and weight.shape[1 - weight.split] == self.config.hidden_size
         if weight.split == 0:
             return ColumnParallelLinear(
@@ -107,7 +107,7 @@ class MixerModule(MegatronModule):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm within every head, one weight for all heads of all shards."""
+    """RMSNorm within each head; all heads on all shards share one weight."""
 
     def __init__(self, config, head_dim, tp_group):
         super().__init__(config, head_dim, eps=config.layernorm_epsilon)
@@ -116,13 +116,13 @@ class HeadNorm(RMSNorm):
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Each shard sees its own heads, so its gradient of this shared weight is a part of the sum.
+        # Each shard sees its own heads, so its gradient of this shared weight is a partial sum.
         weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def _mean_of_tokens(x: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of x [L, B, H] over everything but pads."""
+    """The mean of x [L, B, H] without pads."""
     return (
         x.mean()
         if padding_mask is None

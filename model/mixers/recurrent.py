@@ -1,4 +1,4 @@
-"""What recurrent mixers share: a short causal convolution before a recurrence, and the forms that the recurrence has.
+"""Shared by recurrent mixers: the short causal convolution before a recurrence, and the forms of the recurrence.
 
 Nothing here imports torch before it computes.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Forms of one recurrence. Each takes an initial state, gives the final one, and carries gradients through both."""
+    """Forms of one recurrence. Each takes an initial state, returns the final one; gradients pass through both."""
 
-    sequential: Callable  # the recurrence written down token by token: the reference of the others
+    sequential: Callable  # token by token: the reference for the others
     chunked: Callable  # matrix products, in torch
-    kernel: Callable  # FLA's, in Triton on CUDA; it computes outputs whether they are needed or not
+    kernel: Callable  # FLA's Triton kernel on CUDA; computes the output even if it is not needed
 
     def __call__(
         self,
@@ -40,12 +40,12 @@ class Recurrence:
         state: torch.Tensor,
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Run T tokens: one by the recurrence, more by the kernel where it is precise enough, else in chunks.
+        """Run T tokens: a single one sequentially, more with the kernel where it is precise enough, else in chunks.
 
         Args:
-            q, k: [B, T, H, K], used as they are: no norm, no 1/sqrt(K). Mamba-2 has one for each group of heads.
+            q, k: [B, T, H, K], used as they are: no norm, no 1/sqrt(K). Mamba-2 has one per group of heads.
             v: [B, T, H, V].
-            g: [B, T, H] log of the decay, <= 0; [B, T, H, K] where every channel has its own.
+            g: [B, T, H] log of the decay, <= 0; [B, T, H, K] with one decay per channel.
             beta: [B, T, H] write strength.
             state: [B, H, K, V], float32 (float64 when the inputs are).
             need_output: False when only the final state matters; the output is then None.
@@ -63,14 +63,14 @@ class Recurrence:
 
 
 class RecurrentMixer(Mixer):
-    """Fast weights, written behind a causal convolution that sees its own window only."""
+    """Fast weights written after a causal convolution that sees its own window only."""
 
     conv_kernel: int = Field(4, ge=1, description="taps of the causal convolution before the recurrence")
 
     @property
     @abstractmethod
     def conv_shape(self) -> tuple[int, int]:
-        """Heads or groups, which tensor ranks split, and the channels of one."""
+        """Number of heads or groups, which tensor ranks split, and channels of each."""
 
     @abstractmethod
     def mix(
@@ -82,12 +82,12 @@ class RecurrentMixer(Mixer):
         need_output: bool,
         conv_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """`forward`, with what the convolution saw before, and what it has seen then, as `convolve` has them."""
+        """`forward` that takes the convolution's earlier inputs and also returns [conv_state, inputs]: see `convolve`."""
 
     def convolve(
         self, layer: MixerModule, inputs: torch.Tensor, window: Window, conv_state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs [L, B, *conv_shape/TP], conv_state [taps-1, B, ...] or None -> (convolved, as inputs; conv_state and inputs)."""
+        """inputs [L, B, *conv_shape/TP], conv_state [taps-1, B, ...] or None -> (convolved, [conv_state, inputs])."""
         import torch
 
         from powernap.model.mixers.conv import causal_conv
@@ -110,7 +110,7 @@ class RecurrentMixer(Mixer):
         return output, state
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
-        """Fast weights of zero, and nothing before the window's first token for the convolution to see."""
+        """Zero fast weights, and a zero conv_state: the convolution sees nothing before the window."""
         split, channels = self.conv_shape
         conv_state = like.new_zeros((batch, self.conv_kernel - 1, split // layer.tp_size, channels))
         return {**super().init_cache(layer, batch, slots, like), "conv_state": conv_state}
@@ -129,7 +129,7 @@ class RecurrentMixer(Mixer):
 
 
 def draw_step(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
-    """Biases whose softplus, the step size at the start, is drawn log-uniformly."""
+    """Biases whose softplus, the initial step size, is log-uniform between `low` and `high`."""
     import torch
 
     step = torch.empty(shape).uniform_(math.log(low), math.log(high)).exp()

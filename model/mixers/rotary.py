@@ -23,20 +23,20 @@ def rotary_of(positions: Positions, head_dim: int, base: float, like: torch.Tens
     return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
 
 
-@functools.lru_cache(maxsize=64)  # windows of one length and place come again in every pass and step
+@functools.lru_cache(maxsize=64)  # windows of the same length and start recur in every pass and step
 def rotary_tables(
     length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device, start: int = 0
 ) -> Tables:
     """Cosines and sines [L, 1, 1, 1, head_dim] of `length` positions from `start` on."""
-    # Position 2^20 times a float32 frequency is an angle off by 0.06.
-    inside = torch.float64 if start or dtype == torch.float64 else torch.float32
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=inside, device=device) / head_dim)
-    angles = torch.outer(torch.arange(start, start + length, dtype=inside, device=device), frequencies)
+    # With float32 frequencies the angle at position 2^20 is off by 0.06.
+    compute_dtype = torch.float64 if start or dtype == torch.float64 else torch.float32
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=compute_dtype, device=device) / head_dim)
+    angles = torch.outer(torch.arange(start, start + length, dtype=compute_dtype, device=device), frequencies)
     angles = torch.cat([angles, angles], dim=-1)[:, None, None, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim/2) of x [L, B, H, 2, head_dim] by their position's angle."""
+    """Rotate the pairs (i, i + head_dim/2) of x [L, B, H, 2, head_dim] by their position's angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -6,7 +6,7 @@
   "layout": {"parallel.data": 2, "parallel.tensor": 2, "parallel.pipeline": 1, "zero.stage": 1},
   "versions": {"powernap": ..., "torch": ..., ...},
   "config": {...},      the resolved recipe
-  "state": {...},       what the trainer adds: where the data goes on, counters, MLflow's run id
+  "state": {...},       of the trainer: position in the data, counters, MLflow's run id
   "groups": [{"kinds": ["exp_avg", "exp_avg_sq"], "scalars": {"step": ...}}, ...],        of the optimizer
   "parameters": {"embedding.weight": {"shape": [V, D], "split": [0, 1], "group": 1}, ...},
   "lanes": {"count": 8, "blocks": {"1": [heads, d_k, d_v]}} or null,
@@ -32,7 +32,7 @@ _FOLDER = re.compile(r"step_(\d{8,})$")
 _FILE = re.compile(r"rank-\d{5,}\.safetensors$")
 _BLANK = "0" * 64
 
-# Top-level fields and their types; what is inside is checked by use, under the hash.
+# Top-level fields and their types; the hash covers their contents, which are checked on use.
 _FIELDS = {"format": str, "step": int, "written": str, "layout": dict, "versions": dict, "config": dict, "state": dict,
            "groups": list, "parameters": dict, "files": dict, "sha256": str}  # fmt: skip
 
@@ -47,13 +47,13 @@ def folder_name(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """The number of optimizer steps behind a checkpoint, from its folder's name."""
-    named = _FOLDER.match(folder.name)
-    assert named is not None
-    return int(named.group(1))
+    match = _FOLDER.match(folder.name)
+    assert match is not None
+    return int(match.group(1))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, oldest first: whole as far as their names say."""
+    """The checkpoints in a run's `checkpoints` folder, oldest first; judged by their names alone."""
     return sorted((path for path in folder.glob("step_*") if _FOLDER.match(path.name)), key=step_of)
 
 
@@ -65,7 +65,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after checking that nobody changed it.
+    """The manifest of a checkpoint, after checking its hash.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another format.
@@ -118,13 +118,13 @@ def check_file(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
 
 
 def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
-    """Read every byte of a checkpoint; its manifest.
+    """Read every byte of a checkpoint; return its manifest.
 
     Args:
         progress: called with each file's size once it has been read.
 
     Raises:
-        CheckpointError: naming the first file that is not what was written.
+        CheckpointError: naming the first file that is missing or modified.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -137,10 +137,10 @@ def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> 
 def newest_valid(
     candidates: list[Path], verify: Callable[[Path], dict[str, Any]] = verify
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest of the checkpoints that is whole, its manifest, and why newer ones are not, a line each.
+    """The newest whole checkpoint, its manifest, and a line for each newer one on why it is not whole.
 
     Args:
-        verify: what reads one, and raises CheckpointError.
+        verify: reads one; raises CheckpointError if it is not whole.
     """
     passed_over: list[str] = []
     for candidate in sorted(candidates, key=step_of, reverse=True):
@@ -152,10 +152,10 @@ def newest_valid(
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Delete checkpoints but the last `keep_last` and those of steps that `keep_every` divides; what was deleted.
+    """Delete all checkpoints but the last `keep_last` and those of steps that `keep_every` divides; return the deleted.
 
-    To be called when the newest has just been written. Anything that is not whole counts for nothing: it is neither kept
-    among the last nor deleted, since it is somebody's evidence.
+    Call it right after writing one. A checkpoint that is not whole neither counts among the last nor is deleted:
+    somebody may need it as evidence.
     """
     whole = []
     for path in checkpoints(folder):

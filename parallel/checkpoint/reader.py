@@ -1,7 +1,7 @@
-"""Reading a checkpoint into a layout that need not be the one it was written in.
+"""Reading a checkpoint into any layout, not only the one that wrote it.
 
-What every rank wrote of a parameter is a stretch of its flattened tensor-parallel shard. A rank reads what overlaps its own
-stretch; only where the number of tensor ranks has changed, whole parameters are put together, one at a time.
+Every rank wrote a range of a parameter's flattened tensor-parallel shard. A rank reads what overlaps its own range;
+only if the number of tensor ranks has changed, whole parameters are assembled, one at a time.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ class Checkpoint:
 
     Attributes:
         step: the number of optimizer steps behind it.
-        state: what the trainer added.
+        state: the trainer's.
     """
 
     def __init__(self, folder: Path, content: dict[str, Any]):
@@ -45,9 +45,9 @@ class Checkpoint:
         self._tensor_ranks: int = content["layout"]["parallel.tensor"]
         self._data_ranks: int = content["layout"]["parallel.data"]
         self._extents: dict[str, list[_Extent]] = defaultdict(list)
-        for file, told in content["files"].items():
-            for name, (start, stop) in told["fragments"].items():
-                self._extents[name].append(_Extent(file, told["tensor"], start, stop))
+        for file, entry in content["files"].items():
+            for name, (start, stop) in entry["fragments"].items():
+                self._extents[name].append(_Extent(file, entry["tensor"], start, stop))
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -55,7 +55,7 @@ class Checkpoint:
         """The checkpoint in `folder`, after reading every byte of it.
 
         Raises:
-            CheckpointError: if it is not what was written.
+            CheckpointError: if a file is missing or modified.
         """
         return cls(folder, manifest.verify(folder))
 
@@ -64,14 +64,14 @@ class Checkpoint:
         """The newest whole checkpoint in a run's `checkpoints`, and why newer ones were passed over.
 
         Args:
-            here: the ranks that share the reading; None: this process alone.
+            topology: the ranks that share the reading; None: this process alone.
         """
         candidates, verify = manifest.checkpoints(folder), manifest.verify
         if topology and topology.world_size > 1:
-            # File systems may not show all ranks the same.
+            # A shared file system may show ranks different files.
             candidates, verify = topology.broadcast_object(candidates), partial(verify_together, topology=topology)
-        found, content, passed_over = manifest.newest_valid(candidates, verify)
-        return (cls(found, content) if found else None), passed_over
+        newest, content, passed_over = manifest.newest_valid(candidates, verify)
+        return (cls(newest, content) if newest else None), passed_over
 
     @property
     def parameters(self) -> list[str]:
@@ -80,11 +80,11 @@ class Checkpoint:
 
     def whole(self, name: str, kind: str = MASTER) -> torch.Tensor:
         """A whole parameter, or one of its optimizer states, float32 on the CPU."""
-        told = self.manifest["parameters"][name]
-        split = told["split"] and Split(*told["split"])
+        entry = self.manifest["parameters"][name]
+        split = entry["split"] and Split(*entry["split"])
         ranks = self._tensor_ranks if split else 1
-        shape = shard_shape(told["shape"], split, ranks)
-        shards = [self._stretch(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
+        shape = shard_shape(entry["shape"], split, ranks)
+        shards = [self._read_shard(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
         return unshard(shards, split)
 
     def load(self, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:
@@ -95,55 +95,59 @@ class Checkpoint:
             fragment = zero.fragment(parameter)
             if fragment is None:
                 continue
-            own = (split_of(parameter), topology.tp_rank, topology.tp_size)
+            shard_of = (split_of(parameter), topology.tp_rank, topology.tp_size)
             for kind, (start, values) in zero.values(parameter, fragment).items():
-                values.copy_(self._part(stage.global_name(name), kind, *own, start, start + len(values)))
+                values.copy_(self._part(stage.global_name(name), kind, *shard_of, start, start + len(values)))
         zero.adopt_masters()
         self._open.clear()
 
     def load_weights(self, stage: HybridStage, precision: str = "fp32") -> None:
-        """Copy the weights, as `precision` rounds them, into a whole model on this rank, to read with."""
-        own = {stage.global_name(name): parameter for name, parameter in stage.named_parameters()}
-        self._check_model(own, stage)
+        """Copy the weights, rounded to `precision`, into a whole model on this rank, for inference."""
+        parameters = {stage.global_name(name): parameter for name, parameter in stage.named_parameters()}
+        self._check_model(parameters, stage)
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(rounded(self.whole(name), precision))
         self._open.clear()
 
     def load_layer_states(self, stage: HybridStage, topology: Topology) -> LayerStates | None:
-        """What this rank's sequences carry to the next step; None if the checkpoint has nothing.
+        """The states that this rank's sequences carry to the next step; None if the checkpoint has none.
 
         Sequence i of data rank d is lane i * data ranks + d of the stream.
         """
         lanes = self.manifest.get("lanes")
         if not lanes:
             return None
-        own = range(topology.dp_rank, lanes["count"], topology.dp_size)
+        rank_lanes = range(topology.dp_rank, lanes["count"], topology.dp_size)
         layer_states = []
         for block in stage.fast_weight_mixers:
             heads, *rest = lanes["blocks"][str(block)]
             whole = torch.empty(lanes["count"], heads, *rest)
             share = heads // self._tensor_ranks
-            for file, told in self.manifest["files"].items():
-                if str(block) in told["blocks"]:
-                    where = slice(told["tensor"] * share, (told["tensor"] + 1) * share)
-                    whole[told["data"] :: self._data_ranks, where] = self._tensor(file, f"fast_weights/{block}")[:]
+            for file, entry in self.manifest["files"].items():
+                if str(block) in entry["blocks"]:
+                    shard_heads = slice(entry["tensor"] * share, (entry["tensor"] + 1) * share)
+                    whole[entry["data"] :: self._data_ranks, shard_heads] = self._tensor(file, f"fast_weights/{block}")[
+                        :
+                    ]
             share = heads // topology.tp_size
-            where = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
-            layer_states.append(whole[own.start :: own.step, where].contiguous().to(topology.device))
+            shard_heads = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
+            layer_states.append(
+                whole[rank_lanes.start :: rank_lanes.step, shard_heads].contiguous().to(topology.device)
+            )
         self._open.clear()
         return tuple(layer_states)
 
     def _part(
         self, name: str, kind: str, split: Split | None, rank: int, ranks: int, start: int, stop: int
     ) -> torch.Tensor:
-        """A stretch of the shard that tensor rank `rank` of `ranks` has of a parameter."""
+        """A range of the shard of a parameter that tensor rank `rank` of `ranks` has."""
         if split is None or ranks == self._tensor_ranks:
-            return self._stretch(name, kind, rank if split else 0, start, stop)
+            return self._read_shard(name, kind, rank if split else 0, start, stop)
         return shard(self.whole(name, kind), split, rank, ranks).flatten()[start:stop]
 
-    def _stretch(self, name: str, kind: str, rank: int, start: int, stop: int) -> torch.Tensor:
-        """A stretch of the shard that tensor rank `rank` had."""
+    def _read_shard(self, name: str, kind: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        """A range of the shard that tensor rank `rank` wrote."""
         values = torch.empty(stop - start)
         covered = 0
         for part in self._extents[name]:
@@ -159,7 +163,7 @@ class Checkpoint:
         return values
 
     def _tensor(self, file: str, name: str):
-        """A tensor of a file, to be sliced: only what is sliced is read."""
+        """A lazy tensor of a file: only the slices that are taken are read."""
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
@@ -167,15 +171,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {' '.join(str(error).split())}") from None
 
-    def _check_model(self, own: dict[str, torch.nn.Parameter], stage: HybridStage) -> None:
-        """Raise CheckpointError unless the parameters here are those of the checkpoint, of the stage's part of it."""
+    def _check_model(self, parameters: dict[str, torch.nn.Parameter], stage: HybridStage) -> None:
+        """Raise CheckpointError unless `parameters` are the checkpoint's, as far as they belong to the stage."""
         saved = self.manifest["parameters"]
-        missing = [name for name in own if name not in saved]
+        missing = [name for name in parameters if name not in saved]
         if stage.is_first and stage.is_last:
-            missing += [name for name in saved if name not in own]
+            missing += [name for name in saved if name not in parameters]
         if missing:
             raise CheckpointError(f"{self.folder}: holds another model: {sorted(missing)[:3]} differ")
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             shape = whole_shape(
                 getattr(parameter, "ds_shape", parameter.shape), split_of(parameter), stage.tp_group.size()
             )
@@ -186,7 +190,7 @@ class Checkpoint:
 
 
 def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
-    """Master weights as training reads them."""
+    """Master weights, rounded as training computes with them."""
     return weights.bfloat16().float() if precision == "bf16" else weights
 
 
@@ -194,8 +198,8 @@ def verify_together(candidate: Path, topology: Topology) -> dict[str, Any]:
     """`manifest.verify` by all ranks, each of which reads its share of the files; they return, or raise, the same."""
     content, problem = topology.broadcast_object(_try_manifest(candidate) if topology.is_main else None)
     if problem is None:
-        own = list(content["files"])[topology.rank :: topology.world_size]
-        problems = (manifest.check_file(candidate, name, content["files"][name]) for name in own)
+        share = list(content["files"])[topology.rank :: topology.world_size]
+        problems = (manifest.check_file(candidate, name, content["files"][name]) for name in share)
         problem = next(filter(None, topology.all_gather_object(next(filter(None, problems), None))), None)
     if problem is not None:
         raise CheckpointError(problem)

@@ -1,4 +1,4 @@
-"""A parameter's whole and its tensor-parallel shards, in the order in which Megatron-core splits it."""
+"""Whole parameters and their tensor-parallel shards, in the order of Megatron-core's splits."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 class Split(NamedTuple):
     """How tensor ranks share a parameter: Megatron-core's partition_dim and partition_stride.
 
-    Stride 2 is two matrices in one, such as SwiGLU's gate and up: each rank has its part of either.
+    Stride 2 is two matrices in one, such as SwiGLU's gate and up: each rank has its part of both.
     """
 
     dim: int
@@ -33,7 +33,7 @@ def shard_shape(shape: list[int], split: Split | None, ranks: int) -> list[int]:
 
 
 def unshard(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
-    """The whole parameter of all tensor ranks' shards; of a parameter that is not split, any one."""
+    """The whole parameter from all tensor ranks' shards; any one of them if it is not split."""
     if split is None or len(shards) == 1:
         return shards[0]
     pieces = [shard.chunk(split.stride, split.dim) for shard in shards]

@@ -1,11 +1,11 @@
-"""Writing a checkpoint while training goes on.
+"""Writing a checkpoint while training continues.
 
-    save()                 every rank copies what it has out of the partitions: all that training waits for
+    save()                 every rank copies its fragments out of the partitions: all that training waits for
       thread on each rank    writes its file, reads it back for the SHA-256
       thread on rank 0       collects them, writes the manifest, renames step_N.tmp to step_N, prunes
 
-Anything that fails leaves step_N.tmp, which is never taken for a checkpoint, and everything before it as it was. All ranks
-learn how it ended, and say so at the next call.
+A failure leaves step_N.tmp, which is never taken for a checkpoint, and earlier checkpoints as they were. All ranks
+learn the outcome, and report it at the next call.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from powernap.parallel.checkpoint.shards import split_of, whole_shape
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 
-FAILURES = 3  # saves in a row that may fail before training stops: what it goes on to learn could not be kept
+FAILURES = 3  # failed saves in a row before training stops: its further progress could not be kept
 MARGIN = 2**20  # bytes free beyond a checkpoint's, for manifest and folder
 
 
 def _file_mode() -> int:
-    umask = os.umask(0)  # there is no way to ask only; at import no other thread makes files
+    umask = os.umask(0)  # it can only be read by setting it; at import no other thread creates files
     os.umask(umask)
     return 0o666 & ~umask
 
@@ -50,9 +50,9 @@ class Outcome:
 
     step: int
     nbytes: int  # of all ranks
-    error: str | None  # in one line; None: the checkpoint is there
+    error: str | None  # in one line; None: the checkpoint is complete
     stall: float  # seconds that training waited
-    seconds: float  # until it was there
+    seconds: float  # until it was complete
     pruned: tuple[Path, ...] = ()
 
     def describe(self) -> str:
@@ -69,10 +69,10 @@ class Writer:
     """Writes the checkpoints of a run. All ranks make the same calls.
 
     Args:
-        folder: the run's `checkpoints`; it must be there.
-        about: what the manifest says beside that: "versions", "config".
+        folder: the run's `checkpoints`; it must exist.
+        about: further fields of the manifest: "versions", "config".
         keep_last, keep_every: see `manifest.prune`.
-        asynchronous: go on training while files are written, at the price of a copy in host memory.
+        asynchronous: keep training while files are written, at the price of a copy in host memory.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Writer:
         self._about = about
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
-        # A group of its own: its messages, some from the thread, never cross with those of training.
+        # A separate group: its messages, some from the thread, never mix with training's.
         timeout = timedelta(seconds=topology.timeout_seconds)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if topology.world_size > 1 else None
         self._thread: threading.Thread | None = None
@@ -107,11 +107,11 @@ class Writer:
         state: dict[str, Any],
         layer_states: LayerStates | None = None,
     ) -> None:
-        """Write the state after `step`, in the background if asked; waits for a save that is not done yet.
+        """Write the state after `step`, in the background if asynchronous; waits for an unfinished save.
 
         Args:
-            state: what else the run needs to go on, as JSON; rank 0's counts.
-            layer_states: what this rank's sequences carry to the next step, if they do.
+            state: what else the run needs to resume, as JSON; rank 0's is written.
+            layer_states: states that this rank's sequences carry to the next step, if any.
 
         Raises:
             CheckpointError: on all ranks, if this one and the ones before could not be written.
@@ -126,13 +126,13 @@ class Writer:
             stall = time.monotonic() - start
             self._end(Outcome(step, nbytes, error, stall, stall))
             return
-        failed = None  # here, which the other ranks learn when they have written
+        failed = None  # on this rank; the other ranks learn of it after writing
         if self._asynchronous:
             try:
                 tensors = self._copy(tensors)
             except (RuntimeError, MemoryError) as raised:
                 failed = f"{self._topology.describe()}: no memory for a copy of its part ({_one_line(raised)})"
-        own = {"tensor": self._topology.tp_rank, "data": self._topology.dp_rank, **fragments}
+        entry = {"tensor": self._topology.tp_rank, "data": self._topology.dp_rank, **fragments}
         content = {
             "step": step, "layout": layout_of(zero, self._topology), **self._about, "state": state,
             "groups": zero.groups(), **self._describe(stage, zero, layer_states),
@@ -140,7 +140,7 @@ class Writer:
         stall = time.monotonic() - start
 
         def write() -> None:
-            outcome = self._write(step, tensors, own, content, failed)
+            outcome = self._write(step, tensors, entry, content, failed)
             waited = stall if self._asynchronous else time.monotonic() - start
             self._end(Outcome(step, nbytes, outcome[0], waited, time.monotonic() - start, outcome[1]))
 
@@ -151,14 +151,14 @@ class Writer:
         self._thread.start()
 
     def news(self) -> Outcome | None:
-        """How a save ended that ended since the last call, at this rank; None: nothing new."""
+        """The outcome of a save that ended on this rank since the last call; None: nothing new."""
         if self._thread is not None and self._thread.is_alive():
             return None
         outcome, self._outcome = self._outcome, None
         return outcome
 
     def finish(self) -> Outcome | None:
-        """Wait for a save that is not done yet; `news`.
+        """Wait for an unfinished save; return `news`.
 
         Raises:
             CheckpointError: if the last checkpoint could not be written.
@@ -189,24 +189,24 @@ class Writer:
     def _collect(
         self, stage: HybridStage, zero: ZeroOptimizer, layer_states: LayerStates | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """This rank's tensors by their names in its file, and what the manifest says of them. Nothing is copied."""
+        """This rank's tensors by their names in its file, and their manifest entry. Nothing is copied."""
         topology, tensors = self._topology, {}
-        found: dict[str, Any] = {"fragments": {}, "blocks": []}
+        entry: dict[str, Any] = {"fragments": {}, "blocks": []}
         for name, parameter in _written_here(stage, topology):
             fragment = zero.fragment(parameter)
             if fragment is None:
                 continue
-            found["fragments"][name] = [fragment.start, fragment.stop]
+            entry["fragments"][name] = [fragment.start, fragment.stop]
             for kind, (start, value) in zero.values(parameter, fragment).items():
                 tensors[f"{kind}/{name}"] = value.narrow(0, fragment.start - start, fragment.size)
         if layer_states is not None:
-            found["blocks"] = [str(block) for block in stage.fast_weight_mixers]
-            states = zip(found["blocks"], layer_states, strict=True)
+            entry["blocks"] = [str(block) for block in stage.fast_weight_mixers]
+            states = zip(entry["blocks"], layer_states, strict=True)
             tensors |= {f"fast_weights/{block}": state.detach() for block, state in states}
-        return tensors, found
+        return tensors, entry
 
     def _describe(self, stage: HybridStage, zero: ZeroOptimizer, layer_states: LayerStates | None) -> dict[str, Any]:
-        """What the manifest says of all parameters and lanes; of this rank's stage here, of all at rank 0 later."""
+        """The manifest's "parameters" and "lanes": of this rank's stage here; rank 0 merges all later."""
         topology = self._topology
         group_of = {id(p): number for number, group in enumerate(zero.parameter_groups) for p in group}
         parameters = {}
@@ -226,7 +226,7 @@ class Writer:
         return {"parameters": parameters, "lanes": lanes}
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """In host memory; pages once taken are used again."""
+        """Copy into host memory, reusing the previous save's pages."""
         for name, value in tensors.items():
             copy = self._copies.get(name)
             if copy is None or copy.shape != value.shape:
@@ -238,13 +238,13 @@ class Writer:
         return {name: self._copies[name] for name in tensors}
 
     def _make_room(self, step: int, nbytes: int) -> str | None:
-        """On rank 0: an empty step_N.tmp on a disk with room for it, or why not."""
+        """On rank 0: make an empty step_N.tmp if the disk has room for it; return why not, or None."""
         unfinished = self._unfinished(step)
         try:
             if not self.folder.is_dir():
                 return f"{self.folder}: gone, {nbytes:,} bytes needed there"
-            for left in (*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.deleted")):
-                shutil.rmtree(left)
+            for leftover in (*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.deleted")):
+                shutil.rmtree(leftover)
             if (free := shutil.disk_usage(self.folder).free) < nbytes + MARGIN:
                 return f"{self.folder}: {nbytes + MARGIN:,} bytes needed, {free:,} free"
             unfinished.mkdir()
@@ -256,25 +256,25 @@ class Writer:
         self,
         step: int,
         tensors: dict[str, torch.Tensor],
-        own: dict[str, Any],
+        entry: dict[str, Any],
         content: dict[str, Any],
         error: str | None,
     ) -> tuple[str | None, tuple[Path, ...]]:
-        """Write this rank's file and, on rank 0, what makes all of them a checkpoint; what failed, what was pruned.
+        """Write this rank's file and, on rank 0, make all of them a checkpoint; return error and pruned folders.
 
         Args:
-            error: what has failed here already.
+            error: of this rank, from before writing.
         """
         name = f"rank-{self._topology.rank:05d}.safetensors"
         path = self._unfinished(step) / name
         try:
             try:
                 if not error:
-                    own |= _write_file(path, tensors)
+                    entry |= _write_file(path, tensors)
             except (OSError, SafetensorError) as failed:
                 needed = sum(value.nbytes for value in tensors.values())
                 error = f"{path}: {_reason(failed)}, {needed:,} bytes needed"
-            parts = self._gather((name, own, content["parameters"], content["lanes"], error))
+            parts = self._gather((name, entry, content["parameters"], content["lanes"], error))
             outcome = self._commit(step, content, parts) if parts else None
             return self._broadcast(outcome)
         except RuntimeError as failed:  # another rank is gone
@@ -294,9 +294,9 @@ class Writer:
             if lanes:
                 assert others is not None
                 lanes["blocks"] |= others["blocks"]
-                lanes["count"] = max(lanes["count"], others["count"])  # a stage without such a block knows of none
+                lanes["count"] = max(lanes["count"], others["count"])  # a stage without such a block counts none
         try:
-            files = {name: own for name, own, *_ in parts}
+            files = {name: entry for name, entry, *_ in parts}
             written = datetime.now(UTC).isoformat(timespec="seconds")
             manifest.write_manifest(unfinished, {**content, "written": written, "files": files})
             _sync(unfinished / manifest.NAME)
@@ -316,19 +316,19 @@ class Writer:
         return self.folder / f"{manifest.folder_name(step)}.tmp"
 
     def _gather(self, value: Any) -> list | None:
-        """What all ranks have for `value`, on rank 0."""
+        """`value` of all ranks, on rank 0."""
         if self._group is None:
             return [value]
-        found = [None] * self._topology.world_size if self._topology.is_main else None
-        dist.gather_object(value, found, dst=0, group=self._group)
-        return found
+        values = [None] * self._topology.world_size if self._topology.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
 
     def _broadcast(self, value: Any) -> Any:
         if self._group is None:
             return value
-        found = [value]
-        dist.broadcast_object_list(found, src=0, group=self._group)
-        return found[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
 
 def layout_of(zero: ZeroOptimizer, topology: Topology) -> dict[str, int]:
@@ -338,7 +338,7 @@ def layout_of(zero: ZeroOptimizer, topology: Topology) -> dict[str, int]:
 
 
 def _written_here(stage: HybridStage, topology: Topology):
-    """The parameters of which this rank writes what it has: of those that ranks share, one writes."""
+    """The parameters whose fragments this rank writes: only one rank writes a shared one."""
     for name, parameter in stage.named_parameters():
         if split_of(parameter) is None and topology.tp_rank != 0:
             continue
@@ -348,8 +348,8 @@ def _written_here(stage: HybridStage, topology: Topology):
 
 
 def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write and flush; size and SHA-256."""
-    # safetensors wants memory of its own for every tensor: a fragment is part of a partition.
+    """Write and flush; return size and SHA-256."""
+    # safetensors requires every tensor to own its memory: a fragment is part of a partition.
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     path.chmod(FILE_MODE)  # safetensors gives no rights to others
     _sync(path)
@@ -358,7 +358,7 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Make file or folder survive a loss of power."""
+    """Make a file or folder survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

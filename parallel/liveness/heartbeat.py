@@ -1,7 +1,7 @@
-"""A sign of life from each rank, for whoever looks at a container from outside (docker/powernap-health).
+"""A heartbeat of each rank, for the health check of a container (docker/powernap-health).
 
-The watchdog ends a rank that waits too long for others; it cannot act where no thread of its process runs. Heartbeats tell
-just that: they go on however slow a step is, and stop with the process.
+The watchdog ends a rank that waits too long for others; it cannot act if no thread of its process runs. Heartbeats show
+just that: they continue however slow a step is, and stop with the process.
 """
 
 import os
@@ -12,26 +12,26 @@ from pathlib import Path
 
 from powernap.parallel.liveness.watchdog import Progress
 
-FOLDER = "POWERNAP_HEARTBEATS"  # environment: where they go; without it there are none
+FOLDER = "POWERNAP_HEARTBEATS"  # environment: their folder; unset: no heartbeats
 EVERY = 5.0  # seconds
 
 
 @contextmanager
 def beating(progress: Progress, rank: int) -> Iterator[None]:
-    """Inside, a thread writes this rank's step into FOLDER/PID every few seconds; the file goes at the end."""
+    """Inside, a thread writes this rank's step into FOLDER/PID every few seconds; the file is deleted at the end."""
     folder = os.environ.get(FOLDER)
     if not folder:
         yield
         return
-    file, over = Path(folder) / str(os.getpid()), threading.Event()
+    file, stopped = Path(folder) / str(os.getpid()), threading.Event()
 
     def beat() -> None:
         while True:
             with suppress(
                 OSError
-            ):  # such as a full disk: no reason to disturb a run, and it does change the file's time
+            ):  # such as a full disk: no reason to disturb a run, and the file's time still changes
                 file.write_text(f"rank {rank}: {'starting' if progress.step is None else f'step {progress.step}'}\n")
-            if over.wait(EVERY):
+            if stopped.wait(EVERY):
                 return
 
     thread = threading.Thread(target=beat, name="powernap-heartbeat", daemon=True)
@@ -39,7 +39,7 @@ def beating(progress: Progress, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join()
         with suppress(OSError):
             file.unlink()

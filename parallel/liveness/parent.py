@@ -1,10 +1,10 @@
 """Processes that must not outlive the one that started them: ranks their launcher, commands the demo, a job its supervisor.
 
-Who is killed tells nobody, and what it started would train on unseen with the run's lock. So each of these processes looks
-whether that one is still there. The signal that Linux offers for it (PR_SET_PDEATHSIG) comes when a *thread* of the parent
-ends, and not at all if that was before it was asked for.
+A killed process notifies nobody, and its children would keep training unseen and hold the run's lock. So each child
+polls whether its parent is still there. Linux's signal for this (PR_SET_PDEATHSIG) comes when a *thread* of the parent
+ends, and not at all if that was before it was requested.
 
-A process that a shell or a terminal started may outlive it: nohup and disown are there for that.
+A process started by a shell or a terminal may outlive it: that is what nohup and disown are for.
 """
 
 import logging
@@ -13,25 +13,25 @@ import signal
 import threading
 import time
 
-PARENT = "POWERNAP_PARENT"  # environment: the number of the process not to outlive
+PARENT = "POWERNAP_PARENT"  # environment: PID of the process not to outlive
 EVERY = 0.5  # seconds
 
-gone = threading.Event()  # set when it is: ranks that still wait for each other to join cannot agree to stop
+gone = threading.Event()  # set when the parent is: ranks that are still joining cannot agree to stop
 
 logger = logging.getLogger("powernap")
 
 
 def not_to_outlive_this() -> dict[str, str]:
-    """The environment of processes that `follow_parent` as soon as they run."""
+    """Environment for processes that call `follow_parent` when they start."""
     return {PARENT: str(os.getpid())}
 
 
 def follow_parent() -> None:
-    """Have this process asked to stop, by SIGUSR1, when the one that it must not outlive is gone.
+    """Send this process SIGUSR1, a request to stop, when the process that it must not outlive is gone.
 
-    That is the one that PARENT names, or a torchrun of the user's own.
+    That is the one in PARENT, or the user's own torchrun.
     """
-    number: str | int | None = os.environ.pop(PARENT, None)  # what this process starts has another parent
+    number: str | int | None = os.environ.pop(PARENT, None)  # this process's children have another parent
     if number is None and "TORCHELASTIC_RUN_ID" in os.environ:
         number = os.getppid()
     if number is not None:
@@ -39,11 +39,11 @@ def follow_parent() -> None:
 
 
 def _follow(number: int) -> None:
-    import psutil  # late: most commands follow nobody
+    import psutil  # late: most commands follow no parent
 
     try:
         parent = psutil.Process(number)
-        # One that nobody has waited for yet is a zombie.
+        # A dead parent that has not been reaped yet is a zombie.
         while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
             time.sleep(EVERY)
     except psutil.NoSuchProcess:

@@ -23,13 +23,13 @@ class Costs:
 
 
 def split_layers(pattern: str, stages: int, layout: str | None = None, costs: Costs | None = None) -> list[range]:
-    """The blocks (indices over the whole model) of each pipeline stage, in order, at least one a stage.
+    """The blocks (indices over the whole model) of each pipeline stage, in order, at least one per stage.
 
     Args:
-        pattern: one letter a block, such as "AGAG".
-        layout: the recipe's parallel.pipeline_layout, such as "AG|AG"; None: the slowest stage is as fast as possible,
-            among those splits the most even one, and in a tie the later stages get more (the earlier ones hold more
-            live segments).
+        pattern: one letter per block, such as "AGAG".
+        layout: the recipe's parallel.pipeline_layout, such as "AG|AG"; None: the split with the fastest slowest stage,
+            among those the most even one, and in a tie the later stages get more (the earlier ones hold more live
+            segments).
         costs: what to balance, the embedding on the first stage and the head on the last; None: every block costs 1.
 
     Raises:
@@ -54,14 +54,14 @@ def split_layers(pattern: str, stages: int, layout: str | None = None, costs: Co
 
 
 def format_layout(pattern: str, stages: list[range]) -> str:
-    """The way parallel.pipeline_layout writes a split, such as "AG|GAG|AG"."""
+    """A split as parallel.pipeline_layout writes it, such as "AG|GAG|AG"."""
     return "|".join(pattern[blocks.start : blocks.stop] for blocks in stages)
 
 
 def sequence_costs(
     model: ModelConfig, passes: int = 1, *, sleep: SleepConfig | None = None, consolidated: int = 1, predicted: int = 1
 ) -> Costs:
-    """What each part of the model costs in a sequence of `consolidated` windows slept on and `predicted` ones read.
+    """Costs of a sequence with `consolidated` windows slept on and `predicted` ones read.
 
     A block counts as often as it runs: N passes over a consolidation window, without what follows the last write in the
     last of them, one pass over a prediction window. The head runs in prediction windows only.
@@ -89,7 +89,7 @@ def consolidation_flops(model: ModelConfig, sleep: SleepConfig, passes: int) -> 
     flops = []
     for number, blocks in enumerate(sleep.pass_blocks(model, passes), start=1):
         flops.append([awake[block] if block in blocks else 0 for block in range(model.num_layers)])
-        if blocks and sleep.only_writes(number, passes):  # its last block writes and is done
+        if blocks and sleep.only_writes(number, passes):  # its last block only writes
             flops[-1][blocks[-1]] = model.mixers[blocks[-1]].flops(model, sleep, state_only=True)
     return flops
 
@@ -100,12 +100,12 @@ def prediction_flops(model: ModelConfig, sleep: SleepConfig) -> list[int]:
 
 
 def head_flops(model: ModelConfig) -> int:
-    """The final norm and the projection on the vocabulary, per token."""
+    """The final norm and the projection onto the vocabulary, per token."""
     return 4 * model.hidden_size + 2 * model.hidden_size * model.vocab_size
 
 
 def embedding_flops(model: ModelConfig) -> int:
-    """A look-up computes nothing; copying a row counts as one FLOP a number."""
+    """A look-up computes nothing; copying a row counts as one FLOP per number."""
     return model.hidden_size
 
 
@@ -131,7 +131,7 @@ def _balance(costs: Costs, stages: int) -> list[range]:
 def _best_split(
     blocks: int, stages: int, cost: Callable[[int, int], float], join: Callable[[float, float], float]
 ) -> tuple[float, list[int]]:
-    """The cheapest way to cut `blocks` into `stages` pieces, their costs joined by `join`; in a tie the earliest cuts.
+    """The cheapest way to cut `blocks` into `stages` pieces, with costs combined by `join`; in a tie the earliest cuts.
 
     Returns:
         (cost, [0, ..., blocks])

@@ -1,8 +1,8 @@
-"""Bytes of a rank before any process starts. Nothing here imports torch.
+"""Memory of a rank, computed before any process starts. Nothing here imports torch.
 
-Parameters, gradients, optimizer states and what live segments keep are exact: the tests compare them with the tensors of
-real ranks. Activations are counted from what torch keeps on a CPU; on CUDA they are an estimate that nobody has measured.
-What CUDA, NCCL and the allocator take beside is left to `RESERVE`.
+Parameters, gradients, optimizer states and the saved inputs of live segments are exact: the tests compare them with the
+tensors of real ranks. Activations are the tensors that torch saves on a CPU; on CUDA they are an unmeasured estimate.
+`RESERVE` covers CUDA, NCCL and the allocator.
 """
 
 import math
@@ -19,8 +19,8 @@ from powernap.parallel.planning.work import Recipe, micro_batches, round_up
 
 BF16 = 2  # bytes
 RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
-REDUCE_BUCKET = 500_000_000  # elements that gradients travel in at a time: DeepSpeed's default
-GATHERED = 1_000_000_000  # numbers that ZeRO 3 keeps gathered (deepspeed 0.19.8: stage3_max_reuse_distance)
+REDUCE_BUCKET = 500_000_000  # elements per reduction of gradients: DeepSpeed's default
+GATHERED = 1_000_000_000  # elements that ZeRO 3 keeps gathered (deepspeed 0.19.8: stage3_max_reuse_distance)
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class MemoryEstimate:
     """Bytes of one rank."""
 
     weights: int
-    gradients: int  # as they are added up
+    gradients: int  # as they are accumulated
     optimizer: int  # float32 master weights and moments; 0 if offloaded
-    buffers: int  # what DeepSpeed has beside them during the backward passes
-    segments: int  # hidden states, fast weights and cached keys and values of the live segments; what sequences carry
+    buffers: int  # DeepSpeed's others during the backward passes
+    segments: int  # hidden states, fast weights and cached keys and values of the live segments; carried states
     activations: int  # estimate: of the segment that is recomputed, or of all live ones without recomputation
-    step: int  # what DeepSpeed has beside the first three while gradients are reduced and the optimizer steps
-    total: int  # the larger of the backward passes' and the optimizer step's
+    step: int  # DeepSpeed's, besides the first three, while gradients are reduced and the optimizer steps
+    total: int  # peak: of the backward passes or of the optimizer step
     host: int  # offloaded optimizer states
 
 
@@ -58,7 +58,7 @@ def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
 
 def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[Weight], int]]:
     """The optimizer's two parameter groups and the moments it keeps for each: matrices and the rest, or with Muon the blocks'
-    matrices and, for AdamW, the rest. Another package's optimizer says its `moments`."""
+    matrices and, for AdamW, the rest. A plugin's optimizer states its `moments`."""
     matrices = [w for w in weights if w.is_matrix]
     inside = [w for w in matrices if optimizer != "muon" or w.name.startswith("decoder.")]
     rest = [w for w in matrices if w not in inside] + [w for w in weights if not w.is_matrix]
@@ -85,15 +85,15 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
     bf16_optimizer.py: nccl_start_alignment_factor = 2); ZeRO 3 pads each parameter to a multiple of the data ranks
     (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition, in fp32 as well.
 
-    Gradients are float32 and whole in every stage: each segment adds to all of them, so none can be reduced before the
-    last backward pass of a step. Beside them ZeRO 1 has a float32 bucket as it reduces (allreduce_bucket), in fp32 then its
-    partition; offloaded in fp32 it has the bucket all the time (setup_buckets); ZeRO 2 a bucket and its partition as it
-    reduces; ZeRO 3 both all the time (stage3.py: _setup_for_real_optimizer), and every parameter that it gathered and counts
-    on soon to need again.
+    Gradients are float32 and whole at every ZeRO stage: each segment adds to all of them, so none can be reduced before
+    the last backward pass of a step. Besides them ZeRO 1 has a float32 bucket while it reduces (allreduce_bucket), in
+    fp32 then its partition; offloaded in fp32 it has the bucket all the time (setup_buckets). ZeRO 2 has a bucket and
+    its partition while it reduces; ZeRO 3 has both all the time (stage3.py: _setup_for_real_optimizer), and every
+    gathered parameter that it expects to reuse soon.
     """
     ranks, stage, size = recipe.parallel.data, recipe.zero.stage, bytes_per_number(recipe)
     whole = sum(w.size(recipe.parallel.tensor) for w in weights)
-    padded = held = moments = 0  # numbers: all, this rank's, this rank's moments
+    padded = held = moments = 0  # elements: all, this rank's, this rank's moments
     for group, per_number in optimizer_groups(weights, recipe.optimizer.name):
         sizes = [w.size(recipe.parallel.tensor) for w in group]
         part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else round_up(sum(sizes), 2 * ranks) // ranks
@@ -117,21 +117,21 @@ def bytes_per_number(recipe: Recipe) -> int:
 
 
 def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) -> tuple[int, int]:
-    """Run a stage's schedule with bytes for tensors.
+    """Run a stage's schedule with bytes in place of tensors.
 
     Returns:
-        (the most that live segments keep, the most with activations)
+        (peak of what live segments keep, peak with activations)
     """
     blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
     handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
     computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
     longest = hidden_bytes(recipe, max(len(s.tokens) for s in segments))
-    # In a pipeline hidden states are received for the next segment, a gradient comes and one goes, and what a segment
-    # received stays until the next one has gone backward.
+    # In a pipeline: hidden states received for the next segment, a gradient received, a gradient sent; and a segment's
+    # input stays until the next backward pass is done.
     in_pipeline = recipe.parallel.pipeline > 1
     passing, late = 3 * longest * in_pipeline, 0
     steps = stage_steps(recipe, len(segments), stage)
-    # Under sleep.carry: what all sequences start from, and what those leave that are done.
+    # Under sleep.carry: the initial states of all sequences, and the final states of those that are done.
     state = fast_weight_bytes(recipe, blocks) if recipe.sleep.carry else 0
     saved = state * (2 * micro_batches(recipe) - len(steps) // (2 * len(segments)))
     kept = most_saved = most = 0
@@ -151,7 +151,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
 
 
 def stage_steps(recipe: Recipe, segments: int, stage: int):
-    """A stage's steps as far as its memory still grows: three groups of micro-batches, alone one micro-batch."""
+    """A stage's steps while its memory grows: three groups of micro-batches; without a pipeline one micro-batch."""
     stages = recipe.parallel.pipeline
     return schedule(stages, 1 if stages == 1 else min(micro_batches(recipe), 3 * stages), segments)[stage]
 
@@ -159,17 +159,17 @@ def stage_steps(recipe: Recipe, segments: int, stage: int):
 def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int) -> int:
     """Bytes that segment `index` of one micro-batch keeps from its forward to the end of its backward pass.
 
-    Fast weights and caches that it wrote; alone, the hidden states for the next pass. In a pipeline what it received, of
-    the longest window's length; what it sends is dropped.
+    Its new fast weights and caches; on a single stage the hidden states for the next pass; in a pipeline its input, of
+    the longest window's length: its output is dropped.
     """
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
     if index == 0 and not recipe.sleep.carry:
-        unread = [] if segment.with_grad else writing_blocks(recipe, blocks, segment)  # nobody keeps their zeros
+        unread = [] if segment.with_grad else writing_blocks(recipe, blocks, segment)  # their zeros are not kept
         states += fast_weight_bytes(recipe, [block for block in blocks if block not in unread])
     if recipe.parallel.pipeline == 1:
-        goes_on = not last and not segments[index + 1].from_embeddings
-        return states + goes_on * hidden_bytes(recipe, len(segment.tokens))
+        feeds_next_pass = not last and not segments[index + 1].from_embeddings
+        return states + feeds_next_pass * hidden_bytes(recipe, len(segment.tokens))
     received = blocks.start > 0 or index > 0
     return states + received * hidden_bytes(recipe, max(len(s.tokens) for s in segments))
 
@@ -186,21 +186,21 @@ def fast_weight_bytes(recipe: Recipe, blocks: Iterable[int]) -> int:
 
 
 def _state_bytes(recipe: Recipe, block: int, cached: int) -> int:
-    """What a block hands from window to window."""
+    """Bytes of what a block hands from window to window."""
     one = recipe.model.mixers[block].state_bytes(recipe.model, bytes_per_number(recipe), cached)
     return recipe.micro_batch_size * one // recipe.parallel.tensor
 
 
 def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]:
-    """Those of `blocks` whose fast weights, if they have any, the segment changes."""
+    """The `blocks` whose fast weights, if any, the segment changes."""
     run = segment.blocks if recipe.sleep.write == "every" else segment.final_blocks
     return [block for block in blocks if block in run]
 
 
 def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
-    """New fast weights and caches that a segment leaves: what it does not change stays the tensor it was.
+    """Bytes of a segment's new fast weights and caches: an unchanged state stays the same tensor.
 
-    Under sliding eviction an attention block's last pass over a window leaves keys and values.
+    Under sliding eviction an attention block's last pass over a window caches keys and values.
     """
     cached = min(recipe.model.window - 1, segment.tokens.stop)
     mixers = recipe.model.mixers
@@ -211,7 +211,7 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
 
 
 def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
-    """Bytes that autograd keeps of one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
+    """Bytes that autograd saves in one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
     model, size = recipe.model, bytes_per_number(recipe)
     ran = [block for block in blocks if block in segment.blocks]
     last_write = segment.blocks.stop - 1 if segment.state_only else -1
@@ -224,9 +224,9 @@ def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device:
 
 
 def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:
-    """Bytes per token that autograd keeps of one block.
+    """Bytes per token that autograd saves in one block.
 
-    For a CPU counted from what torch keeps, which the tests measure. For CUDA read off sources, and not measured.
+    On a CPU the tensors that torch saves, as the tests measure. On CUDA taken from sources, not measured.
     """
     model, norm = recipe.model, _norm(recipe, device)
     arguments = (model, recipe.sleep, bytes_per_number(recipe), device, state_only)
@@ -235,6 +235,6 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
 
 
 def _norm(recipe: Recipe, device: Device) -> float:
-    """Of an RMSNorm of the residual stream: input, normed, output; on CUDA not the second; on CPUs float32 inside."""
+    """Per token, of an RMSNorm: input, normalised, output; on CUDA without the second; on CPUs float32 inside."""
     inside = {"cuda": bytes_per_number(recipe), "cpu": 2 * FP32}[device]
     return recipe.model.hidden_size * (inside + bytes_per_number(recipe)) / recipe.sequence_shards

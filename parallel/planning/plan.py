@@ -22,8 +22,8 @@ from powernap.parallel.planning.work import (
     windows_slept_and_read,
 )
 
-MOST_STEPS = 2**20  # of all stages forward: half a minute's work
-COLOURS = (39, 208, 76, 170, 220, 44, 203, 141)  # of 256, one for each window in turn
+MOST_STEPS = 2**20  # forward, of all stages: half a minute to simulate
+COLOURS = (39, 208, 76, 170, 220, 44, 203, 141)  # of 256; windows cycle through them
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plan:
     windows_slept: int
     windows_read: int
     windows_assumed: bool
-    windows_from: str  # what says which windows predict: the first "sample", the "recipe", or they are "assumed"
+    windows_from: str  # source of the windows that predict: the first "sample", the "recipe", or "assumed"
     passes: int
     segments: int
     tokens_per_sequence: int
@@ -90,7 +90,7 @@ class Plan:
     def text(self, colour: bool = False) -> str:
         """The plan for a terminal of 80 columns."""
         shards = ", sequence-parallel" if self.sequence_parallel else ""
-        windows = math.ceil(self.tokens_per_sequence / self.window)  # text's are read and slept on
+        windows = math.ceil(self.tokens_per_sequence / self.window)  # windows of text are both read and slept on
         source = {
             "sample": "as in the first sample of data.train",
             "recipe": "as sleep.every_window says",
@@ -169,11 +169,11 @@ class Plan:
 
 
 def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: int | None = None) -> Plan:
-    """Work out what `recipe` costs.
+    """Compute what `recipe` costs.
 
     Args:
-        recipe: it has refused what cannot run.
-        predicts: for each window whether it holds loss tokens; None: what the recipe says, see `segments_of`.
+        recipe: validated, so its layout can run.
+        predicts: for each window whether it holds loss tokens; None: as the recipe says, see `segments_of`.
         memory_limit: bytes a rank may use.
 
     Raises:
@@ -258,7 +258,7 @@ def _notes(recipe: Recipe) -> list[str]:
 
 
 def _letters(pattern: str, most: int) -> str:
-    """A pattern, or how many of each letter where it is too long."""
+    """A pattern, or the count of each letter if it is too long."""
     if len(pattern) <= most:
         return pattern
     return " ".join(f"{pattern.count(kind)}{kind}" for kind in sorted(set(pattern)))

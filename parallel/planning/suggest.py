@@ -19,11 +19,11 @@ from powernap.parallel.planning.work import (
     step_flops,
 )
 
-# Only the ratio of communication to computation matters to the order.
+# Only the ratio of communication to computation affects the order.
 NODE = 8  # ranks with fast links between them: the largest tensor parallelism
 FLOPS_PER_BYTE_IN_NODE = 1_000  # such as 400 TFLOP/s and 400 GB/s
 FLOPS_PER_BYTE_BETWEEN_NODES = 10_000  # such as 400 TFLOP/s and 40 GB/s
-SATURATION = 512  # tokens of a micro-batch's window at which a device does half of what it can
+SATURATION = 512  # tokens of a micro-batch's window at which a device reaches half its speed
 MOST_MICRO_BATCHES = 512
 
 
@@ -65,9 +65,9 @@ def suggest(
     best: dict[tuple[int, int, int, int], Suggestion] = {}
     for candidate in _candidates(recipe, devices):
         suggestion = _suggestion(candidate, segments_of(candidate, predicts), memory_limit)
-        place = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
-        if place not in best or _rank(suggestion) > _rank(best[place]):
-            best[place] = suggestion
+        layout = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
+        if layout not in best or _rank(suggestion) > _rank(best[layout]):
+            best[layout] = suggestion
     if not best:
         raise PlanError(
             f"no layout of {devices} devices fits train.global_batch_size={recipe.train.global_batch_size}, the heads and "
@@ -86,7 +86,7 @@ def _rank(suggestion: Suggestion) -> tuple:
 
 
 def _candidates(recipe: Recipe, devices: int) -> Iterator[Recipe]:
-    """The recipe in every layout of `devices` that it does not refuse."""
+    """The recipe in every valid layout of `devices`."""
     for tensor, pipeline in itertools.product(
         _divisors(devices, most=NODE), _divisors(devices, recipe.model.num_layers)
     ):
@@ -107,7 +107,7 @@ def _candidates_on_grid(recipe: Recipe, data: int, tensor: int, pipeline: int) -
 
 
 def _changed(recipe: Recipe, grid: dict, micro_batch_size: int, zero_stage: int) -> Recipe | None:
-    """The recipe in another layout, or None if it refuses that."""
+    """The recipe in another layout, or None if that is not valid."""
     sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
     sections["parallel"] = recipe.parallel.model_copy(update={**grid, "pipeline_layout": None})
     sections["train"] = recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})
@@ -163,12 +163,13 @@ def suggestions_text(suggestions: Sequence[Suggestion], devices: int, most: int 
 def communication(recipe: Recipe, segments: list[Segment]) -> float:
     """Estimated time a rank spends sending in a step, as a fraction of the time it computes; nothing overlaps.
 
-    Tensor parallelism: two all-reduces (or gather and scatter pairs) a block forward, two backward, two recomputed,
-    inside a node. Pipeline: a hidden state forward and back a segment, between nodes. Data: gradients reduced and weights
-    gathered once a step, between nodes; ZeRO 3 gathers the weights forward, recomputed and backward of every segment.
+    Tensor parallelism: two all-reduces (or gather and scatter pairs) per block forward, two backward, two recomputed,
+    inside a node. Pipeline: per segment hidden states forward and their gradient back, between nodes. Data: gradients
+    reduced and weights gathered once per step, between nodes; ZeRO 3 gathers the weights for the forward, recomputed
+    and backward pass of every segment.
     """
     parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
-    # Tokens that a rank passes over in a step.
+    # Tokens that a rank computes in a step, counted in every pass.
     tokens = sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
     rounds = 4 + 2 * recipe.train.recompute
     ring = 2 * (parallel.tensor - 1) / parallel.tensor

@@ -42,7 +42,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The fraction of all stages' time in which they wait."""
+        """The fraction of the stages' time that they wait."""
         busy = sum(
             end - start
             for starts, ends in zip(self.starts, self.ends, strict=True)
@@ -52,11 +52,11 @@ class Timeline:
 
 
 def schedule(stages: int, micro_batches: int, chunks: int, group: int | None = None) -> list[list[Step]]:
-    """Every stage's steps in the order in which it executes them.
+    """Every stage's steps in execution order.
 
     As forward_backward_pipelining_with_interleaving of megatron/core/pipeline_parallel/schedules.py with get_schedule_table
     and get_pp_rank_microbatches: groups of micro-batches, in each all chunks; forward steps of `warmup`, then one forward
-    and one backward in turn, then the backward steps that are left. One stage alone runs the plain loop: all segments of a
+    and one backward in turn, then the remaining backward steps. A single stage runs the plain loop: all segments of a
     micro-batch forward, then backward.
 
     Args:
@@ -64,7 +64,7 @@ def schedule(stages: int, micro_batches: int, chunks: int, group: int | None = N
             microbatch_group_size_per_vp_stage; None: as many as stages.
 
     Raises:
-        ScheduleError: where Megatron-core refuses.
+        ScheduleError: if Megatron-core would refuse.
     """
     if stages == 1:
         return [[step for micro_batch in range(micro_batches) for step in _loop(micro_batch, chunks)]]
@@ -83,7 +83,7 @@ def schedule(stages: int, micro_batches: int, chunks: int, group: int | None = N
 
 
 def check_micro_batches(stages: int, micro_batches: int, group: int | None = None) -> None:
-    """Raise ScheduleError unless the interleaved schedule can run so many micro-batches."""
+    """Raise ScheduleError unless the interleaved schedule can run this many micro-batches."""
     group = stages if group is None else group
     if stages == 1:
         return
@@ -101,7 +101,7 @@ def check_micro_batches(stages: int, micro_batches: int, group: int | None = Non
 
 
 def warmup(stages: int, stage: int, chunks: int, group: int) -> int:
-    """Forward steps of a stage before its first backward one is next in turn, if there are as many.
+    """Forward steps of a stage before forward and backward alternate, if it has that many.
 
     A single chunk runs in Megatron-core's plain 1F1B.
     """
@@ -113,7 +113,7 @@ def warmup(stages: int, stage: int, chunks: int, group: int) -> int:
 def simulate(
     order: list[list[Step]], forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]
 ) -> Timeline:
-    """Give every step the earliest time at which the stage is free and what it needs is there; sending takes no time.
+    """Start every step as soon as its stage is free and its inputs are there; sending takes no time.
 
     Args:
         order: from `schedule`.
@@ -144,8 +144,8 @@ def simulate(
 def needs(stage: int, step: Step, stages: int, chunks: int) -> Iterator[tuple[int, Step]]:
     """The (stage, step) pairs that must be done before: hidden states along the ring, fast weights on the same stage.
 
-    The ring also leads from one window to the next: Megatron's first stage waits for the last one's tensor even where
-    it will not look at it.
+    The ring also leads from one window to the next: Megatron's first stage waits for the last one's tensor even if it
+    ignores it.
     """
     kind, micro_batch, chunk = step
     if kind == FORWARD:
@@ -166,7 +166,7 @@ def needs(stage: int, step: Step, stages: int, chunks: int) -> Iterator[tuple[in
 
 
 def bubble(stages: int, micro_batches: int, chunks: int) -> float:
-    """The bubble where all stages and segments take the same time: (P - 1) / (M C + P - 1), whatever the groups."""
+    """The bubble if all stages and segments take the same time: (P - 1) / (M C + P - 1), whatever the groups."""
     return (stages - 1) / (micro_batches * chunks + stages - 1)
 
 
@@ -182,10 +182,10 @@ def peak_live(stages: int, stage: int, micro_batches: int, chunks: int, group: i
 
 
 def draw(timeline: Timeline, labels: Sequence[str], width: int = 80, colours: Sequence[str] | None = None) -> list[str]:
-    """The schedule as text: stages down, time across, in cells of two characters and an average forward step's length.
+    """The schedule as text: stages down, time across, in cells of two characters, each an average forward step long.
 
-    A step shows its label (capitals: backward) and then dashes for as long as it lasts, dots are waiting. A schedule
-    that is too long for the width shows its beginning and its end.
+    A step shows its label (capitals: backward), then dashes for as long as it lasts; dots are waiting. A schedule too
+    long for the width shows its beginning and its end.
 
     Args:
         labels: two characters for each chunk, such as "a1".
@@ -211,7 +211,7 @@ def draw(timeline: Timeline, labels: Sequence[str], width: int = 80, colours: Se
 
 
 def _cells(timeline, stage, cell, shown, labels, colours) -> Iterator[str]:
-    """The text of each cell of a stage's row: what runs in its middle."""
+    """The text of each cell of a stage's row: the step that runs at its middle."""
     steps, starts, ends = timeline.order[stage], timeline.starts[stage], timeline.ends[stage]
     before = None
     for number in shown:
@@ -236,7 +236,7 @@ def _loop(micro_batch: int, chunks: int) -> Iterator[Step]:
 
 
 def _one_forward_one_backward(forward: list[Step], backward: list[Step], warmup: int) -> list[Step]:
-    """`warmup` forward steps, then forward and backward in turn, then the rest of the backward steps."""
+    """`warmup` forward steps, then forward and backward in turn, then the remaining backward steps."""
     warmup = min(warmup, len(forward))
-    pairs = zip(forward[warmup:], backward, strict=False)  # backward is longer: its end comes after
+    pairs = zip(forward[warmup:], backward, strict=False)  # backward is longer: its end follows
     return [*forward[:warmup], *(step for pair in pairs for step in pair), *backward[len(forward) - warmup :]]

@@ -18,15 +18,15 @@ Recipe = Any  # a train.config.Recipe: this package cannot import it, train/ imp
 
 
 class PlanError(PowernapError):
-    """What no layout can do: one line that says what to write instead."""
+    """A request that no layout can meet: one line that says what to write instead."""
 
 
 def segments_of(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]:
-    """The segments of a sequence, with sequence parallelism lengthened as train/trainer.py does; N is the largest.
+    """The segments of a sequence, padded for sequence parallelism as in train/trainer.py, with the largest N.
 
     Args:
-        predicts: for each window whether it holds loss tokens; None: only the last one does, or, as sleep.every_window
-            says, every one.
+        predicts: for each window whether it holds loss tokens; None: only the last one does, or with sleep.every_window
+            every one.
 
     Raises:
         PlanError: if `predicts` does not name every window.
@@ -60,7 +60,7 @@ def windows_slept_and_read(segments: list[Segment]) -> tuple[int, int]:
 
 
 def stage_work(recipe: Recipe, segments: list[Segment]) -> list[int]:
-    """FLOPs per token of every window that each pipeline stage computes forward in a sequence."""
+    """Forward FLOPs of each pipeline stage for one token of every window of a sequence."""
     slept, read = windows_slept_and_read(segments)
     passes = max(recipe.sleep.pass_choices)
     costs = sequence_costs(recipe.model, passes, sleep=recipe.sleep, consolidated=slept, predicted=read)
@@ -73,7 +73,7 @@ def _work(costs: Costs, blocks: range) -> int:
 
 
 def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
-    """FLOPs of one optimizer step over all ranks: forward, twice that backward, once more where it is recomputed."""
+    """FLOPs of one optimizer step over all ranks: forward, twice that backward, once more if recomputed."""
     total = 0
     for segment, blocks in zip(segments, segment_flops(recipe, segments), strict=True):
         flops = sum(blocks) + (head_flops(recipe.model) if segment.predicts else 0)
@@ -87,8 +87,8 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
     by_block = segment_flops(recipe, segments)
     for blocks in recipe.stage_blocks:
         forward.append([])
-        for segment, own in zip(segments, by_block, strict=True):
-            flops = sum(own[blocks.start : blocks.stop])
+        for segment, block_flops in zip(segments, by_block, strict=True):
+            flops = sum(block_flops[blocks.start : blocks.stop])
             flops += embedding_flops(recipe.model) if blocks.start == 0 else 0
             flops += head_flops(recipe.model) if segment.predicts and blocks.stop == recipe.model.num_layers else 0
             forward[-1].append(float(flops * len(segment.tokens)))
@@ -100,7 +100,7 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
 
 
 def _backward_factor(recipe: Recipe, segment: Segment) -> int:
-    """Time of a segment's backward step in forward steps."""
+    """Time of a segment's backward step, in units of its forward step."""
     return (2 + recipe.train.recompute) if segment.with_grad else 0
 
 

@@ -19,9 +19,9 @@ PARAMETER = f"decoder.layers.{BLOCK}.self_attention.in_proj.weight"
 
 
 def train_badly(folder: Path, processes: int, cases: dict[str, tuple[dict[int, str], list[str]]]) -> dict[str, list]:
-    """Train folder/tiny.yaml once for each case; name -> each rank's (exit code, what it wrote to stderr).
+    """Train folder/tiny.yaml once for each case; name -> each rank's (exit code, stderr).
 
-    A case is what goes wrong, by step, and arguments:
+    A case is (step -> fault, arguments). Faults:
         nan: a gradient. large: the same gradient, a thousand times. forward: a weight, before the step. backward: the
         gradient of a module's output. state: the fast weights of the rank's first sequence.
     """
@@ -40,13 +40,13 @@ def _train(rank, store, processes, folder, cases, rendezvous_names):
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
             "POWERNAP_RENDEZVOUS": name, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "",
         }  # fmt: skip
-        said = io.StringIO()
-        with mock.patch("powernap.train.trainer.forward_backward", _spoiled(bad)), contextlib.redirect_stderr(said):
+        stderr = io.StringIO()
+        with mock.patch("powernap.train.trainer.forward_backward", _spoiled(bad)), contextlib.redirect_stderr(stderr):
             code = cli.main(["train", "tiny.yaml", *arguments])
-        results.append((code, said.getvalue()))
+        results.append((code, stderr.getvalue()))
         if (
             code and processes == 1
-        ):  # leave, so that the next run can be joined; with others a failed run must be the last
+        ):  # leave, so that the next run can join; with other ranks a failed run must be the last
             shutdown_distributed()
     return results
 

@@ -1,10 +1,10 @@
-"""Runs that are killed, stopped and cut short at random moments, and go on as if nothing had happened.
+"""Runs that are killed, stopped and cut short at random moments, and must resume as if nothing had happened.
 
     python -m tests.helpers.chaos --trials 100 --seed 0
 
-A trial trains a small model in a layout, does something to it at a random moment, and resumes until the run is done; then
-losses, sample fingerprints and weights must be those of a run that nothing happened to: to the last bit in the same layout, to
-rounding where the run went on in another one. One line is printed a trial.
+A trial trains a small model in a layout, injects a fault at a random moment, and resumes until the run is done; then
+losses, sample fingerprints and weights must be those of an undisturbed run: to the last bit in the same layout, to
+rounding if the run resumed in another one. One line is printed per trial.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from powernap.parallel.liveness.watchdog import JOINING
 
 STEPS, EVERY = 16, 3
 TIMEOUT = 8  # seconds, parallel.timeout_seconds
-LEAVE = TIMEOUT + 12  # seconds until every rank but a frozen one must have left
+LEAVE = TIMEOUT + 12  # seconds until every rank but a frozen one must have exited
 ROUNDING = 2e-4  # of a loss after up to 16 steps in another layout
 LAYOUTS = {
     "DP2": ["parallel.data=2"],
@@ -46,20 +46,20 @@ LAUNCHER = FAULTS[-1]
 
 
 class Failed(AssertionError):
-    """A trial that did not go as it must."""
+    """A trial with a wrong outcome."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is to happen; a function of its number and seed."""
+    """A fault and its moment; a function of number and seed."""
 
     number: int
     layout: str
     fault: str
     rank: int
-    step: int  # it happens when this one is done; 0: while the run starts
+    step: int  # the fault comes when this one is done; 0: while the run starts
     delay: float  # seconds later
-    then: str  # the layout to go on in
+    then: str  # the layout to resume in
     by_command: bool  # `powernap train` starts the processes, torchrun inside
 
     @classmethod
@@ -94,12 +94,12 @@ def size(layout: str) -> int:
 
 
 class Chaos:
-    """Trials in one folder, against one unbroken run a layout."""
+    """Trials in one folder, against one unbroken run per layout."""
 
     def __init__(self, folder: Path, seed: int):
         import torch
 
-        from powernap.train.tracking import tracker  # noqa: F401  once, for all the processes that fork from this one
+        from powernap.train.tracking import tracker  # noqa: F401  once, for all processes forked from this one
         from tests.helpers import runs
 
         torch.set_num_threads(1)
@@ -117,14 +117,14 @@ class Chaos:
         self._unbroken: dict[str, tuple[list[dict], dict]] = {}
 
     def run(self, number: int) -> str:
-        """One trial; what happened, in a line. Raises Failed."""
+        """Run one trial; return what happened, in a line. Raises Failed."""
         trial = Trial.draw(self.seed, number)
         name = f"trial-{number}"
-        where = self.folder / "runs" / name
+        run_folder = self.folder / "runs" / name
         start = self._start_by_command if trial.by_command else self._start
         processes = start(name, trial.layout, [])
         try:
-            happened = self._interfere(trial, where, processes)
+            happened = self._interfere(trial, run_folder, processes)
             codes = self._wait(trial, processes)
             self._wait_for_orphans(trial)
         finally:
@@ -133,34 +133,34 @@ class Chaos:
         starts = 1
         resumed_at = "done already"
         if any(code != 0 for code in codes):
-            if list((where / "checkpoints").glob("*.tmp")):
+            if list((run_folder / "checkpoints").glob("*.tmp")):
                 happened += ", cut a write short"
-            self._damage(trial, where)
-            resume = ["--resume"] if (where / "config.yaml").is_file() else []
+            self._damage(trial, run_folder)
+            resume = ["--resume"] if (run_folder / "config.yaml").is_file() else []
             codes = self._wait(None, self._start(name, trial.then, resume), 120)
             if any(codes):
-                raise Failed(f"did not resume: exit codes {codes}; see {where / 'logs' / 'train.log'}")
+                raise Failed(f"did not resume: exit codes {codes}; see {run_folder / 'logs' / 'train.log'}")
             starts += 1
-            log = (where / "logs" / "train.log").read_text()
+            log = (run_folder / "logs" / "train.log").read_text()
             resumed_at = "from the start"
             if "resumed after" in log:
                 resumed_at = f"after step {log.split('resumed after step ')[-1].split()[0]}"
                 passed = log.count("passed over a checkpoint")
                 resumed_at += f", passed over {passed} checkpoint" if passed else ""
-        self._compare(trial, where)
-        shutil.rmtree(where)
+        self._compare(trial, run_folder)
+        shutil.rmtree(run_folder)
         return f"{trial.describe()}: {happened}; resumed {resumed_at}; equal"
 
     def _start(self, name: str, layout: str, options: list[str]) -> list[psutil.Process]:
-        """The ranks of a run, forked: libraries take longer to import than a trial runs."""
+        """The ranks of a run, forked: importing the libraries takes longer than a trial."""
         arguments = ["train", "tiny.yaml", f"run.name={name}", *LAYOUTS[layout], *options]
-        name, ranks, found = f"{self.folder.name}.{next(self._starts)}", size(layout), []
+        name, ranks, processes = f"{self.folder.name}.{next(self._starts)}", size(layout), []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
                 os._exit(self._be_rank(rank, ranks, name, arguments))
-            found.append(psutil.Process(pid))
-        return found
+            processes.append(psutil.Process(pid))
+        return processes
 
     def _be_rank(self, rank: int, ranks: int, name: str, arguments: list[str]) -> int:
         os.chdir(self.folder)
@@ -193,16 +193,16 @@ class Chaos:
             )
         return [psutil.Process(process.pid)]
 
-    def _interfere(self, trial: Trial, where: Path, processes: list[psutil.Process]) -> str:
-        """Wait for the moment and do it; what was done."""
-        metrics = where / "metrics.jsonl"
+    def _interfere(self, trial: Trial, run_folder: Path, processes: list[psutil.Process]) -> str:
+        """Wait for the moment and inject the fault; return what happened."""
+        metrics = run_folder / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while trial.step and (not metrics.exists() or metrics.read_bytes().count(b"\n") < trial.step):
             if time.monotonic() > deadline or not all(process.is_running() for process in processes):
                 raise Failed("did not come to its step")
             time.sleep(0.002)
         if trial.fault == "SIGKILL during save" and trial.step:
-            while not list((where / "checkpoints").glob("*.tmp")) and time.monotonic() < deadline:
+            while not list((run_folder / "checkpoints").glob("*.tmp")) and time.monotonic() < deadline:
                 if metrics.read_bytes().count(b"\n") == STEPS:
                     break
         else:
@@ -211,7 +211,7 @@ class Chaos:
         if trial.fault == LAUNCHER:
             self._orphans = victim.children(recursive=True)
         elif trial.by_command and ("SIGKILL" in trial.fault or trial.fault == "SIGSTOP"):
-            victim = victim.children()[trial.rank]  # a rank: killing the launcher is killing no rank
+            victim = victim.children()[trial.rank]  # a rank: killing the launcher kills no rank
         try:
             victim.send_signal(getattr(signal, trial.fault.split()[0].strip(",")))
         except psutil.NoSuchProcess:
@@ -220,10 +220,10 @@ class Chaos:
         return f"came during step {last + 1}" if last else "came before step 1 was done"
 
     def _wait(self, trial: Trial | None, processes: list[psutil.Process], limit: float = LEAVE) -> list[int]:
-        """Exit codes of all; a rank that was frozen is killed when the others have left."""
+        """Exit codes of all; a frozen rank is killed when the others have exited."""
         frozen = trial.rank if trial and trial.fault == "SIGSTOP" and not trial.by_command else None
         if trial and trial.by_command:
-            limit += 35  # torchrun gives processes that are left, such as a frozen one, 30 s
+            limit += 35  # torchrun gives remaining processes, such as a frozen one, 30 s
         if trial and not trial.step:
             limit += JOINING - TIMEOUT
         deadline = time.monotonic() + limit
@@ -259,13 +259,13 @@ class Chaos:
         if not asked and any(code in (0, 75) for code in codes):
             raise Failed(f"exit codes {codes}: a rank took what happened for a good end")
 
-    def _damage(self, trial: Trial, where: Path) -> None:
-        """To the newest checkpoint, if there is another one."""
-        found = sorted((where / "checkpoints").glob("step_????????"))
-        if ", then" not in trial.fault or len(found) < 2:
+    def _damage(self, trial: Trial, run_folder: Path) -> None:
+        """Damage the newest checkpoint, if there is another one."""
+        checkpoints = sorted((run_folder / "checkpoints").glob("step_????????"))
+        if ", then" not in trial.fault or len(checkpoints) < 2:
             return
         chance = random.Random(f"damage {self.seed}/{trial.number}")
-        file = chance.choice(sorted(found[-1].iterdir()))
+        file = chance.choice(sorted(checkpoints[-1].iterdir()))
         data = bytearray(file.read_bytes())
         if "lost" in trial.fault:
             file.unlink()
@@ -275,14 +275,14 @@ class Chaos:
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
             file.write_bytes(data)
 
-    def _compare(self, trial: Trial, where: Path) -> None:
+    def _compare(self, trial: Trial, run_folder: Path) -> None:
         expected, expected_weights = self._answer(trial.layout)
-        found = _lines(where)
+        found = _lines(run_folder)
         if [line["step"] for line in found] != list(range(1, STEPS + 1)):
             raise Failed(f"steps {[line['step'] for line in found]}")
         if [line["samples"] for line in found] != [line["samples"] for line in expected]:
             raise Failed("other samples, or in another order")
-        own = _weights(where)
+        own = _weights(run_folder)
         if trial.then == trial.layout:
             if [line["loss"] for line in found] != [line["loss"] for line in expected]:
                 raise Failed("other losses")
@@ -302,8 +302,8 @@ class Chaos:
             codes = self._wait(None, self._start(name, layout, []), 120)
             if any(codes):
                 raise Failed(f"the unbroken run ended with {codes}")
-            where = self.folder / "runs" / name
-            self._unbroken[layout] = (_lines(where), _weights(where))
+            run_folder = self.folder / "runs" / name
+            self._unbroken[layout] = (_lines(run_folder), _weights(run_folder))
         return self._unbroken[layout]
 
 
@@ -315,14 +315,14 @@ def _end_all(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _lines(where: Path) -> list[dict]:
-    return [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+def _lines(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(where: Path) -> dict:
+def _weights(run_folder: Path) -> dict:
     from tests.helpers import runs
 
-    return runs.weights(where, STEPS)
+    return runs.weights(run_folder, STEPS)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What test_checkpoint.py runs in its processes: a few steps and a checkpoint in one layout, which others go on from."""
+"""Run by test_checkpoint.py in its processes: a few steps and a checkpoint in one layout, from which others resume."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tests.helpers import layouts, tiny, zero_layouts
 
 BEFORE, AFTER = 3, 10  # steps
 MODEL = {"pattern": "AGAG", "vocab_size": 20, "attention": {"heads": 4}, "gdn": {"heads": 4}}
-# Gradients of parts that hardly matter are rounding: with the usual eps Adam would make full steps of them.
+# Gradients of parts that hardly matter are rounding: with the usual eps Adam would turn them into full steps.
 ADAMW = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3, eps=1e-6)
 MUON = OptimizerConfig(name="muon", lr=2e-3, muon_lr=2e-3, warmup_steps=3, eps=1e-6)
 
@@ -42,19 +42,19 @@ class Saving:
 
 @dataclass(frozen=True)
 class Loading(Saving):
-    """Load in this layout what is in the folder, save it again, go on."""
+    """Load the checkpoint in this layout, save it again, continue."""
 
     saved: str = ""
 
 
 def run(case: Saving, **process_group) -> dict:
-    """Losses of the ten steps after the checkpoint; what this rank's sequences carry, and what they should; the manifest."""
+    """Losses of the ten steps after the checkpoint; this rank's carried states, actual and expected; the manifest."""
     layout = case.layout
     topology = init_distributed(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
     blocks = split_layers(model.pattern, layout.pipeline)[topology.pp_rank]
     stage = layouts.build(model, SleepConfig(), topology.groups, blocks, layout.sequence).float()
-    if isinstance(case, Loading):  # nothing may be right because it was so before
+    if isinstance(case, Loading):  # nothing may be right only because it was before
         with torch.no_grad():
             [parameter.add_(1.0) for parameter in stage.parameters()]
     engine = zero.ZeroOptimizer(
@@ -101,7 +101,7 @@ def run(case: Saving, **process_group) -> dict:
 
 
 def carried(stage, model, topology) -> tuple[torch.Tensor, ...]:
-    """This rank's part of what eight lanes carry: rows by data rank, heads by tensor rank, blocks by stage."""
+    """This rank's part of the states of eight lanes: rows by data rank, heads by tensor rank, blocks by stage."""
     layer_states = []
     for block, mixer in stage.fast_weight_mixers.items():
         generator = torch.Generator().manual_seed(block)

@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(place: Path, options: str = "size=4m") -> Iterator[Path]:
-    """A file system at `place`; the test is skipped where that needs a right it does not have."""
+    """A file system at `place`; skips the test without the right to mount one."""
     place.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
     if subprocess.run(mount, capture_output=True).returncode:

@@ -1,7 +1,7 @@
 """A stage whose segments take fixed times, and steps of it in real processes; benchmarks use it, too.
 
-Everything around the stage is what trains: processes over gloo, Megatron-core's schedule, parallel/schedule.py. The stage
-only sleeps (time.sleep), which needs no core, so two cores show how long a pipeline of four takes.
+Everything around the stage is real: processes over gloo, Megatron-core's schedule, parallel/schedule.py. The stage
+only sleeps (time.sleep), which needs no core, so two cores are enough to time a pipeline of four.
 """
 
 import time
@@ -27,7 +27,7 @@ class Case:
 
     Args:
         forward: of each segment on each stage, [stages][segments].
-        backward_over_forward: time of the backward pass, which recomputation adds to, over that of the forward pass.
+        backward_over_forward: time of the backward pass, without recomputation, over that of the forward pass.
         flushes: how often the segments run, each time until the pipeline is empty.
     """
 
@@ -43,14 +43,14 @@ class Case:
         return len(self.forward)
 
     def plan(self) -> Timeline:
-        """One flush as parallel/planning/timeline.py sees it."""
+        """One flush as parallel/planning/timeline.py simulates it."""
         factor = self.backward_over_forward + self.recompute
         backward = [[factor * seconds for seconds in stage] for stage in self.forward]
         return simulate(schedule(self.stages, self.micro_batches, sum(self.passes)), self.forward, backward)
 
 
 def even(passes: tuple[int, ...], micro_batches: int, stages: int, forward: float, **options) -> Case:
-    """Every segment takes as long on every stage."""
+    """A case in which every segment takes equally long on every stage."""
     return Case(passes, micro_batches, ((forward,) * sum(passes),) * stages, **options)
 
 
@@ -80,7 +80,7 @@ def _time(case: Case, steps: int, **process_group) -> list[float]:
 
 
 def segments(passes: tuple[int, ...]) -> list[Segment]:
-    """The last window's last pass predicts."""
+    """One sequence's; the last window's last pass predicts."""
     order = [(window, number) for window, n in enumerate(passes) for number in range(1, n + 1)]
     return [
         Segment(
@@ -97,7 +97,7 @@ def segments(passes: tuple[int, ...]) -> list[Segment]:
 
 
 class FixedCostStage:
-    """What parallel/schedule.py uses of a HybridStage; each segment takes its time forward and backward."""
+    """The part of HybridStage that parallel/schedule.py uses; each segment takes its time forward and backward."""
 
     sequence_shards = 1
     model = SimpleNamespace(hidden_size=HIDDEN_SIZE)
@@ -134,7 +134,7 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, weight, *states):
         ctx.seconds = backward
-        ctx.save_for_backward(weight)  # something that is not there before a checkpointed segment has run again
+        ctx.save_for_backward(weight)  # so that a checkpointed segment is recomputed before its backward pass
         time.sleep(forward)
         return tuple(state.clone() for state in states)
 

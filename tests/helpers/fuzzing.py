@@ -1,4 +1,4 @@
-"""What tests with arbitrary input share."""
+"""Shared by tests with arbitrary input."""
 
 import signal
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-# The same examples in every run, and no clock: tests beside this one would count.
+# The same examples in every run, and no deadline: parallel tests would slow this one down.
 fuzz = settings(
     derandomize=True,
     database=None,
@@ -28,7 +28,7 @@ class Touching:
 
 @contextmanager
 def no_longer_than(seconds: int = 60):
-    """For what takes milliseconds."""
+    """A time limit for code that takes milliseconds."""
 
     def end(*_):
         raise SystemExit(f"took more than {seconds} seconds")

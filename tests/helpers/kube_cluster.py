@@ -1,6 +1,6 @@
 """A real Kubernetes API server and its etcd as two child processes on loopback, up in seconds, gone afterwards.
 
-There is no scheduler, no kubelet and no controller: kube_controllers.py plays those of them that a JobSet needs.
+There is no scheduler, no kubelet and no controller: kube_controllers.py plays those that a JobSet needs.
 `.ci/build-kube-apiserver` builds the server, which is 1.20: it has no `fieldValidation`, see kube_schema.dropped_fields.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 NAMESPACE = "research"
-# Who may do what in NAMESPACE: what README.md tells an administrator to grant, and a user who may only look.
+# Rights in NAMESPACE: those that README.md tells an administrator to grant, and those of a user who may only look.
 LOOK = ["get", "list", "watch"]
 CHANGE = [*LOOK, "create", "patch", "delete"]
 RIGHTS = {
@@ -35,9 +35,7 @@ RIGHTS = {
         ([""], ["pods", "events", "configmaps"], LOOK),
     ],
 }
-TOKENS = {
-    name: f"token-of-{name}" for name in ("admin", *RIGHTS, "stranger")
-}  # the last one is not known to the server
+TOKENS = {name: f"token-of-{name}" for name in ("admin", *RIGHTS, "stranger")}  # the last one is unknown to the server
 
 
 def installed() -> tuple[Path, Path] | None:
@@ -54,7 +52,7 @@ class KubeCluster:
         folder: for certificates, logs and etcd's files; an empty one of its own for each cluster.
 
     Attributes:
-        kubeconfigs: user -> the file that makes a client this user: admin, submitter, reader, stranger (unknown).
+        kubeconfigs: user -> the file for a client of this user: admin, submitter, reader, stranger (unknown).
         url: of the API server.
     """
 
@@ -82,8 +80,8 @@ class KubeCluster:
         self.stop()
 
     def clients(self, user: str = "admin"):
-        """The official client's ApiClient of one user, for CoreV1Api and friends. It tries once: by itself it would
-        sleep as long as a server that is starting asks it to."""
+        """The official client's ApiClient of one user, for CoreV1Api and friends. It tries once: by default it would
+        sleep as long as a starting server asks it to."""
         from kubernetes import client, config
 
         configuration = client.Configuration()
@@ -92,12 +90,12 @@ class KubeCluster:
         return client.ApiClient(configuration)
 
     def restart(self) -> None:
-        """End the API server, with every watch that is open, and start it again."""
+        """Restart the API server; every open watch ends."""
         self.stop_server()
         self.start_server()
 
     def stop_server(self) -> None:
-        """From now on connections are refused."""
+        """Stop the API server: connections are refused."""
         self._end("kube-apiserver")
 
     def start_server(self) -> None:
@@ -107,7 +105,7 @@ class KubeCluster:
     def forget_history(self) -> None:
         """Make the server answer a watch from any earlier resourceVersion with 410 Gone."""
         revision = self._etcd("kv/range", {"key": _coded("/")})["header"]["revision"]
-        # A write of its own, so that even the newest version handed out lies before what is kept.
+        # An extra write, so that even the newest version handed out is compacted.
         newest = self._etcd("kv/put", {"key": _coded("/compacted"), "value": _coded(revision)})["header"]["revision"]
         self._etcd("kv/compaction", {"revision": newest, "physical": True})
 
@@ -220,7 +218,7 @@ class KubeCluster:
         process = self.processes.pop(name, None)
         if process is None:
             return
-        process.kill()  # asked to end, a server waits for its open watches
+        process.kill()  # on SIGTERM a server would wait for its open watches
         process.wait()
 
     def _wait(self, name: str, url: str) -> bool:
@@ -249,7 +247,7 @@ def _coded(text: str) -> str:
 
 
 def free_port() -> int:
-    """A port below the range that outgoing connections take theirs from."""
+    """A port below the ephemeral range."""
     while True:
         port = 10000 + int.from_bytes(os.urandom(2)) % 20000
         with socket.socket() as probe, suppress(OSError):

@@ -1,6 +1,6 @@
-"""The parts of a Kubernetes cluster that the tests have not: JobSet's, Job's and Trainer's controllers, and the scheduler.
+"""The parts of a Kubernetes cluster that the tests lack: JobSet's, Job's and Trainer's controllers, and the scheduler.
 
-What they do is done as jobset/pkg/controllers and kubernetes/pkg/controller/job do it, for one Indexed Job each: names,
+They behave like jobset/pkg/controllers and kubernetes/pkg/controller/job, for one Indexed Job each: names,
 labels, annotations, podFailurePolicy, failurePolicy, conditions, deletion with grace. Pods run on kube_node.py's.
 """
 
@@ -56,7 +56,7 @@ class JobSetController:
         self.kubelet.stop()
 
     def evict(self, pod: str) -> None:
-        """What draining a node, or a pod of higher priority, does: the condition, then SIGTERM and the grace period."""
+        """Evict as a node drain or a pod of higher priority does: the condition, then SIGTERM and the grace period."""
         why = {
             "type": "DisruptionTarget",
             "status": "True",
@@ -68,7 +68,7 @@ class JobSetController:
 
     def _work(self) -> None:
         while not self.ending.wait(0.05):
-            with suppress(client.ApiException, HTTPError, OSError):  # the server is away, or somebody was faster
+            with suppress(client.ApiException, HTTPError, OSError):  # the server is down, or another client was faster
                 self._make_jobsets()
                 self.kubelet.step(self._pods())
                 pods = self._pods()
@@ -85,7 +85,7 @@ class JobSetController:
                 self._collect_garbage()
 
     def _collect_garbage(self) -> None:
-        """ConfigMaps go with the job that owns them."""
+        """Delete ConfigMaps whose owning job is gone."""
         configs = self.api.list_namespaced_config_map(NAMESPACE).items  # before their owners, which are made first
         owners = set()
         for kind in (KIND, TRAIN_JOBS):
@@ -96,7 +96,7 @@ class JobSetController:
                 self.api.delete_namespaced_config_map(config.metadata.name, NAMESPACE)
 
     def _make_jobsets(self) -> None:
-        """What Trainer does: a JobSet for each TrainJob, of its TrainingRuntime; the conditions of the one for the other."""
+        """As Trainer: make a JobSet for each TrainJob from its TrainingRuntime, copy its conditions to the TrainJob."""
         known = {one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*KIND)["items"]}
         trained = {
             one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*TRAIN_JOBS)["items"]
@@ -123,7 +123,7 @@ class JobSetController:
         ]
 
     def _delete(self, pods: list[dict]) -> bool:
-        """Whether none is left."""
+        """Delete `pods`; return whether none is left."""
         for pod in pods:
             if "deletionTimestamp" not in pod["metadata"]:
                 self.api.delete_namespaced_pod(pod["metadata"]["name"], NAMESPACE)
@@ -259,7 +259,7 @@ class JobSetController:
 
 
 def _jobset_of(train_job: dict, runtime: dict) -> dict:
-    """What the torch plugin makes: the template, with the TrainJob's trainer and torchrun's PET_* in its container."""
+    """The torch plugin's JobSet: the template, with the TrainJob's trainer and torchrun's PET_* in its container."""
     name, trainer = train_job["metadata"]["name"], train_job["spec"].get("trainer", {})
     spec = runtime["template"]["spec"]
     (replicated,) = spec["replicatedJobs"]
@@ -286,7 +286,7 @@ def _jobset_of(train_job: dict, runtime: dict) -> dict:
 
 
 def _matching_rule(job: dict, pod: dict) -> str:
-    """What the podFailurePolicy says of a failed pod: the action of its first rule that matches, or Count."""
+    """The podFailurePolicy's action for a failed pod: that of the first matching rule, or Count."""
     (container,) = pod["status"]["containerStatuses"]
     conditions = [(one["type"], one["status"]) for one in pod["status"].get("conditions", [])]
     for rule in job.get("podFailurePolicy", {}).get("rules", []):

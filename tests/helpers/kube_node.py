@@ -32,7 +32,7 @@ class Kubelet:
 
     Args:
         folder: for logs, and for the volumes: claims/NAME stands for a PersistentVolumeClaim.
-        environment: what the image would bring along, beside PATH and HOME.
+        environment: variables that the image would set, besides PATH and HOME.
         entry_point: of the image, for a container without a command.
     """
 
@@ -61,7 +61,7 @@ class Kubelet:
                     self._stop(name, pod["metadata"]["deletionGracePeriodSeconds"])
 
     def remove(self, pod: dict) -> None:
-        """The pod is deleted and has ended: its object goes."""
+        """Remove the object of a deleted pod that has ended."""
         with suppress(client.ApiException):
             self.api.delete_namespaced_pod(pod["metadata"]["name"], NAMESPACE, grace_period_seconds=0)
 
@@ -77,7 +77,7 @@ class Kubelet:
         name = pod["metadata"]["name"]
         (container,) = pod["spec"]["containers"]
         home = self.folder / "pods" / name
-        home.mkdir(parents=True, exist_ok=True)  # tried again, as while the ConfigMap is not there yet
+        home.mkdir(parents=True, exist_ok=True)  # may be a retry, such as while the ConfigMap is missing
         local = self._replacements(pod)
         for mount, path in self._mounts(pod, container, home):
             local.append((rf"(?<![\w/.-]){re.escape(mount)}(?=$|[^\w.-])", str(path)))
@@ -188,7 +188,7 @@ class Kubelet:
                 asked = parse_qs(address.query)
                 self.send_response(200)
                 self.end_headers()
-                with suppress(OSError):  # whoever read has left
+                with suppress(OSError):  # the reader has left
                     for part in kubelet.read_log(name, asked.get("follow") == ["true"], asked.get("tailLines")):
                         self.wfile.write(part)
                         self.wfile.flush()
@@ -207,7 +207,7 @@ class Kubelet:
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}},
             "conditions": [{"type": "Ready", "status": "True"}],
         }
-        with suppress(client.ApiException):  # it is there from the kubelet before this one
+        with suppress(client.ApiException):  # left there by an earlier kubelet
             self.api.create_node({"metadata": {"name": self.NODE}})
         self.api.patch_node_status(self.NODE, {"status": status})
 
@@ -226,14 +226,14 @@ class Kubelet:
 
 
 def _replace(text: str, local: list[tuple[str, str]]) -> str:
-    """All at once: what one puts in is not for another to replace. The first that fits wins."""
+    """Replace all in one pass, so that no replacement is replaced again. The first that matches wins."""
     patterns = "|".join(f"(?P<local{number}>{pattern})" for number, (pattern, _) in enumerate(local))
-    return re.sub(patterns, lambda found: local[int(found.lastgroup.removeprefix("local"))][1], text)
+    return re.sub(patterns, lambda match: local[int(match.lastgroup.removeprefix("local"))][1], text)
 
 
 def _expand(text: str, environment: dict[str, str]) -> str:
-    """Kubernetes' own $(NAME); one that is not set stays as it is."""
-    return re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), text)
+    """Kubernetes' own $(NAME); an unset one stays as it is."""
+    return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), text)
 
 
 def attempt_of(pod: dict) -> tuple:

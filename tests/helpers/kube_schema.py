@@ -1,8 +1,8 @@
 """Custom resource definitions of JobSet and Kubeflow Trainer, made from the models that kubeflow-trainer-api publishes.
 
 The models name every field and type but no choices, so those of the fields that powernap sets are listed here, as in
-JobSet's api/jobset/v1alpha2/jobset_types.go and Trainer's pkg/apis/trainer/v1alpha1. Kubernetes 1.20 drops a field that
-a schema does not know without a word, where a newer server can be asked to refuse it: `dropped_fields` tells.
+JobSet's api/jobset/v1alpha2/jobset_types.go and Trainer's pkg/apis/trainer/v1alpha1. Kubernetes 1.20 silently drops a
+field that a schema does not know, where a newer server can be asked to refuse it: `dropped_fields` lists them.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def definitions() -> list[dict]:
 
 
 def dropped_fields(sent: object, stored: object, path: str = "") -> list[str]:
-    """Paths of what was sent and is not in what the server stored: misspelled, or unknown to its schema."""
+    """Paths of fields that were sent but not stored: misspelled, or unknown to the server's schema."""
     if isinstance(sent, dict) and isinstance(stored, dict):
         found = [dropped_fields(sent[key], stored.get(key), f"{path}.{key}") for key in sent]
         return [path for paths in found for path in paths]

@@ -1,4 +1,4 @@
-"""What test_layouts.py runs in its processes: one optimizer step's gradients in a layout, against one process.
+"""Run by test_layouts.py in its processes: one optimizer step's gradients in a layout, against one process.
 
 Every rank compares every gradient it holds, its slices of tensor-parallel ones, with those of model/sleep.py's loop on
 rank 0 alone, in float64.
@@ -27,7 +27,7 @@ from powernap.train.data.loader import Batch
 from tests.helpers import tiny
 from tests.helpers.processes import single_rank_groups
 
-ANSWERS: dict[str, tuple] = {}  # one process's by what it computes, on rank 0: layouts of one problem share it
+ANSWERS: dict[str, tuple] = {}  # one process's by problem, on rank 0: shared by all layouts of a problem
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def compare(case: Case, **process_group) -> dict:
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
-    scale = case.data / loss_tokens if case.unequal else 0.37  # ZeRO averages, here ranks are added up
+    scale = case.data / loss_tokens if case.unequal else 0.37  # ZeRO averages over ranks, here they are summed
     loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[topology.pp_rank]
@@ -155,7 +155,7 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], t
 
 
 class NoOptimizer:
-    """In the place of ZeroOptimizer, which knows no float64: averages nothing, steps nothing."""
+    """In place of ZeroOptimizer, which has no float64: averages nothing, steps nothing."""
 
     param_groups = ()
 
@@ -235,7 +235,7 @@ def own_slice(full: torch.Tensor, parameter: torch.Tensor, topology) -> torch.Te
 
 
 def mean_of_rank_means(stage, micro_batches, loss_scale, topology, **options):
-    """Each data rank divides by its own loss tokens, as if all had as many."""
+    """Each data rank divides by its own loss tokens, as if all had the same number."""
     own = sum(int(batch.loss_mask[:, 1:].sum()) for batch in micro_batches)
     return schedule.forward_backward(stage, micro_batches, 1 / own, topology, **options)
 
@@ -254,9 +254,9 @@ MEANS = {"global token mean, ranks": mean_of_rank_means, "global token mean, mic
 
 @contextmanager
 def watched_sends(case: Case):
-    """The messages whose memory is free before the sender has waited for them, when NCCL may still read it.
+    """Messages whose memory is freed before the sender has waited for them, while NCCL may still read it.
 
-    As in NCCL and gloo a message holds its tensor, not the memory that the tensor had when the sending began.
+    As in NCCL and gloo a message holds its tensor, not the memory that the tensor had when sending began.
     """
     isend, freed = dist.isend, []
 
@@ -269,7 +269,7 @@ def watched_sends(case: Case):
                 freed.append(self)
             return self.work.wait()
 
-    # A copy is sent: gloo must neither keep the memory alive nor suffer from what is found here.
+    # A copy is sent: gloo must neither keep the memory alive nor suffer from the faults found here.
     if case.broken != "links":  # torch batches its own isend alone
         dist.isend = lambda tensor, **options: Sending(tensor, isend(tensor.clone(), **options))
     yield freed

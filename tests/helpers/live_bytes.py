@@ -1,4 +1,4 @@
-"""Memory of tensors, counted as they are made and freed; benchmarks use it, too."""
+"""Memory of tensors, counted as they are created and freed; benchmarks use it, too."""
 
 import weakref
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and are still alive, and the most there ever were.
+    """Counts the bytes of tensors that were created inside and are still alive, and their peak.
 
     Args:
         known: tensors from outside: a view of one, such as a transposed weight, would count it.

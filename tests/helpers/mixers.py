@@ -1,4 +1,4 @@
-"""What must hold for every mixer, as functions: test_every_mixer.py runs them on each one of the registry, and on broken ones.
+"""Checks that every mixer must pass: test_every_mixer.py runs them on each one of the registry, and on broken ones.
 
 A mixer that is registered, by Powernap or by another package, is tested by its letter alone.
 """
@@ -34,7 +34,7 @@ def model_of(letter: str, **changes):
 
 
 def parameters_are_those_of_the_list(topology, letter: str) -> None:
-    """Names, shapes and splits; each has a gradient: none is for nothing."""
+    """Names, shapes and splits; each has a gradient: none is unused."""
     stage = tiny.build_stage(topology, model_of(letter))
     found = {n: (tuple(p.shape), (split_of(p) or (None,))[0]) for n, p in stage.named_parameters()}
     listed = parameters(stage.model, stage.sleep, stage.blocks)
@@ -45,19 +45,19 @@ def parameters_are_those_of_the_list(topology, letter: str) -> None:
 
 
 def states_are_as_large_as_planned(topology, letter: str) -> None:
-    """What it hands on, before and after windows; only fast weights are handed on without a cache."""
+    """Its states, before and after windows; without a cache only fast weights are handed on."""
     for sleep in (HARD, SLIDING):
         stage = tiny.build_stage(topology, model_of(letter), sleep, dtype=torch.float32)
         mixer, stage_states = stage.model.mixers[0], stage.empty_layer_states(3)
         assert mixer.has_state(sleep) or not mixer.has_fast_weights
         assert len(stage_states) == mixer.has_state(sleep)
         tokens, loss_mask = tiny.batch()
-        left = tiny.run(stage, tokens, loss_mask, sleep=sleep).layer_states
-        for state, cached in [(stage_states, 0), (left, tiny.WINDOW - 1)]:
+        final_states = tiny.run(stage, tokens, loss_mask, sleep=sleep).layer_states
+        for state, cached in [(stage_states, 0), (final_states, tiny.WINDOW - 1)]:
             planned = 3 * mixer.state_bytes(stage.model, 4, cached) if mixer.has_state(sleep) else 0
             assert sum(s.nbytes for s in state) == planned
         if mixer.has_fast_weights:
-            assert left[0].any() and left[0].shape == (3, *mixer.state_shape)
+            assert final_states[0].any() and final_states[0].shape == (3, *mixer.state_shape)
 
 
 def flops_are_those_computed(topology, letter: str) -> None:
@@ -83,7 +83,7 @@ def flops_are_those_computed(topology, letter: str) -> None:
 
 
 def activations_are_about_those_kept(topology, letter: str) -> None:
-    """Against what autograd keeps on a CPU."""
+    """Against the tensors that autograd saves on a CPU."""
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for predicts in (True, False):
             if not predicts and not MIXERS[letter].has_fast_weights:
@@ -120,7 +120,7 @@ def check_activations(topology, pattern: str, precision: str, dtype: torch.dtype
 
 
 def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
-    """Bytes that the forward pass of one segment keeps, parameters left out."""
+    """Bytes that the forward pass of one segment saves, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
     kept = {}
 
@@ -163,7 +163,7 @@ def a_chunk_at_a_time_is_the_whole(topology, letter: str) -> None:
 
 
 def a_pad_leaves_no_trace(topology, letter: str) -> None:
-    """Whatever a pad is made of: losses, state and gradients but its embedding's are the same."""
+    """Whatever a pad's embedding: losses, state and all other gradients are the same."""
     stage = tiny.build_stage(topology, model_of(letter))
     tokens, loss_mask = tiny.batch(windows=2, predicting=(1,))
     tokens[:, 3] = tokens[0, 7] = 0
@@ -197,7 +197,7 @@ def writing_alone_writes_the_same(topology, letter: str) -> None:
 def training_logits(stage, tokens, passes):
     """After every token [B, T, vocabulary], by the segments of training: all windows before slept on, this one predicts."""
     length = tokens.shape[1]
-    tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # the last target, which nobody looks at
+    tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # the last target, which is unused
     # Where all windows predict one run is enough, else each window is the last of one.
     step = length if stage.sleep.every_window else stage.model.window
     logits = []

@@ -1,4 +1,4 @@
-"""What test_not_finite.py runs in its processes: training with bad steps in between, against training without them."""
+"""Run by test_not_finite.py in its processes: training with bad steps in between, against training without them."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Case(zero_layouts.Case):
     optimizer: str = "adamw"
     tied: bool = False
     large: bool = False  # in place of a NaN a gradient whose norm is too large for float32
-    control: bool = False  # leave out what skips
+    control: bool = False  # disable the skipping
 
 
 def compare(case: Case, **process_group) -> dict:
@@ -114,11 +114,11 @@ def spoiled(stage, bad: bool, value: float):
 def everything(stage, engine) -> list[torch.Tensor]:
     """Weights, master weights, moments and step counters of this rank: copies."""
     with engine.gathered_parameters():
-        found = [parameter.detach().clone() for parameter in stage.parameters()]
+        tensors = [parameter.detach().clone() for parameter in stage.parameters()]
     for master, state in engine.zero.optimizer.state.items():
-        found.append(master.detach().clone())
-        found += [torch.as_tensor(value).clone() for value in state.values()]
-    return found
+        tensors.append(master.detach().clone())
+        tensors += [torch.as_tensor(value).clone() for value in state.values()]
+    return tensors
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

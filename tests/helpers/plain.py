@@ -1,4 +1,4 @@
-"""The model written down a second time, as an oracle: plain torch, no Megatron module's forward, no cache that is cut, no
+"""The model written a second time, as an oracle: plain torch, no Megatron module's forward, no cache eviction, no
 checkpoint, token-by-token delta rule."""
 
 import torch
@@ -29,7 +29,7 @@ def hybrid(stage, tokens, sliding=False):
 def sleep(
     stage, tokens, predicting, passes, loop=None, backprop=None, linked=lambda x: x, handed=lambda x, embedded: x
 ):
-    """Sliding eviction as method.md has it, every pass of every window in full.
+    """Sliding eviction as in method.md, every pass of every window in full.
 
     Each attention block keeps queries, keys and values of all tokens so far, those of its last run over each window, and
     attends over the whole sequence whenever it runs.
@@ -37,9 +37,9 @@ def sleep(
     Args:
         predicting: the windows that are read once.
         loop: (i, j), blocks that repeat.
-        backprop: gradients for so many of a window's last passes only.
-        linked: what becomes of the kept queries, keys and values when a window ends.
-        handed: what a pass after the first begins with, given the hidden states of the one before and the embeddings.
+        backprop: number of a window's last passes that get gradients.
+        linked: applied to the kept queries, keys and values when a window ends.
+        handed: the input of a pass after the first, from the hidden states of the previous one and the embeddings.
 
     Returns:
         logits of each window in `predicting`, [B, L, vocabulary]

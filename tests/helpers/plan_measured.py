@@ -1,4 +1,4 @@
-"""What test_plan_measured.py runs in its processes: training steps in a layout, every live tensor of a rank counted."""
+"""Run by test_plan_measured.py in its processes: training steps in a layout, every live tensor of a rank counted."""
 
 import gc
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.helpers.live_bytes import LiveBytes
 
 
 def measure(recipe: Recipe, **process_group) -> dict[str, int]:
-    """Bytes of this rank in the second step of `recipe`: the first makes the optimizer's states and rotary tables."""
+    """Bytes of this rank in the second step of `recipe`: the first creates the optimizer's states and rotary tables."""
     topology = init_distributed(recipe.parallel.tensor, recipe.parallel.pipeline, timeout_seconds=60, **process_group)
     with Tensors() as live:
         stage, zero = trainer.build(recipe, topology)
@@ -43,7 +43,7 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
 
 
 class Tensors(LiveBytes):
-    """Only what takes memory."""
+    """Without meta tensors, which take no memory."""
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage.device.type != "meta":
@@ -52,8 +52,8 @@ class Tensors(LiveBytes):
 
 @contextmanager
 def what_segments_keep() -> Iterator[Tensors]:
-    """Counts, inside, what segments are given and leave behind for as long as it is alive: hidden states, fast weights, caches."""
-    kept = Tensors()  # not entered: it counts what it is shown
+    """Counts, inside, the live inputs and outputs of segments: hidden states, fast weights, caches."""
+    kept = Tensors()  # not entered: it counts the tensors passed to it
     run, handover = schedule.StageStep._run, schedule._SegmentBoundary.forward
 
     def show(*tensors):
@@ -62,7 +62,7 @@ def what_segments_keep() -> Iterator[Tensors]:
                 kept._count(tensor.untyped_storage())
 
     def run_and_show(step, number, segment, hidden_states, fast_weights):
-        if segment.with_grad:  # else nobody keeps the zeros that it starts from
+        if segment.with_grad:  # else the zeros that it starts from are not kept
             show(*fast_weights)
         return run(step, number, segment, hidden_states, fast_weights)
 
@@ -108,7 +108,7 @@ def unique(tensors: list[torch.Tensor]) -> int:
 
 
 def batch(recipe: Recipe) -> Batch:
-    """Random tokens; the last window predicts, or all do, and a document goes on in each second row."""
+    """Random tokens; the last window predicts, or all do, and every second row continues a document."""
     generator = torch.Generator().manual_seed(1)
     shape = (recipe.sequences_per_rank, recipe.data.sequence_length)
     tokens = torch.randint(1, recipe.model.vocab_size, shape, generator=generator)

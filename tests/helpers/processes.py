@@ -15,17 +15,17 @@ from torch.multiprocessing import start_processes
 
 from powernap.model.megatron import ProcessGroupCollection
 
-# What processes have imported when they are forked: each would take six seconds of its own.
+# Imported before processes are forked: each would need six seconds for it.
 IMPORTED = ["powernap.launch.commands.train", "powernap.train.trainer", "powernap.train.evaluation.evaluate", "mlflow"]
 
 
 def in_processes(function: Callable, world_size: int, *arguments) -> list:
-    """Call `function(rank, store, *arguments)` in `world_size` fresh processes of one thread; what each returned.
+    """Call `function(rank, store, *arguments)` in `world_size` fresh processes of one thread; return their results.
 
     `store` is a key-value store they share, to meet in. The first process to fail takes the others down.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert all(map(find_spec, IMPORTED))  # the fork server passes over a name that it cannot import
+    assert all(map(find_spec, IMPORTED))  # the fork server silently skips a name that it cannot import
     multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         call = function, store.port, Path(folder), dict(os.environ), arguments
@@ -34,7 +34,7 @@ def in_processes(function: Callable, world_size: int, *arguments) -> list:
 
 
 def _call(rank, function, port, folder, environment, arguments):
-    os.environ.clear()  # the fork server's, of the time when it was started
+    os.environ.clear()  # the fork server's, from when it started
     os.environ.update(environment)
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
@@ -44,8 +44,8 @@ def _call(rank, function, port, folder, environment, arguments):
 def run_cases(compare: Callable, cases: dict[str, object], ranks: Callable[[object], int] | None = None) -> dict:
     """Call `compare(case, rank=, world_size=, store=)` on the first ranks that each case needs; one set of ranks for all.
 
-    Large cases run first: at stage 3 DeepSpeed numbers the modules of all engines a process ever had and wants the same
-    numbers on every rank, so none may have sat a case out before.
+    Large cases run first: at stage 3 DeepSpeed numbers the modules of all engines a process ever had and requires the
+    same numbers on every rank, so no rank may have skipped an earlier case.
 
     Args:
         ranks: how many a case needs; by default case.world_size.

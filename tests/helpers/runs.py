@@ -35,7 +35,7 @@ RECIPE = {
     "sleep": {"passes": 2},
     "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},
     "train": {"steps": 10, "global_batch_size": 16, "log_every": 5}, "checkpoint": {"every": 5},
-    # With the usual eps, a gradient that is nothing but rounding becomes a step of full size.
+    # With the usual eps, a gradient that is only rounding becomes a step of full size.
     "optimizer": {"lr": 5.0e-3, "eps": 1.0e-6, "warmup_steps": 2, "clip": 0.5},
     "evaluation": {"samples": 64},
 }  # fmt: skip
@@ -65,7 +65,7 @@ COMMAND = [sys.executable, "-m", "powernap.launch.cli"]
 
 
 def wait_for(condition, seconds: float = 90):
-    """What `condition` returns as soon as it is true; it must be in time."""
+    """Wait until `condition` is true, for `seconds` at most, and return its value."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -105,7 +105,7 @@ def _train_in_turn(rank, store, processes, folder, runs, rendezvous_names, envir
 
 
 def free_port() -> int:
-    """A port for processes that will meet there in a while: drawn below those that the kernel gives away."""
+    """A port for processes that will meet there later, drawn below the ephemeral ports."""
     while True:
         port = random.randrange(10000, 32000)
         with socket.socket() as probe, suppress(OSError):
@@ -120,7 +120,7 @@ def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
 
 
 def write_drawn(run: RunFolder, topology: Topology) -> None:
-    """A checkpoint of the weights that the run's recipe begins with."""
+    """Write a checkpoint of the recipe's initial weights."""
     recipe = run.recipe()
     stage, zero = trainer.build(recipe, topology)
     writer = trainer.checkpoint_writer(recipe, run, topology)
@@ -131,7 +131,7 @@ def write_drawn(run: RunFolder, topology: Topology) -> None:
 
 @contextmanager
 def seconds_of_commands_below(limit: float) -> Iterator[None]:
-    """The commands run inside take less processor time: on the clock other tests beside this one would count."""
+    """The commands run inside must take less CPU time than `limit`: wall time would depend on parallel tests."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     yield
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -139,8 +139,8 @@ def seconds_of_commands_below(limit: float) -> Iterator[None]:
 
 
 def assert_refused(arguments: list[str], capfd, *words: str) -> None:
-    """The command, run here, says why it cannot be done in one line that holds all of `words`."""
-    with mock.patch.dict(os.environ):  # a command that runs alone notes that there
+    """The command, run in this process, fails with a usage error of one line that holds all of `words`."""
+    with mock.patch.dict(os.environ):  # a command on a single process records that there
         assert cli.main(arguments) == 2
     error = capfd.readouterr().err
     assert error.startswith("powernap: error: ") and error.count("\n") == 1, error
@@ -149,7 +149,7 @@ def assert_refused(arguments: list[str], capfd, *words: str) -> None:
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
-    """The command failed and said why in one line that holds all of `words`."""
+    """The command failed with an error of one line that holds all of `words`."""
     assert result.returncode != 0, result.stdout + result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

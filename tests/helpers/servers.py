@@ -1,4 +1,4 @@
-"""HTTP servers on loopback that answer as they should, or as servers do at times."""
+"""HTTP servers on loopback that answer as they should, or fail as servers do."""
 
 import http.server
 import ssl
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; what `server.answers` holds for a path is called instead, each once, the last for ever."""
+    """Serves files of a folder; a path's `server.answers` are called instead, each once, the last one for ever."""
 
     protocol_version = "HTTP/1.1"
 
@@ -27,7 +27,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, *_):
-        """Clients that go away are what the tests are about."""
+        """Stay silent: tests make clients disconnect on purpose."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def says(body=b"", status=200, **headers):
 
 
 def breaks_off(body, length=None):
-    """Without a length the end of the connection is the end of the body."""
+    """End in the middle of the body; without a length the end of the connection ends the body."""
 
     def answer(handler):
         handler.close_connection = True
@@ -72,7 +72,7 @@ def breaks_off(body, length=None):
 
 
 def stalls(body=None):
-    """After some bytes, or before any answer."""
+    """Stall after some bytes, or before any answer."""
 
     def answer(handler):
         handler.close_connection = True

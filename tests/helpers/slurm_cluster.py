@@ -86,7 +86,7 @@ StorageUser={user}
 
 
 class ClusterError(RuntimeError):
-    """The cluster did not start, with what its daemons said last, or did not end."""
+    """The cluster did not start, with its daemons' last output, or did not end."""
 
 
 class SlurmCluster:
@@ -97,7 +97,7 @@ class SlurmCluster:
         accounting: keep ended jobs in a database too, for sacct; takes some seconds more to start.
 
     Attributes:
-        folder: configuration, and what each daemon said: NAME.out.
+        folder: configuration, and each daemon's output, NAME.out.
     """
 
     def __init__(self, nodes: int = 3, accounting: bool = False) -> None:
@@ -125,7 +125,7 @@ class SlurmCluster:
         self.stop()
 
     def run(self, *command: str, check: bool = True, seconds: float = SECONDS) -> str:
-        """What one of SLURM's commands prints; CalledProcessError if it fails and `check`."""
+        """The output of one of SLURM's commands; CalledProcessError if it fails and `check`."""
         ended = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=seconds)
         if check:
             ended.check_returncode()
@@ -133,7 +133,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Return when every node is idle. ClusterError after half a minute."""
-        # Not pytest's folder: the path of a Unix socket has 107 letters at most, and munge wants to be reachable by all.
+        # Not pytest's folder: the path of a Unix socket has 107 characters at most, and munge must be reachable by all.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         try:
@@ -187,7 +187,7 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(configuration.format(**values))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-{self.nodes}] Name=gpu File={self.folder}/gpu[0-7]\n")
-        for number in range(8):  # SLURM wants devices
+        for number in range(8):  # SLURM requires devices
             (self.folder / f"gpu{number}").symlink_to("/dev/null")
         (self.folder / "slurmdbd.conf").write_text(ACCOUNTING_DAEMON.format(**values))
         (self.folder / "slurmdbd.conf").chmod(0o600)
@@ -212,14 +212,14 @@ class SlurmCluster:
             check=True,
             capture_output=True,
         )
-        # Durable it need not be.
+        # It need not be durable.
         lean = ("--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=16M", "--innodb-buffer-pool-size=64M")
         options = ("--no-defaults", "--skip-networking", data, user, f"--socket={self.folder}/database.socket", *lean)
         self._daemon("database", "mariadbd", *options)
         self._wait("the database", (self.folder / "database.socket").exists, DATABASE_SECONDS)
 
     def _start_accounting(self) -> None:
-        # The library that slurmdbd talks to the database with reads this.
+        # Read by slurmdbd's database client library.
         self._daemon("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=f"{self.folder}/database.socket")
 
         def registered() -> bool:
@@ -253,7 +253,7 @@ class SlurmCluster:
             )
 
     def _wait(self, what: str, there: Callable[[], object], seconds: float = SECONDS) -> None:
-        """Ask until it is there; ClusterError if that takes too long or a daemon ended."""
+        """Poll until it is there; ClusterError if that takes too long or a daemon ended."""
         end = time.monotonic() + seconds
         while not there():
             ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
@@ -270,7 +270,7 @@ def _which(program: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to whoever asks for any, so that they stay free until they are used."""
+    """Ports below the ephemeral range, so that they stay free until they are used."""
     ports: set[int] = set()
     while len(ports) < count:
         port = random.randrange(20000, 32000)

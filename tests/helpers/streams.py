@@ -26,7 +26,7 @@ def write_shard(path, numbers, mtime=0, key="sample-{:03d}".format, **changes):
 
 
 def write_documents(path, lengths, first):
-    """A shard of documents of so many parts; the tokens are 0, 1, 2, ... from `first` on. Returns the number after."""
+    """A shard of documents of `lengths` parts, whose samples are numbered from `first`. Returns the next number."""
     keys = [f"text-{document}-part{part:06d}" for document, length in enumerate(lengths) for part in range(length)]
     write_shard(path, range(first, first + len(keys)), key=lambda number: keys[number - first])
     return first + len(keys)
@@ -41,9 +41,9 @@ def config(train, **fields):
 
 def stream(shards, *, batch_size=4, rank=0, world_size=1, seed=0, state=None, whole_documents=False, **fields):
     """(batch, state) of one rank."""
-    place = dict(batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, state=state)
-    place["whole_documents"] = whole_documents
-    return training_batches(config(shards, **fields), vocab_size=VOCABULARY, **place)
+    options = dict(batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, state=state)
+    options["whole_documents"] = whole_documents
+    return training_batches(config(shards, **fields), vocab_size=VOCABULARY, **options)
 
 
 def read(shards, **changes):
@@ -65,7 +65,7 @@ def numbers(batches, count=None):
 
 
 def global_order(shards, world_size, workers, steps, global_batch=8, state=None, **changes):
-    """Global batches as lists, sample k of the run at its place k, and the state after the last."""
+    """Global batches as lists, with sample k of the run at position k, and the state after the last."""
     share = dict(world_size=world_size, workers=workers, batch_size=global_batch // world_size, state=state)
     ranks = [list(itertools.islice(stream(shards, rank=rank, **share, **changes), steps)) for rank in range(world_size)]
     batches = [[batch.tokens[:, 1].tolist() for batch, _ in read] for read in ranks]

@@ -17,7 +17,7 @@ WINDOW = 6
 
 
 def model_config(**changes) -> ModelConfig:
-    """`changes`: fields, and sections with the fields of theirs that change."""
+    """`changes`: fields, and sections with their changed fields."""
     sizes = dict(
         pattern="AGAG",
         window=WINDOW,
@@ -28,7 +28,7 @@ def model_config(**changes) -> ModelConfig:
         attention=dict(heads=2),
         gdn=dict(heads=2, key_dim=4, value_dim=6, conv_kernel=3),
     )
-    for mixer in MIXERS.values():  # any other's: what it requires, and what tensor ranks split
+    for mixer in MIXERS.values():  # any other's: required fields, and those that tensor ranks split
         fields = [name for name, field in mixer.model_fields.items() if field.is_required() or name == "groups"]
         sizes.setdefault(mixer.section, {name: 2 if name in ("heads", "groups") else 4 for name in fields})
     for name, value in changes.items():  # a section keeps the fields that are not named
@@ -39,7 +39,7 @@ def model_config(**changes) -> ModelConfig:
 def build_stage(topology, model=None, sleep=None, dtype=torch.float64, seed=0) -> HybridStage:
     torch.manual_seed(seed)
     stage = HybridStage(model or model_config(), sleep or SleepConfig(), topology.groups)
-    with torch.no_grad():  # norms and gates away from their tidy start, so that a mistake in them shows
+    with torch.no_grad():  # norms and gates away from their initial values, so that a mistake in them shows
         for parameter in stage.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -57,14 +57,14 @@ def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tup
 
 
 def thin_out(loss_mask: torch.Tensor, seed: int) -> torch.Tensor:
-    """About 60 % of the loss tokens, other places and another number in every sequence; the last token stays one."""
+    """About 60 % of the loss tokens, other positions and another number in every sequence; the last token stays one."""
     thinned = loss_mask & (torch.rand(loss_mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.6)
     thinned[:, -1] = True
     return thinned
 
 
 def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, **sections: dict) -> Recipe:
-    """A recipe around a model, for what takes a whole one."""
+    """A recipe around a model, for code that takes a whole recipe."""
     return Recipe(
         run={"name": "tiny", "seed": seed},
         model=model,
@@ -75,11 +75,11 @@ def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, 
 
 
 def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, **options) -> SleepOutput:
-    """`between_windows`: what crosses a window's end in place of the fast weights and caches."""
+    """`between_windows`: maps the layer states at every window's end."""
     segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes)
     device = stage.embedding.weight.device
     if between_windows:
-        options["recompute"] = False  # the stage is as it was by then
+        options["recompute"] = False  # by then the stage's forward is restored
     with crossing(stage, segments, between_windows):
         return sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), **options)
 
@@ -102,10 +102,10 @@ def crossing(stage, segments, between_windows: Callable | None) -> Iterator[None
 
 
 def gradients(stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients by name; zero for a parameter that had no part."""
+    """Gradients by name; zero for an unused parameter."""
     named = dict(stage.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads, strict=True)}
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What test_zero_layouts.py runs in its processes: ten optimizer steps in a layout, against a plain optimizer.
+"""Run by test_zero_layouts.py in its processes: ten optimizer steps in a layout, against a plain optimizer.
 
 The plain optimizer is torch.optim.AdamW with clip_grad_norm_ around model/sleep.py's loop, on rank 0 alone, over whole
 global batches. Every rank compares the losses, the gradient norms and every weight it holds, in float32.
@@ -36,7 +36,7 @@ OPTIMIZER = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained: all layouts of one have the same right answer."""
+    """A training problem: all its layouts have the same right answer."""
 
     passes: tuple[int, ...] = (2,)  # N of the steps, in turn
     precision: str = "fp32"
@@ -138,7 +138,7 @@ def train_step(case: Case, stage, engine, topology, step: int) -> tuple[float, f
 
 
 def global_batch(problem: Problem, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and loss mask, each [B, T]; each sequence has other loss tokens in the last window."""
+    """Tokens and loss mask, each [B, T]; each sequence has different loss tokens in the last window."""
     tokens, loss_mask = tiny.batch(SEQUENCES, windows=2, predicting=(1,), seed=SEED + step)
     loss_mask = tiny.thin_out(loss_mask, step)
     loss_mask[list(problem.silent)] = False
@@ -182,7 +182,7 @@ def train_plainly(problem: Problem, stage: HybridStage):
         tokens, loss_mask = global_batch(problem, step)
         for p in weights.values():
             p.grad_dtype = torch.float32
-            # Zeros, not None: ZeRO steps flat partitions, where a weight without a part in a step has a gradient of zero.
+            # Zeros, not None: ZeRO steps flat partitions, where a weight unused in a step has a gradient of zero.
             p.grad = torch.zeros_like(p, dtype=torch.float32)
         losses.append(0.0)
         for part in zip(tokens.split(1), loss_mask.split(1), strict=True):

@@ -26,8 +26,8 @@ def test_ranks_meet_though_others_listen_on_the_first_ports(monkeypatch):
         ThreadPoolExecutor() as threads,
     ):
         assert other.getsockname()[1] == second
-        threads.submit(rendezvous._tell, other, "powernap another 7")
-        asking = threads.submit(rendezvous._ask, "one", 20)
+        threads.submit(rendezvous._answer, other, "powernap another 7")
+        asking = threads.submit(rendezvous._find_store, "one", 20)
         with rendezvous.rendezvous("one", 0, 20) as store:
             assert asking.result() == store.port == int(os.environ["MASTER_PORT"])
             other.shutdown(socket.SHUT_RDWR)
@@ -35,4 +35,4 @@ def test_ranks_meet_though_others_listen_on_the_first_ports(monkeypatch):
 
 def test_rank_0_that_is_not_there_is_said():
     with pytest.raises(RuntimeError, match="rank 0 was not found on any of the ports"):
-        rendezvous._ask("nobody", 0.3)
+        rendezvous._find_store("nobody", 0.3)
