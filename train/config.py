@@ -1,4 +1,4 @@
-"""A recipe: what one run trains, on what, how; its fields and what must fit together. recipe_file.py reads them.
+"""The fields of a recipe and the checks between them; recipe_file.py reads them from files.
 
 Nothing here imports torch.
 """
@@ -14,25 +14,25 @@ from powernap.model.section import Section
 from powernap.parallel.planning.layout import sequence_costs, split_layers
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
-MOST_SEGMENTS = 2**16  # of a sequence: windows and the passes over them
+MOST_SEGMENTS = 2**16  # per sequence: windows times passes
 
 
-def _one_of(own: list[str], group: str, name: str) -> str:
-    """`name`, if it is one of Powernap's `own` or an entry point of `powernap.<group>`."""
-    if name in own or name in offered_by(group):
+def _one_of(built_in: list[str], group: str, name: str) -> str:
+    """`name`, if it is built in or an entry point of `powernap.<group>`; else raises ValueError."""
+    if name in built_in or name in offered_by(group):
         return name
-    raise ValueError(f"no {group[:-1]} '{name}': installed are {', '.join([*own, *offered_by(group)])}")
+    raise ValueError(f"no {group[:-1]} '{name}': installed are {', '.join([*built_in, *offered_by(group)])}")
 
 
 class RunSection(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Where a run is stored and tracked, and its seed."""
 
     name: str = Field(
         pattern=r"^[\w][\w.\-]*$",
-        max_length=60,  # a file's name may have 255 bytes, a letter four
+        max_length=60,  # a file name has at most 255 bytes, a letter up to four
         description="the run's folder below run.root: letters, digits, . _ -",
     )
-    # MLflow's database lies there, and ? and % would mean something else in its address.
+    # MLflow's database is stored there, and ? and % have a meaning of their own in its URL.
     root: SharedPath = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
     experiment: str = Field("powernap", min_length=1, max_length=500, description="MLflow experiment")
     trackers: list[str] = Field(
@@ -103,14 +103,14 @@ class DataConfig(Section):
 
     @property
     def datasets(self) -> dict[str, tuple[str | list[str], float]]:
-        """name -> shards, weight; the name of the only dataset is empty."""
+        """name -> shards, weight; a single dataset has an empty name."""
         if isinstance(self.train, dict):
             return {name: (dataset.shards, dataset.weight) for name, dataset in self.train.items()}
         return {"": (self.train, 1.0)}
 
     @property
     def shard_lists(self) -> dict[str, str | list[str]]:
-        """Every list of shards by the field that holds it."""
+        """Recipe field -> its list of shards."""
         lists = {f"data.train.{name}" if name else "data.train": shards for name, (shards, _) in self.datasets.items()}
         return lists | ({"data.test": self.test} if self.test is not None else {})
 
@@ -118,7 +118,7 @@ class DataConfig(Section):
     def cache_folder(self) -> Path:
         try:
             return expanded_path(self.cache)
-        except PathError as error:  # unlike at its check on the machine that submitted
+        except PathError as error:  # although the check on the submitting machine passed
             raise PathError(f"data.cache={self.cache}: {error}") from None
 
     @property
@@ -127,7 +127,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch_size: int = Field(ge=1, le=2**20, description="sequences per optimizer step, over all ranks")
@@ -147,7 +147,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What a run leaves to go on from."""
+    """How often checkpoints are written, and which are kept."""
 
     every: int = Field(500, ge=1, description="steps between checkpoints; there is one at the end as well")
     keep_last: int = Field(3, ge=1, description="the newest checkpoints, kept; older ones are deleted")
@@ -159,7 +159,7 @@ class CheckpointConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices inside the blocks with AdamW for the rest, or another package's."""
+    """AdamW; Muon for matrices inside the blocks with AdamW for the rest; or another package's optimizer."""
 
     name: str = Field(
         "adamw", description="adamw, muon for matrices (arXiv 2605.26099), or an installed package's optimizer"
@@ -181,10 +181,10 @@ class OptimizerConfig(Section):
     @field_validator("name", "schedule")
     @classmethod
     def _is_installed(cls, name: str, info: ValidationInfo) -> str:
-        group, own = {"name": ("optimizers", ["adamw", "muon"]), "schedule": ("schedules", ["wsd"])}[
+        group, built_in = {"name": ("optimizers", ["adamw", "muon"]), "schedule": ("schedules", ["wsd"])}[
             info.field_name or ""
         ]
-        return _one_of(own, group, name)
+        return _one_of(built_in, group, name)
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -389,7 +389,7 @@ class Recipe(Section):
 
     @property
     def windows(self) -> int:
-        """In a sequence."""
+        """Windows per sequence."""
         return -(-(self.data.sequence_length - 1) // self.model.window)
 
     @property
@@ -403,7 +403,7 @@ class Recipe(Section):
 
     @property
     def sequence_shards(self) -> int:
-        """Tensor ranks that share the tokens of a window between blocks."""
+        """Tensor ranks over which a window's tokens are split between blocks."""
         return self.parallel.tensor if self.parallel.sequence else 1
 
     @property

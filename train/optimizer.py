@@ -12,8 +12,8 @@ from powernap.train.config import OptimizerConfig
 def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters, Muon over the blocks' matrices with AdamW over the rest, or another package's optimizer.
 
-    Weight decay goes to matrices only; embeddings, norms, convolutions and gates are left alone, beside Muon the output
-    head too.
+    Weight decay applies to matrices only, not to embeddings, norms, convolutions and gates, nor, beside Muon, to the
+    output head.
     """
     weights = {weight.name: weight for weight in parameters(stage.model, stage.sleep, stage.blocks)}
     ordered = [weights[name] for name, _ in stage.named_parameters()]
@@ -36,7 +36,7 @@ def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.
         parameter.use_muon = True
     muon = {"use_muon": True, "lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "standard"}
     aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
-    # Two groups on every pipeline stage, whatever it holds: ZeRO adds up the norm group by group.
+    # Two groups on every pipeline stage, even if one is empty: ZeRO sums the norm group by group.
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, **muon},
         {"params": rest, "use_muon": False, "weight_decay": 0.0, **aux},

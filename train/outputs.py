@@ -1,4 +1,4 @@
-"""Outputs that a command writes at its end, checked at its start: nothing is computed that cannot be kept. No torch here."""
+"""Check a command's output paths when it starts, so that no result is computed that cannot be saved. No torch here."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ def check_file(path: Path, option: str) -> None:
     """Check that the file `path` of a command's `option` can be written or replaced.
 
     Raises:
-        OutputError: if its folder is missing or cannot be written, or something else than a file is there.
+        OutputError: if its folder is missing or not writable, or `path` is something other than a file.
     """
     if path.is_dir():
         raise OutputError(f"{option} {path}: is a folder: write a file in it")
@@ -28,13 +28,13 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Check that files can be written into the folder `path`, which is made later where it is missing.
+    """Check that files can be written into the folder `path`, which is created later if missing.
 
     Args:
-        option: of the command; empty where there is none.
+        option: the command's option; empty if there is none.
 
     Raises:
-        OutputError: if it, or what it would lie in, is no folder or cannot be written.
+        OutputError: if it, or the nearest existing parent, is no folder or not writable.
     """
     what = f"{option} {path}".strip()
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
@@ -44,7 +44,7 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def _check_writable(folder: Path, what: str) -> None:
-    """By a file without a name, which is gone when it is closed: permissions say less than the file system does."""
+    """Try with an unnamed file that vanishes when closed: permission bits alone do not tell."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

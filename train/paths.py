@@ -1,4 +1,4 @@
-"""Paths in files and behind a `=`, where no shell expands ~ and $NAME. Nothing here imports torch."""
+"""Expand ~ and $NAME in paths in files and after a `=`, where no shell does. Nothing here imports torch."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ValidationInfo
 from powernap.model.errors import PowernapError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
-# A URL, a command, or braces around them: they have rules of their own, and a command its own shell.
+# A URL or command, also inside braces: these have rules of their own, and a command runs in its own shell.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:|://|pipe:")
 
 
@@ -19,22 +19,22 @@ class PathError(PowernapError):
 
 
 def expand(path: str) -> str:
-    """`path` with ~, ~USER, $NAME and ${NAME} as a shell has them; one that exists as written stays so.
+    """Expand ~, ~USER, $NAME and ${NAME} as a shell does; a path with a $ that exists as written is kept.
 
     Raises:
         PathError: if there is no such user or variable, or no home.
     """
     if "$" in path and "\0" not in path and os.path.lexists(path):
         return path
-    found = re.sub(r"^~[^/]*", lambda match: _home(match[0]), path)
-    found = _VARIABLE.sub(lambda match: _value(match[1] or match[2]), found)
+    expanded = re.sub(r"^~[^/]*", lambda match: _home(match[0]), path)
+    expanded = _VARIABLE.sub(lambda match: _value(match[1] or match[2]), expanded)
     if "${" in path and not _VARIABLE.search(path):
         raise PathError("only $NAME and ${NAME} are expanded")
-    return found
+    return expanded
 
 
 def expand_shards(spec: str) -> str:
-    """The same for shards as a recipe names them: in a brace list, too; URLs and commands stay as they are."""
+    """`expand` for a recipe's shards, inside brace lists too; URLs and commands are left unchanged."""
     if _URL.search(spec):
         return spec
     return expand(re.sub(r"(?<=[{,])~[^/,{}]*(?=/)", lambda match: _home(match[0]), spec))
@@ -50,7 +50,7 @@ def expanded_path(path: str) -> Path:
 
 
 def _home(word: str) -> str:
-    """Of ~ or ~USER."""
+    """The home folder for ~ or ~USER."""
     home = os.path.expanduser(word)
     if home != word:
         return home
@@ -81,9 +81,9 @@ def _when_used(path: str, info: ValidationInfo) -> str:
     return path
 
 
-# In a recipe, so that it means the same wherever and by whomever it is read again. In the pods of Kubernetes, whose volume is
-# not mounted here, it would mean something else: refused.
+# Expanded when the recipe is read, so that it means the same to every later reader. Refused for Kubernetes pods whose
+# volume is not mounted here: it would mean something else there.
 SharedPath = Annotated[str, _at_once(expand)]
 Shards = Annotated[str, _at_once(expand_shards)]
-# A folder of the machine that uses it: it expands what is written.
+# A folder on the machine that uses it: expanded there.
 MachinePath = Annotated[str, AfterValidator(_when_used)]

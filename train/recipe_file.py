@@ -1,4 +1,4 @@
-"""Recipes as files: YAML, `base`, `key=value` overrides, and every mistake told in one line. config.py has the fields.
+"""Read recipes: YAML, `base`, `key=value` overrides; every mistake is reported in one line. config.py has the fields.
 
 Nothing here imports torch.
 """
@@ -26,9 +26,9 @@ class RecipeError(PowernapError):
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), files: str | None = None) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values are YAML), check everything that can be checked without data.
 
-    `name_or_path` is a YAML file or the name of one in train/recipes/. A file that begins with `base: NAME_OR_PATH`, a path
-    being relative to the file, says only what differs from that recipe. `files`: where the files of the cluster are that will run it
-    (launch/jobs/cluster.py: Profile), None for this process: what ~ and $NAME in a path mean depends on it.
+    `name_or_path` is a YAML file or the name of one in train/recipes/. A file with `base: NAME_OR_PATH` (a path is
+    relative to the file) holds only what differs from that recipe. `files`: where the target cluster keeps its files
+    (launch/jobs/cluster.py: Profile), None for this process; it decides what ~ and $NAME in a path mean.
     """
     values = parse_overrides(overrides, into=_read_recipe(find_recipe(name_or_path)), model=Recipe)
     return check(Recipe, values, files=files)
@@ -37,10 +37,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), files: str | N
 def parse_overrides(
     overrides: Sequence[str], into: dict[str, Any] | None = None, model: type[Section] | None = None
 ) -> dict[str, Any]:
-    """Set every `dotted.key=value` in nested sections; values are YAML, and a section keeps the fields that are not named.
+    """Set every `dotted.key=value` in nested sections; values are YAML, and a section keeps its other fields.
 
-    The values are for `check`, which knows what each field takes. `model`: what tells a section inside a section from a field
-    whose value is a mapping.
+    The result is for `check`, which knows what each field takes. `model` tells a nested section from a field whose
+    value is a mapping.
     """
     values = {} if into is None else into
     for override in overrides:
@@ -52,7 +52,7 @@ def parse_overrides(
 
 
 def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
-    """A file, seen from `folder`, or a shipped recipe by its name, such as depo or depo/deeper."""
+    """The path of a recipe: a file, relative to `folder`, or a shipped one by name, such as depo or depo/deeper."""
     if (path := folder / expanded_path(name_or_path)).is_file():
         return path
     shipped = shipped_recipes()
@@ -72,7 +72,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def check(model: type[Section], values: Any, **context: Any) -> Any:
-    """Validate `values`, turning pydantic's report into one line a finding, the first five. `context`: see paths.py."""
+    """Validate `values`; report the first five wrong fields in one line. `context`: see paths.py."""
     try:
         return model.model_validate(settle(values, model), context=context)
     except YamlError as error:
@@ -81,15 +81,15 @@ def check(model: type[Section], values: Any, **context: Any) -> Any:
         by_field: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
         for finding in error.errors():
             by_field.setdefault(tuple(_place(model, finding)), []).append(finding)
-        # Where a member of a union fits but for a field inside, the other members do not matter.
-        places = [place for place in by_field if not any(place == other[: len(place)] != other for other in by_field)]
-        raise RecipeError("; ".join(_explain(model, place, by_field[place]) for place in places[:5])) from None
+        # If one member of a union fits except for a field inside it, the other members do not matter.
+        fields = [field for field in by_field if not any(field == other[: len(field)] != other for other in by_field)]
+        raise RecipeError("; ".join(_explain(model, field, by_field[field]) for field in fields[:5])) from None
 
 
 def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's sections with what its base has where it says nothing; `derived`: the files that led here.
+    """A recipe's sections, completed from its base; `derived`: the files that led here.
 
-    A field is taken whole: a mixture of datasets replaces that of the base.
+    A field is replaced as a whole: a mixture of datasets replaces the base's.
     """
     derived = (*derived, path)
     values = read_sections(path)
@@ -99,18 +99,18 @@ def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base={base}: write one recipe's name or path")
     try:
-        found = find_recipe(base, path.parent)
+        base_path = find_recipe(base, path.parent)
     except (RecipeError, PathError) as error:
         raise RecipeError(f"{path}: base={base}: {error}") from None
-    if any(found.samefile(file) for file in derived):
+    if any(base_path.samefile(file) for file in derived):
         raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
-    return _merged(_read_recipe(found, derived), values, Recipe)
+    return _merged(_read_recipe(base_path, derived), values, Recipe)
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any], model: type[Section] | None) -> dict[str, Any]:
-    """`base` with what `own` says: sections, and sections inside them, field by field."""
+def _merged(base: dict[str, Any], changes: dict[str, Any], model: type[Section] | None) -> dict[str, Any]:
+    """`base` updated with `changes`, field by field in sections and nested sections."""
     merged = dict(base)
-    for name, value in own.items():
+    for name, value in changes.items():
         section = _section(model, (name,)) if model else None
         both = section and isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = _merged(merged[name], value, section) if both else value
@@ -118,7 +118,7 @@ def _merged(base: dict[str, Any], own: dict[str, Any], model: type[Section] | No
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """What a recipe's file says, unchecked: for `check`, as that of `parse_overrides`."""
+    """The sections of a recipe's file, unchecked: for `check`, like the result of `parse_overrides`."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -142,14 +142,14 @@ def _set(values: dict[str, Any], key: str, text: str, model: type[Section] | Non
             raise RecipeError(f"{key}: '{section}' is a value, not a section")
         values[section] = values = inner
     before, now = _as_mapping(values.get(field)), _as_mapping(value)
-    # A section given whole changes what it names. A field is taken whole: a mixture of datasets replaces another.
+    # A section given as a mapping is merged. A field is replaced as a whole: a mixture of datasets replaces another.
     kind = _section(model, (*sections, field)) if model else None
     both = (kind or not sections) and isinstance(before, dict) and isinstance(now, dict)
     values[field] = _merged(before, now, kind) if both else value
 
 
 def _as_mapping(value: Any) -> Any:
-    """Of `a={b: c}` on the command line the mapping."""
+    """The mapping in `a={b: c}` on the command line; other values unchanged."""
     return value.value if isinstance(value, Scalar) and isinstance(value.value, dict) else value
 
 
@@ -175,7 +175,7 @@ def _place(model: type[Section], finding: Mapping[str, Any]) -> list[str]:
 
 def _explain(model: type[Section], fields: tuple[str, ...], findings: list[Mapping[str, Any]]) -> str:
     """Pydantic's findings about one field as `field=value: what is allowed`."""
-    # Of a union's members, one that took the value and found it wrong knows most.
+    # Of a union's members, one that accepted the type and rejected the value gives the best message.
     ours = [finding for finding in findings if finding["type"] == "value_error"]
     findings = ours[:1] or findings
     kind, value = findings[0]["type"], findings[0]["input"]
@@ -217,7 +217,7 @@ def _inside(annotation: Any, part: str) -> Any:
 
 
 def _section(model: type[Section], location: tuple[str, ...]) -> type[Section] | None:
-    """The section class at a dotted place, or None if a value stands there."""
+    """The section class at a dotted path, or None if it is a plain field."""
     here: Any = model
     for part in location:
         here = _inside(here, part)
@@ -225,7 +225,7 @@ def _section(model: type[Section], location: tuple[str, ...]) -> type[Section] |
 
 
 def _description(model: type[Section], location: tuple[str, ...]) -> str | None:
-    """Of the field, or of the one whose mapping it is part of."""
+    """The description of the field, or of the field whose mapping it is part of."""
     for length in range(len(location), 0, -1):
         section = _section(model, location[: length - 1])
         if section and location[length - 1] in section.model_fields:

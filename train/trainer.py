@@ -40,14 +40,14 @@ from powernap.train.tracking.run_log import RunLog
 
 
 def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly: bool = False) -> bool:
-    """Run `recipe` in this process and its peers; with `resume`, from the newest whole checkpoint of the run's folder.
+    """Run `recipe` in this process and its peers; with `resume`, from the newest valid checkpoint in the run's folder.
 
     Args:
-        signals: when any rank's ask to stop, all stop after the same step, with a checkpoint of it.
-        detect_anomaly: the first number that is not finite ends the run: see anomaly.py.
+        signals: if any rank's ask to stop, all ranks stop after the same step and save a checkpoint of it.
+        detect_anomaly: end the run at the first non-finite number; see anomaly.py.
 
     Returns:
-        whether the run is done; False: it was asked to stop
+        whether the run is finished; False: it was asked to stop
     """
     parallel = recipe.parallel
     with (
@@ -59,20 +59,18 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
         with trainer.log, anomalies_detected(trainer.stage, topology, detect_anomaly):
             stopped = trainer.train(signals)
         topology.progress.note("waiting for the other ranks to be done")
-        topology.barrier()  # torchrun ends all when the first one leaves
+        topology.barrier()  # torchrun kills all ranks once one exits with an error code, as after a stop
     return not stopped
 
 
 @dataclass
 class TrainState:
-    """What the next step needs besides weights and optimizer states. A checkpoint keeps it."""
+    """What the next step needs besides weights and optimizer states; saved in checkpoints."""
 
-    step: int = 0  # the last one done
+    step: int = 0  # the last one completed
     data: State | None = None  # of the sample stream after that step; None: at its start, or on ranks that do not read
     unusable: int = 0  # samples and shards left out so far
-    layer_states: LayerStates | None = (
-        None  # under sleep.carry: what this stage's sequences left; None before the first step
-    )
+    layer_states: LayerStates | None = None  # under sleep.carry, of this stage's sequences; None before the first step
 
 
 class Trainer:
@@ -93,7 +91,7 @@ class Trainer:
         self.log = RunLog(recipe, folder, topology, resume_step)
 
     def restore(self, start: Checkpoint) -> tuple[TrainState, list[int]]:
-        """Load weights and optimizer states; returns what else a checkpoint keeps, and the steps skipped before it."""
+        """Load weights and optimizer states; returns the rest of the checkpoint, and the steps skipped before it."""
         start.load(self.stage, self.zero, self.topology)
         saved = start.state
         self.topology.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
@@ -101,7 +99,7 @@ class Trainer:
         return TrainState(start.step, saved["data"], saved["skipped"], layer_states), saved["skipped_steps"]
 
     def train(self, signals: Signals) -> bool:
-        """Step until all steps are done or any rank is asked to stop; returns whether one was."""
+        """Train until all steps are done or any rank is asked to stop; returns whether one was."""
         recipe, topology, state = self.recipe, self.topology, self.state
         self.log.start(count_parameters(self.stage, topology), self.passed_over)
         batches = read_batches(recipe, topology, state.data)
@@ -130,7 +128,7 @@ class Trainer:
         return stop
 
     def step(self, batches: Iterator[tuple[Batch, State | None]]) -> dict[str, Any]:
-        """Read a batch, step, report what was unusual about it; returns the step's metrics."""
+        """Read a batch, step, log skips and spikes; returns the step's metrics."""
         recipe, topology, state, step = self.recipe, self.topology, self.state, self.state.step + 1
         topology.progress.note("reading the batch")
         batch, state.data = next(batches)
@@ -154,7 +152,7 @@ class Trainer:
         return metrics
 
     def count_unusable(self, step: int, reasons: list[str]) -> None:
-        """Raises DataError if more samples and shards were left out than data.skip_budget allows."""
+        """Count and log samples and shards left out. Raises DataError if they exceed data.skip_budget."""
         budget = self.recipe.data.skip_budget
         for reason in reasons:
             self.state.unusable += 1
@@ -163,7 +161,7 @@ class Trainer:
                 raise DataError(f"more than data.skip_budget={budget} skipped; last: {reason}")
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the last step."""
+        """Start writing a checkpoint of the last step."""
         topology, state = self.topology, self.state
         topology.progress.note("saving a checkpoint")
         states = topology.all_gather_over_data(state.data)
@@ -178,41 +176,41 @@ class Trainer:
 
 
 def find_checkpoint(folder: RunFolder, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
-    """What to go on from, checked by all ranks, and why newer checkpoints were passed over.
+    """The checkpoint to resume from, verified by all ranks, and why newer ones were passed over.
 
     Raises:
-        CheckpointError: if there are checkpoints, and none is whole.
+        CheckpointError: if there are checkpoints, but none is valid.
     """
     topology.progress.note("checking the checkpoints")
-    found, passed_over = Checkpoint.newest(folder.checkpoints, topology)
-    if passed_over and not found:
+    checkpoint, passed_over = Checkpoint.newest(folder.checkpoints, topology)
+    if passed_over and not checkpoint:
         raise CheckpointError(
             f"no checkpoint of {folder.path} is whole: {passed_over[0]}; put a good one back, or start a new run"
         )
-    return found, passed_over
+    return checkpoint, passed_over
 
 
 def checkpoint_writer(recipe: Recipe, folder: RunFolder, topology: Topology) -> Writer:
     about = {"versions": versions(), "config": mask_values(recipe.model_dump(mode="json"))}
-    wanted = recipe.checkpoint
+    config = recipe.checkpoint
     return Writer(
         folder.checkpoints,
         topology,
         about,
-        keep_last=wanted.keep_last,
-        keep_every=wanted.keep_every,
-        asynchronous=wanted.asynchronous,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        asynchronous=config.asynchronous,
     )
 
 
 def agree_to_stop(signals: Signals, topology: Topology) -> bool:
-    """Whether any rank was asked to; the same answer on all."""
+    """Whether any rank was asked to stop; the same answer on all ranks."""
     topology.progress.note("agreeing with all ranks on whether to stop")
     return bool(topology.all_reduce_max(signals.stop is not None))
 
 
 def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimizer]:
-    """The model with its first weights, the same on every rank, and the optimizer around it."""
+    """This rank's part of the model with its initial weights, from the same seed on every rank, and its optimizer."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for mixer in dict.fromkeys(recipe.model.mixers):
         mixer.check_kernels(dtype, topology.device)
@@ -237,7 +235,7 @@ def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimize
 def count_parameters(stage: HybridStage, topology: Topology) -> int:
     """Parameters of the whole model."""
     sizes = {
-        # ZeRO-3 leaves a shard of a parameter here, and its whole size in ds_numel.
+        # ZeRO-3 keeps a shard of each parameter here, and its full size in ds_numel.
         stage.global_name(name): getattr(p, "ds_numel", p.numel())
         * (topology.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
         for name, p in stage.named_parameters()
@@ -261,12 +259,12 @@ def train_step(
     """One optimizer step on this rank's share of the global batch.
 
     Args:
-        layer_states: under sleep.carry what this stage's sequences left in the step before; None at the first.
+        layer_states: under sleep.carry, those of this stage's sequences after the previous step; None at the first.
 
     Returns:
-        the step's metrics over all ranks, with "skipped_step" if loss or gradient are not finite and nothing changed, and
-        with "unusable", the reasons, if samples or shards were left out; and what the sequences leave for the next step,
-        None without sleep.carry
+        the step's metrics over all ranks, with "skipped_step" if loss or gradient was not finite and nothing changed,
+        and with "unusable", a list of reasons, if samples or shards were left out; and the layer states for the next
+        step, None without sleep.carry
     """
     start = time.perf_counter()
     passes = draw_passes(recipe, step)
@@ -313,20 +311,20 @@ def train_step(
         metrics.update(topology.merge_over_model(health.summary()))
     if not recipe.sleep.carry:
         return metrics, None
-    left = [part.left for part in micro_batches if part.left is not None]
-    assert len(left) == len(micro_batches)
-    return metrics, cat_batch(left)
+    states = [micro_batch.left for micro_batch in micro_batches if micro_batch.left is not None]
+    assert len(states) == len(micro_batches)
+    return metrics, cat_batch(states)
 
 
 def fingerprint(tokens: torch.Tensor) -> int:
-    """Of which sequences these are, in any order: the sum of their CRC-32. tokens [B, T]."""
+    """A checksum of the sequences in any order: the sum of their CRC-32. tokens [B, T]."""
     return sum(zlib.crc32(row.numpy().tobytes()) for row in tokens)
 
 
 def cut_batch(
     recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
 ) -> list[MicroBatch]:
-    """The micro-batches of this rank's sequences, each with its segments and with its part of `layer_states`."""
+    """Split this rank's sequences into micro-batches, each with its segments and its part of `layer_states`."""
     size = recipe.micro_batch_size
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     tokens, loss_mask = tokens.split(size), loss_mask.split(size)
@@ -340,14 +338,14 @@ def cut_batch(
             plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
             tokens.to(topology.device, non_blocking=True),
             loss_mask.to(topology.device, non_blocking=True),
-            own,
+            part,
         )
-        for tokens, loss_mask, own in zip(tokens, loss_mask, parts, strict=True)
+        for tokens, loss_mask, part in zip(tokens, loss_mask, parts, strict=True)
     ]
 
 
 def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
-    """Keep what a step computes, by the windows of the first micro-batch, for reports. Raises OSError."""
+    """Record for reports what a step computes, from the windows of the first micro-batch. Raises OSError."""
     size = recipe.micro_batch_size
     tokens, loss_mask = batch.tokens[:size], batch.loss_mask[:size]
     tokens, loss_mask = pad_end(tokens, loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
@@ -357,10 +355,10 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
 
 
 def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> None:
-    """Raise SegmentError unless all data ranks run the same segments: at ZeRO-3 each gathers weights with all others."""
-    own = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
+    """Raise SegmentError unless all data ranks run the same segments: under ZeRO-3 each gathers weights from all."""
+    segments = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
     topology.progress.note("comparing the segments of all data ranks")
-    if any(other != own for other in topology.all_gather_over_data(own)):
+    if any(other != segments for other in topology.all_gather_over_data(segments)):
         raise SegmentError(
             f"{topology.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
             "same segments on all; batch such sequences apart, or use zero.stage=1"
@@ -368,15 +366,15 @@ def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> 
 
 
 def draw_passes(recipe: Recipe, step: int) -> int:
-    """N of this step: the same on every rank and after a resume, since it depends on nothing but seed and step."""
+    """N of this step. It depends only on seed and step, so it is the same on every rank and after a resume."""
     choices = recipe.sleep.pass_choices
     return choices[0] if len(choices) == 1 else random.Random(f"{recipe.run.seed}/{step}").choice(choices)
 
 
 def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:
-    """This rank's share of each global batch, with the stream's state after it, from the batch after `state` on.
+    """Yield this rank's share of each global batch and the stream's state after it, from the batch after `state` on.
 
-    One rank of each model reads; the others get tokens and loss mask from it, and no state.
+    One rank of each model reads, and broadcasts the batch to the others, which have no state.
     """
     if not topology.is_data_source:
         while True:
@@ -398,12 +396,12 @@ def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Ite
 
 
 def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Batch:
-    """The batch that this model's first rank gives, on all its ranks."""
+    """Broadcast `batch` from this model's first rank to all its ranks."""
     shape = (2, recipe.sequences_per_rank, recipe.data.sequence_length)
     if batch is None:
         packed = torch.empty(shape, dtype=torch.int64)
     else:
-        # What precedes the first token is no target: its place in the loss mask has room for a row's other flag.
+        # The first token is never a target, so its slot in the loss mask carries is_document_start.
         loss_mask = torch.cat([batch.is_document_start[:, None], batch.loss_mask[:, 1:]], dim=1)
         packed = torch.stack([batch.tokens, loss_mask.long()])
     tokens, loss_mask = topology.broadcast_in_model(packed.to(topology.device)).cpu()
@@ -416,4 +414,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB

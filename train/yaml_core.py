@@ -1,7 +1,7 @@
-"""YAML 1.2 for recipes and profiles. A scalar keeps what stands there beside its meaning, so that text stays as written.
+"""YAML 1.2 for recipes and profiles. A scalar keeps its source text beside its value, so that text stays as written.
 
-PyYAML alone reads YAML 1.1, in which 0072 is 58, 12:00:00 is 43200 and `on` is true. Here it parses; yamlcore has the core
-schema of YAML 1.2; `settle` gives each field the text or the meaning, as its type wants.
+PyYAML alone reads YAML 1.1, in which 0072 is 58, 12:00:00 is 43200 and `on` is true. Here it only parses; yamlcore has
+the core schema of YAML 1.2; `settle` gives each field the text or the value, depending on its type.
 """
 
 import math
@@ -24,22 +24,22 @@ _KINDS = {
 
 
 class YamlError(PowernapError):
-    """Text that is not YAML, or more of YAML than is read here: one line, with line and column where they are known."""
+    """Text that is not YAML, or uses a YAML feature unsupported here: one line, with line and column if known."""
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """What stands in a file or on the command line, `text`, where it means something else as well: 0072, on, [a, b]."""
+    """A value that is not text, and its source `text` in a file or on the command line: 0072, on, [a, b]."""
 
     text: str
     value: Any
 
 
 def parse(text: str) -> Any:
-    """Mappings with text as keys, lists, text, and a Scalar for each number, boolean and null.
+    """Parse into mappings with text as keys, lists, text, and a Scalar for each number, boolean and null.
 
     Raises:
-        YamlError: if it is anything else, or a mapping has a key twice.
+        YamlError: for anything else, or if a mapping has a key twice.
     """
     try:
         loader = _Loader(text)
@@ -47,17 +47,17 @@ def parse(text: str) -> Any:
         return Scalar("", None) if node is None else _build(loader, node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = ": ".join(part for part in (error.context, error.problem) if part)
-        raise YamlError(f"not YAML ({_place(mark)}{' '.join(said.split())})") from None
+        message = ": ".join(part for part in (error.context, error.problem) if part)
+        raise YamlError(f"not YAML ({_position(mark)}{' '.join(message.split())})") from None
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
-        raise YamlError(f"not YAML ({said})") from None
+        message = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+        raise YamlError(f"not YAML ({message})") from None
 
 
 def parse_argument(text: str) -> Any:
-    """The value of `key=value`: as in a file, but a field for text takes all of it as it is written, # and * included.
+    """The value of `key=value`: as in a file, but a text field takes all of it as written, # and * included.
 
-    What is no YAML is text, too: {a,b}/train.tar. Then the Scalar's value is the error, for a field that takes no text.
+    Invalid YAML is text, too: {a,b}/train.tar. The Scalar's value is then the error, for a field that takes no text.
 
     Raises:
         YamlError: if it holds control characters.
@@ -71,19 +71,19 @@ def parse_argument(text: str) -> Any:
     return value if text[:1] in ("'", '"') else Scalar(text, value.value if isinstance(value, Scalar) else value)
 
 
-def settle(value: Any, wanted: Any = Any) -> Any:
-    """Plain values: for a Scalar its text where the type `wanted` takes text rather than what it means, else its meaning.
+def settle(value: Any, annotation: Any = Any) -> Any:
+    """Plain values: a Scalar becomes its text if the type `annotation` takes text but not its value, else its value.
 
     Raises:
-        YamlError: for one whose text means nothing, where no text is wanted.
+        YamlError: for a Scalar that is not valid YAML, if the type takes no text.
     """
-    members = members_of(wanted)
+    members = members_of(annotation)
     if isinstance(value, Scalar):
         if _is_text(value.value, members):
             return value.text
         if isinstance(value.value, YamlError):
             raise YamlError(f"{value.text}: {value.value}")
-        return settle(value.value, wanted)
+        return settle(value.value, annotation)
     if isinstance(value, dict):
         for member in members:
             if is_model(member):
@@ -99,12 +99,12 @@ def settle(value: Any, wanted: Any = Any) -> Any:
 
 
 def dump(*documents: Any) -> str:
-    """YAML that readers of version 1.1, such as kubectl, and of version 1.2 take for the same."""
+    """YAML that readers of version 1.1, such as kubectl, and of version 1.2 understand alike."""
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yamlcore.CoreLoader):
-    """No aliases: `train: *.tar` is a glob that lacks its quotes."""
+    """Rejects aliases: `train: *.tar` is a glob without its quotes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
@@ -116,10 +116,10 @@ class _Loader(yamlcore.CoreLoader):
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
-        return True  # people read it: what appears twice is written twice
+        return True  # for human readers, repeat a value instead of aliasing it
 
 
-# Text that means something else in either version stands in quotes.
+# Quote text that is not text in either version.
 for _first, _rules in yamlcore.CoreLoader.yaml_implicit_resolvers.items():
     for _tag, _pattern in _rules:
         _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
@@ -133,32 +133,32 @@ def _build(loader: _Loader, node: yaml.Node, parents: str = "") -> Any:
         return _scalar(loader, node)
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, parents) for item in node.value]
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key_node.start_mark)
         key, line = key_node.value, key_node.start_mark.line + 1
-        if key in found:
+        if key in mapping:
             raise YamlError(f"line {line}: {parents}{key:.60} is given twice, first in line {lines[key]}: keep one")
         lines[key] = line
-        found[key] = _build(loader, value_node, f"{parents}{key:.60}.")
-    return found
+        mapping[key] = _build(loader, value_node, f"{parents}{key:.60}.")
+    return mapping
 
 
 def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
     try:
         value = loader.construct_object(node)
-    except (ValueError, KeyError, IndexError):  # of a tag that does not fit, or of a number with thousands of digits
+    except (ValueError, KeyError, IndexError):  # a tag that does not fit, or a number with thousands of digits
         kind = node.tag.removeprefix(_TAG)
         raise yaml.MarkedYAMLError(problem=f"'{node.value:.60}' is no {kind}", problem_mark=node.start_mark) from None
     if isinstance(value, float) and math.isinf(value) and "inf" not in node.value.lower():
-        return node.value  # 12e4567 is no number that there is
+        return node.value  # 12e4567 overflows: keep it as text
     return value if isinstance(value, str) else Scalar(node.value, value)
 
 
 def _is_text(value: Any, members: list[Any]) -> bool:
-    """Whether a type with these members takes text, and nothing that `value` is."""
+    """Whether a type with these members takes text, but no value of `value`'s type."""
     if str not in members:
         return False
     if isinstance(value, dict):
@@ -173,17 +173,17 @@ def is_model(member: Any) -> bool:
     return isinstance(member, type) and issubclass(member, BaseModel)
 
 
-def members_of(wanted: Any) -> list[Any]:
-    """The types that a union stands for; str for a choice of words."""
-    origin = get_origin(wanted)
+def members_of(annotation: Any) -> list[Any]:
+    """The member types of a union; the types of a Literal's choices."""
+    origin = get_origin(annotation)
     if origin is Annotated:
-        return members_of(get_args(wanted)[0])
+        return members_of(get_args(annotation)[0])
     if origin in (Union, UnionType):
-        return [member for part in get_args(wanted) for member in members_of(part)]
+        return [member for part in get_args(annotation) for member in members_of(part)]
     if origin is Literal:
-        return [NoneType if choice is None else type(choice) for choice in get_args(wanted)]
-    return [wanted]
+        return [NoneType if choice is None else type(choice) for choice in get_args(annotation)]
+    return [annotation]
 
 
-def _place(mark: yaml.Mark | None) -> str:
+def _position(mark: yaml.Mark | None) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

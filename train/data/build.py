@@ -1,4 +1,4 @@
-"""Build shards of a task or of text: tars of samples, made side by side, and a manifest.json that says what is in them."""
+"""Build shards of a task or of text: tars of samples, written in parallel, and a manifest.json that describes them."""
 
 import hashlib
 import itertools
@@ -27,27 +27,27 @@ from powernap.train.data.text import Text
 from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 
 MANIFEST = "manifest.json"
-# What is read of it again, and the types; all may be missing.
+# The fields that are read back, and their types; all are optional.
 _FIELDS = {"task": str, "fields": dict, "command": str, "vocab_size": int, "window": int, "context_length": int,
            "end_token_id": int, "pad_token_id": int}  # fmt: skip
 SPLITS = ("train", "test")
-# Of what a build was asked for: may differ when it is continued, since each job notes what it was made from.
+# Arguments that may differ when a build is continued, because each job records its own input.
 _MAY_CHANGE = ("command", "files")
-_SHOWN = 5  # skipped documents
+_SHOWN = 5  # skipped documents in the report
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is made by itself, whatever becomes of the others: a shard, or one of each split."""
+    """A unit of work that depends on no other: a shard, or one of each split."""
 
     number: int  # of the shard in its split
-    amount: int  # of what the progress bar counts
-    what: Any  # for `samples` of the source
+    amount: int  # in the unit of the progress bar
+    what: Any  # input of the source's `samples`
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Samples that a task draws: a shard of a split has a random stream of its own."""
+    """Samples drawn by a task: each shard of a split has its own random stream."""
 
     name: str
     task: Task
@@ -88,7 +88,7 @@ class TaskSource:
         return Tally()
 
     def origin(self, job: Job, tally: Tally) -> Any:
-        """What is noted of a job's input, to see when it has changed."""
+        """A record of a job's input, to detect changes."""
 
     def is_unchanged(self, job: Job, origin: Any) -> bool:
         return True
@@ -104,7 +104,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents cut into sequences: a piece of the input is a shard, and one more of what is held out."""
+    """Documents cut into sequences: each piece of the input becomes a shard, and a second one of held-out documents."""
 
     task: Text
     shard_bytes: int
@@ -130,7 +130,7 @@ class TextSource:
         return about
 
     def notes(self) -> list[str]:
-        """What a person should know before the build."""
+        """What a user should know before the build."""
         left_out = self.task.files()[1]
         return self.task.vocabulary.notes + ([f"left out: {describe_left_out(left_out)}"] if left_out else [])
 
@@ -141,7 +141,7 @@ class TextSource:
         return {"parts": _as_json(job.what), "files": _times(job), "digest": tally.digest.hexdigest()}
 
     def is_unchanged(self, job: Job, origin: dict[str, Any]) -> bool:
-        """Whether a job has the same input as before; only files that were written since are read again."""
+        """Whether a job has the same input as before; only files modified since are read again."""
         if (origin["parts"], origin["files"]) == (_as_json(job.what), _times(job)):
             return True
         return origin["digest"] == self.task.digest(job.what)
@@ -158,7 +158,7 @@ class TextSource:
 
 
 def _times(job: Job) -> dict[str, list[int]]:
-    """Size and time of writing of the files of a job."""
+    """Size and modification time of a job's files."""
     states = {file: os.stat(file) for file, _, _ in job.what}
     return {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()}
 
@@ -181,14 +181,14 @@ def build_task(
     seed: int,
     workers: int | None = None,
 ) -> None:
-    """`build` of samples that a task draws.
+    """`build` for samples drawn by a task.
 
     Args:
         task: one of powernap.train.tasks.TASKS with its sizes.
-        samples_per_shard: the most; a split's samples are spread evenly over its shards.
+        samples_per_shard: the maximum; a split's samples are spread evenly over its shards.
 
     Raises:
-        DataError: if a number makes no sense, and as `build` does.
+        DataError: if a number is out of range, and as `build` does.
     """
     limits = {"train-samples": train_samples, "test-samples": test_samples, "samples-per-shard": samples_per_shard}
     for option, value in limits.items():
@@ -206,8 +206,8 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
     """Write train-000000.tar ..., test-000000.tar ... (held out) and manifest.json into a new folder.
 
     The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
-    then the shards lie in `.NAME.unfinished` beside it, and the same command continues where it was stopped: shards whose
-    input has changed since are made again, the others are kept.
+    then the shards are in `.NAME.unfinished` beside it, and the same command continues an interrupted build: shards
+    whose input has changed since are rebuilt, the others are kept.
 
     Args:
         workers: processes; None: one per core.
@@ -239,7 +239,7 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
             splits = manifest["splits"]
             _refuse_empty(manifest, unfinished)
             keep = {shard["file"] for shard in manifest["shards"]}
-            for path in unfinished.iterdir():  # notes, and shards of jobs that are no more
+            for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
                 if path.name not in keep:
                     path.unlink()
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -270,7 +270,7 @@ def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
 
 
 def _report(manifest: dict[str, Any]) -> None:
-    """Say what was left out or changed."""
+    """Print what was skipped or changed."""
     if skipped := manifest.get("skipped"):
         print(f"{len(skipped)} documents skipped:")
         print("".join(f"  {reason}\n" for reason in skipped[:_SHOWN]), end="")
@@ -284,16 +284,16 @@ def _report(manifest: dict[str, Any]) -> None:
 
 
 def end_and_pad(manifest: dict[str, Any]) -> tuple[int | None, int | None]:
-    """The tokens that end a document and pad a sequence; the end was once always the one before the pad."""
+    """The tokens that end a document and pad a sequence; older manifests imply the end: the pad minus 1."""
     end, pad = manifest.get("end_token_id"), manifest.get("pad_token_id")
     return (pad - 1 if end is None and pad else end), pad
 
 
 def read_manifest(shard: Path) -> dict[str, Any]:
-    """What the builder of the shards left beside one; empty if it left nothing.
+    """The manifest beside a shard; empty if there is none.
 
     Raises:
-        DataError: if something else lies there.
+        DataError: if the file is not a manifest.
     """
     path = shard.parent / MANIFEST
     if not path.is_file():
@@ -317,7 +317,7 @@ def _is_field(value: object, kind: type) -> bool:
 
 
 def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:
-    """The manifest's splits if the folder holds these very shards already; None if it holds nothing."""
+    """The manifest's splits if the folder already holds exactly these shards; None if it is empty or missing."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     manifest = read_manifest(folder / "train-000000.tar")
@@ -330,7 +330,7 @@ def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] 
 
 
 def _begin(folder: Path, about: dict[str, Any]) -> Path:
-    """The folder to work in: new, or that of the same command when it was stopped."""
+    """The folder to work in: new, or left by the same command when it was interrupted."""
     unfinished = folder.parent / f".{folder.name}.unfinished"
     unfinished.mkdir(parents=True, exist_ok=True)
     note = unfinished / MANIFEST
@@ -348,10 +348,10 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Run the jobs that have not been done yet; the notes of all, in order."""
+    """Run the jobs that are not done yet; returns the notes of all, in order."""
     jobs = source.jobs()
-    found = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
-    done = {number: note for number, note in found if note is not None}
+    notes = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
+    done = {number: note for number, note in notes if note is not None}
     missing = [number for number in range(len(jobs)) if number not in done]
     skipped = [reason for note in done.values() for reason in note["skipped"]]
     check_budget(skipped, source.skip_budget)
@@ -368,7 +368,7 @@ def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]
 def _run(
     source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int, progress: tqdm
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each job's number and note, as it is done."""
+    """Run jobs, and yield each one's number and note when it is done."""
     if workers <= 1:
         for number in missing:
             yield number, make_shards(source, number, jobs[number], folder, progress.update)
@@ -395,7 +395,7 @@ def _run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_advanced: Any = None  # in a worker: the count that all share
+_advanced: Any = None  # in a worker: the counter that all share
 
 
 def _begin_worker(advanced: Any) -> None:
@@ -405,7 +405,7 @@ def _begin_worker(advanced: Any) -> None:
 
 
 def _belong_to_the_parent() -> None:
-    """A worker of the pool leaves interrupts to the process that made it, and ends when that one was killed."""
+    """Leave interrupts to the parent process, and exit when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
@@ -427,7 +427,7 @@ def _make_shards(source: Source, number: int, job: Job, folder: Path) -> dict[st
 
 
 class _Progress:
-    """Passes on in hundredths what a job has read, its amount in the end."""
+    """Reports what a job has read in steps of 1 %, and exactly its amount in the end."""
 
     def __init__(self, amount: int, advance: Callable[[int], object]):
         self._amount, self._advance, self._read, self._passed_on = amount, advance, 0, 0
@@ -449,11 +449,11 @@ class _Progress:
 def make_shards(
     source: Source, number: int, job: Job, folder: Path, advance: Callable[[int], object] = lambda count: None
 ) -> dict[str, Any]:
-    """Write a job's shards; they are whole when the note about them is there. The note: shards and what was skipped."""
+    """Write a job's shards, then the note that marks them complete. Returns the note: shards and what was skipped."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
     note = folder / f"{number:06d}.done"
-    note.unlink(missing_ok=True)  # of shards that are made again
+    note.unlink(missing_ok=True)  # of shards that are rebuilt
     progress = _Progress(job.amount, advance)
     tally = source.tally()
     tally.advance = progress.add
@@ -464,7 +464,7 @@ def make_shards(
             name = f"{split}-{job.number:06d}.tar"
             if name not in tars:
                 file = stack.enter_context(open(folder / name, "wb"))
-                # Owner and time are fixed, for the same bytes.
+                # Owner and time are fixed, so that the bytes are reproducible.
                 tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
             tars[name].write(encode(key, sample))
             written[name] = written.get(name, 0) + 1
@@ -497,7 +497,7 @@ def _done(source: Source, number: int, job: Job, folder: Path) -> dict[str, Any]
     if not path.exists():
         return None
     note = json.loads(path.read_text())
-    # An older version noted a list, without what the shards were made from.
+    # An older version wrote a list, without the origin of the shards.
     return note if isinstance(note, dict) and source.is_unchanged(job, note["origin"]) else None
 
 
@@ -510,8 +510,8 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
     shards = [shard for note in made for shard in note["shards"]]
     splits = {}
     for split in SPLITS:
-        own = [shard for shard in shards if shard["file"].startswith(split)]
-        splits[split] = {"shards": len(own), "samples": sum(shard["samples"] for shard in own)}
+        members = [shard for shard in shards if shard["file"].startswith(split)]
+        splits[split] = {"shards": len(members), "samples": sum(shard["samples"] for shard in members)}
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     documents = {}
     if about["task"] == "text":

@@ -1,7 +1,7 @@
-"""Remote shards as local files: fetched once per machine, with retries, and dropped when the cache is full.
+"""Remote shards as local files: fetched once per machine, with retries, and evicted when the cache is full.
 
-Nothing waits without a limit, or long without a word: the source is read by a thread, and the one that waits for it looks at
-the clock. Nothing here imports torch before a URL asks for it.
+Every wait has a limit, and a long one is logged: a thread reads the source while the waiting one watches the clock.
+Nothing here imports torch until a URL needs it.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from powernap.train.paths import expanded_path
 from powernap.train.run.secrets import mask_secrets
 
 FIRST_DELAY = 2.0  # seconds before the first retry; each further one waits twice as long
-LONGEST_DELAY = 300.0  # that a server may ask for: the other ranks wait for this one
-SAY_EVERY = 10.0  # seconds without a byte until a word; where bytes come, six times as long
+LONGEST_DELAY = 300.0  # seconds that a server may ask for: the other ranks wait for this one
+SAY_EVERY = 10.0  # seconds between log lines while no bytes arrive; while they do, six times as long
 DAMAGED_FOR = 24 * 3600.0  # seconds that a damaged copy is used with on_error=skip before the shard is fetched again
 LARGEST_MANIFEST = 1 << 28
 
@@ -44,21 +44,21 @@ T = TypeVar("T")
 
 
 class Stopped(DataError):
-    """Nobody waits for the shard any more."""
+    """The shard is no longer needed."""
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Where remote shards and the indexes of all shards are kept; processes of a machine share it.
+    """Holds remote shards, and the indexes of all shards; shared by the processes of a machine.
 
     folder: holds shards/ and index/.
-    limit: bytes of shards kept; the ones unused for longest go first. None: no limit.
-    retries: how often a fetch that failed is tried again.
-    timeout: seconds without 64 KiB more after which a try to fetch is given up.
+    limit: bytes of shards kept; the least recently used go first. None: no limit.
+    retries: how often a failed fetch is retried.
+    timeout: seconds without another 64 KiB after which an attempt is given up.
     stop: set to end all fetches.
 
-    A URL's shard is taken for unchanged as long as it is in the cache. An index is kept of a shard that could be read to its
-    end and is the one that its manifest records, if it has one: by then every byte of it has been read.
+    A URL's shard counts as unchanged as long as it is in the cache. Only a shard that is readable to its end and
+    matches its manifest, if it has one, gets a cached index: by then every byte of it has been read.
     """
 
     folder: Path = field(default_factory=lambda: expanded_path("~/.cache/powernap"))
@@ -75,10 +75,10 @@ class ShardCache:
         """A local file with the shard's bytes, and its index (see tar_index.index_tar).
 
         Args:
-            keep_damaged: keep a remote shard that is damaged, too: the file is the Damaged error's path. Else it is dropped.
+            keep_damaged: keep a damaged remote shard, too: the file is the Damaged error's path. Else it is deleted.
 
         Raises:
-            DataError: naming the shard, if it cannot be fetched, is damaged, or is not the one that its manifest records.
+            DataError: naming the shard, if it cannot be fetched, is damaged, or does not match its manifest.
             OSError: if a local one cannot be read.
         """
         if path := local_path(shard):
@@ -94,15 +94,15 @@ class ShardCache:
             ) from None
 
     def index_file(self, path: Path) -> Path:
-        """Where the index of the file at `path`, as it is now, belongs."""
+        """The path for the index of the file at `path` in its present state."""
         state = path.stat()
-        # A file's inode changes when it is replaced, its time when it is written over; a cached shard's time, when it is used.
+        # Replacing a file changes its inode, overwriting it its time; a cached shard's time also changes with each use.
         time = "" if path.parent == self.folder / "shards" else state.st_mtime_ns
         what = f"checked\0{path.absolute()}\0{state.st_size}\0{state.st_ino}\0{time}"
         return self.folder / "index" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
 
     def _index(self, shard: str, path: Path) -> np.ndarray:
-        """The kept index of the shard in the file `path`; made, and the file checked, where there is none."""
+        """The cached index of the shard in the file `path`; if there is none, check the file and build it."""
         kept = self.index_file(path)
         index = load_index(kept, path.stat().st_size)
         if index is None:
@@ -111,28 +111,28 @@ class ShardCache:
         return index
 
     def _check(self, shard: str, path: Path, sha256: str | None = None) -> np.ndarray:
-        """The index of what came for a shard, if it is the shard that its manifest records."""
+        """The index of the file of a shard, once compared with its manifest."""
         index = index_tar(path, shard)
-        if told := self._recorded(shard):
-            if problem := mismatch(told, path.stat().st_size, sha256 or sha256_of(path)):
-                raise not_recorded(shard, told, problem)
+        if entry := self._recorded(shard):
+            if problem := mismatch(entry, path.stat().st_size, sha256 or sha256_of(path)):
+                raise not_recorded(shard, entry, problem)
         return index
 
     def _fetch(self, shard: str, path: Path, keep_damaged: bool) -> tuple[Path, np.ndarray]:
-        """`fetch` of a remote shard into `path`, or from it; alone on this machine."""
+        """`fetch` a remote shard into `path`, or take it from there; the caller holds its lock."""
         if path.exists():
             try:
                 index = self._index(shard, path)
-                os.utime(path)  # used now
+                os.utime(path)  # mark as just used
                 return path, index
             except DataError as error:  # left by an earlier version, or the disk is bad
-                _say(f"{error}; so the copy of it in data.cache={self.folder} is dropped, and it is fetched again")
+                _log(f"{error}; so the copy of it in data.cache={self.folder} is dropped, and it is fetched again")
                 path.unlink()
         damaged = path.with_suffix(".damaged")
         if keep_damaged and damaged.exists() and time.time() - damaged.stat().st_mtime < DAMAGED_FOR:
             return damaged, self._check(shard, damaged)
         damaged.unlink(missing_ok=True)
-        before: list[str] = []
+        hashes: list[str] = []
 
         def once(attempt: int) -> np.ndarray:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
@@ -142,8 +142,8 @@ class ShardCache:
                     try:
                         index = self._check(shard, Path(file.name), sha256)
                     except DataError as error:
-                        before.append(sha256)
-                        same = sha256 in before[:-1]  # the source itself is damaged, not the way from it
+                        hashes.append(sha256)
+                        same = sha256 in hashes[:-1]  # the source itself is damaged, not the transfer
                         if keep_damaged and (same or attempt > self.retries):
                             os.replace(file.name, damaged)
                             if isinstance(error, Damaged):
@@ -161,10 +161,10 @@ class ShardCache:
         return path, index
 
     def _try(self, shard: str, once: Callable[[int], T]) -> T:
-        """What `once` returns, which gets the number of the try; it is called again where that may help.
+        """Call `once` with the number of the attempt, again if that may help; returns its result.
 
         Raises:
-            DataError: of the last try.
+            DataError: of the last attempt.
         """
         began = time.monotonic()
         tries = 1 + self.retries
@@ -176,7 +176,7 @@ class ShardCache:
             delay = max(FIRST_DELAY * 2 ** (attempt - 1), failure.delay) * random.uniform(1, 1.2)
             if not failure.may_pass or attempt == tries or failure.delay > LONGEST_DELAY:
                 break
-            _say(f"{failure}; try {attempt + 1} of {tries} in {delay:.0f} s")
+            _log(f"{failure}; try {attempt + 1} of {tries} in {delay:.0f} s")
             if self.stop.wait(delay):
                 raise Stopped(f"{shard}: no longer needed")
         tried = f", {attempt} tries in {time.monotonic() - began:.0f} s" if attempt > 1 else ""
@@ -184,38 +184,38 @@ class ShardCache:
         raise failure.error
 
     def _copy(self, shard: str, file: IO[bytes], attempt: int) -> str:
-        """Fill `file` with what comes from the source, and return its SHA-256.
+        """Copy the source into `file`, and return its SHA-256.
 
         Raises:
-            _Failed: if the source gives nothing, not all, or no more.
+            _Failed: if the source gives nothing, breaks off or stalls.
             OSError: if the file cannot be written.
         """
-        came = _Coming()
-        threading.Thread(target=came.run, args=(shard, file, self.timeout), daemon=True).start()
-        moved = said = time.monotonic()
+        transfer = _Transfer()
+        threading.Thread(target=transfer.run, args=(shard, file, self.timeout), daemon=True).start()
+        moved = logged = time.monotonic()
         seen = 0
         try:
-            while not came.done.done():
-                wait([came.done], min(1.0, self.timeout / 4))
+            while not transfer.done.done():
+                wait([transfer.done], min(1.0, self.timeout / 4))
                 now = time.monotonic()
-                if came.count > seen:
-                    seen, moved = came.count, now
+                if transfer.count > seen:
+                    seen, moved = transfer.count, now
                 if self.stop.is_set():
                     raise Stopped(f"{shard}: no longer needed")
-                if now - moved >= self.timeout and not came.done.done():
+                if now - moved >= self.timeout and not transfer.done.done():
                     raise Unreachable(
                         f"stalled after {_size(seen)}: less than 64 KiB in {self.timeout:g} s, data.timeout_seconds"
                     )
-                if now - said >= SAY_EVERY * (1 if now - moved >= SAY_EVERY else 6):
-                    said = now
+                if now - logged >= SAY_EVERY * (1 if now - moved >= SAY_EVERY else 6):
+                    logged = now
                     pause = f", none for {now - moved:.0f} s" if now - moved >= SAY_EVERY else ""
-                    _say(f"{shard}: being fetched, {_size(seen)} so far{pause}; try {attempt} of {1 + self.retries}")
-            return came.done.result()
+                    _log(f"{shard}: being fetched, {_size(seen)} so far{pause}; try {attempt} of {1 + self.retries}")
+            return transfer.done.result()
         except Unreachable as error:
             reason = DataError(f"{shard}: cannot be read ({error})")
             raise _Failed(reason, error.may_pass, error.delay) from None
         finally:
-            came.end()
+            transfer.end()
 
     @contextmanager
     def _locked(self, shard: str, path: Path) -> Iterator[None]:
@@ -228,7 +228,7 @@ class ShardCache:
                 lock.acquire(timeout=SAY_EVERY)
                 break
             except Timeout:
-                _say(f"{shard}: waiting for another process here, which fetches it")
+                _log(f"{shard}: waiting for another process here, which fetches it")
             if self.stop.is_set():
                 raise Stopped(f"{shard}: no longer needed")
         try:
@@ -237,7 +237,7 @@ class ShardCache:
             lock.release()
 
     def _recorded(self, shard: str) -> Recorded | None:
-        """What the manifest beside a shard says of it, if one can be had."""
+        """A shard's entry in the manifest beside it, if one can be read."""
         if path := local_path(shard):
             return recorded(path)
         if not has_neighbours(shard):
@@ -254,17 +254,17 @@ class ShardCache:
             try:
                 self._copy(url, file, 1)
             except _Failed as failure:
-                if failure.may_pass:  # else there is none, or not for us: a signed link is one for a shard alone
-                    _say(f"{failure}: the shards beside it are not compared with it")
+                if failure.may_pass:  # else there is none, or not for us: a signed link gives access to one shard only
+                    _log(f"{failure}: the shards beside it are not compared with it")
                 return {}
             file.seek(0)
             try:
                 return recorded_in(json.loads(file.read(LARGEST_MANIFEST)), url.partition("?")[0])
-            except (ValueError, RecursionError):  # such as the page of a server that knows every address
+            except (ValueError, RecursionError):  # such as an HTML page, from a server that answers every URL
                 return {}
 
     def _make_room(self, newest: Path) -> None:
-        """Delete the shards unused for longest. Who reads one meanwhile keeps it open, and reads on."""
+        """Delete the least recently used shards. A process that is reading one has it open, and can continue."""
         if self.limit is None:
             return
         files = []
@@ -291,21 +291,21 @@ def cache_of(data: DataConfig) -> ShardCache:
 
 
 class _Failed(Exception):
-    """A try that failed, with the error to raise if it was the last, and how long to wait before another one."""
+    """A failed attempt, with the error to raise if it was the last, and the seconds to wait before another one."""
 
     def __init__(self, error: DataError, may_pass: bool = True, delay: float = 0.0):
         super().__init__(str(error))
         self.error, self.may_pass, self.delay = error, may_pass, delay
 
 
-class _Coming:
-    """What a thread has read of a source so far."""
+class _Transfer:
+    """A thread's reading of a source: its progress and result."""
 
     def __init__(self) -> None:
         self.done: Future[str] = Future()  # the SHA-256 of all
         self.count = 0
         self._ended = threading.Event()
-        self._at_end: list[Callable[[], None]] = []  # ends the command that is read from
+        self._at_end: list[Callable[[], None]] = []  # end the command that is being read
 
     def run(self, shard: str, file: IO[bytes], timeout: float) -> None:
         digest = hashlib.sha256()
@@ -326,14 +326,14 @@ class _Coming:
             call()
 
     def end(self) -> None:
-        """Nobody waits any more. A thread that no one can wake is left alone."""
+        """Give up on the source. A thread that cannot be woken is left alone."""
         self._ended.set()
         for call in self._at_end:
             call()
 
 
-def _say(text: str) -> None:
-    logger.warning("%s", mask_secrets(text))  # on some ranks no formatter of ours sees it
+def _log(message: str) -> None:
+    logger.warning("%s", mask_secrets(message))  # masked here: some ranks do not have our formatter
 
 
 def _size(count: int) -> str:

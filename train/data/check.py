@@ -1,4 +1,4 @@
-"""Check a recipe's shards before any process starts: what is wrong is said at once, in one line, by one process."""
+"""Check a recipe's shards before any process starts: one process reports a mistake at once, in one line."""
 
 import itertools
 from pathlib import Path
@@ -21,9 +21,9 @@ SAMPLES = 64  # read from the first shard of each list
 
 
 def check_data(recipe: Recipe) -> None:
-    """Check that every shard is there and whole, and that samples fit the model and its windows.
+    """Check that every shard exists and is complete, and that samples fit the model and its windows.
 
-    Local shards are looked at by their ends; the first shard of each list is opened, wherever it is.
+    Of local shards, both ends are checked; the first shard of each list is opened, local or remote.
 
     Raises:
         DataError: naming shard or field and what to write.
@@ -36,9 +36,7 @@ def check_data(recipe: Recipe) -> None:
         for shard in itertools.chain.from_iterable(shards.values()):
             if path := local_path(shard):
                 _check_file(path)
-    vocabularies: dict[
-        str, tuple[str, int | None]
-    ] = {}  # field -> what its tokens stand for, and the end of a document
+    vocabularies: dict[str, tuple[str, int | None]] = {}  # field -> task and tokenizer, end token
     for field, names in shards.items():
         if recipe.sleep.carry:
             _check_documents(names[0], recipe)
@@ -53,7 +51,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """That a file begins like a tar, ends like one, and is as large as its manifest records."""
+    """Check that a file begins and ends like a tar, and has the size that its manifest records."""
     try:
         with open(path, "rb") as file:
             head = file.read(BLOCKSIZE)
@@ -68,15 +66,15 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: {other}: build or copy it again")
     if size % BLOCKSIZE or tail.strip(b"\0"):
         raise DataError(f"{path}: cut off after {size} bytes: build or copy it again")
-    if (told := recorded(path)) and (problem := mismatch(told, size, None)):
-        raise not_recorded(str(path), told, problem)
+    if (entry := recorded(path)) and (problem := mismatch(entry, size, None)):
+        raise not_recorded(str(path), entry, problem)
 
 
 def predicting_windows(recipe: Recipe) -> list[bool] | None:
-    """Which windows of the first training sample hold loss tokens, or None if no shard is here yet.
+    """Which windows of the first training sample hold loss tokens, or None if there is no local shard yet.
 
     Raises:
-        DataError: if the sample is there and does not fit the recipe.
+        DataError: if the sample exists and does not fit the recipe.
     """
     cache = cache_of(recipe.data)
     try:
@@ -91,10 +89,10 @@ def predicting_windows(recipe: Recipe) -> list[bool] | None:
 
 
 def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
-    """Those that can be used; on_error=skip passes over the others."""
-    found = Shard.open(shard, cache_of(recipe.data))
+    """A shard's first usable samples; on_error=skip passes over the others."""
+    opened = Shard.open(shard, cache_of(recipe.data))
     samples, error = [], None
-    for members in itertools.islice(found, SAMPLES):
+    for members in itertools.islice(opened, SAMPLES):
         try:
             samples.append(decode(members, recipe.data.sequence_length, recipe.model.vocab_size))
         except DataError as bad:
@@ -114,23 +112,23 @@ def _predicts(samples: list[Sample], window: int) -> np.ndarray:
 
 
 def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample], recipe: Recipe) -> None:
-    """That the model cuts, pads and has tokens as the builder of the shards meant."""
+    """Check the model's window, pad token and vocabulary against the shards' manifest."""
     window, context, pad, vocabulary = (
         manifest.get(key) for key in ("window", "context_length", "pad_token_id", "vocab_size")
     )
     path = local_path(shard)
     assert path is not None
-    where = path.parent / MANIFEST
+    manifest_path = path.parent / MANIFEST
     if vocabulary and recipe.model.vocab_size < vocabulary:
         raise DataError(
-            f"model.vocab_size={recipe.model.vocab_size}, but {where} counts {vocabulary} tokens: write "
+            f"model.vocab_size={recipe.model.vocab_size}, but {manifest_path} counts {vocabulary} tokens: write "
             f"model.vocab_size={vocabulary} or more"
         )
     whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
     if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
-            f"({where}), or context shares its window and is not slept on: write model.window={window}"
+            f"({manifest_path}), or context shares its window and is not slept on: write model.window={window}"
         )
     if pad is not None and recipe.model.pad_token_id != pad and any((sample.tokens == pad).any() for sample in samples):
         value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
@@ -140,23 +138,23 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
 
 
 def _check_vocabularies(vocabularies: dict[str, tuple[str, int | None]]) -> None:
-    """That a token means the same in every list of shards."""
+    """Check that a token means the same in every list of shards."""
     (first, (expected, end)), *others = vocabularies.items() or [("", ("", None))]
-    for field, (found, other_end) in others:
-        if not (found.startswith("text, ") and expected.startswith("text, ")):
+    for field, (vocabulary, other_end) in others:
+        if not (vocabulary.startswith("text, ") and expected.startswith("text, ")):
             continue
-        if found != expected:
+        if vocabulary != expected:
             raise DataError(
-                f"{first} has the vocabulary {expected[6:]}, {field} {found[6:]}: build both with the same tokenizer"
+                f"{first} has the vocabulary {expected[6:]}, {field} {vocabulary[6:]}: build both with the same tokenizer"
             )
         if other_end != end:
             raise DataError(f"documents of {first} end with token {end}, of {field} with {other_end}: build both anew")
 
 
 def _check_documents(shard: str, recipe: Recipe) -> None:
-    """That there is something to carry."""
-    found = Shard.open(shard, cache_of(recipe.data))
-    if len(found.documents) == len(found):
+    """Check that some document spans several sequences, so that there is something to carry."""
+    opened = Shard.open(shard, cache_of(recipe.data))
+    if len(opened.documents) == len(opened):
         raise DataError(
             f"sleep.carry=true, but no document in {shard} is longer than a sequence: build text with documents=whole and "
             "fewer windows, or write sleep.carry=false"
@@ -164,10 +162,12 @@ def _check_documents(shard: str, recipe: Recipe) -> None:
 
 
 def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
-    """That samples agree about which windows hold loss tokens (see segments.py), and that one is slept on."""
+    """Check that samples agree on which windows hold loss tokens (see segments.py), and that a window is slept on."""
     window = recipe.model.window
     predicts = _predicts(samples, window)
-    ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[:, ::-1]  # whether it holds loss tokens from there on
+    ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[
+        :, ::-1
+    ]  # whether it or a later window holds loss tokens
     disagreeing = (ahead & ~predicts).any(axis=0) & predicts.any(axis=0)
     predicts = np.logical_or.reduce(predicts, axis=0)
     if disagreeing.any():

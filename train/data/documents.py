@@ -1,6 +1,7 @@
 """Input files as documents: found, decompressed and read a piece at a time.
 
-What cannot be used is yielded as a DataError that names file and place, so that the reader may leave it out and continue.
+A document that cannot be used is yielded as a DataError naming file and place, so that the caller can skip it and
+continue.
 """
 
 import glob
@@ -20,19 +21,19 @@ from powernap.train.data.sample import DataError
 KINDS = (".txt", ".jsonl", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # of .txt and .jsonl
 PIECE = 2**20  # bytes of a document that are tokenized at once
-HEAD = 2**20  # bytes of a document by which train and test are told apart
+HEAD = 2**20  # bytes of a document that decide between train and test
 _BOM = b"\xef\xbb\xbf"
 
-# file, and of plain .txt and .jsonl the bytes [start, stop) in which a document begins, of .parquet the row groups
+# file, start, stop: row groups of a .parquet; else the bytes in which the part's documents begin
 Part = tuple[str, int, int]
 
 
 class Piece(NamedTuple):
-    """A document or, of a long one, about PIECE bytes."""
+    """A document, or about PIECE bytes of a long one."""
 
     file: str
     place: str  # within the file, for messages
-    start: int  # byte of the place, or of the file, at which `data` begins
+    start: int  # offset in bytes of `data` from the place, or in the file
     data: bytes
 
     def __str__(self) -> str:
@@ -55,10 +56,10 @@ class Document(NamedTuple):
 
 @dataclass
 class Tally:
-    """What a job has read so far.
+    """Counts what a job has read so far.
 
     Args:
-        budget: documents to leave out; None: stop at the first that cannot be used.
+        budget: documents that may be skipped; None: stop at the first that cannot be used.
         advance: called with the bytes read, for a progress bar.
     """
 
@@ -66,12 +67,12 @@ class Tally:
     advance: Callable[[int], object] = lambda count: None
     skipped: list[str] = field(default_factory=list)
     documents: int = 0
-    changed: int = 0  # pieces that do not come back from their tokens as they were
+    changed: int = 0  # pieces whose tokens decode to another text
     example: str = ""
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def skip(self, error: DataError) -> None:
-        """Raises the error if it is not to be skipped."""
+        """Record a skipped document. Raises `error` if none may be skipped, DataError if too many were."""
         if self.budget is None:
             raise error
         self.skipped.append(str(error))
@@ -83,7 +84,7 @@ class Tally:
 
 
 def check_budget(skipped: list[str], budget: int) -> None:
-    """Raises DataError if too much was left out."""
+    """Raises DataError if too many documents were skipped."""
     if len(skipped) > budget:
         raise DataError(f"more than skip_budget={budget} documents skipped; last: {skipped[-1]}")
 
@@ -92,7 +93,7 @@ def check_budget(skipped: list[str], budget: int) -> None:
 
 
 def find_files(inputs: list[str]) -> tuple[list[Path], dict[str, list[Path]]]:
-    """All files that can be read, in order, and the others by the reason why they are left out.
+    """All readable files, in order, and the others by the reason why they are left out.
 
     Folders are searched with their subfolders, symbolic links included.
 
@@ -103,18 +104,18 @@ def find_files(inputs: list[str]) -> tuple[list[Path], dict[str, list[Path]]]:
     left_out: dict[str, dict[Path, None]] = {}
     for entry in inputs:
         named = [Path(entry)] if Path(entry).exists() else sorted(map(Path, glob.glob(entry, recursive=True)))
-        found: list[Path] = []
+        readable: list[Path] = []
         others: dict[str, list[Path]] = {}
         for name in named:
             for path, reason in _walk(name) if name.is_dir() else [(name, _why_not(name))]:
                 if reason:
                     others.setdefault(reason, []).append(path)
                 else:
-                    found.append(path)
-        if not found:
+                    readable.append(path)
+        if not readable:
             reasons = f" (left out: {describe_left_out(others)})" if others else ""
             raise DataError(f"inputs={entry}: no {', '.join(KINDS[:-1])} or {KINDS[-1]} file there{reasons}")
-        files |= dict.fromkeys(sorted(found))
+        files |= dict.fromkeys(sorted(readable))
         for reason, paths in others.items():
             left_out.setdefault(reason, {}).update(dict.fromkeys(sorted(paths)))
     return list(files), {reason: list(paths) for reason, paths in left_out.items()}
@@ -128,19 +129,19 @@ def describe_left_out(left_out: dict[str, list[Path]]) -> str:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every file below a folder, and why it cannot be read. A hidden folder is one entry."""
+    """Every file below a folder, and why it cannot be read, if so. A hidden folder is one entry."""
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_searched):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_searched):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)
         for name in [name for name in folders if _is_hidden(name)]:
             folders.remove(name)
-            yield Path(place, name), "hidden"
+            yield Path(parent, name), "hidden"
         folders.sort()
         for name in names:
-            path = Path(place, name)
+            path = Path(parent, name)
             yield path, "hidden" if _is_hidden(name) else _why_not(path)
 
 
@@ -171,7 +172,7 @@ def kind_of(path: Path) -> tuple[str, str | None]:
 
 
 def _foreign_format(file: str) -> str:
-    """What a file is instead of text, by its first bytes; empty if nothing tells."""
+    """What a file is instead of text, by its first bytes; empty if unknown."""
     path = Path(file)
     if kind_of(path)[1] or kind_of(path)[0] == ".parquet":
         return ""
@@ -198,9 +199,9 @@ class Reader:
     """How files are read.
 
     Args:
-        text_field: where .jsonl and .parquet keep the text.
-        txt_document: what a document of a .txt is: file, paragraph or line.
-        whole: documents are not divided: each lies in one part, and is one piece.
+        text_field: field of .jsonl and column of .parquet that hold the text.
+        txt_document: what makes a document in a .txt: file, paragraph or line.
+        whole: documents are not divided: each is in one part, and is one piece.
     """
 
     text_field: str
@@ -208,7 +209,7 @@ class Reader:
     whole: bool
 
     def parts(self, file: Path, size: int, check: bool) -> Iterator[tuple[Part, int]]:
-        """A file in parts of about `size` bytes, where it can be divided; each with its bytes.
+        """A file in parts of about `size` bytes, if it can be divided; each with its size.
 
         Raises:
             DataError: if `check` and a .parquet cannot be read.
@@ -249,7 +250,7 @@ class Reader:
             yield Document(document.data[:HEAD], iter(pieces), True)
 
     def raw(self, part: Part, tally: Tally) -> Iterator[Piece | DataError]:
-        """A part as it lies in the file: lines, paragraphs, rows, or pieces of one long text. They make up tally.digest."""
+        """The raw content of a part: lines, paragraphs, rows, or pieces of one long text; hashed into tally.digest."""
         kind, codec = kind_of(Path(part[0]))
         try:
             if kind == ".parquet":
@@ -299,7 +300,7 @@ class _Counted(io.FileIO):
 
 
 def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lambda count: None) -> BinaryIO:
-    """The bytes of a file, decompressed; `advance` hears of what is read of the file itself."""
+    """The bytes of a file, decompressed; `advance` gets the number of bytes read from the file itself."""
     file = io.BufferedReader(_Counted(path, advance), PIECE)
     if codec is None:
         return file
@@ -309,7 +310,7 @@ def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lamb
 
 
 def _aligned(part: Part) -> tuple[int, int]:
-    """The bytes of a part of one long text: both ends moved on to a line's or word's beginning."""
+    """The bytes of a part of one long text: both ends moved forward to the beginning of a line or word."""
     file, start, stop = part
     with open(file, "rb") as opened:
         return _next_break(opened, start), _next_break(opened, stop)
@@ -337,11 +338,11 @@ def _blocks(part: Part, codec: str | None, whole: bool, tally: Tally) -> Iterato
     with _open(Path(file), codec, tally.advance) as opened:
         if place:
             opened.seek(place)
-        left, rest, more = stop - place, b"", True
+        remaining, rest, more = stop - place, b"", True
         while more:
-            block = opened.read(-1 if whole else min(PIECE, left))
-            left -= len(block)
-            more = left > 0 and len(block) > 0
+            block = opened.read(-1 if whole else min(PIECE, remaining))
+            remaining -= len(block)
+            more = remaining > 0 and len(block) > 0
             rest += block
             if place == 0 and rest.startswith(_BOM):
                 place, rest = len(_BOM), rest[len(_BOM) :]
@@ -361,7 +362,7 @@ def _pieces(document: Piece) -> Iterator[Piece]:
 
 
 def _last_break(data: bytes) -> int:
-    """Where the last line or word of `data` begins, in its second half; or else its last character."""
+    """Where the last line or word begins in the second half of `data`, or else the last character of `data`."""
     for mark, behind in ((b"\n", 1), (b" ", 0)):
         at = data.rfind(mark, len(data) // 2, len(data) - 1)
         while at >= 0 and data[at + 1 : at + 2].isspace():
@@ -375,7 +376,7 @@ def _last_break(data: bytes) -> int:
 
 
 def _lines(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
-    """The lines that begin in a part, without those that are blank."""
+    """The non-blank lines that begin in a part."""
     stop = None if codec else part[2]
     for place, line in _all_lines(part, codec, tally):
         if stop is not None and place >= stop:
@@ -385,9 +386,9 @@ def _lines(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
 
 
 def _paragraphs(part: Part, codec: str | None, tally: Tally) -> Iterator[Piece]:
-    """The paragraphs behind the blank lines that begin in a part, and the file's first one."""
+    """The paragraphs after the blank lines that begin in a part, and the file's first one."""
     start, stop = (0, None) if codec else part[1:]
-    begun: list[bytes] | None = [] if start == 0 else None  # None: in a paragraph that began in the part before
+    begun: list[bytes] | None = [] if start == 0 else None  # None: in a paragraph that began in the previous part
     first = 0
     for place, line in _all_lines(part, codec, tally):
         if line.strip():
@@ -413,7 +414,7 @@ def _paragraph(file: str, place: int, lines: list[bytes]) -> Piece:
 
 
 def _all_lines(part: Part, codec: str | None, tally: Tally) -> Iterator[tuple[int, bytes]]:
-    """All lines from the first that begins in a part to the file's end, each with its place."""
+    """All lines from the first that begins in a part to the file's end, each with its offset."""
     file, start, _ = part
     with _open(Path(file), codec, tally.advance) as opened:
         place = 0
@@ -444,12 +445,12 @@ def _text_of(line: Piece, text_field: str) -> bytes:
     return _encode(text, line)
 
 
-def _encode(text: str, where: Piece) -> bytes:
+def _encode(text: str, piece: Piece) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{where} holds {half}, half of a surrogate pair, which is no character") from None
+        raise DataError(f"{piece} holds {half}, half of a surrogate pair, which is no character") from None
 
 
 def _rows(part: Part, text_field: str, tally: Tally) -> Iterator[Piece | DataError]:
@@ -480,7 +481,7 @@ def open_parquet(path: Path, text_field: str):
     """A Parquet file with a column of text.
 
     Raises:
-        DataError: if it is no such file.
+        DataError: if it is not.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile

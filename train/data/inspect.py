@@ -1,4 +1,4 @@
-"""What lies in shards, for people: samples with their windows and loss tokens marked, and statistics of all."""
+"""Show the content of shards: samples with their windows and loss tokens marked, and statistics of all."""
 
 import itertools
 import textwrap
@@ -22,11 +22,11 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
 
     Args:
         spec: shards as a recipe names them, or a folder of them.
-        show: samples to write out.
+        show: samples to print.
         window: L; None: the one in the manifest.
 
     Raises:
-        DataError: if a shard cannot be read, or a sample is not one.
+        DataError: if a shard cannot be read, or a sample is malformed.
     """
     if (folder := local_path(spec)) and folder.is_dir():
         spec = f"{folder}/*.tar"
@@ -46,7 +46,7 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
 
 
 def _names(task: Task | Text) -> Callable[[int], str]:
-    """A task's names of its tokens; shards beside another's manifest may have more."""
+    """A task's names for its tokens; shards beside a wrong manifest may have more tokens."""
     size = task.vocab_size
     return lambda token: task.token_name(token) if token < size else f"<{token}>"
 
@@ -58,7 +58,7 @@ def _show(members: dict[str, object], name_token: Callable[[int], str], window: 
     words = [f"*{word}*" if loss else word for word, loss in zip(words, sample.loss_mask, strict=True)]
     for number, start in enumerate(range(0, len(words), window or len(words))):
         stop = min(start + (window or len(words)), len(words))
-        # A window predicts if the target of one of its inputs, which is the token after, is a loss token.
+        # A window predicts if the target of one of its inputs, the next token, is a loss token.
         predicts = sample.loss_mask[start + 1 : stop + 1].any()
         title = f"window {number}, {'answers' if predicts else 'slept on'}: "
         text = " ".join(_fold(words[start:stop]))
@@ -72,7 +72,7 @@ def _show(members: dict[str, object], name_token: Callable[[int], str], window: 
 
 
 def _fold(words: list[str]) -> list[str]:
-    """Four times or more the same word in a row, such as pads, as one with its count."""
+    """Fold four or more equal words in a row, such as pads, into one with its count."""
     folded = []
     for word, group in itertools.groupby(words):
         count = len(list(group))

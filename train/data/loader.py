@@ -1,8 +1,8 @@
-"""Batches of checked samples from WebDataset shards, each with the state from which a run goes on after it.
+"""Batches of checked samples from WebDataset shards, each with the state to resume from after it.
 
-order.py says which samples make up a global batch: that depends on the data and the seed alone. Here they are read: sample k
-of the run by rank k % world_size, whose reader processes take whole batches in turn. Every sample is read by its place in
-a shard, so any number of ranks and readers can share the work, before and after a state was saved.
+order.py decides which samples make up a global batch, from the data and the seed alone. Here they are read: rank
+k % world_size reads sample k of the run, and its reader processes take whole batches in turn. Samples are read by their
+position in a shard, so any number of ranks and readers can share the work, before and after a resume.
 """
 
 import itertools
@@ -30,14 +30,14 @@ from powernap.train.data.shard_list import count_lanes, expand_shards, local_pat
 from powernap.train.run.signals import outlive_one_sigterm
 from powernap.train.tasks.sample import Sample
 
-FETCH_AHEAD = 8  # remote shards at once, by each reader
+FETCH_AHEAD = 8  # remote shards that each reader fetches at once
 
 State = dict[str, Any]  # JSON; see training_batches
-Document = list[tuple[Shard, int]]  # the samples that a document was cut into: each one's shard, and its number there
+Document = list[tuple[Shard, int]]  # the samples of one document: each one's shard, and its number there
 
 
 class ReaderError(PowernapError):
-    """A reader process that ended: one line that names it and its signal. Nothing is wrong with the recipe."""
+    """A reader process died: one line with its pid and signal. The recipe is not at fault."""
 
     exit_code = exit_codes.FAILED
 
@@ -47,17 +47,15 @@ class Batch:
     """Sequences of one rank, on the CPU."""
 
     tokens: torch.Tensor  # int64 [B, T]
-    loss_mask: torch.Tensor  # bool [B, T]: True at tokens that are targets; nowhere in a row whose sample was left out
-    is_document_start: (
-        torch.Tensor
-    )  # bool [B]: rows that begin a document; the others go on where the batch before ended
+    loss_mask: torch.Tensor  # bool [B, T]: True at targets; all False in a row whose sample was left out
+    is_document_start: torch.Tensor  # bool [B]: rows that begin a document; the others continue the previous batch's
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
-    unusable: list[str] = field(default_factory=list)  # samples and shards left out: why, a line each
-    is_real: bool = True  # False: padding, only there because another rank has a batch
+    unusable: list[str] = field(default_factory=list)  # why samples and shards were left out, a line each
+    is_real: bool = True  # False: padding, present only because another rank has a batch
     sample_ids: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and number there
 
 
-StreamItem = tuple[Batch, list[dict[int, Cursor]]]  # with it, by dataset, where the lanes are after the batch
+StreamItem = tuple[Batch, list[dict[int, Cursor]]]  # a batch, and each dataset's cursors of the lanes it read
 
 
 def training_batches(
@@ -71,16 +69,16 @@ def training_batches(
     whole_documents: bool = False,
     state: State | None = None,
 ) -> Iterator[tuple[Batch, State]]:
-    """This rank's batches, endlessly, each with the state after it; from the start or from the batch after `state`.
+    """Yield this rank's batches endlessly, each with the state after it, from the start or the batch after `state`.
 
-    A state holds what this rank knows: samples, of all ranks so far; fingerprints and lanes, by dataset, a lane being
-    known by where to take it up; and what settles the order. `merge_states` makes one of all ranks' states, and such a
-    one is what to go on from, on any number of ranks, with any batch size and readers.
+    A state holds what this rank knows: the samples read by all ranks so far; by dataset, the fingerprint of its shards
+    and the cursors of its lanes; and the settings that fix the order. Resume from the `merge_states` of all ranks'
+    states, on any number of ranks, with any batch size and number of readers.
 
     Args:
         batch_size: sequences per rank.
-        whole_documents: row by row, each batch goes on with the documents of the one before. Takes one dataset, and as many
-            lanes as the ranks' batches have rows together.
+        whole_documents: row by row, each batch continues the documents of the one before. Needs one dataset, and as
+            many lanes as the global batch has rows.
 
     Raises:
         DataError: at the first batch if the shards are missing or not those of `state`, later if a shard or sample
@@ -118,7 +116,7 @@ def training_batches(
 
 
 def _orders(data: DataConfig, seed: int, whole_documents: bool) -> tuple[list[Order], dict[str, str]]:
-    """The order of each dataset's samples; the fingerprint of its shards by the dataset's name."""
+    """The order of each dataset's samples; dataset name -> fingerprint of its shards."""
     orders, fingerprints = [], {}
     for (name, (spec, _)), field_name in zip(data.datasets.items(), data.shard_lists, strict=False):
         shards = tuple(expand_shards(spec, field_name))
@@ -129,7 +127,7 @@ def _orders(data: DataConfig, seed: int, whole_documents: bool) -> tuple[list[Or
 
 
 def _cursors(state: State) -> list[dict[int, Cursor]]:
-    """By dataset and lane, where to go on."""
+    """The cursors to resume from, by dataset and lane."""
     return [{int(lane): Cursor(*cursor) for lane, cursor in saved.items()} for saved in state["cursors"].values()]
 
 
@@ -148,18 +146,18 @@ def _read(stream: "BatchStream", workers: int) -> Iterator[StreamItem]:
         while True:
             try:
                 item = next(items)
-            except (OSError, EOFError, RuntimeError) as error:  # what a killed reader leaves of its connections
+            except (OSError, EOFError, RuntimeError) as error:  # from the broken connections of a killed reader
                 raise _ended_reader(items) or error from None
             if isinstance(item, DataError):
                 raise item
             yield item
     finally:
-        del items  # ends the reader processes, even while a traceback keeps this frame
+        del items  # ends the reader processes, even while a traceback keeps this frame alive
 
 
 @contextmanager
 def readers_watched() -> Iterator[None]:
-    """Inside, a ReaderError is raised when a reader process ends; torch says it wherever the trainer stands.
+    """Inside, a reader process that dies raises a ReaderError, from a signal handler, wherever the trainer is.
 
     Raises:
         ReaderError: in place of torch's RuntimeError.
@@ -167,41 +165,41 @@ def readers_watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Torch's handler would raise it again, while it is being reported.
+        # Torch's handler would raise again while this error is being reported.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if not found:
+        match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not match:
             raise
         name = re.search(r"killed by signal: ([\w ]+\w)", f"{error} {error.__cause__}")
         number = next((n for n in signal.Signals if name and signal.strsignal(n) == name[1]), None)
-        raise _reader_error(found[1], number) from None
+        raise _reader_error(match[1], number) from None
 
 
 def _ended_reader(batches: Iterator) -> ReaderError | None:
-    """About a reader process of a DataLoader's that is no more; one whose connection is gone may take a moment to end."""
+    """The error for a DataLoader's dead reader process, if any; one with a broken connection may exit a moment later."""
     readers = getattr(batches, "_workers", ())
     ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=1.0) if readers else ()
     for reader in readers:
         if reader.sentinel in ended:
-            reader.join(timeout=1.0)  # the sentinel closes a moment before the exit code is there
+            reader.join(timeout=1.0)  # the sentinel closes a moment before the exit code is set
         if code := reader.exitcode:
             return _reader_error(reader.pid, signal.Signals(-code) if code < 0 else None)
     return None
 
 
 def _reader_error(pid: int | str, number: signal.Signals | None) -> ReaderError:
-    """`number`: the signal that ended it, if it is known."""
+    """`number`: the signal that ended it, if known."""
     by = f"was ended by {number.name}" if number else "ended unexpectedly"
     why = ", as the system does when memory runs out: try fewer data.workers" if number == signal.SIGKILL else ""
     return ReaderError(f"a reader process (pid {pid}) {by}{why}; go on with --resume")
 
 
 def _check_state(state: State, fingerprints: dict[str, str], settled: dict[str, Any]) -> None:
-    for name, own in fingerprints.items():
-        if state["fingerprints"].get(name) != own:
-            where = f"data.train.{name}" if name else "data.train"
+    for name, current in fingerprints.items():
+        if state["fingerprints"].get(name) != current:
+            field_name = f"data.train.{name}" if name else "data.train"
             raise DataError(
-                f"{where}: the shards are not those the run was trained on so far: put them back, or start a new run"
+                f"{field_name}: the shards are not those the run was trained on so far: put them back, or start a new run"
             )
     for key, value in settled.items():
         if state["settled"][key] != value:
@@ -209,30 +207,30 @@ def _check_state(state: State, fingerprints: dict[str, str], settled: dict[str, 
 
 
 def merge_states(states: list[State]) -> State:
-    """One state of those that all ranks got with the same batch."""
+    """Merge the states that the ranks hold after the same batch into one."""
     merged = {**states[0], "cursors": {name: {} for name in states[0]["cursors"]}}
     for state in states:
         assert state["samples"] == merged["samples"] and state["settled"] == merged["settled"]
-        for name, places in state["cursors"].items():
+        for name, cursors in state["cursors"].items():
             known = merged["cursors"][name]
-            known.update({lane: max(place, known.get(lane, place)) for lane, place in places.items()})
+            known.update({lane: max(cursor, known.get(lane, cursor)) for lane, cursor in cursors.items()})
     return merged
 
 
 def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache) -> list[str]:
-    """`shard.tar:key` of each of a batch's `sample_ids`; reads whole shards: for messages. What cannot be read is numbered."""
+    """`shard.tar:key` of each of a batch's `sample_ids`, a number if unreadable; for messages: reads whole shards."""
     by_shard: dict[str, list[int]] = {}
     for name, number in sample_ids:
         by_shard.setdefault(name, []).append(number)
-    found: dict[tuple[str, int], str] = {}
+    names: dict[tuple[str, int], str] = {}
     for name, numbers in by_shard.items():
         try:
             keys = Shard.open(name, cache, keep_readable=True).keys(numbers)
         except (DataError, OSError):
             keys = [f"number {number}" for number in numbers]
         shown = name.partition("?")[0]  # a signed URL ends in a secret
-        found |= {(name, number): f"{shown}:{key}" for number, key in zip(numbers, keys, strict=True)}
-    return [found[sample_id] for sample_id in sample_ids]
+        names |= {(name, number): f"{shown}:{key}" for number, key in zip(numbers, keys, strict=True)}
+    return [names[sample_id] for sample_id in sample_ids]
 
 
 def evaluation_batches(
@@ -240,10 +238,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The first `limit` samples of data.test in file order, for each rank every world_size-th document.
 
-    `batch_size` documents or fewer are read side by side, a part in each batch, and go on row by row in the batches after
-    that in which they begin. All ranks get as many batches, since under ZeRO-3 they run each together: one whose
-    documents are used up gets some of them again. Padding rows and padding batches have no loss tokens and answers, or
-    do not count.
+    Up to `batch_size` documents are read side by side, one part of each per batch; later batches continue them in the
+    same rows. All ranks get the same number of batches, because under ZeRO-3 they run each one together: a rank whose
+    documents are used up repeats some. Padding rows have no loss tokens and answers; padding batches do not count.
 
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.
@@ -251,9 +248,9 @@ def evaluation_batches(
     assert data.test is not None
     cache = cache_of(data)
     shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
-    places = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
+    samples = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
     documents: list[Document] = []
-    for shard, number in places:
+    for shard, number in samples:
         if shard.begins_document(number):
             documents.append([])
         documents[-1].append((shard, number))
@@ -267,10 +264,10 @@ def evaluation_batches(
 
 
 def _evaluation_batch(documents: list[Document], part: int, is_padding: bool, length: int, vocab_size: int) -> Batch:
-    """Part number `part` of each document. One that has fewer gives its last: a row without loss tokens and answers.
+    """Part number `part` of each document. One with fewer parts repeats its last, without loss tokens and answers.
 
-    is_padding: the whole batch is there for other ranks. Its rows keep their loss tokens, so that it runs the segments that
-    the others' batches run; nothing of it counts.
+    is_padding: the whole batch only accompanies other ranks'. Its rows keep their loss tokens, so that it runs the same
+    segments as theirs; nothing in it counts.
     """
     rows = []
     for document in documents:
@@ -282,9 +279,9 @@ def _evaluation_batch(documents: list[Document], part: int, is_padding: bool, le
 
 
 class BatchStream(IterableDataset):
-    """The batches of one rank, or of one of its reader processes, with the lanes' places; a DataError comes as the last.
+    """The batches of one rank, or of one of its reader processes, with their cursors; a DataError is the last item.
 
-    It is handed on as a value since torch would wrap an exception into pages of text.
+    It is yielded, not raised, because torch would wrap an exception into pages of text.
     """
 
     def __init__(
@@ -300,7 +297,7 @@ class BatchStream(IterableDataset):
         rank: int,
         world_size: int,
     ):
-        """`first`: samples of the run, over all ranks, that are done."""
+        """`first`: samples of the run already read, over all ranks."""
         super().__init__()
         self.orders, self.mixture, self.cursors, self.cache = orders, mixture, cursors, cache_of(data)
         self.data, self.vocab_size = data, vocab_size
@@ -321,9 +318,9 @@ class BatchStream(IterableDataset):
                     self._fetch_first_shards(numbers)
                     yield self._batch(numbers)
             except DataError as error:
-                yield DataError(str(error))  # a plain one, which goes through torch's queue
+                yield DataError(str(error))  # a plain one: it must survive pickling in torch's queue
             finally:
-                self.cache.stop.set()  # or the threads would be waited for
+                self.cache.stop.set()  # else leaving the pool would wait for the fetches
 
     def _batch(self, numbers: range) -> StreamItem:
         samples, starts, sample_ids = [], [], []
@@ -358,7 +355,7 @@ class BatchStream(IterableDataset):
         return self.cursors[dataset].get(lane, Cursor())
 
     def _open(self, name: str, coming: str | None) -> Shard:
-        """For a lane: open a shard, and begin to fetch the one after it."""
+        """Open a shard for a lane, and start fetching the one after it."""
         self._fetch_ahead(coming)
         fetching = self._fetching.pop(name, None)
         shard = fetching.result() if fetching else self._open_shard(name)
@@ -368,7 +365,7 @@ class BatchStream(IterableDataset):
         return shard
 
     def _fetch_first_shards(self, numbers: range) -> None:
-        """Begin to fetch what the lanes of a batch that have not been touched yet will open, all at once."""
+        """Start fetching the first shards of all lanes of a batch that are not open yet, all at once."""
         lanes = {self._locate(number)[:2] for number in numbers}
         for dataset, lane in lanes:
             if lane not in self._lanes[dataset]:
@@ -384,12 +381,12 @@ class BatchStream(IterableDataset):
 
 
 def _nothing(length: int) -> Sample:
-    """What stands in the place of a sample that cannot be used: without loss, it counts nowhere."""
+    """The stand-in for a sample that cannot be used: without loss tokens, it counts nowhere."""
     return Sample(np.zeros(length, np.int32), np.zeros(length, bool), np.zeros((0, 3), np.int32))
 
 
 def _without_loss(sample: Sample) -> Sample:
-    """The same tokens, with nothing to count."""
+    """The same tokens, without loss tokens and answers."""
     return Sample(sample.tokens, np.zeros_like(sample.loss_mask), sample.answers[:0])
 
 

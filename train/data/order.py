@@ -1,10 +1,10 @@
 """The order of training samples: a function of the shards, the seed and a sample's number in the run, and nothing else.
 
 Sample k of a run is the next one of lane k % lanes. In each epoch the shards are permuted and dealt to the lanes; a lane
-reads its shards one after the other, each shuffled within stretches of `shuffle_buffer` samples. A lane that is
-done with its shards begins the next epoch, so lanes of different lengths drift apart, and none ever runs dry.
+reads its shards one after the other, each shuffled within stretches of `shuffle_buffer` samples. A lane that has
+finished its shards begins the next epoch, so lanes of different lengths drift apart, and none ever runs dry.
 
-Where documents are longer than a sequence, whole documents are shuffled: one's parts follow each other in a lane.
+With `whole_documents`, documents are shuffled, not samples: the parts of one follow each other in a lane.
 
 With several datasets, sample k belongs to one of them by the weights, and is that dataset's next sample.
 """
@@ -20,11 +20,11 @@ from powernap.train.data.sample import DataError
 from powernap.train.data.shard import Shard
 
 EMPTY_AT_MOST = 100  # shards in a row that a lane finds unreadable before it gives up
-PERIOD = 1000  # samples in which a mixture has its weights exactly
+PERIOD = 1000  # samples over which a mixture meets its weights exactly
 
 
 class Cursor(NamedTuple):
-    """A place at which a lane can be taken up: the start of one of its shards."""
+    """A position to resume a lane from: the start of one of its shards."""
 
     epoch: int = 0
     turn: int = 0  # which of the lane's shards in that epoch
@@ -54,7 +54,7 @@ class Order:
         return np.concatenate(shuffled)
 
     def _shuffle(self, shard: int, samples: int, epoch: int) -> np.ndarray:
-        """An order of a shard's samples or documents. Where its stretches begin is drawn too."""
+        """A random order of a shard's samples or documents. The offset of its stretches is random, too."""
         if self.shuffle_buffer >= samples:
             return _permutation(samples, self.seed, epoch, shard)
         if self.shuffle_buffer == 1:
@@ -71,8 +71,8 @@ class Lane:
     def __init__(self, order: Order, lane: int, cursor: Cursor, open_shard: Callable[[str, str | None], Shard]):
         """
         Args:
-            open_shard: opens a shard, given also the one that follows in this epoch, if any. One without samples is
-                passed over.
+            open_shard: opens a shard; its second argument is the lane's next shard in this epoch, if any. Shards
+                without samples are passed over.
         """
         self.cursor = cursor
         self._order, self._lane, self._open_shard = order, lane, open_shard
@@ -81,7 +81,7 @@ class Lane:
         self._enter()
 
     def find(self, number: int) -> tuple[Shard, int]:
-        """The shard that holds the lane's sample `number`, and where in it."""
+        """The shard that holds the lane's sample `number`, and the sample's number in it."""
         assert number >= self.cursor.before, "a lane only goes forward"
         while number >= self.cursor.before + len(self.shard):
             epoch, turn, before = self.cursor

@@ -1,6 +1,6 @@
-"""A sample as it lies in a shard: three .npy members, or tokens.npy alone, checked against the recipe when it is read.
+"""A sample in a shard: three .npy members, or tokens.npy alone, checked against the recipe when it is read.
 
-docs/data.md is the format for people. No torch here.
+docs/data.md documents the format. No torch here.
 """
 
 import io
@@ -20,7 +20,7 @@ class DataError(PowernapError):
 
 
 def encode(key: str, sample: Sample) -> dict[str, object]:
-    """What WebDataset's TarWriter takes."""
+    """A sample as WebDataset's TarWriter takes it."""
     arrays = zip(MEMBERS, (sample.tokens, sample.loss_mask, sample.answers), strict=True)
     return {"__key__": key, **dict(arrays)}
 
@@ -35,41 +35,41 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
     Raises:
         DataError: if a member is missing or damaged, or does not fit data.sequence_length or model.vocab_size.
     """
-    where = _Where(members)
-    tokens = _array(members, "tokens.npy", where)
+    location = _Location(members)
+    tokens = _array(members, "tokens.npy", location)
     if members.keys() & {"loss_mask.npy", "answers.npy"}:
-        loss_mask, answers = (_array(members, name, where) for name in MEMBERS[1:])
+        loss_mask, answers = (_array(members, name, location) for name in MEMBERS[1:])
     else:  # plain tokens: each is a target
         loss_mask, answers = np.ones(len(tokens), dtype=bool), np.zeros((0, 3), dtype=np.int32)
 
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise DataError(f"{where}: tokens.npy must hold integers [T], not {tokens.dtype} {list(tokens.shape)}")
+        raise DataError(f"{location}: tokens.npy must hold integers [T], not {tokens.dtype} {list(tokens.shape)}")
     if sequence_length is not None and len(tokens) != sequence_length:
         raise DataError(
-            f"{where} has {len(tokens)} tokens, data.sequence_length={sequence_length}: "
+            f"{location} has {len(tokens)} tokens, data.sequence_length={sequence_length}: "
             f"write data.sequence_length={len(tokens)}"
         )
     if not len(tokens):
-        raise DataError(f"{where}: tokens.npy is empty: build the shard again")
+        raise DataError(f"{location}: tokens.npy is empty: build the shard again")
     if tokens.min() < 0:
-        raise DataError(f"{where}: token {tokens.min()} is negative: build the shard again")
+        raise DataError(f"{location}: token {tokens.min()} is negative: build the shard again")
     if vocab_size is not None and tokens.max() >= vocab_size:
         raise DataError(
-            f"{where} has token {tokens.max()}, model.vocab_size={vocab_size}: "
+            f"{location} has token {tokens.max()}, model.vocab_size={vocab_size}: "
             f"write model.vocab_size={tokens.max() + 1} or more"
         )
     if loss_mask.dtype != bool or loss_mask.shape != tokens.shape:
         raise DataError(
-            f"{where}: loss_mask.npy must hold booleans [{len(tokens)}], not {loss_mask.dtype} {list(loss_mask.shape)}"
+            f"{location}: loss_mask.npy must hold booleans [{len(tokens)}], not {loss_mask.dtype} {list(loss_mask.shape)}"
         )
     if not loss_mask[1:].any():  # the first token is never predicted
-        raise DataError(f"{where}: loss_mask.npy marks no token after the first: there is nothing to learn from")
-    _check_answers(answers, loss_mask, where)
+        raise DataError(f"{location}: loss_mask.npy marks no token after the first: there is nothing to learn from")
+    _check_answers(answers, loss_mask, location)
     return Sample(tokens, loss_mask, answers)
 
 
-class _Where:
-    """A sample's place, written out only for a message: a key costs more than reading the sample."""
+class _Location:
+    """A sample's shard and key, formatted only for a message: finding the key costs more than reading the sample."""
 
     def __init__(self, members: dict[str, object]):
         self._members = members
@@ -78,21 +78,21 @@ class _Where:
         return f"{self._members['__url__']}: sample {self._members['__key__']}"
 
 
-def _array(members: dict[str, object], name: str, where: _Where) -> np.ndarray:
+def _array(members: dict[str, object], name: str, location: _Location) -> np.ndarray:
     if name not in members:
-        raise DataError(f"{where} has no {name}: a sample holds {', '.join(MEMBERS)}, or tokens.npy alone")
+        raise DataError(f"{location} has no {name}: a sample holds {', '.join(MEMBERS)}, or tokens.npy alone")
     try:
         data: Any = members[name]  # bytes
-        start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, behind a version 1.0 header
+        start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, after a version 1.0 header
         shape, order, dtype = _read_header(data[:start])
         return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
     except Exception as error:  # of many kinds: NumPy parses a header as Python
-        raise DataError(f"{where}: {name} is not a NumPy array ({' '.join(str(error).split())})") from None
+        raise DataError(f"{location}: {name} is not a NumPy array ({' '.join(str(error).split())})") from None
 
 
 @lru_cache(maxsize=256)
 def _read_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype]:
-    """A .npy file's shape, order and type. Each header is parsed once: it takes longer than all checks."""
+    """A .npy file's shape, order and type. Each header is parsed once: parsing takes longer than all checks."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not version 1.0 of the format")
@@ -100,12 +100,12 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.
     return shape, "F" if is_fortran else "C", dtype
 
 
-def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, where: _Where) -> None:
+def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, location: _Location) -> None:
     if answers.ndim != 2 or answers.shape[1] != 3 or answers.dtype.kind not in "iu":
         raise DataError(
-            f"{where}: answers.npy must hold integer rows (start, stop, depth), "
+            f"{location}: answers.npy must hold integer rows (start, stop, depth), "
             f"not {answers.dtype} {list(answers.shape)}"
         )
     for start, stop, _ in answers.tolist():
         if not (1 <= start < stop <= len(loss_mask) and loss_mask[start:stop].all()):
-            raise DataError(f"{where}: answers.npy names tokens {start}..{stop - 1}, which are not all loss tokens")
+            raise DataError(f"{location}: answers.npy names tokens {start}..{stop - 1}, which are not all loss tokens")

@@ -1,4 +1,4 @@
-"""One shard: its samples, any of which can be read at once, and a list of shards' fingerprint. Nothing here imports torch."""
+"""One shard with random access to its samples, and the fingerprint of a list of shards. Nothing here imports torch."""
 
 import hashlib
 import os
@@ -21,10 +21,10 @@ class Shard:
         """
         Args:
             index: as tar_index.index_tar makes it.
-            damage: what is wrong with the shard: it has more samples, which cannot be read.
+            damage: what is wrong with the shard, if it has further samples that cannot be read.
         """
         self.name, self.path, self.damage = name, path, damage
-        self._places, self._parts = index[:, :-1], index[:, -1, 0]
+        self._extents, self._parts = index[:, :-1], index[:, -1, 0]
         self._file = None if path is None else os.open(path, os.O_RDONLY)
 
     @classmethod
@@ -33,11 +33,11 @@ class Shard:
 
         Args:
             name: a path or URL.
-            keep_readable: of a shard that cannot be read, or not to its end, take what can be, and note the damage.
+            keep_readable: keep the readable samples of a damaged shard, possibly none, and note the damage.
 
         Raises:
-            DataError: naming the shard, if it cannot be opened, is no tar, is damaged or cut off, holds no sample, or is not
-                the one that its manifest records.
+            DataError: naming the shard, if it cannot be opened, is no tar, is damaged or cut off, holds no sample, or
+                does not match its manifest.
         """
         try:
             try:
@@ -55,25 +55,25 @@ class Shard:
             return cls(name, None, no_samples(), str(damage))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._extents)
 
     def __getitem__(self, number: int) -> dict[str, object]:
-        """A sample as WebDataset hands it out: __key__, __url__ and the bytes of each member.
+        """A sample as WebDataset yields it: __key__, __url__ and the bytes of each member.
 
         Raises:
             DataError: if the file has become shorter.
         """
-        places = [(suffix, *place) for suffix, place in zip(MEMBERS, self._places[number].tolist(), strict=True)]
-        places = [(suffix, offset, size) for suffix, offset, size in places if offset >= 0]
+        members = [(suffix, *extent) for suffix, extent in zip(MEMBERS, self._extents[number].tolist(), strict=True)]
+        members = [(suffix, offset, size) for suffix, offset, size in members if offset >= 0]
         sample: dict[str, object] = {"__url__": self.name, "__key__": _Key(self, number)}
-        if places:
-            start = min(offset for _, offset, _ in places)
-            stop = max(offset + size for _, offset, size in places)
+        if members:
+            start = min(offset for _, offset, _ in members)
+            stop = max(offset + size for _, offset, size in members)
             assert self._file is not None
             data = os.pread(self._file, stop - start, start)
             if len(data) < stop - start:
                 raise DataError(f"{self.name}: has become shorter while it was read: build or copy it again")
-            sample |= {suffix: data[offset - start : offset - start + size] for suffix, offset, size in places}
+            sample |= {suffix: data[offset - start : offset - start + size] for suffix, offset, size in members}
         return sample
 
     def __iter__(self) -> Iterator[dict[str, object]]:
@@ -88,19 +88,19 @@ class Shard:
         return bool(self._parts[number] == 0)
 
     def key(self, number: int) -> str:
-        """A sample's name. Reads all headers again: for messages."""
+        """A sample's key, for messages: reads all headers again."""
         return self.keys([number])[0]
 
     def keys(self, numbers: list[int]) -> list[str]:
-        """The names of samples; reads all headers again, once for all of them."""
-        found = {number: f"number {number}" for number in numbers}
-        owners = {int(offset): n for n in numbers if n < len(self) for offset in self._places[n, :, 0] if offset >= 0}
+        """The keys of samples; reads all headers again, once for all of them."""
+        keys = {number: f"number {number}" for number in numbers}
+        owners = {int(offset): n for n in numbers if n < len(self) for offset in self._extents[n, :, 0] if offset >= 0}
         assert self.path is not None
         with suppress(OSError, NotTar), open(self.path, "rb") as file:
             for key, _, offset, _ in Members(file):
                 if offset in owners:
-                    found[owners[offset]] = key
-        return [found[number] for number in numbers]
+                    keys[owners[offset]] = key
+        return [keys[number] for number in numbers]
 
     def __del__(self):
         if (file := getattr(self, "_file", None)) is not None:
@@ -108,7 +108,7 @@ class Shard:
 
 
 class _Key:
-    """A sample's name, looked up when somebody writes it."""
+    """A sample's key, looked up when it is formatted."""
 
     def __init__(self, shard: Shard, number: int):
         self.shard, self.number = shard, number
@@ -118,9 +118,9 @@ class _Key:
 
 
 def fingerprint(shards: Sequence[str]) -> str:
-    """What tells one list of shards from another: names, sizes and, of local files, two pieces of each.
+    """A hash of a list of shards: their names and, of local files, the size and two blocks of each.
 
-    Folders do not count, nor what a URL carries behind a question mark: data may be moved and links signed anew.
+    Folders and URL queries do not count: data may be moved, and links signed again.
     """
     digest = hashlib.sha256()
     for shard in shards:
@@ -130,7 +130,7 @@ def fingerprint(shards: Sequence[str]) -> str:
             size = path.stat().st_size
             digest.update(size.to_bytes(8, "little"))
             with open(path, "rb") as file:
-                for place in (0, size // 2):
-                    file.seek(place)
+                for offset in (0, size // 2):
+                    file.seek(offset)
                     digest.update(file.read(1 << 14))
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Which shards a recipe names, and the lanes they are dealt to. Nothing here imports torch."""
+"""The shards that a recipe names, and the number of lanes they are dealt to. Nothing here imports torch."""
 
 import glob
 from pathlib import Path
@@ -8,12 +8,12 @@ from braceexpand import braceexpand
 
 from powernap.train.data.sample import DataError
 
-MOST_LANES = 64  # unless data.lanes says more: each is an open shard
+MOST_LANES = 64  # unless data.lanes sets more: each lane keeps a shard open
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
 def expand_shards(spec: str | list[str], field: str = "data.train") -> list[str]:
-    """The shards that paths, globs, brace lists and URLs (http:, pipe:, whatever WebDataset opens) stand for.
+    """Expand paths, globs, brace lists and URLs (http:, pipe:, whatever WebDataset opens) into shards.
 
     Args:
         spec: one entry or a list; braces are expanded first, then globs, each glob's matches in alphabetical order.
@@ -81,7 +81,7 @@ def _expand_glob(url: str, field: str) -> list[str]:
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
             raise DataError(f"{field}={url}: no file matches: build the shards, or write where they are")
-        if others := [match for match in matches if not Path(match).is_file()]:  # a named pipe would be waited for
+        if others := [match for match in matches if not Path(match).is_file()]:  # opening a named pipe would block
             raise DataError(f"{field}={url}: {others[0]} is no file: match the shards alone")
         return matches
     raise DataError(f"{field}={url}: no such file: build the shards, or write where they are")

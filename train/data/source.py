@@ -1,6 +1,6 @@
-"""Where remote shards come from: HTTP by requests, commands by WebDataset, object stores by fsspec; as blocks of bytes.
+"""Read remote shards as blocks of bytes: HTTP with requests, commands with WebDataset, object stores with fsspec.
 
-Nothing here imports torch before a command is asked for.
+Nothing here imports torch until a command is read.
 """
 
 import signal
@@ -10,15 +10,15 @@ from contextlib import suppress
 from functools import cache
 from urllib.parse import unquote, urlsplit
 
-BLOCK = 1 << 16  # bytes; one more of them is progress
+BLOCK = 1 << 16  # bytes; each further block counts as progress
 # What curl and a shell mean by their exit codes.
 EXIT_CODES = {22: ": the server refused, such as 404 not found or an expired link", 127: ": not installed"}
-PASSING = {408, 425, 429}  # HTTP status codes below 500 that may be others the next time
-LASTING = {501, 505}  # and from 500 on that will not
+PASSING = {408, 425, 429}  # HTTP status codes below 500 for which a retry may help
+LASTING = {501, 505}  # those from 500 on for which it will not
 
 
 class Unreachable(Exception):
-    """Why a source gave no shard, whether trying again may help, and the least seconds before that."""
+    """Why a source gave no shard, whether a retry may help, and how many seconds to wait at least before it."""
 
     def __init__(self, reason: str, may_pass: bool = True, delay: float = 0.0):
         super().__init__(reason)
@@ -26,7 +26,7 @@ class Unreachable(Exception):
 
 
 def has_neighbours(shard: str) -> bool:
-    """Whether a manifest may be asked for in a shard's folder; a command that has nothing to give may say so at length."""
+    """Whether to look for a manifest in a shard's folder; not with commands, which may fail with pages of output."""
     scheme = urlsplit(shard).scheme
     if scheme in ("http", "https"):
         return True
@@ -39,11 +39,11 @@ def blocks_of(shard: str, timeout: float, at_end: Callable[[Callable[[], None]],
     """All bytes of a shard, from whatever opens it: requests, WebDataset (pipe:, gs:, ...), or fsspec (s3:, abfs:, ...).
 
     Args:
-        timeout: seconds without a byte, where the source can be given a limit itself.
-        at_end: is called with what, called from another thread, ends the source that does not.
+        timeout: seconds without a byte, for sources that accept a limit.
+        at_end: called with a function that ends any other source when another thread calls it.
 
     Raises:
-        Unreachable: whatever is wrong with the source.
+        Unreachable: for any failure of the source.
     """
     scheme = urlsplit(shard).scheme
     if scheme in ("http", "https"):
@@ -64,12 +64,12 @@ def _from_http(url: str, timeout: float) -> Iterator[bytes]:
 
     parts = urlsplit(url)
     with _session() as session:
-        # Requests would prefer ~/.netrc, and takes a user without a password for none.
+        # Requests would prefer ~/.netrc, and ignores a user without a password.
         if parts.username is not None:
             session.auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
             url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
-            # The reader's limit is a little longer than that of who waits for it: there is one message for every stall.
+            # The read limit is a little longer than the waiting thread's, so that every stall gives the same message.
             limits = 0.9 * timeout, timeout + 5
             response = session.get(url, stream=True, timeout=limits, headers={"Accept-Encoding": "identity"})
             if not 200 <= response.status_code < 300:
@@ -82,7 +82,7 @@ def _from_http(url: str, timeout: float) -> Iterator[bytes]:
 
 
 def _session():
-    """A session that trusts the system's certificates too, besides those that requests brings or REQUESTS_CA_BUNDLE names."""
+    """A session that also trusts the system's certificates, besides those of requests or REQUESTS_CA_BUNDLE."""
     import requests
 
     class Adapter(requests.adapters.HTTPAdapter):
@@ -103,7 +103,7 @@ def _system_certificates() -> ssl.SSLContext:
 
 
 def _refused(response) -> Unreachable:
-    """What a status code other than 200 means."""
+    """The error for a status code that is no success."""
     import urllib3
 
     status = response.status_code
@@ -117,7 +117,7 @@ def _refused(response) -> Unreachable:
 
 
 def _unreachable(error: BaseException, timeout: float) -> Unreachable:
-    """By the cause behind what requests and urllib3 make of it."""
+    """The error, by the root cause behind the exceptions of requests and urllib3."""
     import requests
     import urllib3
 
@@ -148,7 +148,7 @@ def _from_command(shard: str, scheme: str, at_end: Callable[[Callable[[], None]]
     process = psutil.Process(source.proc.pid)
 
     def kill() -> None:
-        """With what it started: a shell's command holds the pipe, too."""
+        """Kill the process and its children: a shell's command holds the pipe, too."""
         with suppress(psutil.Error):
             for one in [*process.children(recursive=True), process]:
                 with suppress(psutil.Error):

@@ -1,10 +1,10 @@
-"""Which samples lie in a tar and where, so that any of them can be read at once. Nothing here imports torch.
+"""An index of the samples in a tar, for random access. Nothing here imports torch.
 
-A tar has no index. Ours is made by reading its headers once, and kept in the cache: a run that goes on in the middle of a
-million samples must not read the half before.
+A tar has no index. Ours is built by reading its headers once, and cached: a run that resumes in the middle of a million
+samples must not read the half before.
 
 A document longer than a sequence is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
-other sample is a document by itself.
+other sample is a document of its own.
 """
 
 import io
@@ -22,7 +22,7 @@ import numpy as np
 from powernap.train.data.sample import MEMBERS, DataError
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
-LONGEST_HEADER = 1 << 14  # of those that carry a long name; tarfile would read as much as one claims
+LONGEST_HEADER = 1 << 14  # bytes of one that carries a long name; tarfile would read any size that it claims
 _EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -30,7 +30,7 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-# How what servers and tools leave in a tar's place begins, in lower case.
+# First bytes, in lower case, of what servers and tools leave in place of a tar.
 _OTHERS = {
     b"<!doctype html": "an HTML page",
     b"<html": "an HTML page",
@@ -56,7 +56,7 @@ class Damaged(DataError):
 
 
 class NotTar(Exception):
-    """Where a tar file breaks off, or is none."""
+    """A tar file breaks off, or is not one."""
 
 
 class _Header(tarfile.TarInfo):
@@ -71,7 +71,7 @@ class _Header(tarfile.TarInfo):
 
 
 class Members:
-    """The (key, suffix, offset, size) of all files in a tar that a sample may be made of. Nothing is unpacked.
+    """The (key, suffix, offset, size) of all files in a tar that may belong to a sample. Nothing is unpacked.
 
     Raises:
         NotTar: where it breaks off.
@@ -103,13 +103,13 @@ class Members:
 
 
 def index_tar(path: Path, name: str) -> np.ndarray:
-    """Where the samples of a tar file lie, and which documents they make up.
+    """The positions of the samples in a tar file, and the documents they make up.
 
     int64 [samples, members + 1, 2]: offset and size of each of sample.MEMBERS, offset -1 where one is missing; then the
-    number of the part of its document that the sample is, and 0.
+    sample's part number within its document, and 0.
 
-    Python's tarfile takes a cut between two members or a damaged header for the end. So what comes after the end it found
-    is compared with what should: two blocks of zeros or more, and nothing else.
+    Python's tarfile mistakes a cut between two members, or a damaged header, for the end. So the bytes after that end
+    are checked: they must be two or more blocks of zeros, and nothing else.
 
     Raises:
         DataError: naming the shard, if it is no tar, is damaged or cut off, holds no sample, or not all parts of a document
@@ -117,16 +117,16 @@ def index_tar(path: Path, name: str) -> np.ndarray:
     """
     members: list[tuple[str, str, int, int]] = []
     with open(path, "rb") as file:
-        found = Members(file)
+        tar = Members(file)
         try:
-            for member in found:
+            for member in tar:
                 members.append(member)
         except NotTar as error:
             file.seek(0)
             what = not_a_tar(file.read(tarfile.BLOCKSIZE)) or f"not a whole tar file: {error}"
             reason = f"{name}: cannot be read ({what})"
             raise Damaged(reason, _index(members, name, whole=False), path) from None
-        end = found.end
+        end = tar.end
         total = file.seek(0, io.SEEK_END)
         file.seek(end)
         rest = iter(lambda: file.read(1 << 20), b"")
@@ -158,26 +158,26 @@ def not_a_tar(head: bytes) -> str | None:
 
 
 def no_samples() -> np.ndarray:
-    """The index of a shard that has none."""
+    """The index of a shard without samples."""
     return _index([], "")
 
 
 def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
-    """Group members into samples: neighbours with the same key. Of a tar that is not `whole`, the last may be half."""
+    """Group members into samples: neighbours with the same key. Unless `whole`, drop the last: it may be incomplete."""
     samples, before = [], None
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
-        found: dict[str, tuple[int, int]] = {}
+        extents: dict[str, tuple[int, int]] = {}
         for _, suffix, offset, size in group:
-            if suffix in found:
+            if suffix in extents:
                 raise DataError(f"{name}: sample {key} has two members .{suffix}: build it again")
-            found[suffix] = (offset, size)
-        if sum(size for _, size in found.values()) > LARGEST_SAMPLE:
+            extents[suffix] = (offset, size)
+        if sum(size for _, size in extents.values()) > LARGEST_SAMPLE:
             raise DataError(f"{name}: sample {key} is larger than {LARGEST_SAMPLE:,} bytes: build it again")
         document, part = _document(key)
         if part and before != (document, part - 1):
             raise DataError(f"{name}: sample {key} does not follow part {part - 1} of its document: build it again")
         before = document, part
-        samples.append([*(found.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, 0)])
+        samples.append([*(extents.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, 0)])
     if not whole:
         samples = samples[:-1]
     return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS) + 1, 2)
@@ -190,11 +190,11 @@ def _document(key: str) -> tuple[str, int]:
 
 
 def load_index(file: Path, shard_size: int) -> np.ndarray | None:
-    """A kept index, if there is one that can be of such a shard; whatever else lies there is passed over."""
+    """A cached index, if there is one that fits such a shard; any other file in its place is ignored."""
     try:
-        # Mapped: nothing is allocated for numbers that the file does not hold, and objects cannot be.
+        # Mapped: a header cannot allocate more than the file holds, and objects cannot be mapped.
         index = np.array(np.lib.format.open_memmap(file, mode="r"))
-    except Exception:  # none yet, half a file, and what NumPy's parser of headers lets through
+    except Exception:  # no file yet, half a file, or whatever NumPy's header parser raises
         return None
     if index.dtype != np.int64 or index.shape[1:] != (len(MEMBERS) + 1, 2) or not len(index):
         return None
@@ -204,7 +204,7 @@ def load_index(file: Path, shard_size: int) -> np.ndarray | None:
 
 
 def save_index(file: Path, index: np.ndarray) -> None:
-    """Keep it if we can: a cache that cannot be written only costs time."""
+    """Cache an index if possible: a cache that cannot be written only costs time."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")

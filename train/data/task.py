@@ -1,4 +1,4 @@
-"""What a task is: all that `powernap data build`, evaluation, the floors and generation ask of one. No torch here."""
+"""The protocol of a task: all that `powernap data build`, evaluation, floors and generation need. No torch here."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A task's sizes, and the samples that it draws with them.
+    """A task: its sizes, and how it draws samples of them.
 
-    Its class derives from powernap.model.section.Section: its fields are what `powernap data build` takes as key=value, and
-    what a manifest keeps. All samples have one length.
+    Its class derives from powernap.model.section.Section: `powernap data build` takes its fields as key=value, and a
+    manifest records them. All samples have the same length.
 
-    A task may have beside these:
-        pad_token_id: int, the token that fills a sequence up; without it, 0.
-        depth_name: str, of what an answer's depth counts, such as "hops"; without it, "depth".
-        surface_guesses(sample: Sample) -> dict[str, Candidates]: by name, what a reader guesses who works nothing out, for
-            each answer of the sample: the best of them is a depth's floor (train/evaluation/floors.py).
+    Optional members:
+        pad_token_id: int, the token that pads a sequence; default 0.
+        depth_name: str, the unit of an answer's depth, such as "hops"; default "depth".
+        surface_guesses(sample: Sample) -> dict[str, Candidates]: by name, guesses without any reasoning, for each
+            answer of the sample: the best of them is a depth's floor (train/evaluation/floors.py).
     """
 
     @property
@@ -32,18 +32,18 @@ class Task(Protocol):
 
     @property
     def sequence_length(self) -> int:
-        """T, tokens of a sample."""
+        """T, tokens per sample."""
 
     @property
     def context_length(self) -> int | None:
-        """Tokens before the first question, which whole windows must hold to be slept on; None: every window bears loss."""
+        """Tokens before the first question, in whole windows to be slept on; None: every window has loss tokens."""
 
     @property
     def window(self) -> int:
-        """L, tokens of a window, that the samples are made for."""
+        """L, the window in tokens that the samples are made for."""
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """A sample of a problem that belongs to the test (`held_out`) or to the training.
+        """Draw a sample of a problem from the test split (`held_out`) or the training split.
 
         The same state of `rng` gives the same sample, on every machine. tasks/sample.py has `is_held_out` and
         `draw_problem`, which keep a fifth of all problems for the test.
@@ -53,12 +53,12 @@ class Task(Protocol):
         """
 
     def token_name(self, token: int) -> str:
-        """A token as a person reads it and writes it in a prompt: one word, other tokens have others."""
+        """A token's name for display and in prompts: one word, unique to the token."""
 
     def model_dump(self, *, mode: str, exclude_defaults: bool = False) -> dict[str, Any]:
-        """The fields by name; a Section has it."""
+        """The fields by name; inherited from Section."""
 
 
 if TYPE_CHECKING:
-    # Type checkers compare Powernap's own with it.
+    # Lets type checkers compare Powernap's own tasks with the protocol.
     OWN: tuple[type[Task], ...] = (Depo, Gsm, Rule110, Track)

@@ -1,9 +1,9 @@
 """Text for next-token training: documents split into train and test, tokenized, and cut into sequences.
 
-Each document is ended by a token of its own. Packed, they follow each other and are cut every T-1 tokens; a sequence begins
-with the last token of the one before, so that every token is a target once. Whole documents are cut each by itself, the
-last sequence padded, for training that carries the fast weights from one to the next. A hash of a document's content assigns it to
-train or test.
+An end token closes each document. Packed documents follow each other and are cut every T-1 tokens; a sequence begins
+with the last token of the one before, so that every token is a target once. Whole documents are cut separately, the
+last sequence padded, for training that carries the fast weights from one sequence to the next. A hash of its content
+assigns a document to train or test.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from powernap.train.tasks.sample import Sample
 
 
 class Text(Section):
-    """What text to read, and how to cut it."""
+    """Which text to read, and how to cut it."""
 
     inputs: SharedPath | list[SharedPath] = Field(
         description="folder, file or glob of .txt, .jsonl (both also .gz, .zst or .bz2) and .parquet, or a list of them"
@@ -66,11 +66,11 @@ class Text(Section):
 
     @property
     def ids(self) -> tuple[int | None, int | None] | None:
-        """The end and pad tokens of shards that were built from this text; None if it is not built yet."""
+        """The end and pad tokens of shards that were built from this text; None if none are built yet."""
         return self._ids
 
     def built_with(self, end: int | None, pad: int | None) -> Self:
-        """Decode with the end and pad tokens of existing shards. None: those that were once added behind every vocabulary."""
+        """Decode with the end and pad tokens of existing shards. None: those that older builds appended."""
         self._ids = end, pad
         return self
 
@@ -89,7 +89,7 @@ class Text(Section):
 
     @property
     def context_length(self) -> None:
-        """Every window bears loss."""
+        """Every window has loss tokens."""
 
     def token_name(self, token: int) -> str:
         return self.vocabulary.token_name(token)
@@ -104,11 +104,11 @@ class Text(Section):
         return Tally(self.skip_budget if self.on_error == "skip" else None)
 
     def files(self) -> tuple[list[Path], dict[str, list[Path]]]:
-        """As `find_files`."""
+        """See `find_files`."""
         return find_files([self.inputs] if isinstance(self.inputs, str) else self.inputs)
 
     def jobs(self, size: int) -> list[tuple[list[Part], int]]:
-        """The input in pieces of about `size` bytes, each to be made into a shard by itself: (parts, bytes)."""
+        """The input in pieces of about `size` bytes, one per shard: (parts, bytes)."""
         jobs: list[tuple[list[Part], int]] = []
         parts, total = [], 0
         for file in self.files()[0]:
@@ -121,7 +121,7 @@ class Text(Section):
         return jobs + ([(parts, total)] if parts else [])
 
     def digest(self, parts: list[Part]) -> str:
-        """Of what lies in the parts, wherever it lies there: the same when it was read before as tally.digest."""
+        """A hash of the content of the parts, wherever it lies in them; equal to tally.digest after reading them."""
         tally = self.tally()
         for part in parts:
             for _ in self.reader.raw(part, tally):
@@ -193,7 +193,7 @@ class Text(Section):
         return tokens
 
     def _cut(self, tokens: list[int], last: bool) -> Iterator[Sample]:
-        """Sequences from the front of `tokens`, which keeps what is left; with `last` that becomes a padded one."""
+        """Cut sequences off the front of `tokens`, which keeps the rest; with `last`, the rest becomes a padded one."""
         start = 0
         while len(tokens) - start >= self.sequence_length:
             yield self._sample(tokens[start : start + self.sequence_length])

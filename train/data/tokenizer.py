@@ -1,4 +1,4 @@
-"""Vocabularies for text: bytes, a Hugging Face tokenizer.json, or one of tiktoken's. Nothing here imports torch."""
+"""Vocabularies for text: bytes, a Hugging Face tokenizer.json, or a tiktoken encoding. Nothing here imports torch."""
 
 import codecs
 import json
@@ -10,16 +10,16 @@ from powernap.train.data.sample import DataError
 
 
 class Detokenizer(Protocol):
-    """Tokens back to text, one after the other, in units that are never taken back: characters, or words."""
+    """Turns tokens into text one by one, in units that are final: characters, or words."""
 
     def step(self, token: int) -> Sequence[str]: ...
 
     def finish(self) -> Sequence[str]:
-        """What was held back for want of more tokens."""
+        """The units that were held back, waiting for more tokens."""
 
 
 class Tokenizer(Protocol):
-    """Text as tokens. A document is ended by a token, and pads follow the last one: the model's own, or new ids."""
+    """Text as tokens. An end token closes a document, pad tokens fill a sequence: the model's own ids, or new ones."""
 
     vocab_size: int  # the largest id, plus one
     end: int
@@ -29,13 +29,13 @@ class Tokenizer(Protocol):
     separable: bool  # a text cut at a line end or before a word has the tokens of the whole
 
     def encode(self, text: str) -> list[int]:
-        """Raises DataError for a text that has no tokens of its own."""
+        """Raises DataError for a text that no tokens represent unambiguously."""
 
     def difference(self, text: str, tokens: list[int]) -> str:
-        """What the tokens say in place of the text, where they differ first; empty if they say the same."""
+        """The first place where the tokens decode to another text; empty if they decode to the same."""
 
     def use(self, end: int, pad: int) -> None:
-        """Take these as end and pad, since shards were built with them."""
+        """Use the end and pad that shards were built with."""
 
     def token_name(self, token: int) -> str: ...
 
@@ -46,7 +46,7 @@ class _WithEndAndPad:
     """End and pad are the tokenizer's own, each with its origin, or the next free ids.
 
     Args:
-        own: the largest id of the vocabulary, plus one.
+        size: the largest id of the vocabulary, plus one.
         count: of its tokens; smaller where ids have gaps.
     """
 
@@ -56,17 +56,17 @@ class _WithEndAndPad:
     def __init__(
         self,
         name: str,
-        own: int,
+        size: int,
         count: int | None = None,
         end: tuple[int, str] | None = None,
         pad: tuple[int, str] | None = None,
     ):
-        self.vocab_size, self.appended_from = own, own if count is None else count
-        self.end, end_origin = end or (own, "added: it has none")
-        self.pad, pad_origin = pad or (max(own, self.end + 1), "added: it has none of its own")
+        self.vocab_size, self.appended_from = size, size if count is None else count
+        self.end, end_origin = end or (size, "added: it has none")
+        self.pad, pad_origin = pad or (max(size, self.end + 1), "added: it has none of its own")
         self.use(self.end, self.pad)
         self.notes = [
-            f"tokenizer={name}: {own} ids; a document ends with {self.end} ({end_origin}), pads are {self.pad} ({pad_origin})"
+            f"tokenizer={name}: {size} ids; a document ends with {self.end} ({end_origin}), pads are {self.pad} ({pad_origin})"
         ]
 
     def use(self, end: int, pad: int) -> None:
@@ -76,7 +76,7 @@ class _WithEndAndPad:
         return ""
 
     def token_name(self, token: int) -> str:
-        """A token as a person reads it; spaces and line breaks are shown."""
+        """A token for display, with visible spaces and line breaks."""
         if token in (self.end, self.pad):
             return "[end]" if token == self.end else "[pad]"
         return self._name(token).replace("\n", "\\n").replace(" ", "_")
@@ -100,7 +100,7 @@ class _WithEndAndPad:
 
 
 class _Utf8Detokenizer:
-    """Bytes as characters: a character waits for its last byte, what is no UTF-8 becomes U+FFFD."""
+    """Bytes as characters: a character waits for its last byte, invalid UTF-8 becomes U+FFFD."""
 
     def __init__(self, spelled: Callable[[int], bytes]):
         self._spelled = spelled
@@ -129,16 +129,16 @@ class Bytes(_WithEndAndPad):
         return bytes([token])
 
 
-# Names of special tokens that end a document, or pad, in published tokenizers; the first that is there is taken.
+# Names of end and pad tokens in published tokenizers; the first one present is used.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|PAD_TOKEN|>")
 _SAMPLE = "Émile paid １２ ﬁne  Ducats"
 
 
 class HuggingFace(_WithEndAndPad):
-    """A tokenizer.json, read as a vocabulary: nothing is cut off, padded or added, and special tokens in a text are text.
+    """A tokenizer.json as a plain vocabulary: nothing is truncated, padded or added; special tokens in a text are text.
 
-    End and pad are those that tokenizer_config.json or special_tokens_map.json beside it names, or special tokens with
+    End and pad are those named in tokenizer_config.json or special_tokens_map.json beside it, or special tokens with
     well-known names.
 
     Raises:
@@ -181,7 +181,7 @@ class HuggingFace(_WithEndAndPad):
             return False
 
     def _switch_off(self) -> list[str]:
-        """Switch off what would cut, pad or vary texts; what was."""
+        """Switch off truncation, padding and dropout; a note on each that was on."""
         tokenizer, changes = self._tokenizer, []
         if tokenizer.truncation:
             changes.append(f"its stored truncation to {tokenizer.truncation['max_length']} tokens is switched off")
@@ -213,16 +213,16 @@ class HuggingFace(_WithEndAndPad):
     def _find(
         self, role: str, names: Sequence[str], special: dict[str, int], taken: Sequence[int | None]
     ) -> tuple[int, str] | None:
-        """The id of the token with this role, and where that is said; None if there is none that is not `taken`."""
+        """The id of the token with this role, and its origin; None if there is none, or only one that is `taken`."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             content = _read_settings(self._path.parent / file).get(role)
             content = content.get("content") if isinstance(content, dict) else content
-            found = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
-            if found is not None and found not in taken:
-                return found, f"{content}, the {role} of {file}"
+            token = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
+            if token is not None and token not in taken:
+                return token, f"{content}, the {role} of {file}"
         for content in names:
-            if (found := special.get(content)) is not None and found not in taken:
-                return found, f"{content}, a special token of its own"
+            if (token := special.get(content)) is not None and token not in taken:
+                return token, f"{content}, a special token of its own"
         return None
 
     def encode(self, text: str) -> list[int]:
@@ -267,7 +267,7 @@ def _reloaded(path: Path, end: int, pad: int) -> HuggingFace:
 
 
 def _types(part: dict[str, Any] | None) -> list[str]:
-    """The kinds of a normalizer or post-processor and of what it is made of."""
+    """The type of a normalizer or post-processor, or the types of its steps."""
     if part is None:
         return []
     steps = part.get("normalizers") or part.get("processors") or []
@@ -285,7 +285,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 class _HuggingFaceDetokenizer:
-    """Only the library knows what its tokens are next to each other."""
+    """Decodes with the library: only it knows how neighbouring tokens join."""
 
     def __init__(self, tokenizer, spelled: Callable[[int], bytes], is_text: Callable[[int], bool]):
         self._tokenizer, self._spelled, self._is_text = tokenizer, spelled, is_text
@@ -296,7 +296,7 @@ class _HuggingFaceDetokenizer:
             return self.finish() + self._spelled(token).decode()
         try:
             return self._stream.step(self._tokenizer, token) or ""
-        except Exception:  # the library's own, where tokens are no UTF-8
+        except Exception:  # the library's own, for tokens that are not UTF-8
             return self.finish() + "\ufffd"
 
     def finish(self) -> str:
@@ -307,7 +307,7 @@ class _HuggingFaceDetokenizer:
 
 
 class Tiktoken(_WithEndAndPad):
-    """One of tiktoken's encodings by name, such as gpt2 or o200k_base; it is fetched once, and kept."""
+    """A tiktoken encoding by name, such as gpt2 or o200k_base; fetched once and cached."""
 
     def __init__(self, name: str):
         import tiktoken
@@ -326,9 +326,7 @@ class Tiktoken(_WithEndAndPad):
     def encode(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
-        except (
-            BaseException
-        ) as error:  # a panic of its regular expressions, such as from a million blanks, is no Exception
+        except BaseException as error:  # a panic of its regex engine, as on a million blanks, is no Exception
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise DataError(f"cannot be tokenized by tiktoken ({' '.join(str(error).split())})") from None
             raise
@@ -339,12 +337,12 @@ class Tiktoken(_WithEndAndPad):
     def _bytes(self, token: int) -> bytes:
         try:
             return self._encoding.decode_single_token_bytes(token)
-        except KeyError:  # some numbers stand for nothing
+        except KeyError:  # some ids are unused
             return f"<{token}>".encode()
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The vocabulary that a name stands for: bytes, tiktoken:NAME, or the path of a tokenizer.json.
+    """The tokenizer of a name: bytes, tiktoken:NAME, or the path of a tokenizer.json.
 
     Raises:
         DataError: if there is none.

@@ -1,4 +1,4 @@
-"""Shards against the manifest beside them: size, SHA-256, samples. A bit that flips in a tar's members shows nowhere else.
+"""Compare shards with the manifest beside them: size, SHA-256, samples. Nothing else detects bit flips in a tar.
 
 Nothing here imports torch.
 """
@@ -20,7 +20,7 @@ BLOCK = 1 << 20
 
 
 class Recorded(NamedTuple):
-    """What a manifest says of a shard."""
+    """A shard's entry in a manifest."""
 
     manifest: str  # its path or URL
     bytes: int
@@ -29,7 +29,7 @@ class Recorded(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What `verify` found."""
+    """The result of `verify`."""
 
     shards: int  # in the manifest
     bytes: int
@@ -38,19 +38,19 @@ class Verified(NamedTuple):
 
 
 def recorded_in(manifest: object, where: str) -> dict[str, Recorded]:
-    """file -> what the manifest read from `where` says of it; whatever else it holds is passed over."""
+    """file -> its entry in the manifest read from `where`; anything else in it is ignored."""
     shards = manifest.get("shards") if isinstance(manifest, dict) else None
-    found: dict[str, Recorded] = {}
+    entries: dict[str, Recorded] = {}
     for shard in shards if isinstance(shards, list) else []:
-        told = shard if isinstance(shard, dict) else {}
-        values: list[Any] = [told.get(field) for field in ("file", "bytes", "samples", "sha256")]
+        entry = shard if isinstance(shard, dict) else {}
+        values: list[Any] = [entry.get(field) for field in ("file", "bytes", "samples", "sha256")]
         if [type(value) for value in values] == [str, int, int, str]:
-            found[values[0]] = Recorded(where, *values[1:])
-    return found
+            entries[values[0]] = Recorded(where, *values[1:])
+    return entries
 
 
 def recorded(shard: Path) -> Recorded | None:
-    """What the manifest beside a local shard says of it; None if there is none, or it is not in it."""
+    """A local shard's entry in the manifest beside it; None if there is no manifest, or no entry."""
     path = shard.parent / MANIFEST
     try:
         state = path.stat()
@@ -61,7 +61,7 @@ def recorded(shard: Path) -> Recorded | None:
 
 @lru_cache(maxsize=8)
 def _recorded(path: Path, *_: int) -> dict[str, Recorded]:
-    """Parsed once: it may list a hundred thousand shards."""
+    """Parsed once: a manifest may list a hundred thousand shards."""
     try:
         return recorded_in(read_manifest(path), str(path))
     except DataError:  # check_data refuses it
@@ -69,7 +69,7 @@ def _recorded(path: Path, *_: int) -> dict[str, Recorded]:
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Read a whole file; `progress` gets the bytes of each block."""
+    """The SHA-256 of a whole file; `progress` gets the size of each block read."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
@@ -79,7 +79,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda _: None) -> s
 
 
 def mismatch(found: Recorded, size: int, sha256: str | None) -> str | None:
-    """How a shard of this size and hash (None: not known) differs from what is recorded of it; None: it does not."""
+    """How a shard's size and hash (None: unknown) differ from the recorded ones; None if they match."""
     if size != found.bytes:
         return f"{size:,} bytes, not {found.bytes:,}"
     if sha256 is not None and sha256 != found.sha256:
@@ -96,10 +96,10 @@ def not_recorded(shard: str, found: Recorded, problem: str) -> DataError:
 
 
 def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> Verified:
-    """Read every byte of a folder's shards and compare with its manifest; on all cores.
+    """Read every byte of a folder's shards and compare with its manifest, on all cores.
 
     Args:
-        progress: gets the bytes of each block that was read.
+        progress: gets the size of each block read.
 
     Raises:
         DataError: if there is no manifest, or it lists no shards.
@@ -120,8 +120,8 @@ def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> 
             progress(amount)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = list(pool.map(lambda file: _problem(folder / file, listed[file], count), listed))
-    problems = [(file, problem) for file, problem in zip(listed, found, strict=True) if problem]
+        results = list(pool.map(lambda file: _problem(folder / file, listed[file], count), listed))
+    problems = [(file, problem) for file, problem in zip(listed, results, strict=True) if problem]
     extra = {other.name for other in folder.glob("*.tar")} - listed.keys()
     problems += [(file, f"not in {MANIFEST}") for file in sorted(extra)]
     if manifest_problem := _manifest_problem(manifest, listed):
@@ -148,7 +148,7 @@ def _problem(path: Path, listed: Recorded, progress: Callable[[int], None]) -> s
 
 
 def _manifest_problem(manifest: dict[str, Any], listed: dict[str, Recorded]) -> str | None:
-    """Whether the manifest's own sums agree with its list: an entry that was lost or changed shows there."""
+    """How the manifest's sums disagree with its list, if they do: this exposes a lost or changed entry."""
     everything = hashlib.sha256("".join(shard.sha256 for shard in listed.values()).encode()).hexdigest()
     counts = {split: [0, 0] for split in SPLITS}
     for file, shard in listed.items():
@@ -156,9 +156,9 @@ def _manifest_problem(manifest: dict[str, Any], listed: dict[str, Recorded]) -> 
             if file.startswith(split):
                 counts[split][0] += 1
                 counts[split][1] += shard.samples
-    told = manifest.get("splits")
-    agree = isinstance(told, dict) and all(
-        isinstance(told.get(split), dict) and [told[split].get("shards"), told[split].get("samples")] == count
+    splits = manifest.get("splits")
+    agree = isinstance(splits, dict) and all(
+        isinstance(splits.get(split), dict) and [splits[split].get("shards"), splits[split].get("samples")] == count
         for split, count in counts.items()
     )
     if not agree or manifest.get("sha256") != everything:

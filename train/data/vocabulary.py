@@ -1,4 +1,4 @@
-"""What the tokens of shards stand for: their manifest says which text or task they were built from. No torch here."""
+"""The vocabulary of shards, from the text or task that their manifest records. No torch here."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import task_kind
 
 MOST_WORDS = 2**20
-_WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one
+_WORD = re.compile(r"\[[^\[\]]*\]|\S+")  # [hop 3] is one word
 
 
 class UnknownTask(DataError):
@@ -25,15 +25,15 @@ class UnknownTask(DataError):
 
 
 class Vocabulary(Protocol):
-    """Prompts as tokens, and tokens as what is shown: characters, or words with blanks between them."""
+    """Prompts as tokens, and tokens for display: as characters, or as words with blanks between them."""
 
-    end: int | None  # the token nothing follows
+    end: int | None  # the token that nothing follows
     joiner: str  # between units
 
     def encode(self, text: str) -> list[int]: ...
 
     def units(self, text: str) -> Sequence[str]:
-        """The text as its detokenizer's units."""
+        """The text, split into the units of the detokenizer."""
 
     def detokenizer(self) -> Detokenizer: ...
 
@@ -52,10 +52,10 @@ class TextVocabulary:
 
 
 class Words:
-    """Words as `powernap data inspect` shows them, a token each.
+    """Words as `powernap data inspect` shows them, one per token.
 
     Args:
-        names: of all tokens, in order.
+        names: the words of all tokens, in order.
     """
 
     joiner = " "
@@ -66,7 +66,7 @@ class Words:
         self.end = self._tokens.get("[end]")
 
     def encode(self, text: str) -> list[int]:
-        """Raises DataError for a word that is none."""
+        """Raises DataError for an unknown word."""
         return [self._token(word) for word in self.units(text)]
 
     def units(self, text: str) -> list[str]:
@@ -89,7 +89,7 @@ class Words:
 
 
 class Numbers:
-    """Tokens shown as numbers, where nothing says what they stand for."""
+    """Tokens shown as numbers, if nothing records what they stand for."""
 
     end: int | None = None
     joiner = " "
@@ -114,7 +114,7 @@ class Numbers:
 
 
 def find_vocabulary(data: DataConfig) -> Vocabulary:
-    """That of the training shards; of a mixture, if its datasets have the same; else numbers."""
+    """The vocabulary of the training shards, if known and shared by all datasets of a mixture; else numbers."""
     try:
         return vocabulary_of(find_task(data))
     except DataError as error:
@@ -122,21 +122,21 @@ def find_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 def find_task(data: DataConfig) -> Task | Text:
-    """The text or task that the training shards were built from; of a mixture, any one: its datasets' tokens are the same.
+    """The text or task that the training shards were built from; for a mixture, any of them: they share a vocabulary.
 
     Raises:
-        DataError: if nothing says it, or several vocabularies are mixed.
+        DataError: if no manifest records it, or several vocabularies are mixed.
     """
-    found = {}
+    vocabularies = {}
     for name, (spec, _) in data.datasets.items():
         field = f"data.train.{name}" if name else "data.train"
         path = local_path(expand_shards(spec, field)[0])
         task = described_by(read_manifest(path)) if path else None
         if task is None:
             raise DataError(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
-        found[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Text) else repr(task)
-    if len(set(found.values())) > 1:
-        raise DataError(f"data.train mixes vocabularies ({', '.join(found)})")
+        vocabularies[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Text) else repr(task)
+    if len(set(vocabularies.values())) > 1:
+        raise DataError(f"data.train mixes vocabularies ({', '.join(vocabularies)})")
     assert task is not None
     return task
 
@@ -151,11 +151,11 @@ def vocabulary_of(task: Task | Text) -> Vocabulary:
 
 
 def described_by(manifest: dict) -> Task | Text | None:
-    """The text or task that shards were built from; None if it is not known.
+    """The text or task that shards were built from; None if unknown.
 
     Raises:
-        UnknownTask: if it is a task that is not installed here.
-        DataError: if it has no such fields.
+        UnknownTask: if the task is not installed here.
+        DataError: if it does not accept the recorded fields.
     """
     name = manifest.get("task")
     if name is None:

@@ -1,4 +1,4 @@
-"""Accuracy by depth: how many hops, steps or operations a model can do in its sleep, for several N."""
+"""Accuracy by depth: how many hops, steps or operations a model can compute in its sleep, for several N."""
 
 import json
 from collections import Counter
@@ -29,18 +29,18 @@ from powernap.train.tracking.trackers import Trackers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model knows of held-out data. An answer counts when every token of it is right."""
+    """A model's results on held-out data. An answer is right if all its tokens are."""
 
     loss: dict[str, float]  # N -> mean over the loss tokens
     accuracy: dict[str, dict[str, float]]  # N -> depth -> share of right answers
     interval: dict[str, dict[str, tuple[float, float]]]  # N -> depth -> 95 % interval, see intervals.py
     floor: dict[str, float]  # depth -> share that the best surface guess gets, see floors.py; empty if not asked for
     guesses: dict[str, dict[str, float]]  # surface guess -> depth -> share that it gets
-    answers: dict[str, int]  # depth -> answers asked
-    sequences: dict[str, int]  # depth -> sequences that they were asked in
+    answers: dict[str, int]  # depth -> answers
+    sequences: dict[str, int]  # depth -> sequences that hold them
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of metrics.jsonl and MLflow."""
+        """Loss and accuracy under their names in metrics.jsonl and MLflow."""
         loss = {f"held_out_loss/N{passes}": value for passes, value in self.loss.items()}
         return loss | {
             f"accuracy/N{passes}/depth_{depth}": value
@@ -53,20 +53,18 @@ class Evaluation:
 def evaluate(
     stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, topology: Topology, *, floors: bool = True
 ) -> Evaluation:
-    """Read the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
+    """Evaluate the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
 
-    floors: count surface guesses too, which takes a millisecond or some a sample and is the same after every step.
+    floors: count surface guesses too; takes a few milliseconds per sample and gives the same result after every step.
 
-    An answer is right when each of its tokens is the likeliest one given the true tokens before it, which is the case
-    exactly when greedy decoding would produce it.
+    An answer is right if each of its tokens is the likeliest one given the true tokens before it, which holds exactly
+    when greedy decoding would produce it.
     """
     floor = Floor.of_test(recipe.data) if floors and recipe.data.test else None
     asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
-    losses = torch.zeros(
-        1 + len(passes), dtype=torch.float64, device=topology.device
-    )  # loss tokens, sum of losses by N
-    left_before: dict[int, LayerStates | None] = {}  # N -> what the batch before left, under sleep.carry
+    losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=topology.device)  # loss tokens, loss sums by N
+    carried: dict[int, LayerStates | None] = {}  # N -> layer states after the previous batch, under sleep.carry
     batches = evaluation_batches(
         recipe.data,
         batch_size=recipe.micro_batch_size,
@@ -80,12 +78,12 @@ def evaluate(
         if floor:
             floor.add_all(batch.tokens.numpy(), batch.answers)
         losses[0] += batch.is_real * batch.loss_mask[:, 1:].sum()
-        for place, number in enumerate(passes, start=1):
-            before = None if batch.is_document_start.all() else left_before[number]
-            predictions, loss, left = _predict(stage, recipe, batch, number, topology, before)
-            left_before[number] = left if recipe.sleep.carry else None
-            losses[place] += batch.is_real * loss
-            by_sequence.update(_tally(batch, predictions, number))
+        for i, n in enumerate(passes, start=1):
+            before = None if batch.is_document_start.all() else carried[n]
+            predictions, loss, after = _predict(stage, recipe, batch, n, topology, before)
+            carried[n] = after if recipe.sleep.carry else None
+            losses[i] += batch.is_real * loss
+            by_sequence.update(_tally(batch, predictions, n))
     loss_tokens, *sums = topology.all_reduce_over_data(losses).tolist()
     answers, by_sequence = (
         topology.all_reduce_counter_over_data(asked),
@@ -111,10 +109,10 @@ def evaluate(
 def evaluate_run(
     path: Path, passes: list[int] | None = None, samples: int | None = None, test: list[str] | None = None
 ) -> str:
-    """Evaluate a run's newest checkpoint in this process; returns the table for people.
+    """Evaluate a run's newest checkpoint in this process; returns a table to print.
 
     Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run. `passes` and
-    `samples` default to the recipe's. test: data.test with the secrets that config.yaml leaves out, if it has any.
+    `samples` default to the recipe's. test: data.test with the secrets, if any, that config.yaml leaves out.
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
@@ -155,7 +153,7 @@ def evaluate_run(
 
 
 def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:
-    """The recipe that a run's `config` holds, with `test` for data.test; RecipeError unless they are the same shards."""
+    """The recipe in a run's `config`, with `test` as data.test; RecipeError unless they are the same shards."""
     assert recipe.data.test is not None
     known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
     if test and mask_values(test) != mask_values(known):
@@ -171,32 +169,32 @@ def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recip
 
 
 def evaluation_passes(recipe: Recipe) -> list[int]:
-    """The N to read at: the recipe's evaluation.passes, or the trained ones."""
+    """The N to evaluate: the recipe's evaluation.passes, or the trained ones."""
     return recipe.evaluation.passes or sorted(set(recipe.sleep.pass_choices))
 
 
 def _predict(
     stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
 ) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, LayerStates]:
-    """The predicted answer at every place of an answer, (row, start, stop) -> tokens; the sum of the losses; layer states."""
+    """The prediction for each answer, (row, start, stop) -> tokens; the sum of the losses; the layer states."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
-    batch_here = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
-    predictions, loss, layer_states = predict(stage, batch_here, topology)
+    micro_batch = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
+    predictions, loss, layer_states = predict(stage, micro_batch, topology)
     rows = predictions.tolist()
-    answers = {where: tuple(rows[where[0]][slice(*where[1:])]) for where, _, _ in _answers(batch)}
+    answers = {span: tuple(rows[span[0]][slice(*span[1:])]) for span, _, _ in _answers(batch)}
     return answers, loss, layer_states
 
 
 def _tally(
     batch: Batch, predictions: dict[tuple[int, int, int], tuple[int, ...]], passes: int
 ) -> Counter[tuple[int, int, str]]:
-    """What a batch adds to the sums of every Tally, (N, depth, its field) -> number."""
+    """A batch's contribution to the sums of every Tally, (N, depth, its field) -> number."""
     asked: Counter[tuple[int, int]] = Counter()  # by row and depth
     right: Counter[tuple[int, int]] = Counter()
-    for where, depth, answer in _answers(batch):
-        asked[where[0], depth] += 1
-        right[where[0], depth] += predictions[where] == answer
+    for span, depth, answer in _answers(batch):
+        asked[span[0], depth] += 1
+        right[span[0], depth] += predictions[span] == answer
     sums: Counter[tuple[int, int, str]] = Counter()
     for (row, depth), m in asked.items():
         tally = Tally.of_sequence(right[row, depth], m)
@@ -205,7 +203,7 @@ def _tally(
 
 
 def _answers(batch: Batch) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:
-    """Every answer of a batch: its place (row, start, stop), its depth, its tokens."""
+    """Every answer of a batch: its span (row, start, stop), its depth, its tokens."""
     for row, (tokens, answers) in enumerate(zip(batch.tokens.tolist(), batch.answers, strict=True)):
         for start, stop, depth in answers.tolist():
             yield (row, start, stop), depth, tuple(tokens[start:stop])

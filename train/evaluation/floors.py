@@ -1,8 +1,8 @@
 """The floor under an accuracy: the share of right answers that the best *surface* guess gets. No torch here.
 
-A surface guess works nothing out. It is the same answer always, or the answer of the same question where that stands
-earlier in the sequence, or one of the task's own (surface_guesses in tasks/), which look at what stands beside a question,
-or rule out what cannot be.
+A surface guess does no reasoning. It is a constant answer, or the answer to the same question earlier in the sequence,
+or one of the task's own (surface_guesses in tasks/), which look at the text near a question, or rule out impossible
+answers.
 """
 
 from collections import Counter, defaultdict
@@ -26,24 +26,24 @@ Answer = tuple[int, ...]
 
 
 class Floor:
-    """Counts, sample by sample, what each surface guess gets right.
+    """Counts, sample by sample, the answers that each surface guess gets right.
 
-    counts: (depth, guess, answer or None) -> answers that it gets right, expected where it draws; add them over ranks.
+    counts: (depth, guess, answer or None) -> answers it gets right, expected ones if it draws; sum them over ranks.
     """
 
     def __init__(self, task: Task | Text | None):
-        """task: what the samples were drawn from; None if that is not known, or is text."""
+        """task: the source of the samples; None if unknown or text."""
         self._guesses = getattr(task, "surface_guesses", None)
         self.counts: Counter[tuple[int, str, Answer | None]] = Counter()
 
     @classmethod
     def of_test(cls, data: DataConfig) -> "Floor":
-        """That of the test shards, whose manifest names the task; without one, of the guesses that need no task."""
+        """The floor for the test shards, whose manifest names the task; without one, only guesses that need no task."""
         assert data.test is not None
         try:
             path = local_path(expand_shards(data.test, "data.test")[0])
             return cls(described_by(read_manifest(path)) if path else None)
-        except PowernapError:  # another version's manifest: samples are checked by themselves
+        except PowernapError:  # another version's manifest: the samples are still checked one by one
             return cls(None)
 
     def add_all(self, tokens: np.ndarray, answers: Iterable[np.ndarray]) -> None:
@@ -70,7 +70,7 @@ class Floor:
 
     @staticmethod
     def shares(counts: Mapping[tuple[int, str, Answer | None], float]) -> dict[str, dict[int, float]]:
-        """Guess -> depth -> share of right answers. A constant is the best one, chosen for each depth on these answers."""
+        """Guess -> depth -> share of right answers. The constant is the best one for each depth on these answers."""
         asked: dict[int, float] = defaultdict(float)
         right: dict[tuple[int, str], float] = defaultdict(float)
         best: dict[tuple[int, str], float] = defaultdict(float)
@@ -85,7 +85,7 @@ class Floor:
 
 
 def best_guesses(guesses: Mapping[str, Mapping[Any, float]]) -> str:
-    """Which guess is the floor at what depths, in a line."""
+    """Which guess is the floor at which depths, in one line."""
     depths_of: dict[str, list[str]] = {}
     for depth in next(iter(guesses.values()), {}):
         best = max(guesses, key=lambda name: guesses[name][depth])  # the first of equals: the simplest
@@ -96,7 +96,7 @@ def best_guesses(guesses: Mapping[str, Mapping[Any, float]]) -> str:
 
 
 def _questions(tokens: list[int], rows: list[list[int]]) -> list[Answer]:
-    """What stands between an answer and the one before it; before the first one, as many tokens as before the second."""
+    """The tokens between an answer and the previous one; before the first one, as many as before the second."""
     gaps = [start - before for (_, before, _), (start, _, _) in zip(rows, rows[1:], strict=False)]
     gaps = [gaps[0] if gaps else 1, *gaps]
     return [tuple(tokens[max(0, start - gap) : start]) for (start, _, _), gap in zip(rows, gaps, strict=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
-GREY = "#777777"  # for what no model did
+GREY = "#777777"  # for floors
 
 
 def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
@@ -25,7 +25,7 @@ def draw_accuracy(
 ) -> None:
     """Accuracy over depth, a line with its interval for each N, and the best surface guess below them.
 
-    With a single depth the N are what is compared, so they become the axis.
+    With a single depth, N becomes the axis.
     """
     figure, axes = new_figure()
     depths = list(floor)
@@ -59,7 +59,7 @@ def draw_demo(
     title: str,
     to: Path,
 ) -> None:
-    """The demo's picture: held-out accuracy by hop (left) and the training loss (right), a colour for each model.
+    """The demo's picture: held-out accuracy by hop (left) and training loss (right), a colour for each model.
 
     accuracy: model name -> hop -> share. intervals: their 95 % intervals. losses: model name -> loss at every step, in the same order.
     """
@@ -89,7 +89,7 @@ def draw_demo(
 
 
 def smooth(values: list[float], window: int = 20) -> list[float]:
-    """The mean of the last `window` values at each place, without those that are not finite: of skipped steps."""
+    """The running mean of the last `window` values, without the non-finite ones of skipped steps."""
     parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     parts = [[value for value in part if math.isfinite(value)] for part in parts]
     return [sum(part) / len(part) if part else math.nan for part in parts]
@@ -101,20 +101,20 @@ def _band(axes, depths: list[str], interval: Mapping[str, tuple[float, float]], 
 
 
 def _reach(heights: list[float], ends: list[tuple[float, float]]) -> list[list[float]]:
-    """How far each interval goes down and up from its point, as errorbar takes it."""
+    """The distances from each point down and up to the ends of its interval, as errorbar takes them."""
     down = [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)]
     return [down, [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)]]
 
 
 def _from_light_to_dark(count: int) -> list:
-    """Colours that can be told apart, also in grey: more passes, darker."""
+    """Distinguishable colours, also in grey: more passes, darker."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.85 * (1 - index / max(1, count - 1))) for index in range(count)]
 
 
 def new_figure(columns: int = 1):
-    """A figure without a display, with the spines that only decorate left out."""
+    """A figure that needs no display, without the top and right spines."""
     from matplotlib.figure import Figure  # late: a second of import
 
     figure = Figure(figsize=(5 * columns + 1.5, 4), layout="constrained")

@@ -8,7 +8,7 @@ Intervals = Mapping[str, Mapping[str, tuple[float, float]]]  # row -> depth -> (
 
 
 def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
-    """A table with a column a depth, at most 80 characters wide: `rows` by name, shares with two decimals."""
+    """A table with a column per depth, at most 80 characters wide: `rows` by name, shares with two decimals."""
     depths = list(dict.fromkeys(depth for values in rows.values() for depth in values))
     width = max(len(name) for name in [depth_name, *rows])
     per_line = max(1, (80 - width) // 6)
@@ -23,7 +23,7 @@ def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
 
 
 def with_intervals(accuracy: Accuracy, intervals: Intervals) -> dict[str, Mapping[str, float]]:
-    """Every row followed by a row "±": how far its interval reaches, on its longer side."""
+    """Every row followed by a row "±": the longer side of its interval."""
     rows = {}
     for name, values in accuracy.items():
         rows[name] = values
@@ -34,7 +34,7 @@ def with_intervals(accuracy: Accuracy, intervals: Intervals) -> dict[str, Mappin
 
 
 def markdown_table(columns: list[str], rows: list[list[str]], left: int = 0) -> list[str]:
-    """The lines of a Markdown table whose columns line up as text, the first `left` of them flush left."""
+    """The lines of a Markdown table with aligned columns, the first `left` of them flush left."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (columns, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(columns))]
 

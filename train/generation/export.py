@@ -1,8 +1,8 @@
-"""A trained model by itself: weights, sizes, and what its tokens stand for, in a folder that needs no run and no shards.
+"""Export a trained model: weights, sizes and vocabulary, in a folder that needs no run and no shards.
 
-model.safetensors    every parameter, whole, in the precision it was trained in
+model.safetensors    every parameter, unsharded, in its training precision
 config.json          {"format", "name", "step", "precision", "model", "sleep", "vocabulary": {"task", "fields", ...} or null}
-tokenizer.json       if the vocabulary is one of Hugging Face's
+tokenizer.json       if the vocabulary is a Hugging Face tokenizer
 """
 
 import json
@@ -47,10 +47,10 @@ class Exported:
 
 
 def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
-    """Write the model of a checkpoint into the new folder `to`; complete, or not there.
+    """Write a checkpoint's model into the new folder `to`, which appears complete or not at all.
 
     Raises:
-        ExportError, OutputError: if `to` exists or cannot be made.
+        ExportError, OutputError: if `to` exists or cannot be created.
     """
     check_new_folder(to)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -80,7 +80,7 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
 
 
 def check_new_folder(to: Path) -> None:
-    """What `export` asks of its target; worth asking before a checkpoint is read."""
+    """Check the target of `export`; call it before a checkpoint is read."""
     if to.exists():
         raise ExportError(f"{to} exists: choose a new folder")
     check_folder(to, "")
@@ -91,56 +91,58 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path) -> Exported:
-    """What `export` wrote, but the weights.
+    """Read all that `export` wrote except the weights.
 
     Raises:
-        ExportError: if it is something else.
+        ExportError: if the folder holds something else.
     """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         assert config["format"] == FORMAT
-        name, told = str(config["name"]), config["vocabulary"]
+        name, description = str(config["name"]), config["vocabulary"]
         model, sleep = check(ModelConfig, with_sections(config["model"])), check(SleepConfig, config["sleep"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         why = f" ({error})" if isinstance(error, RecipeError) else ""
         raise ExportError(f"{path}: not what powernap checkpoint export writes{why}") from None
     _check_size(folder / WEIGHTS, model, sleep)
-    return Exported(name, model, sleep, _read_vocabulary(folder, told))
+    return Exported(name, model, sleep, _read_vocabulary(folder, description))
 
 
 def load_exported_weights(folder: Path, stage: HybridStage) -> None:
-    """Copy the weights into a whole model.
+    """Copy the weights into an unsharded model.
 
     Raises:
-        ExportError: if they are not those of such a model.
+        ExportError: if they do not fit the model.
     """
     path = folder / WEIGHTS
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    own = dict(stage.named_parameters())
+    targets = dict(stage.named_parameters())
     wrong = [
-        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape
+        n
+        for n in targets.keys() | weights.keys()
+        if n not in targets or n not in weights or targets[n].shape != weights[n].shape
     ]
     if wrong:
         raise ExportError(f"{path}: not the weights of the model in {CONFIG}: {min(wrong)} differs")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in targets.items():
             parameter.copy_(weights[name])
 
 
 def _check_size(weights: Path, model: ModelConfig, sleep: SleepConfig) -> None:
-    """That a model of such sizes has as many weights as the file, before any memory is asked for."""
+    """Check that a model of these sizes has as many weights as the file, before memory is allocated."""
     expected = sum(weight.size() for weight in parameters(model, sleep, range(model.num_layers)))
     try:
         with safe_open(weights, framework="pt") as file:
-            found = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
+            stored = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{weights}: cannot be read ({' '.join(str(error).split())})") from None
-    if found != expected:
-        raise ExportError(f"{weights}: not the weights of the model in {CONFIG}: {found:,} numbers, not {expected:,}")
+    if stored != expected:
+        raise ExportError(f"{weights}: not the weights of the model in {CONFIG}: {stored:,} numbers, not {expected:,}")
 
 
 def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -150,23 +152,23 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(task, Text):
         return {"task": task_name(task), "fields": task.model_dump(mode="json")}
-    fields = {"inputs": "-", "tokenizer": task.tokenizer}  # which text it was is nobody's business here
+    fields = {"inputs": "-", "tokenizer": task.tokenizer}  # the paths of the training text stay private
     if (tokenizer := Path(task.tokenizer)).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         fields["tokenizer"] = TOKENIZER
-    assert task.ids is not None  # of shards that are there
+    assert task.ids is not None  # from the manifest of existing shards
     end, pad = task.ids
     return {"task": "text", "fields": fields, "end_token_id": end, "pad_token_id": pad}
 
 
-def _read_vocabulary(folder: Path, told: object) -> Vocabulary:
+def _read_vocabulary(folder: Path, description: object) -> Vocabulary:
     try:
-        if not isinstance(told, dict):
+        if not isinstance(description, dict):
             raise DataError(f"{folder / CONFIG}: does not say what the tokens stand for")
-        fields = dict(told["fields"])
+        fields = dict(description["fields"])
         if fields.get("tokenizer") == TOKENIZER:
             fields["tokenizer"] = str(folder / TOKENIZER)
-        task = described_by({**told, "fields": fields})
+        task = described_by({**description, "fields": fields})
         if task is None:
             raise DataError(f"{folder / CONFIG}: its vocabulary is of an unknown task")
         return vocabulary_of(task)

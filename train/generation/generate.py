@@ -1,4 +1,4 @@
-"""A trained run that goes on with prompts: streams that are read and written token by token, saved and taken up again.
+"""Generate from a trained run: streams that read prompts, generate token by token, and can be saved and resumed.
 
 model = load_run("runs/mine")
 stream = model.stream()
@@ -37,21 +37,21 @@ class GenerateError(PowernapError):
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """A generated token, and the text that is certain by now."""
+    """A generated token, and the text that is final by now."""
 
     row: int
     token: int
-    text: str  # the texts of a row's tokens add up to its text; cut before a stop text, without the end token
+    text: str  # a row's texts concatenate to its whole text; cut before a stop text, without the end token
     finish_reason: FinishReason | None = None  # why this is the row's last token
 
 
 def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
-    """The newest whole checkpoint of the run in folder `path`, or a model that `powernap checkpoint export` wrote there.
+    """Load the newest valid checkpoint of the run in `path`, or a model that `powernap checkpoint export` wrote there.
 
     It runs in this process alone, whatever layout it was trained in.
 
     Args:
-        passes: N of every sleep; None: the largest that was trained.
+        passes: N of every sleep; None: the largest trained one.
 
     Raises:
         RecipeError, GenerateError, CheckpointError: no run there, no checkpoint, or one of another model.
@@ -67,8 +67,8 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
         recipe = folder.recipe()
         newest = folder.newest_checkpoint()
         model, sleep, name = recipe.model, recipe.sleep, recipe.run.name
-    own: dict[str, Any] = {} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    topology = init_distributed(**own)
+    options: dict[str, Any] = {} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    topology = init_distributed(**options)
     if topology.world_size > 1:
         raise GenerateError(f"generation runs in one process, {topology.world_size} were started: start one")
     stage = HybridStage(model, sleep, topology.groups).to(topology.device)
@@ -86,7 +86,7 @@ class RunModel:
 
     Attributes:
         passes: N of every sleep.
-        vocabulary: what its tokens stand for.
+        vocabulary: of its tokens.
     """
 
     def __init__(self, stage: HybridStage, name: str, passes: int, vocabulary: Vocabulary):
@@ -96,11 +96,11 @@ class RunModel:
         self.vocabulary = vocabulary
 
     def stream(self, batch: int = 1, seed: int = 0) -> "Stream":
-        """`batch` new streams. Row i draws from seed + i: what a row says does not depend on the others."""
+        """`batch` new streams. Row i draws from seed + i, so a row's output does not depend on the others."""
         return Stream(self, batch, seed)
 
     def generate(self, prompts: Sequence[Prompt], seed: int = 0, **options) -> Iterator[TokenOutput]:
-        """`Stream.generate` with new streams, one a prompt."""
+        """`Stream.generate` with new streams, one per prompt."""
         return self.stream(len(prompts), seed).generate(prompts, **options)
 
     def load_stream(self, path: Path | str) -> "Stream":
@@ -115,7 +115,7 @@ class RunModel:
             unread, random = saved["unread"], saved["random"]
         except FileNotFoundError:
             raise GenerateError(f"{path}: no such file: write one with --save-state") from None
-        except Exception:  # torch's and pickle's, of many kinds
+        except Exception:  # torch and pickle raise many kinds
             raise GenerateError(f"{path}: not a state that powernap generate saved") from None
         if model != self.fingerprint():
             raise GenerateError(f"{path}: of another model: its run, or checkpoint, is not {self.name}'s newest")
@@ -125,12 +125,12 @@ class RunModel:
             )
         try:
             stream = self.stream(len(random))
-            # What is conv_state now was called history once.
+            # Older files name conv_state history.
             stream.decoder.load_state({name.replace(".history", ".conv_state"): state[name] for name in state})
             stream.unread = [self.encode(tokens) for tokens in unread]
             for generator, numbers, _ in zip(stream.random, random, unread, strict=True):
                 generator.set_state(numbers)
-        except Exception:  # of many kinds: nothing in the file need be what it should
+        except Exception:  # many kinds: any value in the file may be wrong
             raise GenerateError(f"{path}: damaged: write one with --save-state") from None
         return stream
 
@@ -138,7 +138,7 @@ class RunModel:
         """A prompt's tokens.
 
         Raises:
-            DataError, GenerateError: a word or token that the model does not have.
+            DataError, GenerateError: for a word or token that the model does not have.
         """
         tokens = self.vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
         size = self.stage.model.vocab_size
@@ -147,23 +147,23 @@ class RunModel:
         return tokens
 
     def fingerprint(self) -> str:
-        """Of all that a saved state depends on: sizes, the way of sleeping, weights."""
+        """A hash of all that a saved state depends on: sizes, sleep settings, weights."""
         sleep = self.stage.sleep.model_dump(mode="json", exclude={"passes", "backprop_passes"})
         about = json.dumps([self.stage.model.model_dump(mode="json"), sleep], sort_keys=True)
-        found = hashlib.sha256(about.encode())
+        digest = hashlib.sha256(about.encode())
         for name, parameter in self.stage.named_parameters():
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return found.hexdigest()
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 class Stream:
     """A batch of token streams, each read and written at its own pace.
 
     Attributes:
-        decoder: what was read; its `feed_with_logits` gives the logits after every token.
-        unread: by row, generated tokens that were not read yet.
-        random: by row, where its draws come from.
+        decoder: the model's state after the tokens read; its `feed_with_logits` returns the logits after every token.
+        unread: generated tokens of each row that the decoder has not read yet.
+        random: the random generator of each row.
     """
 
     def __init__(self, model: RunModel, batch: int, seed: int):
@@ -173,7 +173,7 @@ class Stream:
         self.seed(seed)
 
     def seed(self, seed: int) -> None:
-        """Draw anew, row i from seed + i."""
+        """Restart the random generators, row i from seed + i."""
         self.random = [torch.Generator().manual_seed(seed + row) for row in range(self.decoder.batch)]
 
     def generate(
@@ -188,13 +188,13 @@ class Stream:
         """Read a prompt in every row, then generate up to `max_tokens`; the next call continues there.
 
         Args:
-            prompts: one a row, some may be empty once the row has read something; None: all are.
+            prompts: one per row; a row that has read something may have an empty one. None: all are empty.
             max_tokens: 0 only reads the prompts.
             temperature, top_p: see `token_probabilities`; 0 is greedy.
-            stop: a row ends where its text, or its words, hold one of these.
+            stop: a row ends when its text, or its words, contain one of these.
 
         Yields:
-            every token, row by row in turns. A row ends with the vocabulary's end token as well.
+            every token, one per active row in turn. A row also ends with the vocabulary's end token.
 
         Raises:
             DataError, GenerateError: before anything is read.
@@ -220,7 +220,7 @@ class Stream:
         return self._generate(tokens, max_tokens, temperature, top_p, stops)
 
     def save(self, path: Path | str) -> None:
-        """Write the streams to a file: tensors and numbers, no pickled objects. A file that was there stays until then.
+        """Write the streams to a file: tensors and numbers, no pickled objects. Replaces an existing file at the end.
 
         Raises:
             GenerateError: if it cannot be written.
@@ -237,7 +237,7 @@ class Stream:
         try:
             torch.save(state, unfinished)
             unfinished.replace(path)
-        except (OSError, RuntimeError) as error:  # torch has one of its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise GenerateError(f"{path}: cannot be written ({reason})") from None
         finally:
@@ -252,7 +252,7 @@ class Stream:
         if not max_tokens:
             self._read_all()
         for turn in range(1, max_tokens + 1):
-            # What was generated is read only now: a window that it filled sleeps after the answer, not before.
+            # Generated tokens are read only now: a window that they fill sleeps after the answer, not before.
             self._read_all()
             for row in list(active):
                 probabilities = token_probabilities(self.decoder.logits[row], temperature, top_p)
@@ -271,7 +271,7 @@ class Stream:
 
 
 class _Text:
-    """The text of a row, up to its end; a unit that may turn out to begin a stop text is held back."""
+    """The text of a row, up to its end; units that may begin a stop text are held back."""
 
     def __init__(self, vocabulary: Vocabulary, stops: list[list[str]]):
         self._end, self._joiner = vocabulary.end, vocabulary.joiner
@@ -281,14 +281,14 @@ class _Text:
         self._begun = False
 
     def add(self, token: int, last: bool) -> tuple[str, FinishReason | None]:
-        """The text that is certain now, and why the row ends with this token, if it does."""
+        """The text that is final now, and why the row ends with this token, if it does."""
         ended = token == self._end
         self._held += self._detokenizer.finish() if ended else self._detokenizer.step(token)
         if last and not ended:
             self._held += self._detokenizer.finish()
-        found = [place for stop in self._stops if (place := _find(self._held, stop)) is not None]
-        if found:
-            return self._release(min(found)), "stop"
+        matches = [start for stop in self._stops if (start := _find(self._held, stop)) is not None]
+        if matches:
+            return self._release(min(matches)), "stop"
         if ended or last:
             return self._release(len(self._held)), "end" if ended else "length"
         return self._release(
@@ -303,12 +303,12 @@ class _Text:
 
 
 def _find(units: list[str], stop: list[str]) -> int | None:
-    """Where `stop` first is in `units`."""
-    places = range(len(units) - len(stop) + 1)
-    return next((place for place in places if units[place : place + len(stop)] == stop), None)
+    """The index of the first `stop` in `units`."""
+    starts = range(len(units) - len(stop) + 1)
+    return next((start for start in starts if units[start : start + len(stop)] == stop), None)
 
 
 def _overlap(units: list[str], stop: list[str]) -> int:
-    """How many of the last units `stop` may begin with."""
+    """How many of the last units may be the beginning of `stop`."""
     lengths = range(min(len(units), len(stop) - 1), 0, -1)
     return next((length for length in lengths if units[len(units) - length :] == stop[:length]), 0)

@@ -1,16 +1,16 @@
-"""The next token from logits: temperature, top-p, the draw."""
+"""Sample the next token from logits: temperature, top-p, the draw."""
 
 import torch
 
 
 def token_probabilities(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """What a next token is drawn from.
+    """The distribution from which the next token is drawn.
 
     Args:
         logits: [vocabulary].
-        temperature: divides the logits; 0: all on the likeliest token, the first of several.
-        top_p: only the fewest likeliest tokens whose probabilities reach this sum, in (0, 1] (nucleus sampling, arXiv
-            1904.09751).
+        temperature: divides the logits; 0: all mass on the likeliest token, the first of several.
+        top_p: in (0, 1]: keep only the smallest set of likeliest tokens whose probabilities reach this sum (nucleus
+            sampling, arXiv 1904.09751).
 
     Returns:
         [vocabulary], float64, with sum 1.
@@ -18,7 +18,7 @@ def token_probabilities(logits: torch.Tensor, temperature: float, top_p: float) 
     logits = logits.double()
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    probabilities = ((logits - logits.max()) / temperature).softmax(0)  # the largest is 0: nothing overflows
+    probabilities = ((logits - logits.max()) / temperature).softmax(0)  # the largest is 0: no overflow
     if top_p < 1:
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered
@@ -28,5 +28,5 @@ def token_probabilities(logits: torch.Tensor, temperature: float, top_p: float) 
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
-    """One token; `generator` lives on the CPU."""
+    """Draw one token; `generator` is on the CPU."""
     return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))

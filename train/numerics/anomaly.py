@@ -1,11 +1,11 @@
-"""`powernap train --detect-anomaly`: which module makes the first number that is not finite.
+"""`powernap train --detect-anomaly`: find the module that produces the first non-finite number.
 
-Every module's inputs and outputs are looked at as they pass, and in the backward pass the gradients of both, so the first
-to complain is the innermost module in which it happened. Slow: each look waits for the device. Last digits may differ from
-those of a run without, since autograd adds up gradients in another order.
+The inputs and outputs of every module are checked, and their gradients in the backward pass, so the first to fail is
+the innermost module in which it happened. Slow: each check waits for the device. Last digits may differ from a run
+without it, because autograd accumulates gradients in another order.
 
-torch's own anomaly mode is of no help here: it knows NaN but not infinity, names autograd's functions and not modules, and
-prints pages.
+torch's own anomaly mode does not help here: it detects NaN but not infinity, names autograd functions instead of
+modules, and prints pages.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from powernap.parallel.topology import Topology
 
 
 class AnomalyError(PowernapError):
-    """A number that is not finite, and the module that made it, in one line."""
+    """A non-finite number, and the module that produced it, in one line."""
 
 
 @contextmanager
 def anomalies_detected(stage: HybridStage, topology: Topology, wanted: bool = True) -> Iterator[None]:
-    """Inside, the stage raises AnomalyError at the first number that is not finite.
+    """Inside, the stage raises AnomalyError at the first non-finite number.
 
-    Works through activation checkpoints, since the looks at gradients are part of the graph that is recomputed, and
-    within a pipeline, where the stage that makes the number sees it before it is sent.
+    Works with activation checkpointing, because the gradient checks are part of the recomputed graph, and in a
+    pipeline, where the stage that produces the number detects it before sending it.
     """
     watch = _Watch(stage, topology)
     hooks = watch.hook_all() if wanted else []
@@ -47,14 +47,14 @@ class _Watch:
         hooks = []
         for name, module in self._stage.named_modules():
             shown = self._stage.global_name(name) if name else "the stage"
-            hooks.append(module.register_forward_pre_hook(self._before(shown), with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._after(shown), with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(self._input_hook(shown), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._output_hook(shown), with_kwargs=True))
         for name, parameter in self._stage.named_parameters():
             hooks.append(parameter.register_hook(self._gradient_of(self._stage.global_name(name))))
         return hooks
 
-    def _before(self, name: str):
-        """What goes in, and the gradient that comes out there: this module's own part of it."""
+    def _input_hook(self, name: str):
+        """Check a module's inputs, and in the backward pass their gradients, which the module itself computes."""
 
         def before(module, arguments, options):
             look = self._looker(
@@ -65,7 +65,7 @@ class _Watch:
 
         return before
 
-    def _after(self, name: str):
+    def _output_hook(self, name: str):
         def after(module, arguments, options, output):
             look = self._looker(
                 lambda: f"{name}: output not finite, input finite, {_weights(module)}",
@@ -97,7 +97,7 @@ class _Watch:
 
 
 class _Look(torch.autograd.Function):
-    """The tensor itself; backward, a look at its gradient."""
+    """Identity that checks the gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx, tensor, fail):
@@ -121,7 +121,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _each(look: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """`value` with every tensor of floats in its tuples, lists and dicts as `look` returns it."""
+    """Apply `look` to every float tensor in `value`, also inside tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return look(value) if value.is_floating_point() else value
     if type(value) in (tuple, list):

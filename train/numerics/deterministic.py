@@ -1,21 +1,21 @@
-"""The same bits in every run of a recipe.
+"""Bitwise reproducible runs of a recipe.
 
-On CPUs a run has that without it: the order of every sum is settled by shapes, threads and ranks. On CUDA this has not run
-yet. There it asks for
+On CPUs a run is reproducible without it: shapes, threads and ranks fix the order of every sum. On CUDA this has not run
+yet. There it sets
 
-* torch's deterministic kernels, an error naming the operation where one has none. Without them some, scatters among
-  them, add up with atomics, in the order in which threads happen to come;
-* cuBLAS with a fixed workspace, without which products on several streams may take another algorithm; it reads that when
-  it starts, so it is set before CUDA is;
-* cuDNN without trying out which algorithm is fastest;
-* NCCL's rings, whose order of adding the ranks is fixed. Left to itself it chooses by message and topology, and may
+* torch's deterministic kernels, with an error that names an operation without one. Other kernels, scatters among them,
+  add with atomics, in arbitrary thread order;
+* a fixed cuBLAS workspace, without which products on several streams may use another algorithm; cuBLAS reads it on
+  start, so it is set before CUDA is initialized;
+* cuDNN without benchmarking for the fastest algorithm;
+* NCCL's ring algorithm, which adds the ranks in a fixed order. By default NCCL chooses by message and topology, and may
   reduce inside the switch.
 
-What it cannot ask for: FLA's Triton kernels of the delta rule. In the sources that we have read (gated_delta_rule/chunk.py
-and wy_fast.py, 2025; not those of a certain release) every block writes a place of its own and parts are added by torch,
-no atomics; but Triton's autotuner picks their tiles and warps by time, which may change from run to run, and with it the
-order of a sum. TRITON_CACHE_DIR does not keep its choice unless TRITON_CACHE_AUTOTUNING=1 is set. Nor does it cover
-another GPU, library version or layout.
+It cannot control FLA's Triton kernels of the delta rule. In the sources that we have read (gated_delta_rule/chunk.py
+and wy_fast.py, 2025; of no certain release) every block writes to its own location and torch adds the parts, without
+atomics; but Triton's autotuner picks tiles and warps by timing, which may change from run to run, and with it the order
+of a sum. TRITON_CACHE_DIR does not keep its choice unless TRITON_CACHE_AUTOTUNING=1 is set. Nor does it cover another
+GPU, library version or layout.
 """
 
 import os
@@ -30,16 +30,16 @@ ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "TRITO
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, the same operations on the same numbers give the same bits; entered before CUDA starts.
+    """Inside, the same operations on the same numbers give the same bits; enter before CUDA is initialized.
 
-    What the environment says already stays.
+    Environment variables that are already set are kept.
     """
     if not wanted:
         yield
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    others: Any = torch.utils.deterministic  # torch types no switch there
+    others: Any = torch.utils.deterministic  # torch does not type its switches
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -48,7 +48,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
     )
     torch.use_deterministic_algorithms(True)
-    # Filling every buffer before use would cost time, and help only code that reads what nobody wrote.
+    # Filling every buffer before use would cost time, and help only code that reads uninitialized memory.
     others.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient was not finite: they change nothing, and leave a record of where it came from.
+"""Steps whose loss or gradient was not finite: they change nothing, and leave a record of its origin.
 
-parallel/zero.py skips them. Here it is written down what a person wants to know then: which ranks' gradients of which
-parameters, and which samples the batch held, in runs/NAME/skipped_steps.jsonl, a line a step.
+parallel/zero.py skips them. Here their diagnosis is recorded: which ranks' gradients of which parameters, and which
+samples the batch held, in runs/NAME/skipped_steps.jsonl, a line per step.
 """
 
 import json
@@ -25,15 +25,15 @@ RANKS_NAMED = 8
 
 
 class DivergedError(PowernapError):
-    """More steps than a run may skip were not finite, in one line."""
+    """A run has skipped more steps than it may, in one line."""
 
 
 class SkippedSteps:
     """The skipped steps of a run. All ranks hold one and call it together; the main rank writes.
 
     Args:
-        steps: those skipped before the checkpoint that a run goes on from.
-        resume_step: the step of that checkpoint, None for a new run: what was written of later steps is removed.
+        steps: those skipped before the checkpoint that a run resumes from.
+        resume_step: the step of that checkpoint, None for a new run: records of later steps are removed.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SkippedSteps:
     ):
         self.steps = list(steps)
         self._recipe, self._file, self._topology = recipe, folder.skipped_steps, topology
-        self._first_place = ""  # of those that this process saw
+        self._first_origin = ""  # of the steps that this process saw
         if topology.is_main and resume_step is not None and self._file.exists():
             cut_after(self._file, resume_step)
 
@@ -59,19 +59,19 @@ class SkippedSteps:
         Args:
             metrics: of the step, with loss and grad_norm.
             norms: [parameters of `stage`], of this rank's gradients.
-            layer_states: under sleep.carry what the step's sequences leave.
+            layer_states: under sleep.carry, the states after the step's sequences.
 
         Returns:
-            a line for the log; the layer states, with zeros for lanes in which it was not finite
+            a line for the log; the layer states, with zeros for lanes that were not finite
         """
         self._topology.progress.note("recording a skipped step")
         names = _names_not_finite(stage, norms)
-        own = [len(names), names[:PARAMETERS_NAMED]] if names else None
-        ranks = [(rank, *found) for rank, found in enumerate(self._topology.all_gather_object(own)) if found]
-        # Each rank that reads looks up its own: the shards are in its cache.
+        summary = [len(names), names[:PARAMETERS_NAMED]] if names else None
+        ranks = [(rank, *other) for rank, other in enumerate(self._topology.all_gather_object(summary)) if other]
+        # Each rank that reads looks up its own samples: the shards are in its cache.
         samples = sample_names(batch.sample_ids, cache_of(self._recipe.data))
         parts = self._topology.all_gather_over_data(samples)
-        layer_states, anew = reset_nonfinite_lanes(layer_states, self._topology)
+        layer_states, reset_lanes = reset_nonfinite_lanes(layer_states, self._topology)
         record = {
             "step": step,
             "loss": metrics["loss"],
@@ -81,13 +81,13 @@ class SkippedSteps:
                 for rank, count, first in ranks[:RANKS_NAMED]
             ],
             "ranks_not_finite": len(ranks),
-            # Sample k of the run is rank k's, modulo their number.
+            # Rank k % world_size reads sample k of the run.
             "samples": [name for row in zip(*parts, strict=True) for name in row],
         }
         if layer_states is not None:
-            record["lanes_begun_anew"] = anew
+            record["lanes_begun_anew"] = reset_lanes
         self.steps.append(step)
-        self._first_place = self._first_place or _where(record)
+        self._first_origin = self._first_origin or _origin(record)
         if self._topology.is_main:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
@@ -108,29 +108,29 @@ class SkippedSteps:
             advice = "look at the samples, or raise train.skip_budget"
         raise DivergedError(
             f"loss or gradient not finite in {count} step{'s' if count > 1 else ''}, {_listed(self.steps)} "
-            f"(train.skip_budget={budget}); {self._first_place}; {advice}; --resume --detect-anomaly names the module, "
+            f"(train.skip_budget={budget}); {self._first_origin}; {advice}; --resume --detect-anomaly names the module, "
             f"{self._file} the samples"
         )
 
 
 def reset_nonfinite_lanes(layer_states: LayerStates | None, topology: Topology) -> tuple[LayerStates | None, list[int]]:
-    """Under sleep.carry: fast weights of zero for sequences of which any are not finite on any rank of the model.
+    """Under sleep.carry: zero the fast weights of sequences that have non-finite ones on any rank of the model.
 
     The others keep theirs. All ranks call it together.
 
     Returns:
-        the layer states, and the lanes of all data ranks that start anew
+        the layer states, and the lanes of all data ranks that were reset
     """
     if layer_states is None:
         return None, []
-    # A stage without recurrent mixers has no layer states, and learns from the others how many sequences there are.
+    # A stage without recurrent mixers has no layer states and no rows: the slices below are empty.
     rows = len(layer_states[0]) if layer_states else 0
     broken = torch.zeros(rows, dtype=torch.bool)
     for state in layer_states:
         broken |= ~state.isfinite().flatten(1).all(1).cpu()
-    own = broken.nonzero().flatten().tolist()
-    found = topology.all_gather_object((topology.dp_rank, own))
-    everywhere = {(rank, row) for rank, rows in found for row in rows}
+    broken_rows = broken.nonzero().flatten().tolist()
+    gathered = topology.all_gather_object((topology.dp_rank, broken_rows))
+    everywhere = {(rank, row) for rank, rows in gathered for row in rows}
     for row in (row for rank, row in everywhere if rank == topology.dp_rank):
         broken[row : row + 1] = True
     layer_states = reset_rows(layer_states, broken.to(layer_states[0].device)) if layer_states else layer_states
@@ -141,7 +141,7 @@ def _describe(record: dict[str, Any]) -> str:
     loss, norm = record["loss"], record["grad_norm"]
     lanes = ", ".join(map(str, record.get("lanes_begun_anew", [])))
     return (
-        f"step {record['step']} skipped: loss {loss:.4g}, gradient norm {norm:.4g}; {_where(record)}"
+        f"step {record['step']} skipped: loss {loss:.4g}, gradient norm {norm:.4g}; {_origin(record)}"
         + f"; the fast weights of lanes {lanes} begin anew" * bool(lanes)
         + "; its samples: skipped_steps.jsonl"
     )
@@ -152,7 +152,7 @@ def _names_not_finite(stage: HybridStage, norms: torch.Tensor) -> list[str]:
     return [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
 
 
-def _where(record: dict[str, Any]) -> str:
+def _origin(record: dict[str, Any]) -> str:
     if not record["not_finite"]:
         return "the loss alone" if not math.isfinite(record["loss"]) else "only in the sum of the ranks' gradients"
     first = record["not_finite"][0]
@@ -166,7 +166,7 @@ def _where(record: dict[str, Any]) -> str:
 
 
 def _last_in_a_row(steps: list[int]) -> int:
-    """How many of the last steps follow each other."""
+    """How many of the last steps are consecutive."""
     row = 1
     while row < len(steps) and steps[-row] - 1 == steps[-row - 1]:
         row += 1
@@ -174,7 +174,7 @@ def _last_in_a_row(steps: list[int]) -> int:
 
 
 def _listed(steps: list[int]) -> str:
-    """`3, 5-7, 9`; the oldest are left out where there are many."""
+    """`3, 5-7, 9`; the oldest are left out if there are many."""
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and step == ranges[-1][1] + 1:

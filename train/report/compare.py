@@ -1,4 +1,4 @@
-"""Two runs side by side, to the digit: do they differ, where first, and by how much?"""
+"""Compare two runs to the last digit: do they differ, where first, and by how much?"""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from powernap.train.run.folder import RunFolder, flatten
 from powernap.train.tracking.metrics import read_metrics
 
-# What a clock or a machine decides, not the run.
+# Metrics that depend on the clock or the machine, not on the run.
 NOT_COMPARED = {"seconds", "tokens_per_second", "peak_memory_bytes"}
 
 
@@ -14,7 +14,7 @@ def compare(one: Path, other: Path) -> tuple[str, bool]:
     """Compare the metrics of two run folders.
 
     Returns:
-        (a report for people, whether every metric of every step agrees to the last bit)
+        (a report to print, whether every metric of every step agrees to the last bit)
     """
     a, b = (_by_step(RunFolder(folder).metrics) for folder in (one, other))
     common = sorted(a.keys() & b.keys())
@@ -25,18 +25,18 @@ def compare(one: Path, other: Path) -> tuple[str, bool]:
     names = dict.fromkeys(name for step in common for run in (a, b) for name in run[step] if name not in NOT_COMPARED)
     width = max(len(name) for name in names)
     lines.append(f"{'metric':{width}}  {'first differs':>13}  {'largest difference':>18}  {'last step':>10}")
-    found = [
+    differences = [
         _differences(name, one, [a[step] for step in common], other, [b[step] for step in common]) for name in names
     ]
-    for name, differences in zip(names, found, strict=True):
-        lines += [f"{name:{width}}  {line}" for line in differences or [f"{'equal':>13}"]]
-    equal = a.keys() == b.keys() and not any(found)
+    for name, lines_on_it in zip(names, differences, strict=True):
+        lines += [f"{name:{width}}  {line}" for line in lines_on_it or [f"{'equal':>13}"]]
+    equal = a.keys() == b.keys() and not any(differences)
     lines.append("equal to the digit" if equal else "not equal")
     return "\n".join(lines), equal
 
 
 def _differences(name: str, one: Path, a: list[dict], other: Path, b: list[dict]) -> list[str]:
-    """Lines on a metric in the same steps of two runs; none if it is equal in all of them."""
+    """Lines on a metric in the common steps of two runs; none if it is equal in all of them."""
     lines = []
     both = [(x, y) for x, y in zip(a, b, strict=True) if name in x and name in y]
     for run, other_run, folder in ((a, b, one), (b, a, other)):
@@ -74,7 +74,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def _gap(a: object, b: object) -> float:
-    """|a - b|; infinite where one of them is no number."""
+    """|a - b|; infinite if one of them is no number."""
     if _same(a, b):
         return 0.0
     return abs(a - b) if isinstance(a, int | float) and isinstance(b, int | float) else math.inf

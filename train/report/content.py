@@ -1,4 +1,4 @@
-"""What a report says: sections of sentences, tables and figures, for the page and for Markdown alike."""
+"""The content of a report: sections of sentences, tables and figures, for both the page and Markdown."""
 
 import statistics
 from contextlib import suppress
@@ -40,7 +40,7 @@ class Table:
     columns: list[str]
     rows: list[list[Cell]]
     caption: str = ""
-    summary: str = ""  # if it is folded: what it says when closed
+    summary: str = ""  # of a folded table: its text when closed
     left: int = 1  # columns of words
 
 
@@ -56,12 +56,12 @@ class Section:
 class Report:
     title: str
     lead: str
-    notices: list[tuple[str, str]]  # what is missing, and the command that gets it
+    notices: list[tuple[str, str]]  # what is missing, and the command that provides it
     sections: list[Section]
 
 
 def report_of(groups: list[Group], title: str | None) -> Report:
-    """Everything there is to say about some groups of runs."""
+    """The full report on groups of runs."""
     styles, runs = styles_of(groups), [run for group in groups for run in group.runs]
     depths = sorted({depth for run in runs for depth in run.depths}, key=int)
     tasks = {run.task for run in runs if run.task}
@@ -78,39 +78,39 @@ def report_of(groups: list[Group], title: str | None) -> Report:
 
 
 def _depth_name(task: str | None) -> str:
-    """What the depth of a task's answers counts; "depth" where its package is not installed here."""
+    """What the depth of a task's answers counts; "depth" if its package is not installed here."""
     with suppress(PluginError):
         return getattr(task_kind(task), "depth_name", "depth") if task else "depth"
     return "depth"
 
 
 def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:
-    found = []
+    notices = []
     for run in runs:
         if not run.evaluation:
-            found.append(
+            notices.append(
                 (
                     f"{run.path}: not evaluated, so without accuracy here. Its numbers come with",
                     f"powernap eval {run.path}",
                 )
             )
         elif run.evaluation["step"] != run.steps:
-            found.append(
+            notices.append(
                 (
                     f"{run.path}: evaluated after step {run.evaluation['step']:,}, trained to {run.steps:,}.",
                     f"powernap eval {run.path}",
                 )
             )
         if run.evaluation and run.depths and "guesses" not in run.evaluation:
-            found.append(
+            notices.append(
                 (
                     f"{run.path}: evaluated by an older version, whose {FLOOR_LABEL} is the best constant only.",
                     f"powernap eval {run.path}",
                 )
             )
         if run.steps < run.recipe.train.steps:
-            found.append((f"{run.path}: {run.steps:,} of {run.recipe.train.steps:,} steps done.", ""))
-    return found
+            notices.append((f"{run.path}: {run.steps:,} of {run.recipe.train.steps:,} steps done.", ""))
+    return notices
 
 
 def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Section:
@@ -166,7 +166,7 @@ def _answers(groups: list[Group], depths: list[str], depth_name: str, styles: St
 
 
 def _accuracy_pictures(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> list[Picture]:
-    """By depth; of the deepest depths asked, by N, where N varies; of the deepest, by cost."""
+    """Accuracy by depth; by N for the deepest depths asked, if N varies; by cost for the deepest."""
     asked = {depth: [group for group in groups if group.accuracy(group.read_passes, depth)] for depth in depths}
     deepest_first = [depth for depth in reversed(depths) if asked[depth]]
     pictures = [accuracy_by_depth(groups, depths, depth_name, styles)] if len(depths) > 1 else []
@@ -298,7 +298,7 @@ def _percent(group: Group, passes: str, depth: str) -> Cell:
 
 
 def _floor_cell(floors: list[Share]) -> Cell:
-    """The best surface guess, as a range where the tests differ."""
+    """The best surface guess, as a range if the tests differ."""
     if not floors:
         return Cell("-")
     low, high = (f"{100 * end:.1f}" for end in (min(f.low for f in floors), max(f.high for f in floors)))

@@ -1,4 +1,4 @@
-"""A report's figures: SVG for the page, where ink is the page's own so that light and dark both work, and PNG files."""
+"""A report's figures: SVG that takes the page's text colour, so that light and dark mode both work, and PNG files."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from powernap.train.evaluation.pictures import share_axis, smooth
 from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.runs import Group, Share
 
-# At least 3.8:1 against white and against the dark page; with markers and dashes, for who cannot tell them apart.
+# Contrast at least 3.8:1 on white and on the dark page; markers and dashes help those who cannot tell colours apart.
 COLORS = ("#2f7fd0", "#d4600f", "#1a8f63", "#9a5fc4", "#cf4a5f", "#0f8b9a", "#96771a", "#c2549c")
 MARKERS = "osD^vPX*"
 DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -29,11 +29,11 @@ class Picture:
     name: str  # of its file
     title: str
     caption: str
-    alt: str  # what it shows, for who cannot see it
+    alt: str  # alternative text for screen readers
     draw: Callable  # (axes) -> None
 
     def svg(self) -> str:
-        """For a page: no size of its own, no reference to anything outside it."""
+        """SVG to embed in a page: without a size, and without external references."""
         from matplotlib import rc_context
 
         file = io.BytesIO()
@@ -87,7 +87,7 @@ def named(depth: str, depth_name: str) -> str:
 
 
 def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Picture:
-    """Each group at the N it was trained with."""
+    """Accuracy of each group at the N it was trained with."""
 
     def draw(axes):
         for group in groups:
@@ -112,7 +112,7 @@ def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, s
 
 
 def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles: Styles) -> Picture:
-    """What more or fewer passes at reading do for one depth."""
+    """Accuracy at one depth by the N read with."""
     passes = sorted({n for group in groups for n in group.all_passes}, key=int)
 
     def draw(axes):
@@ -135,7 +135,7 @@ def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles:
 
 
 def loss_curves(groups: list[Group], styles: Styles) -> Picture:
-    """Training loss, smoothed; over seeds the mean and the range of the steps that all have done."""
+    """Smoothed training loss; over seeds the mean and the range, up to the last step that all have done."""
     curves = {}
     for group in groups:
         losses = [[record["loss"] for record in run.metrics] for run in group.runs if run.metrics]
@@ -163,7 +163,7 @@ def loss_curves(groups: list[Group], styles: Styles) -> Picture:
 
 
 def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: Styles) -> Picture:
-    """What the training cost against what it led to."""
+    """Accuracy by training FLOPs."""
     cost = {group.label: sum(run.flops for run in group.evaluated) / len(group.evaluated) for group in groups}
 
     def draw(axes):
@@ -191,24 +191,24 @@ def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: S
     )
 
 
-def _line(axes, places, shares: Sequence[Share | None], style: dict, width: float = 1.8) -> None:
-    """Means as a line, their reach as a band; places without one are left out."""
-    known = [(place, share) for place, share in zip(places, shares, strict=True) if share]
+def _line(axes, positions, shares: Sequence[Share | None], style: dict, width: float = 1.8) -> None:
+    """Plot means as a line and their ranges as a band; points without a share are left out."""
+    known = [(x, share) for x, share in zip(positions, shares, strict=True) if share]
     if not known:
         return
-    where, means, lows, highs = zip(*((place, s.mean, s.low, s.high) for place, s in known), strict=True)
-    axes.plot(where, means, linewidth=width, markersize=5, clip_on=False, **style)
+    xs, means, lows, highs = zip(*((x, s.mean, s.low, s.high) for x, s in known), strict=True)
+    axes.plot(xs, means, linewidth=width, markersize=5, clip_on=False, **style)
     if len(known) == 1:
-        reach = [[max(0, means[0] - lows[0])], [max(0, highs[0] - means[0])]]
-        axes.errorbar(where, means, reach, fmt="none", color=style["color"], capsize=3)
+        error = [[max(0, means[0] - lows[0])], [max(0, highs[0] - means[0])]]
+        axes.errorbar(xs, means, error, fmt="none", color=style["color"], capsize=3)
     else:
-        axes.fill_between(where, lows, highs, color=style["color"], alpha=BAND, linewidth=0)
+        axes.fill_between(xs, lows, highs, color=style["color"], alpha=BAND, linewidth=0)
 
 
 def _floor(groups: list[Group], depth: str) -> float:
-    """The best surface guess, the mean where the groups' tests differ."""
-    found = [floor.mean for group in groups if (floor := group.floor(depth))]
-    return sum(found) / len(found)
+    """The share of the best surface guess; its mean if the groups' tests differ."""
+    floors = [floor.mean for group in groups if (floor := group.floor(depth))]
+    return sum(floors) / len(floors)
 
 
 def _band_means(groups: list[Group]) -> str:

@@ -1,4 +1,4 @@
-"""Runs as a report compares them: read from their folders, grouped by what they differ in beside their seeds."""
+"""The runs of a report: read from their folders, and grouped if they differ in their seeds only."""
 
 import json
 import re
@@ -18,17 +18,17 @@ from powernap.train.data.sample import DataError
 from powernap.train.run.folder import FREE_ON_RESUME, RunFolder, first_manifest, flatten
 from powernap.train.tracking.metrics import read_metrics
 
-# Fields in which the runs of a group may differ: names and places, the seed, and what changes no number.
+# Fields in which the runs of a group may differ: names and paths, the seed, and fields that change no number.
 OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}
 
 
 class ReportError(PowernapError):
-    """Runs that cannot be put side by side, in one line."""
+    """Runs that cannot be compared, in one line."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers and how far it reaches: a run's 95 % interval, or from the lowest seed to the highest."""
+    """A share of right answers and its range: a run's 95 % interval, or from the lowest seed to the highest."""
 
     mean: float
     low: float
@@ -36,7 +36,7 @@ class Share:
 
 
 class ReportedRun:
-    """One run's folder, read."""
+    """The content of one run's folder."""
 
     def __init__(self, path: Path):
         folder = RunFolder(path)
@@ -48,10 +48,10 @@ class ReportedRun:
         self.manifest = self.work if self.work.get("task") else first_manifest(self.recipe)
         self.evaluation = _read_json(folder.evaluation)
         if self.evaluation and "interval" not in self.evaluation:
-            self.evaluation = None  # written before there were any
+            self.evaluation = None  # from a version without intervals
 
     def fields(self, with_task: bool) -> dict:
-        """What is compared: the recipe, and the sizes of the task that its shards were built with."""
+        """The fields that are compared: the recipe's, and those of the task that its shards were built with."""
         config = {key: value for key, value in flatten(self.recipe.model_dump(mode="json")).items() if _compared(key)}
         assert self.manifest is not None or not with_task
         task = self.manifest["fields"] if self.manifest and with_task else {}
@@ -59,7 +59,7 @@ class ReportedRun:
 
     @property
     def task(self) -> str | None:
-        """The task of its data, None if the shards are not here."""
+        """The task of its data; None if unknown, as when the shards are not here."""
         return self.manifest["task"] if self.manifest else None
 
     @property
@@ -72,12 +72,12 @@ class ReportedRun:
 
     @property
     def trained_passes(self) -> int:
-        """N, the largest that was trained."""
+        """The largest trained N."""
         return max(self.recipe.sleep.pass_choices)
 
     @property
     def read_passes(self) -> str:
-        """The N of the main figures: the trained one, or else the largest that was evaluated."""
+        """The N of the main figures: the trained one, or else the last one evaluated."""
         assert self.evaluation is not None
         evaluated = list(self.evaluation["accuracy"])
         return str(self.trained_passes) if str(self.trained_passes) in evaluated else evaluated[-1]
@@ -89,18 +89,18 @@ class ReportedRun:
 
     @cached_property
     def windows_known(self) -> bool:
-        """Whether the run wrote down its FLOPs, or shards or recipe say what windows predict; else only the last one does."""
+        """Whether run, shards or recipe tell which windows predict; otherwise only the last is assumed to."""
         return bool(self.work) or self._predicts is not None or self.recipe.sleep.every_window
 
     @cached_property
     def _predicts(self) -> list[bool] | None:
         try:
             return predicting_windows(self.recipe)
-        except DataError:  # other shards lie there by now
+        except DataError:  # other shards are there by now
             return None
 
     def step_flops(self, passes: int) -> int:
-        """Training FLOPs of a step with N = `passes`, as the run wrote them down; of an older run from recipe and shards."""
+        """Training FLOPs of a step with N = `passes`, as recorded by the run, or from recipe and shards if older."""
         if known := self.work.get("flops_per_step", {}).get(str(passes)):
             return known
         sleep = self.recipe.sleep.model_copy(update={"passes": passes})
@@ -124,7 +124,7 @@ class ReportedRun:
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes of its first rank."""
+        """Bytes on its first rank."""
         return max(
             (record["peak_memory_bytes"] for record in self.metrics if "peak_memory_bytes" in record), default=None
         )
@@ -148,7 +148,7 @@ class Group:
 
     @property
     def furthest(self) -> list[ReportedRun]:
-        """Those with the most steps: of a run that goes on, the cost so far says little."""
+        """The runs with the most steps: the cost so far of an unfinished one says little."""
         return [run for run in self.runs if run.steps == max(run.steps for run in self.runs)]
 
     @property
@@ -164,18 +164,18 @@ class Group:
         return sorted({n for evaluation in self.evaluations for n in evaluation["accuracy"]}, key=int)
 
     def accuracy(self, passes: str, depth: str) -> Share | None:
-        """The mean over seeds; its reach is their range, or with a single run that run's interval."""
-        found = [one for one in self.evaluations if depth in one["accuracy"].get(passes, {})]
-        if len(found) == 1:
-            return Share(found[0]["accuracy"][passes][depth], *found[0]["interval"][passes][depth])
-        return share_of([evaluation["accuracy"][passes][depth] for evaluation in found])
+        """The mean over seeds with their range, or the interval of a single run."""
+        evaluations = [one for one in self.evaluations if depth in one["accuracy"].get(passes, {})]
+        if len(evaluations) == 1:
+            return Share(evaluations[0]["accuracy"][passes][depth], *evaluations[0]["interval"][passes][depth])
+        return share_of([evaluation["accuracy"][passes][depth] for evaluation in evaluations])
 
     def floor(self, depth: str) -> Share | None:
         return share_of([one["floor"][depth] for one in self.evaluations if depth in one["floor"]])
 
     def held_out_loss(self, passes: str) -> Share | None:
-        found = [one["loss"] for one in self.evaluations]
-        return share_of([loss[passes] for loss in found if passes in loss])
+        losses = [evaluation["loss"] for evaluation in self.evaluations]
+        return share_of([loss[passes] for loss in losses if passes in loss])
 
 
 def share_of(values: list[float]) -> Share | None:
@@ -186,7 +186,7 @@ def read_runs(paths: Iterable[Path]) -> list[ReportedRun]:
     """Read every run.
 
     Raises:
-        ReportError: if a run is named twice or their questions have nothing in common.
+        ReportError: if a run is named twice, or the runs' questions have nothing in common.
     """
     paths = list(paths)
     for number, path in enumerate(paths):
@@ -198,11 +198,11 @@ def read_runs(paths: Iterable[Path]) -> list[ReportedRun]:
 
 
 def _check_same_questions(runs: list[ReportedRun]) -> None:
-    told = [run for run in runs if run.task]
-    for run in told:
-        if run.task != told[0].task:
+    known = [run for run in runs if run.task]
+    for run in known:
+        if run.task != known[0].task:
             raise ReportError(
-                f"{told[0].path} is of task {told[0].task}, {run.path} of {run.task}: write a report for each task"
+                f"{known[0].path} is of task {known[0].task}, {run.path} of {run.task}: write a report for each task"
             )
     evaluated = [run for run in runs if run.evaluation]
     for run in evaluated:
@@ -215,7 +215,7 @@ def _check_same_questions(runs: list[ReportedRun]) -> None:
 
 
 def group_runs(runs: list[ReportedRun]) -> list[Group]:
-    """Runs that differ in OF_ONE_RUN only belong together; groups in the order of their first run."""
+    """Group runs that differ in OF_ONE_RUN only; groups are in the order of their first runs."""
     groups: list[Group] = []
     for run in runs:
         fields = run.fields(with_task=all(run.manifest for run in runs))
@@ -233,13 +233,13 @@ def group_runs(runs: list[ReportedRun]) -> list[Group]:
 
 
 def differing_fields(groups: list[Group]) -> list[str]:
-    """The fields that are not the same in all groups, in the order of the recipe."""
+    """The fields that differ between groups, in the order of the recipe."""
     names = dict.fromkeys(name for group in groups for name in group.fields)
     return [name for name in names if any(group.fields.get(name) != groups[0].fields.get(name) for group in groups)]
 
 
 def _common_name(names: list[str]) -> str:
-    """What the names of a group's runs share: sleep-s0, sleep-s1 -> sleep."""
+    """The common part of the names of a group's runs: sleep-s0, sleep-s1 -> sleep."""
     if len(set(names)) == 1:
         return names[0]
     shared = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", commonprefix(names))

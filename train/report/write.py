@@ -1,4 +1,4 @@
-"""Write a report: one page that needs nothing else, and Markdown with its figures beside it."""
+"""Write a report: a self-contained HTML page, and Markdown with its figures beside it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def write_report(runs: list[Path], to: Path, title: str | None = None) -> list[P
     """Compare run folders.
 
     Returns:
-        the files written: report.html, report.md and a PNG for every figure of the latter.
+        the files written: report.html, report.md and a PNG for each of the latter's figures.
 
     Raises:
         ReportError, RecipeError: if a run cannot be read or runs cannot be compared.
@@ -32,7 +32,7 @@ def write_report(runs: list[Path], to: Path, title: str | None = None) -> list[P
 
 
 def _page(report: Report) -> str:
-    import jinja2  # late: for this command alone
+    import jinja2  # late: only this command needs it
 
     loader = jinja2.PackageLoader("powernap.train.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""The folder a run owns: config.yaml, metrics.jsonl, checkpoints/, logs/ and what evaluation leaves there."""
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, logs/ and the results of evaluation."""
 
 import json
 import logging
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUN_ID_FILE = "mlflow_run_id"  # a resumed run goes on in the same MLflow run
+RUN_ID_FILE = "mlflow_run_id"  # a resumed run continues in the same MLflow run
 
-# Fields, and sections, that may differ when a run goes on: none changes the numbers of the steps to come, by more than
-# rounding.
+# Fields and sections that may change on resume: they change the numbers of later steps by no more than rounding.
 FREE_ON_RESUME = {
     "data.workers",
     "data.on_error",
@@ -88,7 +87,7 @@ class RunFolder:
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The id of the run in MLflow, where it has one; kept in checkpoints too, which may be all that is left."""
+        """The run's id in MLflow, if it has one; also in checkpoints, which may be all that is left of a run."""
         path = self.path / RUN_ID_FILE
         return path.read_text().strip() if path.is_file() else None
 
@@ -102,7 +101,7 @@ class RunFolder:
 
     @property
     def work(self) -> Path:
-        """What its steps compute, as it saw its first batch: see work_of."""
+        """The work of a step, computed from the first batch: see work_of."""
         return self.path / "work.json"
 
     @property
@@ -114,7 +113,7 @@ class RunFolder:
         """Inside, no other process trains this run; the main rank holds the lock, which ends with its process.
 
         Raises:
-            RecipeError: on all ranks, if another one does, such as a job that was started again too early.
+            RecipeError: on all ranks, if another process does, such as a job that was restarted too early.
         """
         lock = ProcessLock(self.path / RUN_LOCK)
 
@@ -130,7 +129,7 @@ class RunFolder:
             lock.release()
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folders, write the resolved recipe and where the run's numbers come from."""
+        """Create the folders; write the resolved recipe and the run's provenance."""
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.config)
@@ -150,27 +149,27 @@ class RunFolder:
         return check(Recipe, values)
 
     def newest_checkpoint(self) -> "Checkpoint":
-        """The newest whole checkpoint, to read with.
+        """The newest valid checkpoint, for reading.
 
         Raises:
             CheckpointError: if there is none.
         """
         from powernap.parallel.checkpoint.reader import Checkpoint  # late: it imports torch
 
-        found, passed_over = Checkpoint.newest(self.checkpoints)
+        checkpoint, passed_over = Checkpoint.newest(self.checkpoints)
         for reason in passed_over:
             logger.warning("passed over a checkpoint: %s", reason)
-        if found is None:
+        if checkpoint is None:
             why = (
                 f"none is whole: {passed_over[0]}"
                 if passed_over
                 else "no checkpoint yet: train the run to its first one"
             )
             raise CheckpointError(f"{self.checkpoints}: {why}")
-        return found
+        return checkpoint
 
     def check_start(self, recipe: Recipe, resume: bool) -> None:
-        """Raise RecipeError where starting would overwrite a run or resuming would go on with another."""
+        """Raise RecipeError if a start would overwrite a run, or a resume would continue a different one."""
         exists = self.config.is_file()
         if not resume:
             if exists:
@@ -178,7 +177,7 @@ class RunFolder:
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
-        # A secret that has been renewed, as in a signed URL, is no change.
+        # A renewed secret, as in a signed URL, is no change.
         before, now = (flatten(mask_values(one.model_dump(mode="json"))) for one in (self.recipe(), recipe))
         changed = [key for key in now if now[key] != before.get(key) and not _is_free(key)]
         if changed:
@@ -187,13 +186,13 @@ class RunFolder:
 
 
 def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
-    """What a report must not have to find out again from shards that may be elsewhere by then.
+    """What a report needs to know about the shards, which may have moved by then.
 
     Args:
-        predicts: for each window whether it is read with its loss.
+        predicts: for each window whether it has loss tokens.
 
     Returns:
-        "predicts"; "flops_per_step", of every trained N; "task" and "fields", None where no manifest says them
+        "predicts"; "flops_per_step", for every trained N; "task" and "fields", None if no manifest has them
     """
     flops = {}
     for passes in sorted(set(recipe.sleep.pass_choices)):
@@ -209,7 +208,7 @@ def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
 
 
 def first_manifest(recipe: Recipe) -> dict[str, Any] | None:
-    """What the builder of the first dataset's shards left beside them, if they are here and it says the task."""
+    """The manifest of the first dataset's shards, if they are local and it names the task."""
     try:
         first = local_path(expand_shards(next(iter(recipe.data.datasets.values()))[0])[0])
         manifest = read_manifest(first) if first else {}

@@ -1,4 +1,4 @@
-"""A lock that one process at a time holds, and that ends with it."""
+"""A lock that one process at a time holds, released when the process ends."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ RUN_LOCK = "lock"  # in a run's folder: held by the main rank of the processes t
 
 
 class ProcessLock:
-    """A lock on a file. To be taken and released by one thread."""
+    """A lock on a file. Acquire and release it in the same thread."""
 
     def __init__(self, path: Path) -> None:
         self._lock = FileLock(path)
@@ -22,7 +22,7 @@ class ProcessLock:
             except Timeout:
                 return False
             except (OSError, NotImplementedError):
-                pass  # a file system without locks: a cluster's may be one, and nothing else is wrong with it
+                pass  # a file system without locks, as on some clusters: go without one
             self._held = True
         return True
 

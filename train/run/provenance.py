@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its recipe: machine, versions, commit. Nothing that names the machine or its folders."""
+"""What a run's numbers depend on beside its recipe: machine, versions, commit. Contains no host name and no folder."""
 
 import json
 import os
@@ -10,20 +10,18 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository, where this is one
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, if this is one
 CODE = ("launch", "model", "parallel", "train")
-IMAGE_COMMIT = Path(__file__).with_name(
-    "commit.json"
-)  # what `commit` found when a wheel or an image was made of this code
+IMAGE_COMMIT = Path(__file__).with_name("commit.json")  # the result of `commit` when this wheel or image was built
 NO_COMMIT = "the repository has no commit yet"
 LARGEST = 10 * 2**20  # bytes of a new file
-# A patch that git applies, whatever the user has set for what diffs look like.
+# A patch that git can apply, whatever the user's diff settings.
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 OF_A_HOOK = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 
 
 def origin() -> dict:
-    """Date, commit and machine, as a run keeps them in origin.json."""
+    """Date, commit and machine, as in a run's origin.json."""
     return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **commit(), "machine": machine()}
 
 
@@ -41,7 +39,7 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of what a checkpoint's numbers depend on."""
+    """The versions that a checkpoint's numbers depend on."""
     packages = ("powernap", "torch", "megatron-core", "deepspeed", "safetensors")
     return {
         "python": platform.python_version(),
@@ -51,8 +49,8 @@ def versions() -> dict[str, str]:
 
 
 def code_changes(paths: Sequence[str] = CODE) -> bytes:
-    """What `paths` have that the commit has not, as a patch that `git apply` takes: new files too, those of git repositories
-    inside and of submodules included. Lines before it, which begin with #, name what it leaves out and why."""
+    """The difference of `paths` from the commit, as a patch for `git apply`: with new files, also those of nested git
+    repositories and submodules. Lines before it, which begin with #, name what it leaves out and why."""
     code = commit(paths)
     if IMAGE_COMMIT.is_file():
         installed = (
@@ -61,7 +59,7 @@ def code_changes(paths: Sequence[str] = CODE) -> bytes:
         return installed if code["uncommitted_changes"] else b""
     if "reason" in code and code["reason"] != NO_COMMIT:
         return b""
-    # With no commit yet, all is new to the empty tree.
+    # Without a commit, compare with the empty tree: everything is new.
     base = "HEAD" if code["commit"] != "unknown" else _line("hash-object", "-t", "tree", "/dev/null")
     notes = [f"Not in this patch: {path}: ignored by git" for path in _ignored(paths)]
     patch = [_git(*DIFF, "--submodule=diff", base, "--", *paths)]
@@ -69,7 +67,7 @@ def code_changes(paths: Sequence[str] = CODE) -> bytes:
         notes.append("Not in this patch: changes of files that the commit has: git diff failed")
     for path in _new_files(paths, notes):
         size = os.lstat(ROOT / path).st_size
-        # Of a file and nothing, which git calls a difference by its exit code.
+        # A diff against /dev/null: git's exit code reports a difference.
         added = None if size > LARGEST else _git(*DIFF, "--no-index", "--", "/dev/null", path, differs=True)
         if added is None:
             why = f"{size / 2**20:.0f} MiB are too much" if size > LARGEST else "git cannot read it"
@@ -80,24 +78,24 @@ def code_changes(paths: Sequence[str] = CODE) -> bytes:
 
 
 def commit(paths: Sequence[str] = CODE) -> dict:
-    """The commit of this code and whether `paths` differ from it; "unknown", and the reason, where it is no checkout and its
-    wheel or image does not say."""
+    """The commit of this code and whether `paths` differ from it; "unknown" and the reason, if this is no checkout and
+    its wheel or image does not record one."""
     if IMAGE_COMMIT.is_file():
         return json.loads(IMAGE_COMMIT.read_text())
-    # Installed, the code may lie in somebody else's checkout.
+    # Installed code may lie inside an unrelated checkout.
     if _git("ls-files", "--error-unmatch", "--", "train/run/provenance.py") is None:
         return {"commit": "unknown", "uncommitted_changes": False, "reason": _why_unknown()}
-    found = _line("rev-parse", "--verify", "--quiet", "HEAD")
-    if not found:
+    head = _line("rev-parse", "--verify", "--quiet", "HEAD")
+    if not head:
         return {"commit": "unknown", "uncommitted_changes": True, "reason": NO_COMMIT}
-    # Whatever the user has set for status.showUntrackedFiles and diff.ignoreSubmodules.
+    # Overrides the user's status.showUntrackedFiles and diff.ignoreSubmodules.
     status = ("status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=none")
-    return {"commit": found, "uncommitted_changes": _git(*status, "--", *paths) != b""}
+    return {"commit": head, "uncommitted_changes": _git(*status, "--", *paths) != b""}
 
 
 def _new_files(paths: Sequence[str], notes: list[str], inside: str = "") -> Iterator[str]:
-    """Files that git does not follow yet, below ROOT. A git repository in `paths` is one entry to the one around it: its
-    files are listed one by one, those that it has committed too."""
+    """Untracked files below ROOT. To the outer repository, a git repository in `paths` is one entry: here its files are
+    listed one by one, committed ones too."""
     others = ("ls-files", "-z", "--others", "--exclude-standard")
     for path in _names(*others, "--", *paths, inside=inside) or []:
         if not path.endswith("/"):
@@ -108,8 +106,8 @@ def _new_files(paths: Sequence[str], notes: list[str], inside: str = "") -> Iter
         if names is None:
             notes.append(f"Not in this patch: {nested}: a git repository of its own that git cannot read")
             continue
-        found = _line("rev-parse", "--verify", "--quiet", "HEAD", inside=nested) or "no commit"
-        notes.append(f"In this patch: the files of {nested}, a git repository of its own at {found}")
+        head = _line("rev-parse", "--verify", "--quiet", "HEAD", inside=nested) or "no commit"
+        notes.append(f"In this patch: the files of {nested}, a git repository of its own at {head}")
         notes.extend(f"Not in this patch: {nested}{name}: ignored by git" for name in _ignored((".",), nested))
         for name in names:
             kept = ROOT / nested / name
@@ -120,14 +118,14 @@ def _new_files(paths: Sequence[str], notes: list[str], inside: str = "") -> Iter
         yield from _new_files((".",), notes, nested)
     if not inside:
         for line in (_git("ls-files", "-z", "--stage", "--", *paths) or b"").split(b"\0"):
-            if line.startswith(b"160000 "):  # a submodule, whose tracked files `git diff --submodule=diff` knows
+            if line.startswith(b"160000 "):  # a submodule: `git diff --submodule=diff` covers its tracked files
                 module = os.fsdecode(line.partition(b"\t")[2]) + "/"
                 if (ROOT / module / ".git").exists():
                     yield from _new_files((".",), notes, module)
 
 
 def _ignored(paths: Sequence[str], inside: str = "") -> list[str]:
-    """Files that may be part of the code and that git ignores: named, and not kept, since they may be secret."""
+    """Files that may be code but are ignored by git: named, but not stored, because they may be secret."""
     endings = [
         f":(glob){path}/**/*{ending}" for path in paths for ending in (".py", ".so", ".yaml", ".yml", ".j2", ".html")
     ]
@@ -135,8 +133,8 @@ def _ignored(paths: Sequence[str], inside: str = "") -> list[str]:
 
 
 def _names(*arguments: str, inside: str = "") -> list[str] | None:
-    found = _git(*arguments, inside=inside)
-    return None if found is None else [os.fsdecode(name) for name in found.split(b"\0") if name]
+    output = _git(*arguments, inside=inside)
+    return None if output is None else [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 
 def _line(*arguments: str, inside: str = "") -> str:
@@ -154,10 +152,10 @@ def _why_unknown() -> str:
 
 
 def _git(*arguments: str, differs: bool = False, inside: str = "") -> bytes | None:
-    """What git prints, here or in a repository `inside` this one; None from an unpacked archive, or where there is no git."""
+    """git's output, here or in a repository `inside` this one; None without git or a repository."""
     # In a hook, git's own variables would name another repository.
     environment = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
-    # Whose checkout it is does not matter: its code already runs. In containers it often is another user's.
+    # The owner of the checkout does not matter: its code already runs. In containers it is often another user.
     command = ["git", "-c", "safe.directory=*", *arguments]
     try:
         done = subprocess.run(

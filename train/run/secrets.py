@@ -1,4 +1,4 @@
-"""Passwords and tokens in shards' URLs and commands, kept out of what others read: MLflow, config.yaml, logs, errors."""
+"""Mask passwords and tokens in shards' URLs and commands where others can read: MLflow, config.yaml, logs, errors."""
 
 import re
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ _OPTION = r"--(?:[\w\-]*-)?(?:password|passwd|token|secret|api-key|access-key|se
 _VARIABLE = r"\b[A-Z0-9_]*(?:SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY)[A-Z0-9_]*="
 _WORD = r"(?:\"[^\"]*\"|'[^']*'|[^\s\"']+)"  # of a shell
 
-# Each keeps its first group and masks what follows.
+# Each keeps its first group and masks the rest of the match.
 _SECRETS = [
     re.compile(pattern)
     for pattern in (
-        r"(?i)(\bhttps?://)[^/?#\s\"']+(?=@)",  # here a user alone may be a token, too
+        r"(?i)(\bhttps?://)[^/?#\s\"']+(?=@)",  # a user name alone may be a token, too
         r"(\w://)[^/?#\s\"':@]*:(?!\d+/)[^?#\s\"'@]+(?=@)",  # user:password, S3's of which may hold a slash; not host:80/a@b
         rf"(?i)([?&](?:{_QUERY_FIELD})=)[^&#\s\"']+",
         rf"(?i)((?<![\w\-])(?:{_HEADER}):\s*)[^\"'\n]+",
@@ -32,7 +32,7 @@ _SECRETS = [
 def mask_secrets(text: str) -> str:
     """`text` with MASK in place of every credential: in URLs, HTTP headers, options and variables of a command.
 
-    A secret is detected by its context or its name; a bare one is not. Masking twice is masking once.
+    A secret is detected by its context or its name; a bare one is not. Masking is idempotent.
     """
     for pattern in _SECRETS:
         text = pattern.sub(rf"\g<1>{MASK}", text)

@@ -1,7 +1,8 @@
-"""Signals that are never lost, and never end a run where it stands.
+"""Signal handlers: no signal is lost, and a request to stop waits for the end of the step.
 
-Ctrl-C stops at once: Python raises KeyboardInterrupt wherever it stands, and drops it where it stands in the callback of a
-weak reference; torch keeps many. The run would go on, or end a little later with an error that does not name the reason.
+Ctrl-C stops at once: Python raises KeyboardInterrupt wherever it is, but drops it inside the callback of a weak
+reference, of which torch has many. The run would continue, or fail a little later with an error that does not name the
+reason.
 
 SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes, to one rank or to all: the ranks agree on a
 step to stop after.
@@ -13,30 +14,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAME = 1.0  # seconds: schedulers signal a launcher and its processes, and the launcher passes its own on
-# Schedulers signal again before the time they grant is over (SLURM at a time limit and in a grace time), and then kill.
+SAME = 1.0  # seconds in which copies count once: a scheduler signals launcher and ranks, and the launcher forwards
+# Schedulers signal again before the grace time is over (SLURM at a time limit and in a grace time), and then kill.
 SCHEDULED = "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"
 
 
 def is_ignored(number: signal.Signals) -> bool:
-    """Whether this process was started with a signal ignored: by nohup, or (Ctrl-C) by a script's &. It stays so.
+    """Whether this process was started with a signal ignored: by nohup, or (Ctrl-C) by a script's &. It stays ignored.
 
-    torchrun takes over signals that were to be ignored, and then ends its ranks with them: those it handles are not.
+    Signals that torchrun handles do not count: it takes over ignored ones too, and ends its ranks with them.
     """
     taken_over = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
     return signal.getsignal(number) is signal.SIG_IGN and number.name not in taken_over
 
 
 class Signals:
-    """What has come.
+    """The signals received so far.
 
     Attributes:
-        stop: the signal that asked to stop after the current step, such as "SIGTERM"; None: go on.
+        stop: the signal that asked to stop after the current step, such as "SIGTERM"; None: continue.
     """
 
     def __init__(self) -> None:
         self.stop: str | None = None
-        self._asked = 0.0  # when
+        self._asked = 0.0  # the time of `stop`
         self._interrupted = False
         self._scheduled = any(name in os.environ for name in SCHEDULED)
 
@@ -62,7 +63,7 @@ class Signals:
 def signal_handlers() -> Iterator[Signals]:
     """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead."""
     signals = Signals()
-    # A scheduler's signals are heeded even where they are ignored, as in a batch script that must see its ranks end.
+    # A scheduler's signals are handled even if ignored at the start, as by a batch script that must outlive its ranks.
     handlers = {signal.SIGTERM: signals._ask_to_stop, signal.SIGUSR1: signals._ask_to_stop}
     if not is_ignored(signal.SIGHUP):
         handlers[signal.SIGHUP] = signals._ask_to_stop
@@ -76,7 +77,7 @@ def signal_handlers() -> Iterator[Signals]:
         raise
     finally:
         for number, handler in before.items():
-            # A process that stops as it was asked to must not be ended by a late copy before it has said so.
+            # A process that stops on request must not be killed by a late copy of the signal before it has reported so.
             leaving = signals.stop and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaving else handler)
 
@@ -84,14 +85,14 @@ def signal_handlers() -> Iterator[Signals]:
 def outlive_one_sigterm(_: int) -> None:
     """For reader processes: schedulers and terminals signal these too, while the trainer still needs a batch.
 
-    Their trainer ends them by a message, and where one does not listen by more SIGTERMs.
+    The trainer ends them with a message, and those that do not react with further SIGTERMs.
     """
-    came = 0
+    received = 0
 
     def count(number: int, frame: object) -> None:
-        nonlocal came
-        came += 1
-        if came > 1:
+        nonlocal received
+        received += 1
+        if received > 1:
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, count)

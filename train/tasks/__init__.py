@@ -1,7 +1,7 @@
 """Tasks by name: Powernap's own, and those of other packages. Nothing here imports torch.
 
-train/data/task.py writes down what a task is. Powernap's own are synthetic and need several steps of reasoning over evicted
-context.
+train/data/task.py defines the protocol. Powernap's own tasks are synthetic and need several steps of reasoning over
+evicted context.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def task_kind(name: str) -> type[Any]:
         name: Powernap's own, an entry point of `powernap.tasks`, or `package.module:Class`.
 
     Raises:
-        PluginError: if there is none, or it is no task.
+        PluginError: if there is none, or it is not a task.
     """
     if name in TASKS:
         return TASKS[name]
@@ -34,7 +34,7 @@ def task_kind(name: str) -> type[Any]:
     if colon:
         try:
             kind = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # another's code may raise anything
+        except Exception as error:  # third-party code may raise anything
             raise PluginError(
                 f"task {name}: cannot be imported ({type(error).__name__}: {error}); install its package, or name its "
                 "folder in PYTHONPATH"
@@ -54,7 +54,7 @@ def task_kind(name: str) -> type[Any]:
 
 
 def task_name(task: object) -> str:
-    """What `task_kind` finds its class by."""
+    """The name by which `task_kind` finds the task's class."""
     for name, kind in (TASKS | plugins("tasks")).items():
         if type(task) is kind:
             return name

@@ -5,14 +5,14 @@ names=words is the format of arXiv 2605.26099. A node's name is a word of one or
     [pad ...] source destination  source destination ...  | [hop k] word [ans] word  [hop k] word ... [pad ...]
     4 * nodes tokens, four windows of L = nodes           | 6 * queries tokens
 
-names=ends is a small variant for demonstrations: a node is one token as the source of an edge and another one as its
+names=ends is a small variant for demonstrations: a node has one token as the source of an edge and another as the
 destination, so that a single attention layer can tell the ends of an edge apart.
 
     [pad ...] source destination  source destination ...  | [hop k] source source  [hop k] source source ...
     one window of L >= 2 * nodes tokens, a multiple of 3  | 3 * queries tokens: no question straddles two windows
 
-No question is asked twice in a sequence: of `queries` up to n all starts differ, as in PhysicsLM4's generator, and where
-there are more a start comes back with another hop. The loss is on the answers only.
+No question is asked twice in a sequence: up to n `queries`, all starts differ, as in PhysicsLM4's generator; beyond
+that, a start returns with another hop. The loss is on the answers only.
 """
 
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ class Depo(Section):
         return self.context_length + self.queries * (6 if self.names == "words" else 3)
 
     def token_name(self, token: int) -> str:
-        """A token as a person reads it: names as numbers, the last token of a word and a destination with a dot."""
+        """A token's name for display: names as numbers, the last token of a word and a destination with a dot."""
         first = self.alphabet if self.names == "words" else self.nodes
         if token == PAD:
             return "[pad]"
@@ -95,11 +95,11 @@ class Depo(Section):
         return f"[hop {hop}]" if hop <= self.max_hop else "[ans]"
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """A cycle that belongs to the test (`held_out`) or to the training, with random questions.
+        """Draw a cycle, held out or not, with random questions.
 
         Raises:
-            TaskError: if there are fewer different questions than `queries`: no check of the fields, since shards that
-                repeat questions were built once, and are read with them.
+            TaskError: if there are fewer different questions than `queries`. The fields do not check this: older shards
+                that repeat questions must still load with them.
         """
         questions = self.fewest_nodes * self.max_hop
         if self.queries > questions:
@@ -131,10 +131,11 @@ class Depo(Section):
         return Sample(tokens, loss_mask, np.array(answers, dtype=np.int32))
 
     def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
-        """Any node that no question before, taken one at a time, rules out; the one that such a question gives away.
+        """Any node that no single earlier question rules out; if one gives the answer away, that node.
 
-        A question with its answer says how far apart two nodes are, which rules the one out at every other distance from
-        the other, and all others at that distance. What only several of them together say is not used.
+        A question with its answer tells how far apart two nodes are. This rules out the one at every other distance
+        from the other, and all other nodes at that distance. What follows only from several questions together is not
+        used.
         """
         tokens = sample.tokens.tolist()
         nodes = set(self._names(tokens[: self.context_length]))
@@ -154,7 +155,7 @@ class Depo(Section):
         return {"a node not ruled out": guesses}
 
     def _names(self, context: list[int]) -> Iterator[Word]:
-        """Every name of the edges, as a source."""
+        """The name of each node in the edges, written as a source."""
         if self.names == "ends":
             yield from ((token,) for token in context if PAD < token <= self.nodes)
             return
@@ -206,14 +207,14 @@ class Depo(Section):
         return int(rng.choice(lengths, p=weights / weights.sum()))
 
     def _draw_questions(self, n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """(place of the start in the cycle, hop), none twice; a start comes back when all have been asked as often."""
+        """(index of the start in the cycle, hop), none twice; a start returns when all have been asked as often."""
         rounds = -(-self.queries // n)
         starts = np.concatenate([rng.permutation(n) for _ in range(rounds)])[: self.queries]
         hops = 1 + np.stack([rng.permutation(self.max_hop)[:rounds] for _ in range(n)])  # of each start, by round
-        return [(start, int(hops[start, place // n])) for place, start in enumerate(starts.tolist())]
+        return [(start, int(hops[start, i // n])) for i, start in enumerate(starts.tolist())]
 
     def _draw_words(self, n: int, rng: np.random.Generator) -> list[Word]:
-        """n distinct words in random order; one token and two are equally likely before repeats are thrown away."""
+        """n distinct words in random order; lengths 1 and 2 are equally likely before repeats are thrown away."""
         words: dict[Word, None] = {}  # a set that keeps its order
         while len(words) < n:
             count = n - len(words)
@@ -225,6 +226,6 @@ class Depo(Section):
 
 
 def _canonical(cycle: list[Word]) -> list[int]:
-    """The tokens of a cycle that starts with its smallest name: the same from wherever the cycle was written down."""
+    """The tokens of a cycle rotated to start with its smallest name: the same for every starting point."""
     smallest = cycle.index(min(cycle))
     return [token for name in cycle[smallest:] + cycle[:smallest] for token in name]

@@ -1,13 +1,14 @@
-"""Word problems with a chosen number of operations, hidden among facts that do not matter (after GSM-Infinite, arXiv 2502.05252).
+"""Word problems with a chosen number of operations, hidden among distractors (after GSM-Infinite, arXiv 2502.05252).
 
 A problem is a graph of quantities such as "apples in the barn". Each has one statement: a number, or one operation on one
 or two other quantities. The question names a quantity that takes exactly `ops` operations; it comes first, so that a
-reader could know what matters, but what it needs is spread over the context in any order. No steps of a solution are given.
+reader could know what matters, but the facts it needs are spread over the context in random order. No steps of a
+solution are given.
 
     question statement statement ... [pad ...]       | [answer] digit ... [end] [pad ...]
     context_length tokens, whole windows             | one window, loss on digits and [end]
 
-Text is split into words and digits, a token each.
+Text is split into words and digits, one token each.
 """
 
 import re
@@ -31,10 +32,10 @@ PLACES = (
     "museum station theater clinic office workshop tower bridge village valley forest island quarry"
 ).split()
 
-# {x}: the quantity that is told, {a} and {b}: those it is told by, {n}: a number.
+# {x}: the quantity that is stated, {a} and {b}: those it is derived from, {n}: a number.
 QUESTIONS = ("how many {x} are there ?", "find the number of {x} .", "what is the number of {x} ?")
 NUMBER = ("there are {n} {x} .", "the number of {x} is {n} .", "one counts {n} {x} .")
-ONE = {  # operation: (what it does to a and n, templates)
+ONE = {  # operation: (function of a and n, templates)
     "more": (
         lambda a, n: a + n,
         ("there are {n} more {x} than {a} .", "the number of {x} is {n} plus the number of {a} ."),
@@ -48,7 +49,7 @@ ONE = {  # operation: (what it does to a and n, templates)
         ("there are {n} times as many {x} as {a} .", "the number of {x} is {n} times the number of {a} ."),
     ),
 }
-TWO = {  # operation: (what it does to a and b, templates)
+TWO = {  # operation: (function of a and b, templates)
     "sum": (
         lambda a, b: a + b,
         ("there are as many {x} as {a} and {b} together .", "the number of {x} is the sum of {a} and {b} ."),
@@ -67,7 +68,7 @@ Name = tuple[str, str]  # item, place
 
 @dataclass(frozen=True)
 class Statement:
-    """How one quantity is told."""
+    """The statement of one quantity."""
 
     of: Name
     operation: str  # "number", or a key of ONE or TWO
@@ -119,15 +120,15 @@ class Gsm(Section):
 
     @property
     def _answer_length(self) -> int:
-        """[answer], the digits, [end]; and one token more, since a target is the token after."""
+        """[answer], the digits, [end]."""
         return len(str(self.max_value)) + 2
 
     def token_name(self, token: int) -> str:
-        """A token as a person reads it."""
+        """A token's name for display."""
         return VOCABULARY[token]
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """A problem that belongs to the test (`held_out`) or to the training."""
+        """Draw a problem, held out or not."""
         ops = int(rng.integers(self.min_ops, self.ops + 1))
         words, answer = draw_problem(
             lambda: self._draw(ops, rng), lambda drawn: _ids(drawn[0]), held_out, f"gsm with ops={ops}"
@@ -142,7 +143,7 @@ class Gsm(Section):
         return Sample(tokens, loss_mask, np.array([(start, stop, ops)], dtype=np.int32))
 
     def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
-        """A number that stands in the text: the first, the last, the commonest, the largest, one beside the thing asked for."""
+        """A number from the text: the first, last, commonest, largest, or one beside the quantity asked for."""
         words = [VOCABULARY[token] for token in sample.tokens[: self.context_length] if token != PAD]
         sentences = " ".join(words).replace("?", ".").split(" . ")
         asked = re.search(r"\S+ in the \S+", sentences[0].replace("number of ", "").replace("what is the ", ""))
@@ -173,14 +174,14 @@ class Gsm(Section):
         while room >= LONGEST and problem.names_left:
             problem.add_distractor()
             room -= len(problem.statements[-1].words())
-        told = solve(problem.statements)
-        assert told == problem.values and operations(problem.statements, asked) == ops
+        values = solve(problem.statements)
+        assert values == problem.values and operations(problem.statements, asked) == ops
         order = rng.permutation(len(problem.statements))
-        return question + [word for i in order for word in problem.statements[i].words()], told[asked]
+        return question + [word for i in order for word in problem.statements[i].words()], values[asked]
 
 
 class _Problem:
-    """Statements so far and what they amount to."""
+    """The statements so far, and their quantities' values."""
 
     def __init__(self, max_value: int, rng: np.random.Generator):
         self.statements: list[Statement] = []
@@ -190,18 +191,18 @@ class _Problem:
         self.names_left = len(ITEMS) * len(PLACES)
 
     def add(self, ops: int) -> Name | None:
-        """A quantity that takes exactly `ops` operations, with all it needs; None if the numbers got out of hand."""
+        """Add a quantity that takes exactly `ops` operations, and all it needs; None if a value is out of range."""
         if ops == 0:
-            return self._tell("number", (), int(self._rng.integers(1, self._max_value // 3 + 1)))
+            return self._state("number", (), int(self._rng.integers(1, self._max_value // 3 + 1)))
         if self._rng.random() < 0.5:
             first = self.add(ops - 1)
             return first and self._operate_on(first)
-        left = int(self._rng.integers(ops))
-        first, second = self.add(left), self.add(ops - 1 - left)
+        ops_of_first = int(self._rng.integers(ops))
+        first, second = self.add(ops_of_first), self.add(ops - 1 - ops_of_first)
         return first and second and self._combine(first, second)
 
     def add_distractor(self) -> None:
-        """Some quantity more, that nothing so far needs; half of them are told by others."""
+        """Add a quantity that nothing so far needs; half of them are derived from others."""
         known = list(self.values)
         for _ in range(4):
             kind = self._rng.random()
@@ -215,12 +216,12 @@ class _Problem:
     def _operate_on(self, first: Name) -> Name | None:
         operation = _pick(self._rng, tuple(ONE))
         number = int(self._rng.integers(2, 5 if operation == "times" else 10))
-        return self._tell(operation, (first,), number)
+        return self._state(operation, (first,), number)
 
     def _combine(self, first: Name, second: Name) -> Name | None:
-        return self._tell(_pick(self._rng, tuple(TWO)), (first, second), None)
+        return self._state(_pick(self._rng, tuple(TWO)), (first, second), None)
 
-    def _tell(self, operation: str, by: tuple[Name, ...], number: int | None) -> Name | None:
+    def _state(self, operation: str, by: tuple[Name, ...], number: int | None) -> Name | None:
         value = _value(operation, [self.values[name] for name in by], number)
         if not 0 <= value <= self._max_value:
             return None
@@ -233,16 +234,16 @@ class _Problem:
 
 
 def solve(statements: list[Statement]) -> dict[Name, int]:
-    """The value of every quantity, from the statements alone, in whatever order they come.
+    """The value of every quantity, from the statements alone, in any order.
 
     Raises:
-        TaskError: if a quantity is told twice, or cannot be reached: then there would be no answer, or two.
+        TaskError: if a quantity is stated twice or cannot be reached: there would be two answers, or none.
     """
-    told = {statement.of: statement for statement in statements}
-    if len(told) < len(statements):
+    by_name = {statement.of: statement for statement in statements}
+    if len(by_name) < len(statements):
         raise TaskError("gsm: a quantity is told twice")
     values: dict[Name, int] = {}
-    waiting = list(told.values())
+    waiting = list(by_name.values())
     while waiting:
         ready = [statement for statement in waiting if all(name in values for name in statement.by)]
         if not ready:
@@ -256,15 +257,15 @@ def solve(statements: list[Statement]) -> dict[Name, int]:
 
 
 def operations(statements: list[Statement], asked: Name) -> int:
-    """How many operations the quantity `asked` takes: the statements it rests on that are not plain numbers."""
-    told = {statement.of: statement for statement in statements}
+    """How many operations the quantity `asked` takes: the statements it depends on that are not plain numbers."""
+    by_name = {statement.of: statement for statement in statements}
     needed, open_names = set(), [asked]
     while open_names:
         name = open_names.pop()
         if name not in needed:
             needed.add(name)
-            open_names += told[name].by
-    return sum(told[name].operation != "number" for name in needed)
+            open_names += by_name[name].by
+    return sum(by_name[name].operation != "number" for name in needed)
 
 
 def _value(operation: str, values: list[int], number: int | None) -> int:
@@ -303,7 +304,7 @@ LONGEST = max(
 
 
 def _numbers(text: str) -> list[str]:
-    """Every number of a text whose digits stand apart."""
+    """Every number in a text with blanks between its digits."""
     return [number.replace(" ", "") for number in re.findall(r"\b\d(?: \d)*\b", text)]
 
 

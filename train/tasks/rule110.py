@@ -3,8 +3,8 @@
     row row row row            | [steps t] bit bit bit bit
     rows windows of L = width  | the answer window begins with a query token, so that no row's window holds a label
 
-The loss is on the answer bits. A label rests on its own row alone, so each row by itself belongs to the training or to the
-test: no test row stands in any training sample.
+The loss is on the answer bits. A label depends on its own row alone, so the split is by row: no test row occurs in any
+training sample.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ from powernap.train.tasks.sample import Candidates, Sample, draw_problem
 
 FIRST_BIT = 1  # token of bit 0; bit 1 is the next
 FIRST_QUERY = 3
-MOST_CELLS = 2**21  # of the rows that a guess is counted on
+MOST_CELLS = 2**21  # in the rows that a guess is counted on
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -63,13 +63,13 @@ class Rule110(Section):
         return self.context_length + 1 + self.rows
 
     def token_name(self, token: int) -> str:
-        """A token as a person reads it."""
+        """A token's name for display."""
         if token >= FIRST_QUERY:
             return f"[steps {self.step_choices[token - FIRST_QUERY]}]"
         return str(token - FIRST_BIT) if token >= FIRST_BIT else "[pad]"
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
-        """Rows that all belong to the test (`held_out`) or all to the training."""
+        """Draw rows that are all held out, or all not."""
         rows = [
             draw_problem(
                 lambda: rng.integers(2, size=self.width, dtype=np.int32),
@@ -91,7 +91,7 @@ class Rule110(Section):
         return Sample(tokens.astype(np.int32), loss_mask, np.array([(start, stop, steps)], dtype=np.int32))
 
     def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
-        """The likeliest bit, where one cell of a row, the one that says most, is looked at."""
+        """The likeliest bit given one cell of a row, the most informative one."""
         cells = sample.tokens[: self.context_length].reshape(self.rows, self.width) - FIRST_BIT
         guesses = []
         for _, _, steps in sample.answers.tolist():
@@ -102,9 +102,9 @@ class Rule110(Section):
 
 @lru_cache(maxsize=64)
 def _best_cell(width: int, steps: int) -> tuple[int, tuple[int, int]]:
-    """The cell of a row that says most about its first bit after `steps`, and the likelier bit where it is 0 and where 1.
+    """The cell of a row that tells most about its first bit after `steps`, and the likelier bit if it is 0 and if 1.
 
-    Counted on all rows, or on random ones where these are too many.
+    Counted on all rows, or on random ones if there are too many.
     """
     if width * 2**width <= MOST_CELLS:
         rows = np.arange(2**width)[:, None] >> np.arange(width) & 1
@@ -122,7 +122,7 @@ def _best_cell(width: int, steps: int) -> tuple[int, tuple[int, int]]:
 def after(cells: np.ndarray, steps: int) -> np.ndarray:
     """Rows of bits on a ring, [rows, width], after `steps` steps of Rule 110.
 
-    A cell becomes 1 where it or its right neighbour is 1, but not where both and the left neighbour are.
+    A cell becomes 1 if it or its right neighbour is 1, unless both and the left neighbour are.
     """
     columns = np.arange(cells.shape[1])
     left, right = columns - 1, (columns + 1) % len(columns)

@@ -1,4 +1,4 @@
-"""What every task hands out, and which problems are kept for the test."""
+"""The samples that tasks draw, and the problems that are held out for the test."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -10,13 +10,13 @@ import numpy as np
 from powernap.model.errors import PowernapError
 
 PAD = 0
-GENERATOR = 2  # raised where the same fields and seed give other samples than before; older shards can still be read
+GENERATOR = 2  # incremented when the same fields and seed give other samples; older shards can still be read
 HELD_OUT_ONE_IN = 5  # a fifth of all problems is never trained on
 MAX_DRAWS = 1000
 
 Problem = TypeVar("Problem")
 
-# Of a surface guess: for each answer of a sample the answers it draws from, each equally likely.
+# For each answer of a sample, the answers that a surface guess draws from, all equally likely.
 Candidates = list[list[tuple[int, ...]]]
 
 
@@ -26,7 +26,7 @@ class TaskError(PowernapError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence with what is asked in it."""
+    """One sequence and the answers in it."""
 
     tokens: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]: True at tokens that are targets
@@ -34,17 +34,17 @@ class Sample:
 
 
 def is_held_out(problem: Iterable[int]) -> bool:
-    """Whether a problem, written as numbers, belongs to the test: the same for every seed, machine and Python."""
+    """Whether a problem, written as numbers, is held out: the same for every seed, machine and Python."""
     return zlib.crc32(np.asarray(problem, dtype="<i4").tobytes()) % HELD_OUT_ONE_IN == 0
 
 
 def draw_problem(
     draw: Callable[[], Problem], canonical: Callable[[Problem], Iterable[int]], held_out: bool, name: str
 ) -> Problem:
-    """Draw until a problem falls on the wanted side of the held-out split.
+    """Draw until a problem falls on the given side of the held-out split.
 
     Raises:
-        TaskError: if none does, which happens only where there are a handful of problems in all.
+        TaskError: if none does, which happens only if there are just a handful of problems.
     """
     for _ in range(MAX_DRAWS):
         problem = draw()

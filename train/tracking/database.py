@@ -1,8 +1,9 @@
-"""MLflow's SQLite database beside the runs: whole, or not there.
+"""MLflow's SQLite database beside the runs: complete, or not there.
 
-MLflow makes its tables in some seventy steps, in place and without a lock: two processes that begin at once break the file
-for both, and a process that ends meanwhile leaves a part that MLflow can neither use nor complete. Here one process at a
-time makes the file beside its place and then links it there; a broken one is set aside, never deleted.
+MLflow creates its tables in some seventy steps, in place and without a lock: two processes that start at once break the
+file for both, and a process that dies meanwhile leaves a part that MLflow can neither use nor complete. Here one
+process at a time creates the file under another name and then links it into place; a broken one is set aside, never
+deleted.
 """
 
 import logging
@@ -20,9 +21,9 @@ from powernap.train.run.lock import ProcessLock
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 120.0  # how long to wait for another process that makes or upgrades the database
-STILL_SECONDS = 5.0  # a half-made database nobody has written to for so long will not be completed
-SIDE_FILES = ("-journal", "-wal", "-shm")  # SQLite's own; one that is left beside another database would damage it
+LOCK_SECONDS = 120.0  # how long to wait for another process that creates or upgrades the database
+STILL_SECONDS = 5.0  # a partial database without writes for this long will not be completed
+SIDE_FILES = ("-journal", "-wal", "-shm")  # SQLite's own; one left beside another database would damage it
 
 State = Literal["absent", "whole", "old", "newer", "broken"]
 
@@ -46,27 +47,27 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Which file `path` is now; None: there is none."""
+    """Device and inode of the file that is now at `path`; None: there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def prepare_database(path: Path, ours: bool = True, thorough: bool = False) -> None:
-    """Leave a whole database of this MLflow's schema at `path`. Any number of processes may call this at once.
+    """Leave a complete database with this MLflow's schema at `path`. Any number of processes may call this at once.
 
-    A missing one is made. A broken one is renamed (PATH.broken-TIME) and made anew; one of an older MLflow is upgraded, and
-    a copy from before is kept (PATH.schema-REVISION-TIME).
+    A missing one is created. A broken one is renamed (PATH.broken-TIME) and recreated; one of an older MLflow is
+    upgraded, and a copy from before is kept (PATH.schema-REVISION-TIME).
 
-    ours: False for a database that the user has named: a broken or old one is left as it is.
-    thorough: read all of it in search of damage.
+    ours: False for a database that the user has named: a broken or old one is left unchanged.
+    thorough: read all of it to find damage.
 
     Raises:
-        DatabaseError: if the database is a newer MLflow's, if it is the user's to repair, or if another process works on it
-            for more than LOCK_SECONDS.
-        Exception: SQLite's and the file system's, such as of a full disk.
+        DatabaseError: if the database is a newer MLflow's, if the user must repair it, or if another process works on
+            it for more than LOCK_SECONDS.
+        Exception: SQLite's and the file system's, such as a full disk.
     """
     if _judge(path, thorough)[0] != "whole":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def prepare_database(path: Path, ours: bool = True, thorough: bool = False) -> N
 
 
 def _repair(path: Path, ours: bool, thorough: bool) -> None:
-    """With the lock."""
+    """The caller holds the lock."""
     state, reason = _settled(path, thorough)
     if state == "newer":
         raise DatabaseError(
@@ -110,7 +111,7 @@ def _repair(path: Path, ours: bool, thorough: bool) -> None:
 
 
 def _judge(path: Path, thorough: bool = False) -> tuple[State, str]:
-    """What the file is, and why: a schema's revision or what is wrong."""
+    """The file's state, and why: its schema's revision, or what is wrong."""
     from alembic.script import ScriptDirectory
     from mlflow.store.db.utils import Base, _get_alembic_config
 
@@ -120,43 +121,43 @@ def _judge(path: Path, thorough: bool = False) -> tuple[State, str]:
     except FileNotFoundError:
         return "absent", ""
     try:
-        # To be read only, but what a process that was ended has begun to write may have to be rolled back.
+        # We only read, but an unfinished write of a killed process may have to be rolled back.
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20)) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
             version = "alembic_version" in tables
-            found = [row[0] for row in database.execute("select version_num from alembic_version")] if version else []
+            heads = [row[0] for row in database.execute("select version_num from alembic_version")] if version else []
             check = database.execute("pragma quick_check(1)").fetchone()[0] if thorough else "ok"
     except sqlite3.DatabaseError as error:
         if _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return "broken", str(error)
         raise
-    if len(found) != 1:
-        return "broken", f"{len(tables)} tables, {len(found) or 'no'} schema revision{'s'[: len(found) > 1]}"
+    if len(heads) != 1:
+        return "broken", f"{len(tables)} tables, {len(heads) or 'no'} schema revision{'s'[: len(heads) > 1]}"
     if check != "ok":
         return "broken", " ".join(check.split())
     scripts = ScriptDirectory.from_config(_get_alembic_config(""))
-    if found[0] not in (script.revision for script in scripts.walk_revisions()):
-        return "newer", f"schema {found[0]}"
-    if found != scripts.get_heads():
-        return "old", f"schema {found[0]}"
+    if heads[0] not in (script.revision for script in scripts.walk_revisions()):
+        return "newer", f"schema {heads[0]}"
+    if heads != scripts.get_heads():
+        return "old", f"schema {heads[0]}"
     missing = sorted(set(Base.metadata.tables) - tables)
     return ("broken", f"table {missing[0]} is missing") if missing else ("whole", "")
 
 
 def _settled(path: Path, thorough: bool) -> tuple[State, str]:
-    """As `_judge`, once nobody writes any more: a server of MLflow, which knows no lock, may be making its tables."""
+    """As `_judge`, once nobody writes any more: an MLflow server, which takes no lock, may be creating its tables."""
     before, since = None, time.monotonic()
     while True:
         state = _judge(path, thorough)
         if state[0] not in ("broken", "old"):
             return state
         with suppress(FileNotFoundError):
-            found = path.stat()
-            now = found.st_size, found.st_mtime_ns
+            status = path.stat()
+            now = status.st_size, status.st_mtime_ns
             if now != before:
                 before, since = now, time.monotonic()
-            # Older by the clock too, which another machine may have set: a minute tells enough.
-            if time.monotonic() - since >= STILL_SECONDS or time.time() - found.st_mtime > 60:
+            # Or old by its timestamp: a minute allows for the clock of another machine that wrote it.
+            if time.monotonic() - since >= STILL_SECONDS or time.time() - status.st_mtime > 60:
                 return state
         time.sleep(0.25)
 
@@ -169,10 +170,10 @@ def _create(path: Path) -> None:
     try:
         # Its tables and its first experiment.
         SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri()).engine.dispose()
-        if any(path.with_name(path.name + end).exists() for end in SIDE_FILES):  # of a database that somebody removed
+        if any(path.with_name(path.name + end).exists() for end in SIDE_FILES):  # of a database that was removed
             _set_aside(path, "broken")
         try:
-            os.link(new, path)  # which, unlike a rename, never replaces what another machine has made without our lock
+            os.link(new, path)  # unlike a rename, never replaces a file that another machine has made without our lock
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links
@@ -184,9 +185,9 @@ def _create(path: Path) -> None:
 
 
 def _upgrade(path: Path, revision: str) -> tuple[State, str]:
-    """Upgrade a copy, then write it back in one transaction: who has the database open keeps it.
+    """Upgrade a copy, then write it back in one transaction: processes that have the database open keep it.
 
-    A part that MLflow once left may look like an old schema; its upgrade fails, and it is called broken.
+    A partial database may look like an old schema; its upgrade fails, and it counts as broken.
     """
     from alembic.util.exc import CommandError
     from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
@@ -227,7 +228,7 @@ def _upgrade(path: Path, revision: str) -> tuple[State, str]:
 
 
 def _copy(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
-    """In one transaction. Python would wait for ever for a database that is locked."""
+    """Copy in one transaction. Python alone would wait forever for a locked database."""
     start = time.monotonic()
 
     def check(status: int, *_: int) -> None:
@@ -237,7 +238,7 @@ def _copy(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
     source.backup(target, progress=check)
 
 
-# Not the database's fault.
+# Errors that are not the database's fault.
 ENVIRONMENT_CODES = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_INTERRUPT,
@@ -267,10 +268,10 @@ def _free_name(path: Path, why: str) -> Path:
 
 
 def _beside(path: Path) -> Path:
-    """Where to make a database; what other processes that were ended have left of theirs is removed."""
-    for left in path.parent.iterdir():
-        if left.name.startswith(f"{path.name}.new-"):
-            left.unlink(missing_ok=True)
+    """Where to create a database; leftovers of killed processes are removed."""
+    for file in path.parent.iterdir():
+        if file.name.startswith(f"{path.name}.new-"):
+            file.unlink(missing_ok=True)
     return path.with_name(f"{path.name}.new-{socket.gethostname()}-{os.getpid()}")
 
 
@@ -281,7 +282,7 @@ def _remove(path: Path) -> None:
 
 
 def _forget_connections(path: Path) -> None:
-    """MLflow keeps connections, which may be to a file that was here before."""
+    """Close the connections that MLflow keeps: they may be to an earlier file at this path."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     for engine in list(SqlAlchemyStore._engine_map.values()):

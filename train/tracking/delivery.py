@@ -1,4 +1,4 @@
-"""From a run's spool to MLflow: every record, in order, once the server answers; into one MLflow run whatever happens."""
+"""Deliver a run's spool to MLflow: every record, in order, once the server answers; always into the same MLflow run."""
 
 import logging
 import os
@@ -19,28 +19,28 @@ from powernap.train.tracking.spool import SPOOL, Line, Position, Spool, delivery
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "powernap_key"  # of the MLflow run: our own name for it, known before the server has given it an id
+KEY_TAG = "powernap_key"  # tag of the MLflow run: our own id for it, known before the server assigns one
 THREAD_NAME = "mlflow-tracking"
 VALUES_PER_REQUEST = 1000  # MLflow's limit
-SYNC_ATTEMPTS = 2  # without a record delivered, and with all the patience there is
+SYNC_ATTEMPTS = 2  # without a record delivered, each with the long timeout
 
-# What a server answers when a record can never be stored. Everything else may pass.
+# Error codes for a record that can never be stored. All others may be temporary.
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
-# What MLflow's client calls a server that is away, slow or in trouble.
+# Error codes of MLflow's client for a server that is down, slow or in trouble.
 TROUBLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
-# What SQLite says of a database with damage, which MLflow reports as a bad request.
+# SQLite's messages for a damaged database, which MLflow reports as a bad request.
 DAMAGE = "database disk image is malformed", "file is not a database"
 
-# Only where the user has not decided otherwise. MLflow's own 7 retries x 120 s would hold up the end of a run for minutes.
+# Defaults that the user can override. MLflow's own 7 retries x 120 s would hold up the end of a run for minutes.
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool is what is tried again
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry from the spool
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # no INFO line for every database migration
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training job should call nobody but its tracking server
-    "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns where there is no git, as in a container
+    "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns if git is missing, as in a container
 }
-SYNC_TIMEOUT = 120  # seconds: `powernap sync` has nothing else to do than wait for a slow server
+SYNC_TIMEOUT = 120  # seconds: `powernap sync` can afford to wait for a slow server
 
 
 class DeliveryError(PowernapError):
@@ -48,12 +48,12 @@ class DeliveryError(PowernapError):
 
 
 class Synced(NamedTuple):
-    """What `sync_run` did.
+    """The result of `sync_run`.
 
     Attributes:
         delivered: how many records.
-        refused: why MLflow will never take some others, a reason each.
-        unknown: why it is not known whether MLflow has this run, where nothing waits; None: it has it.
+        refused: why MLflow will never accept some others, a reason each.
+        unknown: if nothing waits, why we do not know whether MLflow has this run; None: it has it.
     """
 
     delivered: int
@@ -62,11 +62,11 @@ class Synced(NamedTuple):
 
 
 class Delivery:
-    """Takes the spool of the run in `folder` to MLFLOW_TRACKING_URI, or to the database beside the run.
+    """Delivers the spool of the run in `folder` to MLFLOW_TRACKING_URI, or to the database beside the run.
 
-    Only the holder of the run's delivery lock may call `deliver`. A request whose answer was lost is sent again, which
-    leaves no trace: MLflow keeps one of several equal metrics (same name, step, timestamp and value), and creating a run
-    is preceded by looking for one with this run's key.
+    Only the holder of the run's delivery lock may call `deliver`. A request whose answer was lost is sent again. This
+    is idempotent: MLflow keeps one of several equal metrics (same name, step, timestamp and value), and before a run is
+    created, one with this run's key is looked for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,21 +75,21 @@ class Delivery:
         self._position = Position(self._folder)
         self._client: Any = None
         self._run_id: str | None = None  # checked since the last failure
-        self._database: tuple[Path, tuple[int, int] | None] | None = None  # where there is no server: which file it was
+        self._database: tuple[Path, tuple[int, int] | None] | None = None  # without a server: its file and identity
         self._damaged = False  # whether the database may be
-        self._told_refusal = False
+        self._reported_refusal = False
 
     def waiting(self) -> int:
-        """How many records MLflow does not have yet and may still take; any process and thread may ask."""
+        """How many records MLflow does not have yet and may still accept; any process or thread may call this."""
         position = Position(self._folder)
         return sum(1 for _ in self._spool.read(position.delivered)) + len(position.aside)
 
     def aside(self) -> list[str]:
-        """Why records that were tried still wait, a reason each."""
+        """Why records that failed before still wait, a reason each."""
         return list(Position(self._folder).aside.values())
 
     def refused(self) -> list[str]:
-        """Why MLflow will never take some records, a reason each."""
+        """Why MLflow will never accept some records, a reason each."""
         return list(Position(self._folder).refused.values())
 
     def deliver(self, again: bool = False, progress: Callable[[int], None] = lambda records: None) -> None:
@@ -98,11 +98,11 @@ class Delivery:
         progress: called with the number of records of each request.
 
         Raises:
-            DeliveryError, DatabaseError: if somebody has to do something first.
-            Exception: MLflow's and its libraries', when the server is away. Records delivered before stay delivered.
+            DeliveryError, DatabaseError: if the user has to act first.
+            Exception: MLflow's and its libraries', if the server is down. Records delivered before stay delivered.
         """
         if self._database and identity(self._database[0]) != self._database[1]:
-            self._run_id = None  # the file was set aside or removed: what is written to it now nobody will see
+            self._run_id = None  # the file was set aside or removed: nobody would see what is written to it now
         try:
             if self._run_id is None:
                 self._position = Position(self._folder)  # another process may have delivered meanwhile
@@ -121,7 +121,7 @@ class Delivery:
     def reset_if_lost(self) -> None:
         """Have all records wait again if MLflow does not know this run, such as after its database was set aside.
 
-        A run that somebody has deleted there is left alone.
+        A run that was deleted in MLflow is left alone.
         """
         self._connect()
         if not self._id_file.exists() or self._known_run(self._id_file.read_text().strip()) is None:
@@ -136,7 +136,7 @@ class Delivery:
             progress(sum(line.start not in position.aside | position.refused for line in lines))
         for start, reason in list(position.aside.items()) if again else []:
             if line := next(self._spool.read(start), None):
-                line.record["running"] = False  # long ago
+                line.record["running"] = False  # an old record must not change the run's status
                 del position.aside[start]
                 try:
                     self._deliver([line])
@@ -147,7 +147,7 @@ class Delivery:
                 progress(start not in position.aside | position.refused)
 
     def _deliver(self, lines: list[Line]) -> None:
-        """One request's worth; what MLflow does not take is noted in the position."""
+        """Deliver the lines of one request; records that MLflow does not accept are noted in the position."""
         start, _, record = lines[0]
         match record["type"]:
             case "metrics":
@@ -173,14 +173,14 @@ class Delivery:
                 raise
             if len(entries) == 1:
                 self._position.refused[entries[0][0]] = one_line(error)
-                self._tell_refusal(f"MLflow refuses a record: {one_line(error)}")
+                self._report_refusal(f"MLflow refuses a record: {one_line(error)}")
                 return
             half = len(entries) // 2
             self._log(kind, entries[:half])
             self._log(kind, entries[half:])
 
     def _log_start(self, start: int, record: dict[str, Any]) -> None:
-        """A process begins to track: its parameters. MLflow's never change: what differs becomes a tag."""
+        """A process starts tracking: log its parameters. MLflow's are immutable, so changes become a tag."""
         from mlflow.entities import Param, RunTag
 
         if record["running"]:
@@ -196,7 +196,7 @@ class Delivery:
         tags = []
         if record["resume_step"] is not None:
             steps = [step for step in run.data.tags.get("resumed_at_steps", "").split(", ") if step]
-            once = dict.fromkeys([*steps, str(record["resume_step"])])  # if this record comes twice
+            once = dict.fromkeys([*steps, str(record["resume_step"])])  # this record may be delivered twice
             tags.append((start, RunTag("resumed_at_steps", ", ".join(once))))
         if changes:
             tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
@@ -204,7 +204,7 @@ class Delivery:
         self._log("tags", tags)
 
     def _log_artifact(self, start: int, record: dict[str, Any]) -> None:
-        """Set aside for any reason but a server that is away: the store of artifacts may be another machine's."""
+        """Log an artifact; set it aside on any failure but the server's: the store may be on another machine."""
         from mlflow.exceptions import MlflowException
 
         path = os.path.normpath(self._folder / record["path"])
@@ -217,10 +217,10 @@ class Delivery:
 
     def _set_aside(self, start: int, reason: str) -> None:
         self._position.aside[start] = reason
-        self._tell_refusal(f"MLflow does not take a record, which is set aside: {reason}")
+        self._report_refusal(f"MLflow does not take a record, which is set aside: {reason}")
 
     def _connect(self) -> None:
-        """Have a client; the database beside the run is made whole first."""
+        """Create a client; first create or repair the database beside the run."""
         from mlflow import MlflowClient
 
         named = os.environ.get("MLFLOW_TRACKING_URI")
@@ -258,9 +258,9 @@ class Delivery:
                 experiment, start_time=begin["time"], run_name=begin["name"], tags={KEY_TAG: begin["key"]}
             )
             run_id = run.info.run_id
-        self._position.reset()  # whatever another server, or one that has lost its runs, was given
+        self._position.reset()  # even if another server, or one that has lost its runs, got these records
         new_file = self._id_file.with_name(self._id_file.name + ".tmp")
-        with suppress(OSError):  # it is found again by its key
+        with suppress(OSError):  # the run can be found again by its key
             new_file.write_text(run_id + "\n")
             os.replace(new_file, self._id_file)
         return run_id
@@ -286,20 +286,20 @@ class Delivery:
         return run is not None and run.info.lifecycle_stage == "active"
 
     def _is_lost(self, error: Exception) -> bool:
-        """Whether `error` came since the run was deleted meanwhile."""
+        """Whether `error` came because the run was deleted meanwhile."""
         from mlflow.exceptions import MlflowException
 
-        with suppress(Exception):  # then another attempt will tell
+        with suppress(Exception):  # unknown: the next attempt will show
             answered = isinstance(error, MlflowException) and error.error_code in {*REFUSALS, "RESOURCE_DOES_NOT_EXIST"}
             return answered and not self._is_active()
         return False
 
     def _runs_with_key(self, experiment: str, key: str) -> list[str]:
-        """Ids of this run's MLflow runs, the same one always first."""
+        """Ids of this run's MLflow runs, in a stable order."""
         return sorted(run.info.run_id for run in self._client.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'"))
 
     def _remove_doubles(self) -> None:
-        """Delete runs that a frozen server made of requests which had been given up and sent again: they are empty."""
+        """Delete the empty runs that a frozen server created from requests that had timed out and were sent again."""
         run = self._client.get_run(self._run_id)
         if key := run.data.tags.get(KEY_TAG):
             for other in self._runs_with_key(run.info.experiment_id, key):
@@ -318,25 +318,25 @@ class Delivery:
             )
         if experiment is not None:
             return experiment.experiment_id
-        # A server knows by itself where its artifacts go; without one MLflow would take the folder it is called from.
+        # A server knows where its artifacts go; without one MLflow would use the current folder.
         artifacts = (self._database[0].parent / "mlartifacts").as_uri() if self._database else None
         try:
             return self._client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException as error:  # another run was faster
+        except MlflowException as error:  # another run created it first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             return self._client.get_experiment_by_name(name).experiment_id
 
-    def _tell_refusal(self, reason: str) -> None:
-        if not self._told_refusal:
-            self._told_refusal = True
+    def _report_refusal(self, reason: str) -> None:
+        if not self._reported_refusal:
+            self._reported_refusal = True
             logger.warning("%s", reason)
 
 
 def sync_run(folder: Path, progress: bool = False, ask: bool = True, attempts: int = SYNC_ATTEMPTS) -> Synced:
-    """Deliver what waits in the run's `folder`, for as long as the server takes records.
+    """Deliver the waiting records of the run in `folder`, as long as the server accepts any.
 
-    progress: show a bar. ask: also ask MLflow whether it knows the run, where nothing waits; one that it does not know is
+    progress: show a bar. ask: if nothing waits, ask MLflow whether it knows the run; one that it does not know is
     delivered again. attempts: without any progress, before giving up.
 
     Raises:
@@ -355,16 +355,16 @@ def sync_run(folder: Path, progress: bool = False, ask: bool = True, attempts: i
                 unknown = one_line(error)
         with tqdm(total=delivery.waiting(), unit="record", desc=folder.name, disable=not progress) as bar:
             delivered, reason = _deliver_with_patience(delivery, attempts, bar) if bar.total else (0, None)
-        if left := delivery.waiting():
+        if waiting := delivery.waiting():
             reason = reason or next(iter(delivery.aside()), "they came meanwhile")
-            raise DeliveryError(f"{folder}: {left} records still wait for MLflow: {reason}")
+            raise DeliveryError(f"{folder}: {waiting} records still wait for MLflow: {reason}")
         return Synced(delivered, delivery.refused(), unknown)
     finally:
         lock.release()
 
 
 def _deliver_with_patience(delivery: Delivery, attempts: int, bar: tqdm) -> tuple[int, str | None]:
-    """Returns the number of records delivered, and what the last attempt failed with."""
+    """Returns the number of records delivered, and why the last attempt failed, if it did."""
     delivered = fruitless = 0
 
     def count(records: int) -> None:
@@ -377,7 +377,7 @@ def _deliver_with_patience(delivery: Delivery, attempts: int, bar: tqdm) -> tupl
         try:
             delivery.deliver(again=True, progress=count)
             return delivered, None
-        except PowernapError as error:  # trying again does not help
+        except PowernapError as error:  # a retry does not help
             return delivered, one_line(error)
         except Exception as error:
             reason = one_line(error)
@@ -394,16 +394,16 @@ def spooled_runs(root: Path) -> list[Path]:
 
 
 def prepare_mlflow(timeout: int | None = None) -> None:
-    """Import MLflow (1-3 s, once), quiet and impatient. timeout: in seconds, of a request; None: ENVIRONMENT's."""
+    """Import MLflow (1-3 s, once), quiet and with short timeouts. timeout: seconds per request; None: ENVIRONMENT's."""
     if timeout:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # urllib3 warns at every retry; the thread's failures get one warning.
     logging.getLogger("urllib3.connectionpool").addFilter(_not_from_the_thread)
-    # It logs SQLite's errors with a traceback, and raises them, too.
+    # MLflow logs SQLite's errors with a traceback, and raises them, too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with suppress(Exception):  # delivering meets the same error and reports it
+    with suppress(Exception):  # the delivery meets the same error and reports it
         import mlflow.tracking  # noqa: F401
     # DeepSpeed may have imported MLflow before the environment above was set.
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
@@ -415,13 +415,13 @@ def store_uri(root: Path) -> str:
 
 
 def shorten(text: str, limit: int = 6000) -> str:
-    """`limit`: MLflow's for parameters, in characters (tags may have 8000)."""
+    """Cut a text. `limit`: MLflow's for parameters, in characters (tags may have 8000)."""
     mark = " ... [cut]"
     return text if len(text) <= limit else text[: limit - len(mark)] + mark
 
 
 def one_line(error: Exception) -> str:
-    """An error in at most 300 characters; its URL may hold a password. One of ours needs no name, and is whole."""
+    """An error in at most 300 characters, with secrets masked. One of ours is not cut, and needs no name."""
     if isinstance(error, PowernapError):
         return mask_secrets(str(error))
     text = mask_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
@@ -429,7 +429,7 @@ def one_line(error: Exception) -> str:
 
 
 def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
-    """Metrics that follow each other together, at most VALUES_PER_REQUEST; everything else alone."""
+    """Batch adjacent metrics, up to VALUES_PER_REQUEST values; every other line is a batch of its own."""
     batch: list[Line] = []
     values = 0
     for line in lines:

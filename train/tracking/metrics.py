@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON line for every step of a run, the full record that tracking and plots are made from.
 
-Floats keep every digit (JSON holds Python's `repr`, which reads back to the same bits). JSON has no word for numbers that
-are not finite, so those are written as the strings "NaN", "Infinity" and "-Infinity" and read back as floats.
+Floats keep every digit (JSON holds Python's `repr`, which reads back to the same bits). JSON has no non-finite numbers,
+so those are written as the strings "NaN", "Infinity" and "-Infinity" and read back as floats.
 """
 
 import json
@@ -18,15 +18,14 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsError(PowernapError):
-    """A metrics.jsonl that cannot be read or gone on with, in one line that names the file and the line in it."""
+    """A metrics.jsonl that cannot be read or continued: one message with the file and its line."""
 
 
 class MetricsLog:
     """Appends a run's metrics to `path`, each line on disk (in the system's cache) when `write` returns.
 
-    resume_step: None for a new run, whose file must not hold anything yet. A run that goes on after step k passes k (0 if
-    it starts over): lines of later steps, which the checkpoint knows nothing of, and a last line cut short by a crash are
-    removed first.
+    resume_step: None for a new run, whose file must still be empty. A run that resumes after step k passes k (0 if it
+    starts over): lines of steps after the checkpoint, and a last line cut short by a crash, are removed first.
 
     Raises MetricsError if a new run finds metrics in its file, or a resumed one a line that is no record.
     """
@@ -46,19 +45,19 @@ class MetricsLog:
         """Append one line and return it as a dict.
 
         step: optimizer steps done, from 1. tokens: read in this step, over all ranks. seconds: wall-clock time of this
-        step. more: further metrics of the step, anything JSON can hold.
+        step. more: further metrics of the step, any JSON value.
         """
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "seconds": seconds}
         record |= more
         try:
             self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:  # which does not say which file
+        except OSError as error:  # which does not name the file
             raise OSError(error.errno, error.strerror, str(self._file.name)) from None
         return record
 
     def close(self) -> None:
-        with suppress(OSError):  # of a full disk, told by the write before
+        with suppress(OSError):  # a full disk, already reported by the last write
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -71,21 +70,21 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl, in the order of the file.
 
-    A last line without a line end that is no complete record is left out: its writer may be in the middle of it.
-    Raises MetricsError, naming file and line, for anything else that is no record or if the file cannot be read.
+    A last line that is no complete record and has no line end is left out: it may still be being written.
+    Raises MetricsError, naming file and line, for any other line that is no record, or if the file cannot be read.
     """
     return [record for _, record in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every line as it stands (with a line end) and the record it holds."""
+    """Every line unchanged (with a line end), and its record."""
     try:
         # Undecodable bytes become replacement characters, which no record of ours contains outside of a string.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise MetricsError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, start=1):
-        last = number == len(lines)  # what follows the last line end: empty, or a line cut short
+        last = number == len(lines)  # after the last line end: empty, or a line cut short
         if last and not line:
             return
         try:
@@ -100,7 +99,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`, byte for byte. A crash in here leaves either the old file or the new one."""
+    """Keep the lines up to `step`, byte for byte. A crash here leaves either the old file or the new one."""
     shorter = path.with_name(path.name + ".tmp")
     with shorter.open("w", encoding="utf-8") as file:
         file.writelines(line for line, record in _lines(path) if record["step"] <= step)
@@ -110,7 +109,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """`value` with the numbers in it that JSON has no word for as strings, which `float` reads back."""
+    """`value` with its non-finite numbers as strings, which `float` reads back."""
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a bar on a terminal, lines in logs/train.log, metrics.jsonl, MLflow."""
+"""A run's output while it trains: a bar on a terminal, lines in logs/train.log, metrics.jsonl, MLflow."""
 
 import logging
 import sys
@@ -17,13 +17,13 @@ from powernap.train.tracking.metrics import MetricsLog
 from powernap.train.tracking.trackers import Trackers
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
-step_logger = logging.getLogger("powernap.step")  # its lines are too many for a terminal, which has the bar
+step_logger = logging.getLogger("powernap.step")  # too many lines for a terminal, which has the bar
 
 
 class RunLog:
-    """Everything rank 0 writes while a run goes on; on the other ranks every method does nothing.
+    """Everything rank 0 writes during a run; on the other ranks every method does nothing.
 
-    resume_step: the step a resumed run goes on from, None for a new run.
+    resume_step: the step that a run resumes after, None for a new run.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, topology: Topology, resume_step: int | None) -> None:
@@ -55,7 +55,7 @@ class RunLog:
         return self
 
     def start(self, num_parameters: int, passed_over: list[str]) -> None:
-        """Say what is about to run, and which checkpoints it does not go on from."""
+        """Log what is about to run, and which checkpoints were passed over."""
         if not self._enabled:
             return
         recipe, topology = self._recipe, self._topology
@@ -76,7 +76,7 @@ class RunLog:
             logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record a step; its line and MLflow's copy only every train.log_every steps, and where there is an accuracy."""
+        """Record a step; log and track it only every train.log_every steps, and after an evaluation."""
         if not self._enabled:
             return
         record = self._metrics.write(step, **metrics)
@@ -88,24 +88,24 @@ class RunLog:
         loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
         if self._is_due(step) or loss:
             self._tracker.log_metrics(step, record)
-            self._say(step, record)
+            self._log_step(step, record)
         if loss:
             logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n[14:]} {v:.4f}" for n, v in loss.items()))
         if accuracy:
             logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
 
     def event(self, text: str, *arguments: Any) -> None:
-        """A line on the terminal and in the log file."""
+        """Log a line to the terminal and the log file."""
         if self._enabled:
             logger.info(text, *arguments)
 
     def checkpoint(self, outcome: Outcome | None) -> None:
-        """Say how a save ended, if one did."""
+        """Log how a save ended, if one did."""
         if self._enabled and outcome:
             (logger.warning if outcome.error else logger.info)("%s", outcome.describe())
 
     def stopped(self, step: int) -> None:
-        """The run was asked to stop, and did after `step`."""
+        """Log that the run stopped after `step`, as it was asked to."""
         self._stopped_after = step
         self.event("asked to stop: stopped after step %d of %d; go on with --resume", step, self._recipe.train.steps)
 
@@ -114,10 +114,10 @@ class RunLog:
             return
         self._bar.close()
         if kind is not None:
-            stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: somebody's decision
+            stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: a user's decision
             step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
             self._tracker.close("KILLED" if stopped else "FAILED", timeout=5.0)
-        elif self._stopped_after is not None:  # the time until somebody pulls the plug is short
+        elif self._stopped_after is not None:  # the grace period before a kill is short
             self._tracker.close("KILLED", timeout=5.0)
         else:
             logger.info("done in %s", _duration(time.monotonic() - self._start))
@@ -129,7 +129,7 @@ class RunLog:
                 handler.close()
 
     def _begin_estimating(self) -> None:
-        """Time from here on: the first step warms up, reads and compiles, and says nothing about the others."""
+        """Time from here on: the first step warms up, reads and compiles, and tells nothing about the others."""
         self._warm = time.monotonic()
         if not self._bar.disable:
             self._bar.n = self._bar.initial = self._bar.last_print_n = self._first + 1
@@ -139,21 +139,21 @@ class RunLog:
     def _is_due(self, step: int) -> bool:
         return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
 
-    def _say(self, step: int, record: dict[str, Any]) -> None:
+    def _log_step(self, step: int, record: dict[str, Any]) -> None:
         speed = record["tokens"] / record["seconds"]
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s")
         steps = self._recipe.train.steps
         timed = step - self._first - 1
-        left = f"{_duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
+        eta = f"{_duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
         step_logger.info(
             "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s",
             len(str(steps)), step, steps, record["loss"], record["grad_norm"], record["lr"],
-            f"{speed:,.0f}", left,
+            f"{speed:,.0f}", eta,
         )  # fmt: skip
 
 
 class _Formatter(logging.Formatter):
-    """Without secrets: errors, with their tracebacks, name shards by their whole URL."""
+    """Masks secrets: errors and their tracebacks contain the full URLs of shards."""
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_secrets(super().format(record))
@@ -163,7 +163,7 @@ class _BarHandler(logging.StreamHandler):
     """Writes above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a terminal that was closed is no reason to end a run
+        with suppress(OSError):  # a closed terminal is no reason to end a run
             tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -172,20 +172,20 @@ def _console_handler() -> logging.Handler:
     if sys.stderr.isatty():
         handler = _BarHandler()
         handler.addFilter(lambda record: record.name != step_logger.name)
-    # A failure's traceback is the interpreter's to print; here it is for the file.
+    # The interpreter prints a failure's traceback; here it is only for the file.
     handler.addFilter(lambda record: not record.exc_info)
     handler.setFormatter(_Formatter("%(message)s"))
     return handler
 
 
 class _LogFile(logging.FileHandler):
-    """A full disk is told once: a line is not worth a traceback, and not a run."""
+    """Reports a full disk once: a lost line is not worth a traceback, nor a run."""
 
-    _told = False
+    _reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             print(f"powernap: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 

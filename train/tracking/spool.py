@@ -1,9 +1,9 @@
-"""A run's records for MLflow on disk, in its folder: who trains appends them, who delivers reads them.
+"""A run's records for MLflow on disk, in its folder: the trainer appends them, the delivering process reads them.
 
-mlflow_spool.jsonl      a JSON object a line, in the order in which MLflow gets them; never shortened, so that another
+mlflow_spool.jsonl      a JSON object per line, in the order in which MLflow gets them; never truncated, so that another
                         server can be given the whole run
 mlflow_spool.position   how far it has been delivered
-mlflow_spool.lock       held by the process that delivers, such as the trainer
+mlflow_spool.lock       held by the delivering process, such as the trainer
 """
 
 import errno
@@ -20,9 +20,9 @@ SPOOL = "mlflow_spool.jsonl"
 
 
 class Line(NamedTuple):
-    start: int  # its place in the file, in bytes
-    end: int  # where the next one begins
-    record: dict[str, Any]  # has a "type": what it is, and so what else it has
+    start: int  # its offset in the file, in bytes
+    end: int  # the offset of the next one
+    record: dict[str, Any]  # its "type" determines the other fields
 
 
 class Spool:
@@ -34,15 +34,15 @@ class Spool:
         self._cut = False  # whether the last line may have no end
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line, which a crash of this process does not undo; some 20 microseconds.
+        """Write one line, which survives a crash of this process; some 20 microseconds.
 
         Raises:
-            OSError: such as of a full disk. The record is lost; a later one can be written.
+            OSError: such as a full disk. The record is lost; a later one can be written.
         """
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             self._cut = self._ends_inside_a_line()
-        # What a crash or a full disk has cut short becomes a line of its own, which readers pass over.
+        # A record cut short by a crash or a full disk becomes a line of its own, which readers pass over.
         line = b"\n" * self._cut + json.dumps(record).encode() + b"\n"
         self._cut = True
         if os.write(self._file, line) < len(line):
@@ -50,10 +50,10 @@ class Spool:
         self._cut = False
 
     def read(self, start: int = 0) -> Iterator[Line]:
-        """The lines from byte `start` on. One that is no record, or has no end yet, is left out."""
+        """The lines from byte `start` on, without those that are no record or have no end yet."""
         try:
             file = self.path.open("rb")
-        except OSError:  # there is none yet, or none for us
+        except OSError:  # missing, or not readable for us
             return
         with file:
             file.seek(start)
@@ -68,11 +68,11 @@ class Spool:
                 start = end
 
     def begin(self) -> dict[str, Any] | None:
-        """The first record of type "start", which says which MLflow run all belong to."""
+        """The first record of type "start", which has the key of the MLflow run that all records belong to."""
         return next((line.record for line in self.read() if line.record["type"] == "start"), None)
 
     def experiment(self) -> str:
-        """What the newest record of type "start" says: a run may be resumed into another experiment."""
+        """The experiment in the newest record of type "start": a run may be resumed into another one."""
         return [line.record["experiment"] for line in self.read() if line.record["type"] == "start"][-1]
 
     def close(self) -> None:
@@ -90,12 +90,12 @@ class Spool:
 
 
 class Position:
-    """How far a spool has been delivered, kept beside it.
+    """How far a spool has been delivered, stored beside it.
 
     Attributes:
         delivered: bytes from the start of the spool.
-        aside: starts of lines before that which wait, each with the reason, such as an artifact whose store was away.
-        refused: starts of lines before that which MLflow will never take, each with the reason.
+        aside: starts of earlier lines that still wait, each with the reason, such as an unreachable artifact store.
+        refused: starts of earlier lines that MLflow will never accept, each with the reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,22 +103,21 @@ class Position:
         self.delivered = 0
         self.aside: dict[int, str] = {}
         self.refused: dict[int, str] = {}
-        with suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # none yet: what is delivered twice does not appear twice
-            found = json.loads(self._path.read_text())
+        # Missing or damaged, start at 0: a record that is delivered twice does not appear twice.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(self._path.read_text())
             # After a power failure the spool may have lost lines that had been delivered.
-            self.delivered = min(found["delivered"], (folder / SPOOL).stat().st_size)
-            if isinstance(found["aside"], list):  # as earlier versions wrote it, without reasons
-                found["aside"] = dict.fromkeys(found["aside"], "MLflow did not take it")
-            self.aside = {int(start): reason for start, reason in found["aside"].items()}
-            self.refused = {int(start): reason for start, reason in found.get("refused", {}).items()}
+            self.delivered = min(saved["delivered"], (folder / SPOOL).stat().st_size)
+            if isinstance(saved["aside"], list):  # as earlier versions wrote it, without reasons
+                saved["aside"] = dict.fromkeys(saved["aside"], "MLflow did not take it")
+            self.aside = {int(start): reason for start, reason in saved["aside"].items()}
+            self.refused = {int(start): reason for start, reason in saved.get("refused", {}).items()}
 
     def save(self) -> None:
         new = self._path.with_name(self._path.name + ".tmp")
-        with suppress(OSError):  # a full disk: this process knows, and the next one delivers some records twice
-            found = {"delivered": self.delivered, "aside": self.aside, "refused": self.refused}
-            new.write_text(json.dumps(found) + "\n")
+        with suppress(OSError):  # a full disk: the position stays in memory, and the next process repeats some records
+            state = {"delivered": self.delivered, "aside": self.aside, "refused": self.refused}
+            new.write_text(json.dumps(state) + "\n")
             os.replace(new, self._path)
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""MLflow: runs to browse and compare in a web page. A convenience: the record of a run is its metrics.jsonl.
+"""MLflow: browse and compare runs in a web page. A convenience: a run's own record is its metrics.jsonl.
 
 Without MLFLOW_TRACKING_URI, MLflow keeps its data beside the runs: `mlflow.db` (SQLite) and `mlartifacts/` in the folder
 that holds the run folders. `ui_command` shows them.
@@ -29,22 +29,23 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow's work stays a small share of the process
-# The first and the longest pause before a server that did not answer is tried again; each is twice the one before.
+FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow takes a small share of the process's time
+# The first and the longest delay before a retry, when a server did not answer; each delay is twice the last.
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 
 
 class Tracker:
-    """One run's line to MLflow. Rank 0 only.
+    """One run's connection to MLflow. Rank 0 only.
 
     run_folder: `runs/NAME`; NAME becomes the run's name, and its config.yaml an artifact. experiment: MLflow's name for a
     group of runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step:
-    the step a resumed run goes on from. running: whether the run goes on now; its evaluation does not change its status.
+    the step that a run resumes after. running: whether the run is training now; its evaluation does not change its
+    status.
 
     No method raises, and none waits for MLflow except `close`: records are written to the run's spool, from which a daemon
-    thread delivers them in order; what fails is tried again, and what is left at the end waits for `powernap sync` or the
-    next start. While another process delivers this run's spool, its records are left to that one. A resumed run goes on in
-    its MLflow run, where steps that are done again appear twice: MLflow cannot delete metrics.
+    thread delivers them in order. Failures are retried; records left at the end wait for `powernap sync` or the next
+    start. While another process delivers this run's spool, records are left to it. A resumed run continues in its
+    MLflow run, where repeated steps appear twice: MLflow cannot delete metrics.
     """
 
     def __init__(
@@ -57,9 +58,9 @@ class Tracker:
     ) -> None:
         self._given_folder = run_folder
         self._folder = Path(os.path.abspath(run_folder))
-        self._told_write_error = False
-        self._told: set[str] = set()  # failures
-        self._failure: str | None = None  # why what waits now waits
+        self._reported_write_error = False
+        self._reported: set[str] = set()  # failures
+        self._failure: str | None = None  # why records wait now
         self._spool = Spool(self._folder)
         self._delivery = Delivery(self._folder)
         self._lock = delivery_lock(self._folder)
@@ -75,13 +76,13 @@ class Tracker:
             running=running,
         )
         self.log_artifact(self._folder / "config.yaml")
-        # Here and not in the thread: data workers forked in the middle of an import can deadlock.
+        # Import here, not in the thread: data workers forked in the middle of an import can deadlock.
         prepare_mlflow()
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Track the numbers among `metrics`, such as a record of metrics.jsonl, at `step`."""
+        """Track the numbers in `metrics`, such as a record of metrics.jsonl, at `step`."""
         values = {
             name: float(value)
             for name, value in metrics.items()
@@ -94,9 +95,9 @@ class Tracker:
         self._put(type="artifact", path=os.path.relpath(path, self._folder), folder=folder)
 
     def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> int:
-        """Deliver what is left, waiting at most `timeout` seconds; returns how many records MLflow does not have yet.
+        """Deliver the rest, waiting at most `timeout` seconds; returns how many records MLflow does not have yet.
 
-        status: how the run ended; None leaves it as it is.
+        status: how the run ended; None leaves it unchanged.
         """
         if not self._closing.is_set():
             if status:
@@ -122,37 +123,37 @@ class Tracker:
         try:
             self._spool.append({**record, "time": int(time.time() * 1000)})  # milliseconds since 1970
         except OSError as error:
-            if not self._told_write_error:
-                self._told_write_error = True
+            if not self._reported_write_error:
+                self._reported_write_error = True
                 logger.warning("%s: MLflow misses records: %s", self._spool.path, error.strerror)
 
     def _work(self) -> None:
-        """The thread."""
+        """The thread's loop."""
         pause = retry = FIRST_RETRY_SECONDS
         while True:
-            closing = self._closing.is_set()  # read first: what was written before close() is still delivered
+            closing = self._closing.is_set()  # read first: records written before close() are still delivered
             if not self._lock.acquire():
                 self._failure = "another process delivers this run's records"
             elif self._deliver(closing):
                 pause, retry = FLUSH_SECONDS, FIRST_RETRY_SECONDS
             else:
                 pause, retry = retry, min(2 * retry, LAST_RETRY_SECONDS)
-                closing = self._closing.is_set()  # once is enough: the end of a run does not wait for two time-outs
+                closing = self._closing.is_set()  # once is enough: the end of a run must not wait for two timeouts
             if closing:
                 break
             self._closing.wait(pause)
         self._lock.release()
 
     def _deliver(self, closing: bool) -> bool:
-        """Whether MLflow answered. The one place where tracking fails."""
+        """Whether MLflow answered. All failures of tracking are handled here."""
         try:
             self._delivery.deliver(again=closing)
         except Exception as error:
             self._failure = one_line(error)
-            # A library's error may name something else each time; ours say what to do.
-            if not self._told or isinstance(error, PowernapError) and self._failure not in self._told:
+            # A library's error may differ each time, so only the first is logged; ours give advice.
+            if not self._reported or isinstance(error, PowernapError) and self._failure not in self._reported:
                 logger.warning("tracking to MLflow failed, training goes on and records wait: %s", self._failure)
-            self._told.add(self._failure)
+            self._reported.add(self._failure)
             return False
         self._failure = None
         return True
@@ -162,7 +163,7 @@ def ui_command(root: Path, port: int = 5000) -> list[str]:
     """The command that serves the MLflow data in `root` (the folder of all runs) on loopback: http://127.0.0.1:PORT."""
     root = Path(os.path.abspath(root))
     return [
-        # MLflow would also start a runner of background jobs (six processes), which trained models have no use for.
+        # MLflow would also start a background job runner (six processes), of no use here.
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", store_uri(root)),
@@ -173,5 +174,5 @@ def ui_command(root: Path, port: int = 5000) -> list[str]:
 
 
 def _as_text(value: Any) -> str:
-    """As an override on the command line would say it: null, true, [1, 2]."""
+    """The value as in a command-line override: null, true, [1, 2]."""
     return shorten(value if isinstance(value, str) else json.dumps(value, default=str))

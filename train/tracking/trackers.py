@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside its metrics.jsonl: MLflow, and trackers of other packages (powernap.trackers)."""
+"""The trackers of a run's metrics beside metrics.jsonl: MLflow, and those of other packages (powernap.trackers)."""
 
 import functools
 import logging
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class OtherTracker(Protocol):
-    """What an entry point of `powernap.trackers` makes, called as MLflow's: (run_folder, experiment, config, resume_step).
+    """Returned by an entry point of `powernap.trackers`, called with (run_folder, experiment, config, resume_step).
 
     run_folder: its name is the run's. config: the resolved recipe as nested mappings, without secrets. resume_step: the last
-    step of the run so far, None for a new run. On rank 0 only. What a method raises is reported once and does not end the run.
+    step of the run so far, None for a new run. On rank 0 only. An exception is reported once and does not end the run.
     """
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers by name, such as loss and accuracy/N4/depth_1; values that are no numbers may be among them."""
+        """Track numbers by name, such as loss and accuracy/N4/depth_1; other values may be among them."""
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file, below `folder` where it is given."""
+        """Keep a file, below `folder` if given."""
 
     def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> object:
-        """The run is over, or None: it only looked. `timeout`: seconds that it may take."""
+        """The run has ended with `status`; None: it was only evaluated. `timeout`: seconds that this may take."""
 
 
 class Trackers:
@@ -40,10 +40,10 @@ class Trackers:
 
     @classmethod
     def open(cls, recipe: Recipe, folder: Path, resume_step: int | None = None, running: bool = True) -> "Trackers":
-        """Those that run.trackers names.
+        """Open the trackers in run.trackers.
 
         Args:
-            running: whether the run goes on now; its evaluation does not change its status.
+            running: whether the run is training now; its evaluation does not change its status.
         """
         config, opened = recipe.model_dump(mode="json"), cls()
         others = plugins("trackers") if set(recipe.run.trackers) - {"mlflow"} else {}
