@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
             shown = news
         record, id = next((record, row.id) for record, row in zip(records, rows, strict=True) if not row.status.is_over)
         waiting = record.model_copy(update={"id": id})  # known since, where submitting was cut off
-        record.profile.backend().pause(waiting, min(pause, max(0.0, deadline - time.monotonic())))
+        record.profile.backend().wait_for_change(waiting, min(pause, max(0.0, deadline - time.monotonic())))
         pause = min(10.0, pause * 1.5)  # a scheduler serves others, too
     states = {row.status.state for row in rows}
     if not over:
