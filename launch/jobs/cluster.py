@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 LABEL_KEY = r"^([a-z0-9]([a-z0-9.\-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$"
-Word = Annotated[str, Field(pattern=r"^[\w][\w.\-:,=/&|*@+\[\]()!]*$", max_length=200)]  # a single word to a shell
+Word = Annotated[
+    str, Field(pattern=r"^[\w][\w.\-:,=/&|*@+\[\]()!]*$", max_length=200)
+]  # no spaces, quotes, $ or backticks
 
 
 class Network(Section):
