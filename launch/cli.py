@@ -1,6 +1,6 @@
 """The `powernap` command; each subcommand is a file in commands/.
 
-Every import that costs time waits until its subcommand runs: help answers at once.
+Slow imports are deferred until their subcommand runs, so that --help answers at once.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.parent import follow_parent
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
-# In the order of the help.
+# In the order of --help.
 COMMANDS = (
     train,
     plan,
@@ -61,38 +61,38 @@ COMMANDS = (
 )
 
 STDOUT = "standard output"
-# What disks and folders do to anybody.
+# Errors of disks and paths, not of the program.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; return its exit code. A user's mistake is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Megatron-core warns of kernels that it does not find, and both libraries of what they themselves call.
+    # Megatron-core warns about missing kernels, and both libraries about deprecated calls of their own.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     rank = os.environ.get("RANK", "0")
-    who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         options = _parse(arguments)
         code = options.run(options, arguments) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # somebody's `| head` has seen enough
-        _write_no_more()
+    except BrokenPipeError:  # a reader such as `| head` has exited
+        _discard_stdout()
         return exit_codes.FAILED
     except (PowernapError, OSError) as error:
         if not _is_users_mistake(error):
             raise
         if getattr(error, "filename", None) == STDOUT:
-            _write_no_more()
+            _discard_stdout()
         from powernap.train.run.secrets import mask_secrets
 
-        text = mask_secrets(" ".join(str(error).split()))
-        # What is not printable, a terminal may obey.
-        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-        who = "" if text.startswith(f"rank {rank} ") else who
-        _say(f"powernap: error: {who}{text}\n")
+        message = mask_secrets(" ".join(str(error).split()))
+        # A terminal may interpret characters that are not printable.
+        message = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+        prefix = "" if message.startswith(f"rank {rank} ") else prefix
+        _print_error(f"{prefix}{message}")
         return getattr(error, "exit_code", exit_codes.WRONG_USE)
     except KeyboardInterrupt:
         if rank == "0":
@@ -101,27 +101,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """argparse takes key=value only before the options; here they may stand anywhere."""
+    """argparse accepts key=value only before the options; here they may be anywhere."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    given = getattr(options, "overrides", getattr(options, "fields", None))
-    if wrong := [word for word in rest if given is None or word.startswith("-") or "=" not in word]:
+    pairs = getattr(options, "overrides", getattr(options, "fields", None))
+    if wrong := [word for word in rest if pairs is None or word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
-        assert given is not None
-        given += rest
+        assert pairs is not None
+        pairs += rest
     return options
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Where something is missing, also what a whole command looks like."""
+        """With an example of a complete command, if an argument is missing."""
         example = re.search(r"examples?: (.*?)(; powernap|$)", self.epilog or "")
         missing = "are required" in message
         super().error(f"{message}, such as {example[1]}" if missing and example else message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse passes over errors; help that cannot be written is one."""
+        """argparse ignores errors of writing; a --help that cannot be written must fail."""
         if file is sys.stdout:
             file.write(message)
             file.flush()
@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Stdout(io.TextIOWrapper):
-    """Its errors name it, as those of files do."""
+    """Its errors have a filename, as those of files do."""
 
     def write(self, text: str) -> int:
         with _naming_stdout():
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Asks git only if it is wanted."""
+    """Asks git for the commit, only when it is printed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -174,24 +174,25 @@ class _Version(argparse.Action):
 
 
 def _is_users_mistake(error: PowernapError | OSError) -> bool:
-    """Our own errors say what is wrong in one line, and so do missing files; another OSError is a bug with a traceback."""
+    """Our own errors explain themselves in one line, and so do missing files; other OSErrors are bugs and need a traceback."""
     if isinstance(error, PowernapError) or type(error) in (FileNotFoundError, PermissionError):
         return True
     return bool(error.filename) and error.errno in DISK_ERRORS
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # nobody listens
-        sys.stderr.write(text)  # one write: several ranks may speak at once
+def _print_error(message: str) -> None:
+    with suppress(OSError):  # stderr may be closed
+        sys.stderr.write(f"powernap: error: {message}\n")  # one write: lines of several ranks must not mix
 
 
-def _write_no_more() -> None:
-    """What stdout did not take is given up, or Python complains as it leaves."""
+def _discard_stdout() -> None:
+    """Send unwritten output to /dev/null, or Python complains about it on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> bool:
-    """Whether stdout was open. What is closed becomes /dev/null: a file that got its number would get prints and errors."""
+    """Open closed standard streams as /dev/null: otherwise the next file opened would take their number, and with it prints
+    and errors. Returns whether stdout was open."""
     was_open = sys.stdout is not None
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -206,16 +207,17 @@ def _open_closed_streams() -> bool:
 def entry_point() -> None:
     """The process `powernap`.
 
-    A rank that failed leaves without tidying up: it must not wait for the others, and what its libraries do when their
-    threads still wait may abort the process, which would then end with another exit code than the one it has.
+    A failed rank exits without cleaning up: it must not wait for the others, and the cleanup of libraries whose threads are
+    still waiting may abort the process, which would replace its exit code.
     """
     if not _open_closed_streams():
-        _say("powernap: error: standard output is closed: write >/dev/null for a command that nobody listens to\n")
+        _print_error("standard output is closed: write >/dev/null to discard it")
         sys.exit(exit_codes.WRONG_USE)
     out = cast(io.TextIOWrapper, sys.stdout)
-    how: dict[str, Any] = {"line_buffering": out.line_buffering, "write_through": out.write_through}
+    modes: dict[str, Any] = {"line_buffering": out.line_buffering, "write_through": out.write_through}
     encoding, errors = out.encoding, out.errors
-    sys.stdout = sys.__stdout__ = _Stdout(out.detach(), encoding, errors, **how)  # type: ignore[misc]  # said to be final
+    sys.stdout = sys.__stdout__ = _Stdout(out.detach(), encoding, errors, **modes)  # type: ignore[misc]  # typed as final
+
     follow_parent()
     try:
         code = main()

@@ -1,4 +1,4 @@
-"""What several commands take, read from the command line. Nothing here imports torch."""
+"""Arguments shared by several commands, and their parsers. Nothing here imports torch."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from powernap.launch.jobs.units import parse_duration, parse_size
 
 OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.passes=[1,2,4]"
 RUN = "a run's folder, or its name below runs/"
-LARGEST = 2**32  # of all whole numbers, as in a recipe
+LARGEST = 2**32  # upper bound of integers, as in a recipe
 MOST_PASSES = 1024  # as sleep.passes
 
 
@@ -30,7 +30,7 @@ def add_jobs(parser: argparse.ArgumentParser, several: bool = True) -> None:
 
 
 def run_folder(name: str, files: tuple[str, ...] = ("config.yaml", "metrics.jsonl")) -> Path:
-    """A run by folder or by its name below runs/: a folder with any of `files`."""
+    """The folder of a run, given as such or by its name below runs/; it has at least one of `files`."""
     from powernap.train.paths import expanded_path
     from powernap.train.recipe_file import RecipeError
 
@@ -43,12 +43,12 @@ def run_folder(name: str, files: tuple[str, ...] = ("config.yaml", "metrics.json
 def numbers(text: str) -> list[int]:
     """1,2,4 -> [1, 2, 4], values of N"""
     try:
-        found = [int(part) for part in text.split(",")]
+        values = [int(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) < 1 or max(found) > MOST_PASSES:
+        values = []
+    if not values or min(values) < 1 or max(values) > MOST_PASSES:
         raise argparse.ArgumentTypeError(f"'{text:.60}': write whole numbers from 1 to {MOST_PASSES}, such as 1,2,4,8")
-    return found
+    return values
 
 
 def size(text: str) -> int:
@@ -68,7 +68,7 @@ def duration(text: str) -> int:
 
 
 def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
-    """A whole number in these bounds."""
+    """A parser of whole numbers within these bounds."""
 
     def parse(text: str) -> int:
         try:
@@ -83,7 +83,7 @@ def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
 
 
 def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """A finite number in these bounds; above: larger than `least`."""
+    """A parser of finite numbers within these bounds; above: `least` itself is excluded."""
     bounds = f"above {least:g}" if above else f"from {least:g}"
     bounds += f" to {most:g}" if math.isfinite(most) else ""
 
@@ -105,7 +105,7 @@ seed = whole(0, 2**32 - 1)  # as run.seed
 
 
 def path(text: str) -> Path:
-    """With ~ and $NAME expanded, which a shell does not do in --to=~/folder."""
+    """Expand ~ and $NAME, as shells do not in --to=~/folder."""
     from powernap.train.paths import PathError, expanded_path
 
     try:
@@ -115,7 +115,8 @@ def path(text: str) -> Path:
 
 
 def shards(text: str) -> str:
-    """The same for shards as a recipe names them."""
+    """Expand ~ and $NAME in shards, written as in a recipe."""
+
     from powernap.train.paths import PathError, expand_shards
 
     try:

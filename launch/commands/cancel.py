@@ -9,7 +9,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "cancel",
         help="end submitted runs; they save first",
-        description="End jobs. Runs that train save a checkpoint first; the same powernap submit goes on with them.",
+        description="End jobs. Runs that are training save a checkpoint first; the same powernap submit resumes them.",
         epilog="example: powernap cancel mine",
     )
     add_jobs(parser)
@@ -26,5 +26,6 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
             print(f"{record.run}: {status.state} already")
             continue
         record.profile.backend().cancel(record)
-        print(f"{record.run}: job {record.id} is told to end")
+        print(f"{record.run}: job {record.id} was asked to end")
+
     return 0

@@ -1,4 +1,4 @@
-"""powernap checkpoint: what a run has saved, whether it is whole, and its model by itself."""
+"""powernap checkpoint: list, verify and export a run's checkpoints."""
 
 import argparse
 import sys
@@ -11,19 +11,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "checkpoint",
         help="list, verify, export checkpoints",
-        description="A run's checkpoints: list them, read every byte of them, write a model by itself.",
+        description="A run's checkpoints: list them, verify every byte, export the model alone.",
         epilog="examples: powernap checkpoint inspect mine; powernap checkpoint verify mine; powernap checkpoint export "
         "mine exported && powernap generate exported --prompt 'the cat'",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, run, text in (
-        ("inspect", inspect, "list a run's checkpoints; with --step, what is in one"),
-        ("verify", verify, "read every file and compare size and SHA-256; exit code 1 if one is not what was written"),
-        ("export", export, "write a model, whole, as safetensors with a config.json, for powernap generate and others"),
+        ("inspect", inspect, "list a run's checkpoints; with --step, the contents of one"),
+        ("verify", verify, "read every file and compare size and SHA-256; exit code 1 if one is damaged"),
+        ("export", export, "write the whole model as safetensors with a config.json, for powernap generate and others"),
     ):
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         action.add_argument("run_name", metavar="RUN", help=RUN)
-        action.add_argument("--step", type=count, metavar="N", help="the checkpoint of this step alone")
+        action.add_argument("--step", type=count, metavar="N", help="only the checkpoint of this step")
         if name == "export":
             action.add_argument("to", metavar="FOLDER", type=path, help="a new folder")
         action.set_defaults(run=run)
@@ -32,12 +32,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 def inspect(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.checkpoint.manifest import CheckpointError, read_manifest
 
-    found = _checkpoints(options)
+    folders = _checkpoints(options)
     if options.step:
-        print("\n".join(_describe(read_manifest(found[0]))))
+        print("\n".join(_describe(read_manifest(folders[0]))))
         return 0
     print(f"{'step':>9} {'written (UTC)':20} {'bytes':>15} {'files':>5}  layout")
-    for folder in found:
+    for folder in folders:
         try:
             content = read_manifest(folder)
         except CheckpointError as error:
@@ -46,7 +46,7 @@ def inspect(options: argparse.Namespace, _: list[str]) -> int:
         size = sum(file["bytes"] for file in content["files"].values())
         written = content["written"][:19].replace("T", " ")
         print(f"{content['step']:9,} {written:20} {size:15,} {len(content['files']):5}  {_layout(content)}")
-    print(f"{found[0].parent}: sizes as written; powernap checkpoint verify reads the files")
+    print(f"{folders[0].parent}: sizes as recorded; powernap checkpoint verify reads the files")
     return 0
 
 
@@ -88,22 +88,20 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> list[Path]:
-    """Those of the run, or the one that was asked for; at least one."""
+    """The folders of the run's checkpoints, or of the one of --step; at least one."""
     from powernap.parallel.checkpoint.manifest import CheckpointError, checkpoints, step_of
     from powernap.train.run.folder import RunFolder
 
-    folder = RunFolder(run_folder(options.run_name)).checkpoints
-    found = checkpoints(folder)
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint yet")
+    parent = RunFolder(run_folder(options.run_name)).checkpoints
+    folders = checkpoints(parent)
+    if not folders:
+        raise CheckpointError(f"{parent}: no checkpoint yet")
     if options.step is None:
-        return found
-    chosen = [path for path in found if step_of(path) == options.step]
-    if not chosen:
-        raise CheckpointError(
-            f"{folder}: none of step {options.step}: there are {', '.join(str(step_of(p)) for p in found)}"
-        )
-    return chosen
+        return folders
+    by_step = {step_of(folder): folder for folder in folders}
+    if options.step not in by_step:
+        raise CheckpointError(f"{parent}: none of step {options.step}: there are {', '.join(map(str, by_step))}")
+    return [by_step[options.step]]
 
 
 def _layout(content: dict) -> str:
@@ -123,15 +121,16 @@ def _describe(content: dict) -> list[str]:
         f"step        {content['step']:,}, written {content['written']}",
         f"layout      {_layout(content)}",
         *textwrap.wrap(f"versions    {versions}", 80, subsequent_indent=" " * 12, drop_whitespace=True),
-        f"parameters  {len(parameters)} tensors, {sum(prod(told['shape']) for told in parameters.values()):,} numbers",
+        f"parameters  {len(parameters)} tensors, {sum(prod(entry['shape']) for entry in parameters.values()):,} numbers",
         f"optimizer   float32 master weights, {', '.join(states) or 'no states yet'}",
         f"lanes       {lanes['count']} with fast weights of blocks {', '.join(lanes['blocks'])}"
         if lanes
         else "lanes       none",
     ]
-    for name, told in parameters.items():
-        split = f", split along {told['split'][0]}" if told["split"] else ""
-        lines.append(f"  {name:50} {' x '.join(map(str, told['shape']))}{split}")
-    for name, told in content["files"].items():
-        lines.append(f"  {name:28} {told['bytes']:>14,} bytes  sha256 {told['sha256'][:16]}...")
+    for name, entry in parameters.items():
+        split = f", split along {entry['split'][0]}" if entry["split"] else ""
+        lines.append(f"  {name:50} {' x '.join(map(str, entry['shape']))}{split}")
+    for name, entry in content["files"].items():
+        lines.append(f"  {name:28} {entry['bytes']:>14,} bytes  sha256 {entry['sha256'][:16]}...")
+
     return lines

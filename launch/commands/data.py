@@ -19,22 +19,27 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "build",
         help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
-        "The same command continues where it was stopped, also when the input was mended.",
-        epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), track (products of permutations, window by window), gsm (word problems of "
-        "1 to 8 operations), text (any .txt, .jsonl or .parquet, also .gz, .zst or .bz2; on_error=skip leaves out documents that "
-        "cannot be used), or one of another package, by its entry point or as package.module:Class. examples: powernap data build depo data/depo nodes=8 "
-        "max_hop=4 --train-samples 50000; powernap data build text data/text inputs=corpus tokenizer=bytes window=256",
+        "The same command resumes a build that was stopped, also after the input was fixed.",
+        epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), track (products of "
+        "permutations, window by window), gsm (word problems of 1 to 8 operations), text (any .txt, .jsonl or .parquet, also .gz, .zst or .bz2; on_error=skip leaves out documents "
+        "that cannot be used), or one of another package, by its entry point or as package.module:Class. examples: powernap "
+        "data build depo data/depo nodes=8 max_hop=4 --train-samples 50000; powernap data build text data/text "
+        "inputs=corpus tokenizer=bytes window=256",
     )
     parser.add_argument("task", metavar="TASK", help="depo, rule110, track, gsm, text, or package.module:Class")
-    parser.add_argument("folder", metavar="FOLDER", type=path, help="where the shards go")
+    parser.add_argument("folder", metavar="FOLDER", type=path, help="the folder to write shards to")
     parser.add_argument(
-        "fields", metavar="key=value", nargs="*", default=[], help="sizes of the task, such as nodes=75 max_hop=16"
+        "fields", metavar="key=value", nargs="*", default=[], help="fields of the task, such as nodes=75 max_hop=16"
     )
     parser.add_argument("--train-samples", type=whole(0), default=20000, help="(default: %(default)s)")
     parser.add_argument("--test-samples", type=whole(0), default=1000, help="(default: %(default)s)")
     parser.add_argument("--samples-per-shard", type=count, default=2500, help="(default: %(default)s)")
     parser.add_argument(
-        "--shard-size", type=size, default=64_000_000, metavar="SIZE", help="text read for a shard (64MB)"
+        "--shard-size",
+        type=size,
+        default=64_000_000,
+        metavar="SIZE",
+        help="size of the text in a shard (default: 64MB)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="(default: %(default)s)")
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
@@ -68,12 +73,14 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show samples and statistics of shards",
-        description="Write out the first samples of SHARDS with their windows and loss tokens, and count all.",
+        description="Print the first samples of SHARDS with their windows and loss tokens, and statistics of all.",
         epilog="examples: powernap data inspect data/depo; powernap data inspect 'data/depo/test-*.tar' --samples 5",
     )
     parser.add_argument("shards", metavar="SHARDS", type=shards, help="a folder, or shards as a recipe names them")
-    parser.add_argument("--samples", type=whole(0), default=2, help="samples to write out (default: %(default)s)")
-    parser.add_argument("--window", type=count, metavar="L", help="(default: what the shards were built for)")
+    parser.add_argument("--samples", type=whole(0), default=2, help="samples to print (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=count, metavar="L", help="(default: the window that the shards were built for)"
+    )
     parser.set_defaults(run=run_inspect)
 
 
@@ -89,9 +96,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
         help="read every byte of shards and compare with their manifest",
-        description="Read every byte of the shards in FOLDER and compare sizes, SHA-256 and counts with its manifest.json, "
-        "which `powernap data build` wrote; shards that are missing, and others that are there. Exit code 1 if something "
-        "is not what was written.",
+        description="Read every byte of the shards in FOLDER and compare sizes, SHA-256 and counts with the manifest.json "
+        "of `powernap data build`; report missing and additional shards. Exit code 1 if anything differs.",
         epilog="example: powernap data verify data/depo",
     )
     parser.add_argument("folder", metavar="FOLDER", type=path, help="the folder of the shards")
@@ -108,9 +114,9 @@ def run_verify(options: argparse.Namespace, _: list[str]) -> int:
     with tqdm(
         total=total, unit="B", unit_scale=True, desc=folder.name, leave=False, disable=not sys.stderr.isatty()
     ) as bar:
-        found = verify(folder, bar.update)
-    for file, problem in found.problems:
+        result = verify(folder, bar.update)
+    for file, problem in result.problems:
         print(f"{folder / file}  BROKEN  {problem}")
-    if not found.problems:
-        print(f"{folder}  whole  {found.samples:,} samples, {found.bytes:,} bytes in {found.shards:,} shards")
-    return 1 if found.problems else 0
+    if not result.problems:
+        print(f"{folder}  whole  {result.samples:,} samples, {result.bytes:,} bytes in {result.shards:,} shards")
+    return 1 if result.problems else 0

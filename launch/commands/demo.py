@@ -1,4 +1,4 @@
-"""powernap demo: the same small hybrid with and without sleep, from shards to a picture, with the commands a user types."""
+"""powernap demo: the same small hybrid with and without sleep, from shards to a picture, by the commands a user would type."""
 
 import argparse
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from powernap.launch.commands.arguments import OVERRIDES, path, seed
 
 TRAINED = (4, 1)  # N of the two models: four passes of sleep, and the plain hybrid
-# What the demo sets itself, and what to write instead where there is something.
-OWN = {
+# Fields that the demo sets, and the option to use instead, if there is one.
+FIXED = {
     "run.root": "--folder",
     "run.seed": "--seed",
     "run.name": None,
@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "demo",
         help="train with and without sleep and compare, in minutes",
         description="Build Depo shards, train one small hybrid with N=4 passes of sleep and one without (N=1), test "
-        "both on held-out cycles; writes runs/demo/results.json and runs/demo/demo.png.",
+        "both on held-out cycles; write runs/demo/results.json and runs/demo/demo.png.",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of data, weights and order (default: %(default)s)")
     parser.add_argument("--folder", type=path, default=Path("runs/demo"), help="(default: %(default)s)")
@@ -42,12 +42,12 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def demo(folder: Path, seed: int, overrides: list[str]) -> int:
-    """Build the shards, train both models, evaluate both on held-out cycles, compare them; continue where it was stopped.
+    """Build the shards, train both models, evaluate both on held-out cycles, compare them; resumes a demo that was stopped.
 
     Writes results.json and demo.png into `folder`. `overrides` change both runs' recipe (tests shorten it).
 
     Raises:
-        RecipeError: if `overrides` do not fit the recipe, or change what the demo sets itself.
+        RecipeError: if `overrides` do not fit the recipe, or change fields that the demo sets.
     """
     from powernap.train.evaluation.pictures import draw_demo
     from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, with_intervals
@@ -65,11 +65,11 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
             "--samples-per-shard", "6000", "--seed", str(seed))  # fmt: skip
     for passes in TRAINED:
         if "guesses" in read_evaluation(folder, passes):
-            continue  # stopped after it was done
-        going_on = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
+            continue  # done before the demo was stopped
+        resume = ["--resume"] if (folder / f"N{passes}" / "config.yaml").is_file() else []
         powernap(
             "train", "demo", f"run.name=N{passes}", f"run.root={folder}", f"run.seed={seed}", f"sleep.passes={passes}",
-            f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides, *going_on,
+            f"data.train={data}/train-*.tar", f"data.test={data}/test-*.tar", *overrides, *resume,
         )  # fmt: skip
         powernap("eval", str(folder / f"N{passes}"), "--passes", str(passes))
     evaluations = {n: read_evaluation(folder, n) for n in TRAINED}
@@ -78,7 +78,7 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
     summary = {
         "accuracy": accuracy,  # trained N -> read at N -> hop
         "interval": {str(n): evaluations[n]["interval"] for n in TRAINED},
-        "floor": floor,  # hop -> what the best surface guess gets, see train/evaluation/floors.py
+        "floor": floor,  # hop -> accuracy of the best surface guess, see train/evaluation/floors.py
         "constant_guess": guesses["constant"],
         "steps": evaluations[TRAINED[0]]["step"],
         "seed": seed,
@@ -107,38 +107,38 @@ def demo(folder: Path, seed: int, overrides: list[str]) -> int:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Raises RecipeError, before anything is built, for what would fail later or take the runs out of the demo's folder."""
+    """Raise RecipeError, before anything is built, for overrides that would fail later or move runs out of the demo's folder."""
     from powernap.train.config import Recipe
     from powernap.train.recipe_file import RecipeError, load_recipe, parse_overrides
     from powernap.train.run.folder import flatten
     from powernap.train.yaml_core import settle
 
     for key in flatten(settle(parse_overrides(overrides), Recipe)):
-        for own, option in OWN.items():
-            if key == own or key.startswith(f"{own}."):
-                instead = f"write {option}" if option else "train by yourself: powernap train demo ..."
-                raise RecipeError(f"{key}: the demo sets it itself: {instead}")
+        for field, option in FIXED.items():
+            if key == field or key.startswith(f"{field}."):
+                instead = f"use {option}" if option else "train your own run: powernap train demo ..."
+                raise RecipeError(f"{key} is set by the demo: {instead}")
     load_recipe("demo", overrides)
 
 
 def read_evaluation(folder: Path, passes: int) -> dict:
-    """What `powernap eval` found of one of the demo's models; empty if it has not been there."""
+    """The results of `powernap eval` for one of the demo's models; empty before it has run."""
     path = folder / f"N{passes}" / "evaluation.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def powernap(*arguments: str) -> None:
-    """Show and run one powernap command in a process of its own."""
-    from powernap.launch.torchrun import passing_on
+    """Print and run one powernap command in its own process."""
+    from powernap.launch.torchrun import forwarding
     from powernap.parallel.liveness.parent import not_to_outlive_this
 
     print("$ powernap " + " ".join(arguments), flush=True)
-    with passing_on(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    with forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         command = subprocess.Popen(
             [sys.executable, "-m", "powernap.launch.cli", *arguments],
             env=os.environ | not_to_outlive_this(),
-            process_group=0,  # or Ctrl-C would come twice, from the terminal and from here
+            process_group=0,  # otherwise Ctrl-C would arrive twice, from the terminal and from here
         )
         exit_code = command.wait()
     if exit_code:
-        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)  # the command has said why
+        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)  # the command has printed its error

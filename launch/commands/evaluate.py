@@ -9,8 +9,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "eval",
         help="accuracy by depth and N of a run",
-        description="Read a run's test shards with its newest checkpoint: accuracy by depth (hop or step) for each N, "
-        "as a table, evaluation.json and evaluation.png in the run's folder, logged to its MLflow run.",
+        description="Evaluate a run's newest checkpoint on its test shards: accuracy by depth (hop or step) for each N, "
+        "as a table, as evaluation.json and evaluation.png in the run's folder, and in its MLflow run.",
         epilog="example: powernap eval demo-N4 --passes 1,2,4,8",
     )
     parser.add_argument("run_name", metavar="RUN", help=RUN)
@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         type=shards,
         metavar="SHARDS",
-        help="data.test with its passwords and tokens, which a run does not keep",
+        help="data.test with its passwords and tokens, which are not stored with a run",
     )
     parser.set_defaults(run=run)
 

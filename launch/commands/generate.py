@@ -1,4 +1,4 @@
-"""powernap generate: a trained run goes on with a prompt."""
+"""powernap generate: continue prompts with a trained run."""
 
 import argparse
 import json
@@ -11,16 +11,16 @@ from powernap.launch.commands.arguments import RUN, passes, path, real, run_fold
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
-        help="let a run go on with a prompt",
-        description="Read prompts with a run's newest checkpoint and go on with them, token by token: a full window "
-        "sleeps when the next token arrives, and its keys and values are dropped, so memory and time for a token do "
-        "not grow. Several prompts make a batch.",
+        help="continue a prompt with a trained run",
+        description="Continue prompts with a run's newest checkpoint, token by token: a full window sleeps when the next "
+        "token arrives, and its keys and values are dropped, so memory and time per token do not grow. Several prompts "
+        "make a batch.",
         epilog="examples: powernap generate mine --prompt 'the cat' --temperature 0.8 --top-p 0.9; powernap generate "
         "mine --prompt-file book.txt --max-tokens 0 --save-state book.pt; powernap generate mine --state book.pt "
         "--prompt 'In short,'",
     )
     parser.add_argument("run_name", metavar="RUN", help=f"{RUN}; or an exported model")
-    # All of these are prompts, in the order given.
+    # These options may be mixed: their prompts are numbered in the order given.
     parser.add_argument(
         "--prompt", dest="prompts", action="append", type=_text, metavar="TEXT", default=[], help="text, or words "
         "as `powernap data inspect` shows them"
@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--prompt-file", dest="prompts", action="append", type=path, metavar="FILE", help="a prompt as file; - is stdin"
     )
     parser.add_argument(
-        "--max-tokens", type=whole(0), default=100, metavar="N", help="tokens to say (default: %(default)s)"
+        "--max-tokens", type=whole(0), default=100, metavar="N", help="maximum new tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--temperature", type=real(0), default=0.0, metavar="T", help="0: always the likeliest token (default: 0)"
@@ -44,14 +44,16 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="P",
         help="only the likeliest tokens that sum to P (default: 1)",
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
     parser.add_argument(
-        "--seed", type=seed, metavar="S", help="prompt i draws from S + i (default: 0, or where the state stopped)"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop at this text; may be repeated"
+    )
+    parser.add_argument(
+        "--seed", type=seed, metavar="S", help="prompt i samples with seed S + i (default: 0, or as the state left off)"
     )
     parser.add_argument("--passes", type=passes, metavar="N", help="N of every sleep (default: the largest trained)")
-    parser.add_argument("--save-state", type=path, metavar="FILE", help="write the streams there at the end")
-    parser.add_argument("--state", type=path, metavar="FILE", help="go on with streams saved before")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    parser.add_argument("--save-state", type=path, metavar="FILE", help="save the streams there at the end")
+    parser.add_argument("--state", type=path, metavar="FILE", help="continue streams saved before")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per prompt")
     parser.set_defaults(run=run)
 
 
@@ -98,7 +100,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _text(text: str) -> str:
-    """As it is on the command line: what is no UTF-8 there has no tokens."""
+    """Check that a prompt on the command line is UTF-8, as tokenizers need it."""
+
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -10,11 +10,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "list",
         help="all submitted runs",
-        description="All runs that were submitted from this folder, the last ones last.",
+        description="All runs that were submitted from this folder, newest last.",
         epilog="example: powernap list --active",
     )
     parser.add_argument("--root", type=path, default=Path("runs"), help="folder of the runs (default: runs)")
-    parser.add_argument("--active", action="store_true", help="only those that are not over")
+    parser.add_argument("--active", action="store_true", help="only jobs that are not over")
+
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""powernap logs: what a job printed."""
+"""powernap logs: a job's output."""
 
 import argparse
 import sys
@@ -7,18 +7,18 @@ import time
 from powernap.launch.commands.arguments import add_jobs
 from powernap.launch.jobs.status import Status
 
-ASK_AGAIN = 5.0  # seconds, why a job that prints nothing waits
+STATUS_SECONDS = 5.0  # between queries why a job without output is pending
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "logs",
-        help="what a submitted run printed",
-        description="What a job printed, over all its starts.",
+        help="the output of a submitted run",
+        description="A job's output, over all its starts.",
         epilog="example: powernap logs -f mine",
     )
     add_jobs(parser, several=False)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
+    parser.add_argument("-f", "--follow", action="store_true", help="follow the output until the job is over")
     parser.set_defaults(run=run)
 
 
@@ -33,20 +33,20 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     record, status = status_of(records[0])
     if record.id is None:
         raise JobError(f"{record.run}: {status.reason}")
-    said, asked = _waits(record.run, status), time.monotonic()
-    if said:
-        print(said, file=sys.stderr, flush=True)
+    notice, queried = _pending_notice(record.run, status), time.monotonic()
+    if notice:
+        print(notice, file=sys.stderr, flush=True)
     for piece in record.profile.backend().logs(record, options.follow):
-        if not piece and time.monotonic() > asked + ASK_AGAIN:
-            before, asked = said, time.monotonic()
-            said = _waits(record.run, status_of(record)[1])
-            if said and said != before:
-                print(said, file=sys.stderr, flush=True)
+        if not piece and time.monotonic() > queried + STATUS_SECONDS:
+            shown, queried = notice, time.monotonic()
+            notice = _pending_notice(record.run, status_of(record)[1])
+            if notice and notice != shown:
+                print(notice, file=sys.stderr, flush=True)
         sys.stdout.write(piece)
         sys.stdout.flush()
     return 0
 
 
-def _waits(run: str, status: Status) -> str:
-    """Why there may be nothing to read yet; "" once it runs."""
-    return f"{run} is pending: {status.reason or 'the scheduler has not said why'}" if status.state == "pending" else ""
+def _pending_notice(run: str, status: Status) -> str:
+    """Why there is no output yet; "" once the job runs."""
+    return f"{run} is pending: {status.reason or 'the scheduler gives no reason'}" if status.state == "pending" else ""

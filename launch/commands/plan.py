@@ -10,7 +10,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan",
         help="memory, bubble and FLOPs of a recipe's layout, or better layouts",
-        description="What a recipe's layout costs, before any process starts: parameters, bytes of every rank, live "
+        description="The cost of a recipe's layout, before any process starts: parameters, bytes of every rank, live "
         "segments, FLOPs and the pipeline's bubble. With --suggest: other layouts, best first.",
         epilog="examples: powernap plan demo --memory 80GB; powernap plan demo --suggest --devices 64 --memory 80GB",
     )
@@ -29,13 +29,14 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.recipe_file import RecipeError, load_recipe
 
     if options.devices and not options.suggest:
-        raise RecipeError("--devices goes with --suggest: without it the recipe says how many")
+        raise RecipeError("--devices needs --suggest: without it the recipe sets the number of devices")
     recipe = load_recipe(options.recipe, options.overrides)
     predicts = predicting_windows(recipe)
     if options.suggest:
         devices = options.devices or recipe.parallel.world_size
-        found = suggest(recipe, devices, predicts, options.memory)
-        print(suggestions_json(found) if options.json else suggestions_text(found, devices))
+        layouts = suggest(recipe, devices, predicts, options.memory)
+        print(suggestions_json(layouts) if options.json else suggestions_text(layouts, devices))
+
         return 0
     result = plan(recipe, predicts, options.memory)
     print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))

@@ -11,8 +11,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "report",
         help="runs side by side: a page with tables and plots",
         description="Compare runs: what differs, accuracy by depth and N with intervals and floors, loss curves, cost. "
-        "Writes report.html, which needs no other file, and report.md with its pictures. Runs that differ in "
-        "seed and folders only are taken together.",
+        "Writes a self-contained report.html, and report.md with its pictures. Runs that differ only in seed and folders "
+        "are pooled.",
         epilog="example: powernap report sleep-s0 sleep-s1 n1-s0 n1-s1 --to runs/report",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN)

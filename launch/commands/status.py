@@ -1,4 +1,4 @@
-"""powernap status: how a job, or all jobs of a sweep, stand."""
+"""powernap status: the status of a job, or of all jobs of a sweep."""
 
 import argparse
 
@@ -8,9 +8,9 @@ from powernap.launch.commands.arguments import add_jobs
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "status",
-        help="how a submitted run or sweep stands",
-        description="How jobs stand: pending, running, stopping, succeeded, failed, cancelled, or lost, if the scheduler "
-        "does not know them any more.",
+        help="the status of a submitted run or sweep",
+        description="The status of jobs: pending, running, stopping, succeeded, failed, cancelled, or lost, if the "
+        "scheduler no longer knows them.",
         epilog="example: powernap status mine --json",
     )
     add_jobs(parser)

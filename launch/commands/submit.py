@@ -14,9 +14,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "submit",
         help="train a recipe as a job: local, SLURM, Kubernetes",
-        description="Train a recipe as a job that is started again when it was pre-empted or failed. job.NAME=VALUE says "
-        "what it asks of the cluster; values separated by commas make a sweep. The same command after a failure goes on "
-        "with the run. What was submitted is kept in runs/NAME/jobs/.",
+        description="Train a recipe as a job that is restarted after pre-emption and failures. job.NAME=VALUE requests "
+        "resources of the cluster; values separated by commas make a sweep. After a failure the same command resumes "
+        "the run. A copy of everything submitted is kept in runs/NAME/jobs/.",
         epilog="examples: powernap submit demo --on local run.name=mine; powernap submit demo --on slurm job.nodes=2 "
         "job.time=2h sleep.passes=1,2,4 run.seed=0,1",
     )
@@ -24,16 +24,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--on", metavar="CLUSTER", required=True, help="a profile: clusters/CLUSTER.yaml, its file, or local"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, submit nothing")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was started without submit")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, but do not submit it")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was started without submit")
     parser.add_argument("--json", action="store_true", help="print the submitted jobs as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.launch.jobs.submission import prepare, submit
+    from powernap.launch.jobs.submission import prepare_submission, submit_all
 
-    submission = prepare(options.recipe, options.overrides, options.on, options.resume)
+    submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume)
     if options.dry_run:
         for group, files in submission.rendered():
             folder = submission.folder_of(group).path
@@ -43,8 +43,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
                 print(f"# {folder / name}", file=sys.stderr, flush=True)
                 print(text, end="" if text.endswith("\n") else "\n", flush=True)
         return 0
-    records = submit(submission)
-    for note in _notes(records[0].own_folder.path / "code.diff"):
+    records = submit_all(submission)
+    for note in _notes(records[0].folder.path / "code.diff"):
         print(f"powernap: code.diff: {note}", file=sys.stderr)
     if options.json:
         print(json.dumps([{"run": record.run, "id": record.id} for record in records], indent=2))
@@ -52,11 +52,12 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     for record in records:
         print(f"{record.run}: job {record.id} on {options.on}")
     name = submission.folder.name
-    print(f"powernap status {name} says how it stands, powernap logs -f {records[0].run} follows it")
+    print(f"powernap status {name} shows its state, powernap logs -f {records[0].run} follows its output")
+
     return 0
 
 
 def _notes(patch: Path) -> list[str]:
-    """What the patch of the code's changes says that it leaves out."""
+    """Notes at the head of code.diff about the changes it leaves out."""
     lines = patch.read_bytes().splitlines() if patch.is_file() else []
     return [line[2:].decode(errors="replace") for line in takewhile(lambda line: line.startswith(b"# "), lines)]

@@ -1,4 +1,4 @@
-"""powernap sync: what MLflow has missed of runs."""
+"""powernap sync: deliver records that MLflow has missed."""
 
 import argparse
 import sys
@@ -12,8 +12,8 @@ ROOT = Path("runs")
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "sync",
-        help="deliver what MLflow has missed of runs",
-        description="Deliver the records of runs that wait for MLflow: its server, MLFLOW_TRACKING_URI, was away when "
+        help="deliver records that MLflow has missed",
+        description="Deliver runs' records that wait for MLflow: its server, MLFLOW_TRACKING_URI, was unavailable when "
         "they ended, or its database beside the runs was set aside. Exit code 1 if some still wait.",
         epilog="examples: powernap sync mine; powernap sync",
     )
@@ -38,24 +38,24 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     folders = folders or spooled_runs(ROOT)
     if not folders:
         raise DeliveryError(f"no run below {ROOT}/ has records for MLflow: name a run's folder")
-    # Runs that wait first: what they find broken is mended before the others are looked for in it.
+    # Waiting runs first: a broken database that they find is repaired before it is searched for the others.
     folders.sort(key=lambda folder: not Delivery(folder).waiting())
     prepare_mlflow(SYNC_TIMEOUT)
-    left = False
+    failed = False
     ask = True
     for folder in folders:
         try:
-            # Where MLflow has not answered for one run, the next ones need not wait as long.
-            synced = sync_run(folder, sys.stderr.isatty(), ask, attempts=1 if left or not ask else SYNC_ATTEMPTS)
+            # If MLflow has not answered for one run, do not wait as long for the next ones.
+            synced = sync_run(folder, sys.stderr.isatty(), ask, attempts=1 if failed or not ask else SYNC_ATTEMPTS)
         except DeliveryError as error:
-            left = True
+            failed = True
             print(f"powernap: error: {error}", file=sys.stderr)
             continue
         words = [f"{synced.delivered} records delivered" if synced.delivered else "nothing waits"]
         if synced.unknown:
             ask = False
-            words.append(f"whether MLflow has this run is not known: {synced.unknown}")
+            words.append(f"unknown whether MLflow has this run: {synced.unknown}")
         if synced.refused:
-            words.append(f"MLflow refused {len(synced.refused)}, which it will not get: {synced.refused[0]}")
+            words.append(f"MLflow refused {len(synced.refused)}, which are not sent again: {synced.refused[0]}")
         print(f"{folder}: {'; '.join(words)}", flush=True)
-    return int(left)
+    return int(failed)

@@ -1,4 +1,4 @@
-"""powernap train: check a recipe, start its processes or join them, run it."""
+"""powernap train: check a recipe, start its processes or join them, train."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -13,22 +13,22 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
         help="train a recipe",
-        description="Train a recipe. Starts the local processes its layout needs, or joins those that torchrun or srun "
+        description="Train a recipe. Starts the local processes that its layout needs, or joins those that torchrun or srun "
         "started. The run owns the folder runs/NAME: config.yaml, metrics.jsonl, checkpoints/, logs/.",
         epilog="example: powernap train demo run.name=mine train.steps=200 parallel.data=2",
     )
     add_recipe(parser)
-    going_on = parser.add_mutually_exclusive_group()
-    going_on.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of runs/NAME")
-    going_on.add_argument(
+    resuming = parser.add_mutually_exclusive_group()
+    resuming.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of runs/NAME")
+    resuming.add_argument(
         "--auto-resume",
         action="store_true",
-        help="the same where the run has begun: for schedulers that start it again",
+        help="the same if the run has begun, else start it: for schedulers that restart jobs",
     )
     parser.add_argument(
         "--detect-anomaly",
         action="store_true",
-        help="stop at the first number that is not finite and name the module that made it; slow",
+        help="stop at the first non-finite number and name the module that produced it; slow",
     )
     parser.set_defaults(run=run)
 
@@ -48,7 +48,8 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
 
     recipe = load_recipe(options.recipe, options.overrides)
     folder = RunFolder(recipe.run_folder)
-    # All ranks see the same: the folder is made once they have met.
+    # All ranks see the same: the folder is created only after they have met.
+
     resume = options.resume or (options.auto_resume and folder.config.is_file())
     folder.check_start(recipe, resume)
     joining = torchrun.already_started()

@@ -1,4 +1,4 @@
-"""powernap wait: until jobs are over."""
+"""powernap wait: wait until jobs are over."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="example: powernap wait mine --timeout 12h && powernap eval mine",
     )
     add_jobs(parser)
-    parser.add_argument("--timeout", type=duration, metavar="TIME", help="such as 90m or 12h (default: for ever)")
+    parser.add_argument("--timeout", type=duration, metavar="TIME", help="such as 90m or 12h (default: forever)")
     parser.set_defaults(run=run)
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
     records = [record for name in options.runs for record in find_jobs(name)]
     deadline = time.monotonic() + options.timeout if options.timeout else float("inf")
-    pause, shown = 0.5, None
+    interval, shown = 0.5, None
     while True:
         rows = rows_of(records)
         over = all(row.status.is_over for row in rows)
@@ -37,21 +37,21 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         if over or time.monotonic() > deadline:
             print(table)
             break
-        # Steps change all the time: where nobody looks, only what a job waits for is worth a line.
-        waits = "\n".join(f"{row.run} is pending: {row.status.reason}" for row in rows if _has_to_wait(row))
-        news = table if sys.stderr.isatty() else waits
+        # The table changes with every step: in a log, print only the reasons of pending jobs.
+        reasons = "\n".join(f"{row.run} is pending: {row.status.reason}" for row in rows if _has_reason(row))
+        news = table if sys.stderr.isatty() else reasons
         if news and news != shown:
             print(news, file=sys.stderr, flush=True)
             shown = news
         record, id = next((record, row.id) for record, row in zip(records, rows, strict=True) if not row.status.is_over)
-        waiting = record.model_copy(update={"id": id})  # known since, where submitting was cut off
-        record.profile.backend().pause(waiting, min(pause, max(0.0, deadline - time.monotonic())))
-        pause = min(10.0, pause * 1.5)  # a scheduler serves others, too
+        waiting = record.model_copy(update={"id": id})  # found only now, if submitting was interrupted
+        record.profile.backend().wait_for_change(waiting, min(interval, max(0.0, deadline - time.monotonic())))
+        interval = min(10.0, interval * 1.5)  # spare the scheduler
     states = {row.status.state for row in rows}
     if not over:
         return NOT_OVER
     return 1 if states & {"failed", "lost"} else 3 if "cancelled" in states else 0
 
 
-def _has_to_wait(row: Row) -> bool:
+def _has_reason(row: Row) -> bool:
     return row.status.state == "pending" and bool(row.status.reason)

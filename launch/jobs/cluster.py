@@ -1,6 +1,6 @@
 """A cluster's profile: scheduler settings shared by all jobs. `--on NAME` reads clusters/NAME.yaml.
 
-Looked for in clusters/ below the working folder, in ~/.config/powernap/clusters, then among those shipped in launch/clusters.
+Search order: clusters/ in the working directory, ~/.config/powernap/clusters, the shipped launch/clusters.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from powernap.launch.jobs.description import VARIABLE, JobDescription, JobError
 from powernap.launch.jobs.units import parse_duration, parse_size
@@ -30,24 +30,26 @@ LABEL_VALUE = r"^([A-Za-z0-9]([\w.\-]{0,61}[A-Za-z0-9])?)?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.\-]*[a-z0-9])?$"
 Word = Annotated[
     str, Field(pattern=r"^[\w][\w.\-:,=/&|*@+\[\]()!]*$", max_length=200)
-]  # nothing that a shell would take apart
+]  # no spaces, quotes, $ or backticks
 
 
 class Network(Section):
-    """How ranks of several nodes talk."""
+    """Communication between nodes."""
 
     interface: str | None = Field(
         None, pattern=r"^[\w.\-^=,]+$", description="network interface of NCCL and gloo, such as ib0; null: they choose"
     )
     nccl: dict[str, str] = Field({}, description="NCCL's settings, such as {NCCL_IB_HCA: mlx5}")
-    port: int | None = Field(None, ge=1024, le=65535, description="where ranks meet; null: drawn, and another if taken")
+    port: int | None = Field(
+        None, ge=1024, le=65535, description="port of the rendezvous; null: random, and another if taken"
+    )
 
     @field_validator("nccl")
     @classmethod
     def _names(cls, settings: dict[str, str]) -> dict[str, str]:
         for name in settings:
             if not re.fullmatch(r"NCCL_[A-Z0-9_]+", name):
-                raise ValueError(f"'{name}' is no setting of NCCL: they begin with NCCL_")
+                raise ValueError(f"'{name}' is not an NCCL setting: their names begin with NCCL_")
         return settings
 
     @property
@@ -57,37 +59,35 @@ class Network(Section):
 
 
 class Profile(Section):
-    """What all kinds of cluster share. A kind of another package derives from it (docs/extending.md)."""
+    """Fields of every kind of cluster. Kinds of other packages derive from it (docs/extending.md)."""
 
-    # Where a job's files are: on this machine, on disks that are mounted here, too, or where only its nodes see them.
+    # Where a job's files are: on this machine, on disks also mounted here, or where only the job's nodes see them.
     files: ClassVar[Literal["here", "shared", "elsewhere"]] = "shared"
 
     kind: str
-    job: JobDescription = Field(
-        JobDescription(), description="the job.* fields that jobs here have if the command line says nothing"
-    )
+    job: JobDescription = Field(JobDescription(), description="defaults of the job.* fields for jobs on this cluster")
     device_memory: str | None = Field(
-        None, description="memory of a GPU, such as 80GB: layouts that do not fit are refused; null: not checked"
+        None, description="memory of a GPU, such as 80GB: layouts that do not fit are rejected; null: not checked"
     )
     network: Network = Network()
 
     @abstractmethod
     def backend(self) -> "Backend":
-        """What submits to it and asks about jobs."""
+        """The backend that submits and queries jobs."""
 
     @field_validator("device_memory")
     @classmethod
-    def _size(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_size(text)
-        return text
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_size(size)
+        return size
 
 
 class _SecretsInFiles(Profile):
     secrets: dict[str, str] = Field(
         {},
-        description="variable -> file that holds its value and that nobody else may read; those not named here are taken "
-        "from the submitting shell's environment",
+        description="variable -> file with its value, readable by its owner only; other secrets come from the environment "
+        "of `powernap submit`",
     )
 
     @field_validator("secrets")
@@ -95,12 +95,12 @@ class _SecretsInFiles(Profile):
     def _names(cls, secrets: dict[str, str]) -> dict[str, str]:
         for name in secrets:
             if not re.fullmatch(VARIABLE, name):
-                raise ValueError(f"'{name}' is no name for an environment variable")
+                raise ValueError(f"'{name}' is not a valid name of an environment variable")
         return secrets
 
 
 class LocalCluster(_SecretsInFiles):
-    """This machine: torchrun under a process of its own, which outlives the terminal."""
+    """This machine: a supervisor process, which outlives the terminal, starts torchrun."""
 
     files: ClassVar[Literal["here"]] = "here"
 
@@ -120,13 +120,13 @@ class SlurmCluster(_SecretsInFiles):
     account: Word | None = None
     qos: Word | None = None
     reservation: Word | None = None
-    constraint: Word | None = Field(None, description="features of nodes, such as 'h100&nvlink'")
+    constraint: Word | None = Field(None, description="required node features, such as 'h100&nvlink'")
     gpu_type: Word | None = Field(None, description="type in --gpus-per-node=TYPE:COUNT; null: any")
-    exclusive: bool = Field(False, description="whole nodes")
+    exclusive: bool = Field(False, description="allocate whole nodes")
     container: Literal["none", "pyxis", "apptainer"] = "none"
-    accounting: bool | None = Field(None, description="whether sacct answers; null: ask it")
-    setup: list[str] = Field([], description="lines of shell before srun, such as 'module load cuda/12.4'")
-    directives: list[str] = Field([], description="further sbatch options, such as --switches=1")
+    accounting: bool | None = Field(None, description="whether sacct works; null: try it")
+    setup: list[str] = Field([], description="shell lines to run before srun, such as 'module load cuda/12.4'")
+    directives: list[str] = Field([], description="additional sbatch options, such as --switches=1")
 
     def backend(self) -> "Backend":
         from powernap.launch.jobs.backends.slurm import Slurm
@@ -138,7 +138,7 @@ class SlurmCluster(_SecretsInFiles):
     def _options(cls, options: list[str]) -> list[str]:
         for option in options:
             if not re.fullmatch(r"--[a-z][a-z\-]*(=[\w.\-:,=/&|*@+\[\]()%]+)?", option):
-                raise ValueError(f"'{option}': write --option or --option=value, without blanks and quotes")
+                raise ValueError(f"'{option}': write --option or --option=value, without spaces or quotes")
         return options
 
 
@@ -153,16 +153,20 @@ class Storage(Section):
     """The volume that holds runs and shards on every node."""
 
     claim: str = Field(pattern=DNS_NAME, description="PersistentVolumeClaim, ReadWriteMany")
-    path: str = Field("/workspace", pattern=r"^/[\w./\-]*$", description="where it is mounted; jobs run in it")
+    path: str = Field("/workspace", pattern=r"^/[\w./\-]*$", description="mount path and working directory of jobs")
 
 
 class Toleration(Section):
-    """A taint of nodes that jobs accept."""
+    """A node taint that jobs tolerate."""
 
     key: str | None = Field(None, pattern=LABEL_KEY)
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = Field(None, pattern=LABEL_VALUE)
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+# Fields of a Kubernetes profile by the names that earlier versions gave them, in profiles and in the records of jobs.
+RENAMED = {"fabric": "device_resources", "spread": "spread_by", "together": "exclusive_topology", "keep": "ttl"}
 
 
 class KubernetesCluster(Profile):
@@ -171,36 +175,46 @@ class KubernetesCluster(Profile):
     files: ClassVar[Literal["elsewhere"]] = "elsewhere"
 
     kind: Literal["kubernetes"]
-    context: str | None = Field(None, description="of the kubeconfig; null: the current one")
+    context: str | None = Field(None, description="kubeconfig context; null: the current one")
     namespace: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9\-]*[a-z0-9])?$", max_length=63)
-    form: Literal["jobset", "trainjob"] = Field("jobset", description="what is created: JobSet's or Kubeflow Trainer's")
+    form: Literal["jobset", "trainjob"] = Field("jobset", description="API of the jobs: JobSet or Kubeflow Trainer")
     storage: Storage = Field(description="the volume that holds runs and shards: {claim: NAME, path: /workspace}")
     queue: str | None = Field(None, pattern=DNS_NAME, description="Kueue's LocalQueue; null: none")
     priority_class: str | None = Field(None, pattern=DNS_NAME)
     service_account: str | None = Field(None, pattern=DNS_NAME, description="null: the namespace's default")
     image_pull_secrets: list[Annotated[str, Field(pattern=DNS_NAME)]] = []
-    gpu_resource: str = Field("nvidia.com/gpu", pattern=LABEL_KEY, description="what a GPU is called")
-    fabric: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[int, Field(ge=1)]] = Field(
-        {}, description="network devices of a node's pod, such as {rdma/hca_shared_devices_a: 1}"
+    gpu_resource: str = Field("nvidia.com/gpu", pattern=LABEL_KEY, description="resource name of GPUs")
+    device_resources: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[int, Field(ge=1)]] = Field(
+        {}, description="network devices of each pod, such as {rdma/hca_shared_devices_a: 1}"
     )
-    shared_memory: str = Field("8GiB", description="/dev/shm of a pod, part of its memory: NCCL and readers use it")
-    host_network: bool = Field(False, description="pods use the node's network, as some fabrics want")
+    shared_memory: str = Field(
+        "8GiB", description="size of a pod's /dev/shm, for NCCL and data workers; counts as its memory"
+    )
+    host_network: bool = Field(False, description="pods use the node's network, as some fabrics require")
     node_selector: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[str, Field(pattern=LABEL_VALUE)]] = {}
     tolerations: list[Toleration] = []
-    spread: str | None = Field(
+    spread_by: str | None = Field(
         None,
         pattern=LABEL_KEY,
-        description="label of nodes over which pods are spread evenly, such as kubernetes.io/hostname",
+        description="node label over whose values pods are spread evenly, such as kubernetes.io/hostname",
     )
-    together: str | None = Field(
+    exclusive_topology: str | None = Field(
         None,
         pattern=LABEL_KEY,
-        description="label of nodes within one value of which a job stays, alone, such as a rack's",
+        description="node label, such as a rack's: each job gets one of its values to itself",
     )
-    user: int = Field(1000, ge=1, description="user and group that pods run as, and that own the volume's new files")
-    read_only_root: bool = Field(True, description="the image's file system is not written to")
-    keep: str = Field("7d", description="how long an ended job stays known")
+    user: int = Field(1000, ge=1, description="user and group id of pods, and of new files on the volume")
+    read_only_root: bool = Field(True, description="mount the image's file system read-only")
+    ttl: str = Field("7d", description="time after which a finished JobSet is deleted")
     secrets: dict[str, SecretKey] = Field({}, description="variable -> the Secret and key that hold its value")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: object) -> object:
+        """Where a field has both names, the old one stays and is reported as unknown."""
+        if not isinstance(values, dict):
+            return values
+        return {old if (new := RENAMED.get(old, old)) in values else new: value for old, value in values.items()}
 
     def backend(self) -> "Backend":
         from powernap.launch.jobs.backends.kubernetes import Kubernetes
@@ -209,42 +223,45 @@ class KubernetesCluster(Profile):
 
     @field_validator("shared_memory")
     @classmethod
-    def _shared_memory_is_a_size(cls, text: str) -> str:
-        parse_size(text)
-        return text
+    def _shared_memory_is_a_size(cls, size: str) -> str:
+        parse_size(size)
+        return size
 
-    @field_validator("keep")
+    @field_validator("ttl")
     @classmethod
-    def _keep_is_a_duration(cls, text: str) -> str:
-        parse_duration(text)
-        return text
+    def _ttl_is_a_duration(cls, duration: str) -> str:
+        parse_duration(duration)
+        return duration
 
 
 BUILT_IN: dict[str, type[Profile]] = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster}
 
 
 def kinds() -> dict[str, type[Profile]]:
-    """Kind of a cluster -> class of its profile: Powernap's own, and those of installed packages (powernap.clusters)."""
-    found = dict(BUILT_IN)
+    """Kind of cluster -> its profile class: Powernap's own, and those of installed packages (powernap.clusters)."""
+    profiles = dict(BUILT_IN)
     for name, kind in plugins("clusters").items():
-        if name in found or not (inspect.isclass(kind) and issubclass(kind, Profile) and not kind.__abstractmethods__):
+        is_profile = inspect.isclass(kind) and issubclass(kind, Profile) and not kind.__abstractmethods__
+        if name in profiles or not is_profile:
             raise PluginError(
                 f"entry point {name} of powernap.clusters: must be a new name for a class derived from "
                 "powernap.launch.jobs.cluster.Profile, with a backend"
             )
-        found[name] = kind
-    return found
+        profiles[name] = kind
+    return profiles
 
 
 def find_cluster(name: str) -> Profile:
-    """The profile called `name`, or in the file `name`.
+    """The profile with this name, or in this file.
 
     Raises:
         JobError: if there is none, or its fields are wrong.
     """
     path = expanded_path(name) if name.endswith((".yaml", ".yml")) else _known_clusters().get(name)
     if path is None or not path.is_file():
-        raise JobError(f"no cluster '{name}': known are {', '.join(_known_clusters())}; or write clusters/{name}.yaml")
+        raise JobError(
+            f"no cluster '{name}': choose one of {', '.join(_known_clusters())}, or write clusters/{name}.yaml"
+        )
     try:
         return parse_cluster(read_sections(path))
     except (RecipeError, JobError) as error:
@@ -259,9 +276,10 @@ def parse_cluster(values: dict[str, Any]) -> Profile:
 
 
 def _known_clusters() -> dict[str, Path]:
-    """Name -> file; the nearest wins."""
+    """Name -> file; the first in search order wins."""
+
     folders = [Path(str(resources.files("powernap.launch.clusters"))), Path("clusters")]
-    with suppress(PathError):  # without a home there are no settings
+    with suppress(PathError):  # HOME is not set
         settings = expanded_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
         folders.insert(1, settings / "powernap" / "clusters")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}

@@ -1,11 +1,11 @@
-"""A job: one run as it is handed to a scheduler, and what its folder keeps of that.
+"""A job: one run as submitted to a scheduler, and the folder that records its submission.
 
-runs/NAME/jobs/1/           the first submission; 2/ the one after it failed, and so on
+runs/NAME/jobs/1/           the first submission; 2/ the next one, after that failed, and so on
     recipe.yaml             every field, as the ranks read it
     job.sbatch, jobset.yaml, ...    exactly what was submitted
-    code.json, code.diff    the code's commit, and what had been changed since
-    record.json             where it went and under which id
-    log.txt                 what it printed, where its files are on a disk shared with the cluster
+    code.json, code.diff    the code's commit, and the uncommitted changes
+    record.json             cluster and job id
+    log.txt                 the job's output, if the cluster's disks are mounted here
 """
 
 import json
@@ -45,12 +45,12 @@ class JobFolder:
 
     @property
     def state(self) -> Path:
-        """What watches the job from beside it, the supervisor here, the batch script on SLURM, said last."""
+        """Last state written by the supervisor (this machine) or the batch script (SLURM)."""
         return self.path / "state.json"
 
     @property
     def cancelled(self) -> Path:
-        """There once somebody asked to cancel: what starts a job again looks for it first."""
+        """Exists once the job was cancelled: checked before every restart."""
         return self.path / "cancelled"
 
 
@@ -59,16 +59,17 @@ class Job:
     """One run for one cluster.
 
     Attributes:
-        token: unlike that of any other submission; a scheduler that has it has this job.
-        run_folder, work: the run's folder as seen from the folder `work`, in which `powernap submit` was called.
+        submission_id: random and unique; the scheduler keeps it with the job, so that the job can be found by it.
+        attempt: number of the submission of this run, from 1.
+        submit_dir: the working directory of `powernap submit`; `run_folder` is relative to it.
     """
 
     recipe: Recipe
-    description: JobDescription  # with its nodes and processes
+    description: JobDescription  # nodes and processes_per_node are set
     cluster: Profile
-    token: str
+    submission_id: str
     attempt: int
-    work: Path
+    submit_dir: Path
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ class Job:
 
     @property
     def recipe_text(self) -> str:
-        """recipe.yaml: unlike a run's config.yaml with references to secrets, such as $TOKEN in a command."""
+        """recipe.yaml: unlike a run's config.yaml, it keeps references to secrets, such as $TOKEN in a command."""
         return dump(self.recipe.model_dump(mode="json"))
 
     @property
@@ -98,7 +99,7 @@ class Job:
         return self.description.processes_per_node
 
     def command(self, recipe: str | None = None) -> list[str]:
-        """What every rank, or every node, runs. Starting it again goes on."""
+        """The command of every rank, or of every node. Running it again resumes the run."""
         return [*self._powernap, "train", recipe or str(self.folder.recipe), "--auto-resume"]
 
     @property
@@ -109,33 +110,33 @@ class Job:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that are no secrets."""
+        """Variables that are not secret."""
         return self.cluster.network.environment | self.description.env
 
-    def record(self, id: str | None) -> "Record":
-        return Record(
+    def record(self, id: str | None) -> "JobRecord":
+        return JobRecord(
             run=self.name,
             run_folder=str(self.run_folder),
-            work=str(self.work),
+            submit_dir=str(self.submit_dir),
             cluster=self.cluster.model_dump(mode="json"),
             description=self.description.model_dump(mode="json"),
-            token=self.token,
+            submission_id=self.submission_id,
             attempt=self.attempt,
             id=id,
         )
 
 
-class Record(Section):
+class JobRecord(Section):
     """record.json."""
 
     run: str
     run_folder: str
-    work: str
+    submit_dir: str
     cluster: dict[str, Any]
     description: dict[str, Any]
-    token: str
+    submission_id: str
     attempt: int
-    id: str | None = Field(description="what the scheduler calls it; null while it is being submitted")
+    id: str | None = Field(description="the scheduler's id; null until the scheduler has accepted the job")
 
     @property
     def profile(self) -> Profile:
@@ -147,45 +148,56 @@ class Record(Section):
 
     @property
     def known_id(self) -> str:
-        """`id` of a job that has been submitted."""
+        """The id of a job that the scheduler has accepted."""
         assert self.id is not None
         return self.id
 
     @property
-    def own_folder(self) -> JobFolder:
-        return JobFolder(Path(self.work) / self.run_folder / "jobs" / str(self.attempt))
+    def folder(self) -> JobFolder:
+        return JobFolder(Path(self.submit_dir) / self.run_folder / "jobs" / str(self.attempt))
 
     def save(self) -> None:
-        path = self.own_folder.record
+        path = self.folder.record
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
         os.replace(part, path)
 
 
+# Fields by the names that earlier versions gave them in the files of a job's folder.
+RENAMED = {"token": "submission_id", "work": "submit_dir"}
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where the file is not there, or is no JSON."""
+    """A JSON object of a job's folder, or None if there is none."""
     try:
-        return json.loads(path.read_text())
+        return _load(path)
     except (FileNotFoundError, ValueError):
         return None
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> JobRecord:
     """Raises: JobError, if the file is damaged."""
     try:
-        return check(Record, json.loads(path.read_text()))
+        return check(JobRecord, _load(path))
     except (OSError, ValueError, RecipeError) as error:
         raise JobError(f"{path}: cannot be read ({error})") from None
 
 
-def newest_record(run_folder: Path) -> Record | None:
-    """The last submission of a run, or None; a sweep has none of its own."""
+def _load(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def newest_record(run_folder: Path) -> JobRecord | None:
+    """The last submission of a run, or None. The folder of a sweep has no record, only those of its runs have."""
     path = JobFolder(run_folder / "jobs" / str(next_attempt(run_folder) - 1)).record
     return read_record(path) if path.is_file() else None
 
 
 def next_attempt(run_folder: Path) -> int:
-    """The number of the submission to come, from 1."""
+    """The number of the next submission, from 1."""
     return 1 + max((int(path.name) for path in (run_folder / "jobs").glob("*/") if path.name.isdigit()), default=0)
 
 

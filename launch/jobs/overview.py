@@ -1,10 +1,10 @@
-"""Submitted jobs by name, and how they stand."""
+"""Submitted jobs by name, and their status."""
 
 import json
 from pathlib import Path
 
 from powernap.launch.jobs.description import JobError
-from powernap.launch.jobs.job import Record, newest_record, sweep_file
+from powernap.launch.jobs.job import JobRecord, newest_record, sweep_file
 from powernap.launch.jobs.status import Row, read_progress
 from powernap.launch.jobs.submission import status_of
 from powernap.train.paths import expand
@@ -12,27 +12,28 @@ from powernap.train.recipe_file import RecipeError, read_sections
 from powernap.train.yaml_core import settle
 
 
-def find_jobs(name: str) -> list[Record]:
+def find_jobs(name: str) -> list[JobRecord]:
     """The job of a run, or those of a sweep, by folder or by name below runs/.
 
     Raises:
-        JobError: if nothing of that name was submitted.
+        JobError: if nothing was submitted by that name.
     """
     for folder in (Path(expand(name)), Path("runs") / name):
-        if found := newest_record(folder):
-            return [found]
+        if record := newest_record(folder):
+            return [record]
         if (path := sweep_file(folder)).is_file():
             return [record for run in json.loads(path.read_text()) if (record := newest_record(Path(run)))]
     raise JobError(f"no job '{name}': powernap list shows those submitted from here")
 
 
-def all_jobs(root: Path) -> list[Record]:
-    """Every run's last submission, in the order they were made."""
+def all_jobs(root: Path) -> list[JobRecord]:
+    """The last submission of every run, oldest first."""
+
     records = [record for folder in root.glob("*/") if (record := newest_record(folder))]
-    return sorted(records, key=lambda record: record.own_folder.record.stat().st_mtime)
+    return sorted(records, key=lambda record: record.folder.record.stat().st_mtime)
 
 
-def rows_of(records: list[Record]) -> list[Row]:
+def rows_of(records: list[JobRecord]) -> list[Row]:
     rows = []
     for record in records:
         record, status = status_of(record)
@@ -43,15 +44,15 @@ def rows_of(records: list[Record]) -> list[Row]:
                 id=record.id,
                 attempt=record.attempt,
                 status=status,
-                progress=read_progress(Path(record.work) / record.run_folder),
+                progress=read_progress(Path(record.submit_dir) / record.run_folder),
                 steps=_steps(record),
             )
         )
     return rows
 
 
-def _steps(record: Record) -> int | None:
+def _steps(record: JobRecord) -> int | None:
     try:
-        return settle(read_sections(record.own_folder.recipe))["train"]["steps"]
+        return settle(read_sections(record.folder.recipe))["train"]["steps"]
     except (RecipeError, KeyError):
         return None

@@ -1,4 +1,4 @@
-"""Secrets by name: where their values are, never what they are."""
+"""Secrets by name: the sources of their values. The values themselves are never stored."""
 
 import os
 import re
@@ -11,46 +11,45 @@ from powernap.train.paths import expanded_path
 from powernap.train.run.folder import flatten
 from powernap.train.run.secrets import MASK, mask_values
 
-_REFERENCE = re.compile(r"\$\w+|\$\{\w+\}")  # a command's own look at its environment
+_REFERENCE = re.compile(r"\$\w+|\$\{\w+\}")  # in a command, which reads its environment
 
 
 def check_sources(names: list[str], files: Mapping[str, str]) -> None:
-    """Raise JobError unless each secret has a value: in its file, or in the environment here."""
+    """Raise JobError unless each secret has a value, in its file or in this process's environment."""
     for name in names:
         if name in files:
             read_secret_file(name, files[name])
         elif not os.environ.get(name):
             raise JobError(
-                f"job.secrets={name}: neither does the cluster's profile name a file for it under secrets, nor is it set here"
+                f"job.secrets={name}: no value: add a file for it under secrets in the cluster's profile, or set it here"
             )
 
 
 def read_secret_file(name: str, file: str) -> str:
-    """The value in a file that nobody else may read."""
+    """The value in a file that only its owner may read."""
     path = expanded_path(file)
     try:
         mode = path.stat().st_mode
         value = path.read_text().rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(
-            f"{file}, where the profile has {name}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise JobError(f"{file}, the profile's file for {name}: cannot be read ({reason})") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JobError(f"{file}, where the profile has {name}: others may read it: chmod 600 {file}")
+        raise JobError(f"{file}, the profile's file for {name}: readable by others: chmod 600 {file}")
     if not value or "\n" in value or "\0" in value:
-        raise JobError(f"{file}, where the profile has {name}: write the value alone, in one line")
+        raise JobError(f"{file}, the profile's file for {name}: write only the value, in one line")
     return value
 
 
 def refuse_secrets(recipe: Recipe) -> None:
-    """Raise JobError if a field holds a credential itself: a job's files would show it."""
+    """Raise JobError if a field contains a credential: a job's files would show it."""
     values = flatten(recipe.model_dump(mode="json"))
     for field, value in values.items():
         bare = _without_references(value)
         if mask_values(bare) != bare:
             raise JobError(
-                f"{field} holds a credential, which a job's files would show: put it into job.secrets and have the command "
-                'read its variable, such as pipe:curl -H "Authorization: Bearer $TOKEN" ...'
+                f"{field} contains a credential, which a job's files would show: add its variable to job.secrets and use "
+                'that in a command, such as pipe:curl -H "Authorization: Bearer $TOKEN" ...'
             )
 
 

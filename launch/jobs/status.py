@@ -1,4 +1,4 @@
-"""How a job stands, in the same words on every cluster."""
+"""A job's status, in the same terms on every cluster."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,10 +13,10 @@ OVER = ("succeeded", "failed", "cancelled", "lost")
 class Status:
     """
     Attributes:
-        state: pending: it waits for its nodes, or to be started again; stopping: it was asked to end and saves;
-            lost: the scheduler no longer knows the job.
-        reason: why it waits or how it ended, in the scheduler's words.
-        restarts: starts after the first, whatever their reason.
+        state: pending: waits for nodes or for a restart; stopping: was asked to end and is saving; lost: the scheduler
+            no longer knows the job.
+        reason: why it waits or how it ended, as reported by the scheduler.
+        restarts: starts after the first, for any reason.
     """
 
     state: State
@@ -39,7 +39,7 @@ class Progress:
 
 
 def read_progress(run_folder: Path) -> Progress:
-    """How far a run has come, where its folder can be seen from here."""
+    """A run's progress; empty if its folder is not visible from here."""
     try:
         with (run_folder / "metrics.jsonl").open("rb") as file:
             size = file.seek(0, 2)
@@ -51,7 +51,7 @@ def read_progress(run_folder: Path) -> Progress:
         try:
             values = json.loads(line)
             return Progress(int(values["step"]), float(values["loss"]))
-        except (ValueError, KeyError, TypeError):  # half written
+        except (ValueError, KeyError, TypeError):  # partly written
             continue
     return Progress()
 
@@ -78,9 +78,9 @@ def as_json(rows: list[Row]) -> str:
 
 
 def as_table(rows: list[Row]) -> list[str]:
-    """Lines of at most 80 columns; a reason that does not fit stands below its job."""
-    heads = ("run", "job", "state", "step", "loss", "restarts")
-    cells = [heads] + [
+    """Lines of at most 80 columns; a reason that does not fit gets a line of its own."""
+    header = ("run", "job", "state", "step", "loss", "restarts")
+    cells = [header] + [
         (
             row.run,
             row.id or "-",
@@ -91,15 +91,15 @@ def as_table(rows: list[Row]) -> list[str]:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    widths = [max(len(texts[column]) for texts in cells) for column in range(len(header))]
     lines = []
-    for line, row in zip(cells, [None, *rows], strict=True):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    for texts, row in zip(cells, [None, *rows], strict=True):
+        line = "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True)).rstrip()
         reason = row.status.reason if row else "reason"
-        if row and len(text) + 2 + len(reason) > 80:
-            lines += [text, f"    {reason}"]
+        if row and len(line) + 2 + len(reason) > 80:
+            lines += [line, f"    {reason}"]
         else:
-            lines.append(f"{text}  {reason}".rstrip())
+            lines.append(f"{line}  {reason}".rstrip())
     return lines
 
 

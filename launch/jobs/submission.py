@@ -1,4 +1,4 @@
-"""`powernap submit` from the command line to the scheduler: check everything, write down what will run, submit it once."""
+"""`powernap submit`, from the command line to the scheduler: check everything, write the jobs' folders, submit."""
 
 import json
 import secrets
@@ -11,7 +11,7 @@ from pathlib import Path
 from powernap.launch.jobs.backends import Backend
 from powernap.launch.jobs.cluster import Profile, find_cluster
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
-from powernap.launch.jobs.job import Job, JobFolder, Record, newest_record, next_attempt, sweep_file
+from powernap.launch.jobs.job import Job, JobFolder, JobRecord, newest_record, next_attempt, sweep_file
 from powernap.launch.jobs.secret_values import refuse_secrets
 from powernap.launch.jobs.status import Status
 from powernap.launch.jobs.sweep import expand
@@ -32,16 +32,17 @@ class _Jobs(Section):
 
 @dataclass(frozen=True)
 class Submission:
-    """What one call of `powernap submit` asks for: a run, or the runs of a sweep.
+    """One call of `powernap submit`: a run, or the runs of a sweep.
 
     Attributes:
         folder: of the run or of the sweep.
-        jobs, wanted: all, and those that have not ended well before.
+        jobs: of all runs.
+        jobs_to_start: without those of runs that have succeeded before.
     """
 
     folder: Path
     jobs: list[Job]
-    wanted: list[Job]
+    jobs_to_start: list[Job]
     cluster: Profile
     backend: Backend
 
@@ -50,32 +51,34 @@ class Submission:
         return len(self.jobs) > 1
 
     def rendered(self) -> Iterator[tuple[list[Job], dict[str, str]]]:
-        """Jobs that are submitted as one, and the files that say how."""
-        for group in [self.wanted] if self.backend.arrays else [[job] for job in self.wanted]:
+        """Each group of jobs that is submitted as one, with its files."""
+        groups = [self.jobs_to_start] if self.backend.arrays else [[job] for job in self.jobs_to_start]
+        for group in groups:
             yield group, self.backend.render(group)
 
     def folder_of(self, group: list[Job]) -> JobFolder:
-        """Where the files of a group are kept: an array's in the folder of its sweep."""
+        """The folder for a group's files: that of its job, or one in the sweep's folder for an array."""
         if len(group) == 1:
             return group[0].folder
         return JobFolder(self.folder / "jobs" / str(next_attempt(self.folder)))
 
 
-def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) -> Submission:
-    """Check all that can be checked without the scheduler.
+def prepare_submission(recipe: str, overrides: list[str], on: str, resume: bool = False) -> Submission:
+    """Check everything that can be checked without submitting.
 
     Args:
         recipe, overrides: as for `powernap train`; values separated by commas make a sweep; `job.*` describe the job.
         on: the cluster's name or file.
-        resume: go on with a run that was started without `powernap submit`.
+        resume: continue a run that was started without `powernap submit`.
 
     Raises:
-        ValueError: JobError, RecipeError or DataError, one line each.
+        PowernapError: JobError, RecipeError or DataError, one line each.
     """
     cluster = find_cluster(on)
-    ours = [text for text in overrides if text.startswith("job.")]
-    description = check(_Jobs, parse_overrides(ours, into={"job": cluster.job.model_dump(exclude_unset=True)})).job
-    combinations = expand([text for text in overrides if not text.startswith("job.")])
+    job_overrides = [override for override in overrides if override.startswith("job.")]
+    defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
+    description = check(_Jobs, parse_overrides(job_overrides, into=defaults)).job
+    combinations = expand([override for override in overrides if not override.startswith("job.")])
     base = load_recipe(recipe, combinations[0][1], cluster.files).run
     jobs = [
         _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"], cluster.files), description, cluster)
@@ -83,7 +86,7 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
     ]
     is_sweep = len(jobs) > 1
     if len({job.name for job in jobs}) < len(jobs):
-        raise JobError(f"two runs of the sweep {base.name} would have one name: give every value once")
+        raise JobError(f"two runs of the sweep {base.name} would have the same name: give every value once")
     folder = Path(base.root) / base.name
     if is_sweep and (newest_record(folder) or RunFolder(folder).config.is_file()):
         raise JobError(f"{folder} is a run: choose another run.name for the sweep")
@@ -95,61 +98,62 @@ def prepare(recipe: str, overrides: list[str], on: str, resume: bool = False) ->
         _check_layout(job)
         if cluster.files != "elsewhere":
             check_data(job.recipe)
-    wanted = [job for job in jobs if _may_start(job, resume)]
-    if not wanted:
-        who = f"all {len(jobs)} runs of the sweep {base.name} have" if is_sweep else f"{base.name} has"
-        raise JobError(f"{who} ended well: powernap status {base.name}; or choose another run.name")
-    return Submission(folder, jobs, wanted, cluster, backend)
+    jobs_to_start = [job for job in jobs if _may_start(job, resume)]
+    if not jobs_to_start:
+        subject = f"all {len(jobs)} runs of the sweep {base.name} have" if is_sweep else f"{base.name} has"
+        raise JobError(f"{subject} succeeded already: powernap status {base.name}; or choose another run.name")
+    return Submission(folder, jobs, jobs_to_start, cluster, backend)
 
 
-def submit(submission: Submission) -> list[Record]:
-    """Write every job's folder, submit, write down the ids.
+def submit_all(submission: Submission) -> list[JobRecord]:
+    """Write every job's folder, submit, record the ids.
 
     Raises:
-        JobError: if the scheduler refuses; nothing is left submitted then, and the folders made here are gone.
+        JobError: if the scheduler rejects a job; then none stays submitted, and the folders made here are removed.
     """
-    jobs = submission.wanted
-    with _only_one(jobs):
-        for job in jobs:  # once more: another process may have been quicker
-            if job.attempt != next_attempt(job.run_folder):
-                raise JobError(f"{job.name}: submitted by somebody else this moment: powernap status {job.name}")
-        records: list[Record] = []
-        try:
-            code, changes = commit(), code_changes()
-            for job in jobs:
-                _write_folder(job, code, changes)
-            if submission.is_sweep:
-                _write_sweep(submission)
+    with _locked(submission.jobs_to_start):
+        _check_still_next(submission.jobs_to_start)
+        with _undone_on_error(submission) as submitted:
+            _write_folders(submission)
             for group, files in submission.rendered():
                 folder = submission.folder_of(group)
                 _write_files(folder, files)
                 for job in group:
                     job.record(None).save()
                 ids = submission.backend.submit(group, files, folder.path)
-                for job, id in zip(group, ids, strict=True):
-                    records.append(job.record(id))
-                    records[-1].save()
-        except UnknownOutcomeError as error:
-            raise JobError(f"{error}; whether it was submitted: powernap status {submission.folder.name}") from None
-        except (JobError, OSError):
-            for record in records:
-                submission.backend.cancel(record)
-            for job in jobs:
-                _remove(job.folder)
-            if submission.is_sweep:
-                _remove_sweep(submission)
-            raise
-    return records
+                records = [job.record(id) for job, id in zip(group, ids, strict=True)]
+                submitted += records  # before they are saved, which may fail
+                for record in records:
+                    record.save()
+    return submitted
 
 
-def status_of(record: Record) -> tuple[Record, Status]:
-    """How a submitted job stands; the record with its id, if submitting was cut off before it was written down."""
+@contextmanager
+def _undone_on_error(submission: Submission) -> Iterator[list[JobRecord]]:
+    """On an error, cancel the jobs in the list and remove all folders; but keep them while a job may be submitted."""
+    submitted: list[JobRecord] = []
+    try:
+        yield submitted
+    except UnknownOutcomeError as error:
+        raise JobError(f"{error}; whether it was submitted: powernap status {submission.folder.name}") from None
+    except (JobError, OSError):
+        for record in submitted:
+            submission.backend.cancel(record)
+        for job in submission.jobs_to_start:
+            _remove(job.folder)
+        if submission.is_sweep:
+            _remove_sweep(submission)
+        raise
+
+
+def status_of(record: JobRecord) -> tuple[JobRecord, Status]:
+    """A submitted job's status, and its record: with the id, if `powernap submit` was interrupted before saving it."""
     backend = record.profile.backend()
     if record.id is None:
-        found = backend.find(record)
-        if found is None:
+        id = backend.find(record)
+        if id is None:
             return record, Status("lost", "submitting it was interrupted")
-        record = record.model_copy(update={"id": found})
+        record = record.model_copy(update={"id": id})
         record.save()
     return record, backend.status(record)
 
@@ -160,21 +164,20 @@ def _job(recipe: Recipe, description: JobDescription, cluster: Profile) -> Job:
         recipe=recipe,
         description=description.resolved(recipe.parallel.world_size, recipe.parallel.grid),
         cluster=cluster,
-        token=secrets.token_hex(8),
+        submission_id=secrets.token_hex(8),
         attempt=next_attempt(recipe.run_folder),
-        work=Path.cwd(),
+        submit_dir=Path.cwd(),
     )
 
 
 def _check_layout(job: Job) -> None:
-    """Raise JobError if `powernap plan` says that a rank does not fit a GPU of the cluster."""
+    """Raise JobError if, by `powernap plan`, a rank does not fit a GPU of the cluster."""
     memory = job.cluster.device_memory
     if memory is None or job.description.device == "cpu":
         return
-    limit = parse_size(memory)
-    found = plan(job.recipe, predicting_windows(job.recipe), limit)
-    if not found.fits:
-        most = max(stage.memory.total for stage in found.stages)
+    layout = plan(job.recipe, predicting_windows(job.recipe), parse_size(memory))
+    if not layout.fits:
+        most = max(stage.memory.total for stage in layout.stages)
         raise JobError(
             f"{job.recipe.parallel.grid} needs {in_bytes(most)} of a GPU's {memory}: see powernap plan --suggest "
             f"--devices {job.recipe.parallel.world_size} --memory {memory}"
@@ -182,10 +185,10 @@ def _check_layout(job: Job) -> None:
 
 
 def _may_start(job: Job, resume: bool) -> bool:
-    """Whether this run is to be started, or started again; False if it has ended well.
+    """Whether to start this run, or to start it again; False if it has succeeded.
 
     Raises:
-        ValueError: if it is under way, or the run would not go on from where it is.
+        PowernapError: if it is under way, or cannot be resumed with this recipe.
     """
     run = RunFolder(job.run_folder)
     record = newest_record(job.run_folder)
@@ -206,8 +209,8 @@ def _may_start(job: Job, resume: bool) -> bool:
 
 
 @contextmanager
-def _only_one(jobs: list[Job]) -> Iterator[None]:
-    """Inside, nobody else submits these runs."""
+def _locked(jobs: list[Job]) -> Iterator[None]:
+    """Keeps other processes from submitting these runs."""
     with ExitStack() as locks:
         for job in jobs:
             path = job.run_folder / "jobs" / "lock"
@@ -219,28 +222,25 @@ def _only_one(jobs: list[Job]) -> Iterator[None]:
         yield
 
 
-def _write_folder(job: Job, code: dict, changes: bytes) -> None:
-    folder = job.folder
-    folder.path.mkdir(parents=True)
-    folder.recipe.write_text(job.recipe_text)
-    (folder.path / "code.json").write_text(json.dumps(code, indent=2) + "\n")
-    if changes:
-        (folder.path / "code.diff").write_bytes(changes)
+def _check_still_next(jobs: list[Job]) -> None:
+    """Raise JobError if another process has submitted a run since it was checked."""
+    for job in jobs:
+        if job.attempt != next_attempt(job.run_folder):
+            raise JobError(f"{job.name} has just been submitted by another process: powernap status {job.name}")
 
 
-def _write_sweep(submission: Submission) -> None:
-    submission.folder.mkdir(parents=True, exist_ok=True)
-    sweep_file(submission.folder).write_text(json.dumps([str(job.run_folder) for job in submission.jobs]) + "\n")
-
-
-def _remove_sweep(submission: Submission) -> None:
-    """What a sweep that was refused has written; one that was submitted before stays."""
-    if any(newest_record(job.run_folder) for job in submission.jobs):
-        return
-    sweep_file(submission.folder).unlink(missing_ok=True)
-    shutil.rmtree(submission.folder / "jobs", ignore_errors=True)
-    with suppress(OSError):
-        submission.folder.rmdir()
+def _write_folders(submission: Submission) -> None:
+    code, changes = json.dumps(commit(), indent=2) + "\n", code_changes()
+    for job in submission.jobs_to_start:
+        folder = job.folder
+        folder.path.mkdir(parents=True)
+        folder.recipe.write_text(job.recipe_text)
+        (folder.path / "code.json").write_text(code)
+        if changes:
+            (folder.path / "code.diff").write_bytes(changes)
+    if submission.is_sweep:
+        submission.folder.mkdir(parents=True, exist_ok=True)
+        sweep_file(submission.folder).write_text(json.dumps([str(job.run_folder) for job in submission.jobs]) + "\n")
 
 
 def _write_files(folder: JobFolder, files: dict[str, str]) -> None:
@@ -250,9 +250,19 @@ def _write_files(folder: JobFolder, files: dict[str, str]) -> None:
 
 
 def _remove(folder: JobFolder) -> None:
-    """A folder of this submission, and those above that hold nothing else."""
+    """Remove a job's folder, and its parents that are empty then."""
     shutil.rmtree(folder.path, ignore_errors=True)
     (folder.path.parent / "lock").unlink(missing_ok=True)
     with suppress(OSError):
         folder.path.parent.rmdir()
         folder.path.parent.parent.rmdir()
+
+
+def _remove_sweep(submission: Submission) -> None:
+    """Remove the sweep's own files, unless one of its runs was submitted before."""
+    if any(newest_record(job.run_folder) for job in submission.jobs):
+        return
+    sweep_file(submission.folder).unlink(missing_ok=True)
+    shutil.rmtree(submission.folder / "jobs", ignore_errors=True)
+    with suppress(OSError):
+        submission.folder.rmdir()

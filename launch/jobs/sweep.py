@@ -5,11 +5,15 @@ import re
 
 from powernap.launch.jobs.description import JobError
 
+# From one comma to the next: (a quoted string with its commas, the rest). As in YAML, only a quote at the start quotes.
+
+_PART = re.compile(r"""(?:^|,)('[^']*'?|"[^"]*"?|)([^,]*)""")
+
 
 def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
-    """Every combination of the values that commas separate, outside brackets and quotes: (suffix of its name, overrides).
+    """Every combination of the values separated by commas, as (suffix of the run's name, overrides).
 
-    Without such values a single one, without suffix.
+    Commas inside brackets or quotes do not separate. Without several values, one combination with an empty suffix.
     """
     choices = []
     for override in overrides:
@@ -17,7 +21,7 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
         values = _split(text)
         if len(values) > 1 and key == "run.name":
             raise JobError(
-                f"run.name={text}: give a sweep one name; its runs are told apart by the values they differ in"
+                f"run.name={text}: give a sweep one name; the names of its runs get the values they differ in as suffix"
             )
         label = key.rpartition(".")[2]
         choices.append(
@@ -33,19 +37,13 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _split(text: str) -> list[str]:
-    """At its commas; those inside brackets or quotes belong to one value."""
-    values, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and not values[-1]:  # YAML quotes begin a value
-            quote = letter
-        elif letter in "[{(":
-            depth += 1
-        elif letter in "]})":
-            depth -= 1
-        elif letter == "," and not depth:
-            values.append("")
-            continue
-        values[-1] += letter
+    """Split at the commas outside brackets and quotes; a text with an empty value is not a list and stays whole."""
+    values: list[str] = []
+    depth = 0
+    for quoted, rest in _PART.findall(text):
+        if depth:
+            values[-1] += f",{quoted}{rest}"
+        else:
+            values.append(quoted + rest)
+        depth += sum(map(rest.count, "[{(")) - sum(map(rest.count, "]})"))
     return values if all(values) else [text]

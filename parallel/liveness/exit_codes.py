@@ -8,17 +8,18 @@ HUNG = 70  # a rank waited longer than parallel.timeout_seconds (EX_SOFTWARE)
 PREEMPTED = 75  # asked to stop (SIGTERM, SIGUSR1, SIGHUP), checkpoint written: restart with --resume (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C
 
-HOPELESS = (WRONG_USE, INTERRUPTED)
-Verdict = Literal["done", "again", "retry", "hopeless"]
+FATAL = (WRONG_USE, INTERRUPTED)
+RestartPolicy = Literal["done", "again", "retry", "fatal"]
 
 
-def verdict(code: int) -> Verdict:
-    """again: restart without counting; retry: restart while job.retries last.
+def restart_policy(code: int) -> RestartPolicy:
+    """What a scheduler does after this exit code.
 
-    slurm.py and kubernetes.py in launch/jobs/backends/ express the same in their schedulers' terms.
+    again: restart, not counted; retry: restart up to job.retries times; fatal: a restart would not help.
+    slurm.py and kubernetes.py in launch/jobs/backends/ implement the same in their own terms.
     """
     if code == 0:
         return "done"
     if code == PREEMPTED:
         return "again"
-    return "hopeless" if code in HOPELESS else "retry"
+    return "fatal" if code in FATAL else "retry"

@@ -1,6 +1,6 @@
 """A real Kubernetes API server and its etcd as two child processes on loopback, up in seconds, gone afterwards.
 
-There is no scheduler, no kubelet and no controller: kube_controllers.py plays those that a JobSet needs.
+There is no scheduler, kubelet or controller: kube_controllers.py plays those that a JobSet needs.
 `.ci/build-kube-apiserver` builds the server, which is 1.20: it has no `fieldValidation`, see kube_schema.dropped_fields.
 """
 
@@ -19,23 +19,23 @@ from pathlib import Path
 import yaml
 
 NAMESPACE = "research"
-# Rights in NAMESPACE: those that README.md tells an administrator to grant, and those of a user who may only look.
-LOOK = ["get", "list", "watch"]
-CHANGE = [*LOOK, "create", "patch", "delete"]
+# Rights in NAMESPACE: of a user who may submit jobs, as in README.md, and of one who may only read.
+READ = ["get", "list", "watch"]
+CHANGE = [*READ, "create", "patch", "delete"]
 RIGHTS = {
     "submitter": [
         (["jobset.x-k8s.io"], ["jobsets"], CHANGE),
         (["trainer.kubeflow.org"], ["trainjobs", "trainingruntimes"], CHANGE),
         ([""], ["configmaps"], CHANGE),
-        ([""], ["pods", "events"], LOOK),
+        ([""], ["pods", "events"], READ),
         ([""], ["pods/log"], ["get"]),
     ],
     "reader": [
-        (["jobset.x-k8s.io", "trainer.kubeflow.org"], ["*"], LOOK),
-        ([""], ["pods", "events", "configmaps"], LOOK),
+        (["jobset.x-k8s.io", "trainer.kubeflow.org"], ["*"], READ),
+        ([""], ["pods", "events", "configmaps"], READ),
     ],
 }
-TOKENS = {name: f"token-of-{name}" for name in ("admin", *RIGHTS, "stranger")}  # the last one is unknown to the server
+TOKENS = {name: f"token-of-{name}" for name in ("admin", *RIGHTS, "stranger")}  # the server does not know the last one
 
 
 def installed() -> tuple[Path, Path] | None:
@@ -49,10 +49,10 @@ class KubeCluster:
     """Use as a context manager.
 
     Args:
-        folder: for certificates, logs and etcd's files; an empty one of its own for each cluster.
+        folder: an empty one, for certificates, logs and etcd's files.
 
     Attributes:
-        kubeconfigs: user -> the file for a client of this user: admin, submitter, reader, stranger (unknown).
+        kubeconfigs: user -> kubeconfig: admin, submitter, reader, stranger (unknown to the server).
         url: of the API server.
     """
 
@@ -80,8 +80,8 @@ class KubeCluster:
         self.stop()
 
     def clients(self, user: str = "admin"):
-        """The official client's ApiClient of one user, for CoreV1Api and friends. It tries once: by default it would
-        sleep as long as a starting server asks it to."""
+        """The official client's ApiClient of one user, for CoreV1Api and others. It tries once: with retries it would sleep as
+        long as a starting server's Retry-After says."""
         from kubernetes import client, config
 
         configuration = client.Configuration()
@@ -90,7 +90,7 @@ class KubeCluster:
         return client.ApiClient(configuration)
 
     def restart(self) -> None:
-        """Restart the API server; every open watch ends."""
+        """Stop the API server, which ends all open watches, and start it again."""
         self.stop_server()
         self.start_server()
 
@@ -105,7 +105,7 @@ class KubeCluster:
     def forget_history(self) -> None:
         """Make the server answer a watch from any earlier resourceVersion with 410 Gone."""
         revision = self._etcd("kv/range", {"key": _coded("/")})["header"]["revision"]
-        # An extra write, so that even the newest version handed out is compacted.
+        # An additional write, so that even the newest version that clients have is compacted away.
         newest = self._etcd("kv/put", {"key": _coded("/compacted"), "value": _coded(revision)})["header"]["revision"]
         self._etcd("kv/compaction", {"revision": newest, "physical": True})
 
@@ -137,7 +137,7 @@ class KubeCluster:
             [f"--token-auth-file={files}/tokens.csv", "--disable-admission-plugins=ServiceAccount"],
             [f"--service-account-{use}key-file={files}/service.key" for use in ("", "signing-")],
             ["--service-account-issuer=https://kubernetes.default", "--watch-cache=false"],
-            # The kubelet that holds the logs runs here, without a name in any DNS.
+            # The kubelet with the logs runs here and has no DNS name.
             ["--kubelet-preferred-address-types=InternalIP"],
         )
         if not self._wait("kube-apiserver", f"{self.url}/readyz"):
@@ -218,7 +218,7 @@ class KubeCluster:
         process = self.processes.pop(name, None)
         if process is None:
             return
-        process.kill()  # on SIGTERM a server would wait for its open watches
+        process.kill()  # after SIGTERM a server would wait for its open watches
         process.wait()
 
     def _wait(self, name: str, url: str) -> bool:
@@ -247,7 +247,8 @@ def _coded(text: str) -> str:
 
 
 def free_port() -> int:
-    """A port below the ephemeral range."""
+    """A free port below the range of outgoing connections."""
+
     while True:
         port = 10000 + int.from_bytes(os.urandom(2)) % 20000
         with socket.socket() as probe, suppress(OSError):

@@ -1,7 +1,7 @@
-"""The parts of a Kubernetes cluster that the tests lack: JobSet's, Job's and Trainer's controllers, and the scheduler.
+"""The parts of a Kubernetes cluster that the tests lack: the controllers of JobSet, Job and Trainer, and the scheduler.
 
-They behave like jobset/pkg/controllers and kubernetes/pkg/controller/job, for one Indexed Job each: names,
-labels, annotations, podFailurePolicy, failurePolicy, conditions, deletion with grace. Pods run on kube_node.py's.
+They follow jobset/pkg/controllers and kubernetes/pkg/controller/job, for JobSets of one Indexed Job: names, labels,
+annotations, podFailurePolicy, failurePolicy, conditions, deletion with grace. Pods run on the node of kube_node.py.
 """
 
 import json
@@ -41,7 +41,9 @@ class JobSetController:
         self.kubelet = Kubelet(cluster, folder, environment or {}, entry_point or [])
         self.claims = folder / "claims"
         self.api, self.jobsets = self.kubelet.api, client.CustomObjectsApi(self.kubelet.api.api_client)
-        self.verdicts: dict[tuple, str] = {}  # attempt of a job -> why it fails, once its other pods are gone
+        self.failure_reasons: dict[
+            tuple, str
+        ] = {}  # attempt of a job -> why it fails, as soon as its other pods are gone
         self.started: dict[tuple, float] = {}
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -57,18 +59,18 @@ class JobSetController:
 
     def evict(self, pod: str) -> None:
         """Evict as a node drain or a pod of higher priority does: the condition, then SIGTERM and the grace period."""
-        why = {
+        condition = {
             "type": "DisruptionTarget",
             "status": "True",
             "reason": "EvictionByEvictionAPI",
             "lastTransitionTime": now(),
         }
-        self.api.patch_namespaced_pod_status(pod, NAMESPACE, {"status": {"conditions": [why]}})
+        self.api.patch_namespaced_pod_status(pod, NAMESPACE, {"status": {"conditions": [condition]}})
         self.api.delete_namespaced_pod(pod, NAMESPACE)
 
     def _work(self) -> None:
         while not self.ending.wait(0.05):
-            with suppress(client.ApiException, HTTPError, OSError):  # the server is down, or another client was faster
+            with suppress(client.ApiException, HTTPError, OSError):  # the server is down, or a conflicting change
                 self._make_jobsets()
                 self.kubelet.step(self._pods())
                 pods = self._pods()
@@ -85,18 +87,18 @@ class JobSetController:
                 self._collect_garbage()
 
     def _collect_garbage(self) -> None:
-        """Delete ConfigMaps whose owning job is gone."""
-        configs = self.api.list_namespaced_config_map(NAMESPACE).items  # before their owners, which are made first
+        """Delete ConfigMaps whose owner is gone."""
+        configs = self.api.list_namespaced_config_map(NAMESPACE).items  # before their owners, which are created first
         owners = set()
         for kind in (KIND, TRAIN_JOBS):
-            found = self.jobsets.list_namespaced_custom_object(*kind)["items"]
-            owners |= {one["metadata"]["uid"] for one in found}
+            jobs = self.jobsets.list_namespaced_custom_object(*kind)["items"]
+            owners |= {job["metadata"]["uid"] for job in jobs}
         for config in configs:
             if any(owner.uid not in owners for owner in config.metadata.owner_references or []):
                 self.api.delete_namespaced_config_map(config.metadata.name, NAMESPACE)
 
     def _make_jobsets(self) -> None:
-        """As Trainer: make a JobSet for each TrainJob from its TrainingRuntime, copy its conditions to the TrainJob."""
+        """As Trainer does: create a JobSet for each TrainJob from its TrainingRuntime, and copy back its conditions."""
         known = {one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*KIND)["items"]}
         trained = {
             one["metadata"]["name"]: one for one in self.jobsets.list_namespaced_custom_object(*TRAIN_JOBS)["items"]
@@ -116,14 +118,12 @@ class JobSetController:
                 self.jobsets.delete_namespaced_custom_object(*KIND, name)
 
     def _pods(self) -> list[dict]:
-        # As the server writes it: the client's objects rename fields.
-        found = self.api.list_namespaced_pod(NAMESPACE, _preload_content=False)
-        return [
-            pod for pod in json.loads(found.data)["items"] if LABEL + "jobset-name" in pod["metadata"].get("labels", {})
-        ]
+        # The server's JSON: the client's objects rename fields.
+        pods = json.loads(self.api.list_namespaced_pod(NAMESPACE, _preload_content=False).data)["items"]
+        return [pod for pod in pods if LABEL + "jobset-name" in pod["metadata"].get("labels", {})]
 
     def _delete(self, pods: list[dict]) -> bool:
-        """Delete `pods`; return whether none is left."""
+        """Delete pods; return whether there are none any more."""
         for pod in pods:
             if "deletionTimestamp" not in pod["metadata"]:
                 self.api.delete_namespaced_pod(pod["metadata"]["name"], NAMESPACE)
@@ -133,8 +133,8 @@ class JobSetController:
         spec, status = jobset["spec"], jobset.setdefault("status", {})
         conditions = {one["type"]: one for one in status.get("conditions", []) if one["status"] == "True"}
         if "deletionTimestamp" in jobset["metadata"]:
-            if self._delete(pods):  # in the foreground: it goes when all it owns has gone
-                # The garbage collector's own; others hold the object until they are taken away.
+            if self._delete(pods):  # foreground deletion: after everything it owns
+                # Without the garbage collector's finalizer; the others keep the object until they are removed.
                 others = [one for one in jobset["metadata"].get("finalizers", []) if one != "foregroundDeletion"]
                 if len(others) < len(jobset["metadata"].get("finalizers", [])):
                     self._patch(jobset, {"metadata": {"finalizers": others}})
@@ -163,29 +163,28 @@ class JobSetController:
         """The one Job of the set, as the Job controller runs it."""
         (replicated,) = jobset["spec"]["replicatedJobs"]
         job, key = replicated["template"]["spec"], (jobset["metadata"]["uid"], restarts)
-        if key not in self.verdicts:
+        if key not in self.failure_reasons:
             failed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
             rules = [_matching_rule(job, pod) for pod in failed]
             if "FailJob" in rules:
-                self.verdicts[key] = "PodFailurePolicy"
+                self.failure_reasons[key] = "PodFailurePolicy"
             elif len(rules) - rules.count("Ignore") > job.get("backoffLimit", 6):
-                self.verdicts[key] = "BackoffLimitExceeded"
+                self.failure_reasons[key] = "BackoffLimitExceeded"
             elif time.monotonic() - self.started.get(key, math.inf) > job.get("activeDeadlineSeconds", math.inf):
-                self.verdicts[key] = "DeadlineExceeded"
-        if key in self.verdicts:  # the Job has failed when its other pods have ended
-            left = [pod for pod in pods if not _ended(pod)]
-            if self._delete(left):
-                self._apply_failure_policy(jobset, replicated["name"], self.verdicts[key])
+                self.failure_reasons[key] = "DeadlineExceeded"
+        if key in self.failure_reasons:  # the Job has failed when its other pods have ended
+            if self._delete([pod for pod in pods if not _ended(pod)]):
+                self._apply_failure_policy(jobset, replicated["name"], self.failure_reasons[key])
             return
         done = {pod["metadata"]["annotations"][INDEX] for pod in pods if pod["status"]["phase"] == "Succeeded"}
         if len(done) == job["completions"]:
             message = "jobset completed successfully"
             self._set(jobset, "Completed", "AllJobsCompleted", message, terminalState="Completed")
             return
-        there = {pod["metadata"]["annotations"][INDEX] for pod in pods if pod["status"]["phase"] != "Failed"}
+        existing = {pod["metadata"]["annotations"][INDEX] for pod in pods if pod["status"]["phase"] != "Failed"}
         self.started.setdefault(key, time.monotonic())
         for index in range(job["completions"]):
-            if str(index) not in there:
+            if str(index) not in existing:
                 self.api.create_namespaced_pod(NAMESPACE, self._pod(jobset, replicated, index, restarts))
 
     def _apply_failure_policy(self, jobset: dict, replicated: str, reason: str) -> None:
@@ -230,18 +229,18 @@ class JobSetController:
         }
         labels = {"job-name": job, "batch.kubernetes.io/job-name": job}
         spec = json.loads(json.dumps(template["spec"]))
-        spec["nodeName"] = Kubelet.NODE  # the scheduler's part
+        spec["nodeName"] = Kubelet.NODE  # as the scheduler does
         if network.get("enableDNSHostnames", True):
             spec |= {"hostname": f"{job}-{index}", "subdomain": network.get("subdomain", name)}
         for container in spec["containers"]:
             source = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
             container.setdefault("env", []).append({"name": "JOB_COMPLETION_INDEX", "valueFrom": source})
-        given = template.get("metadata", {})
+        metadata = template.get("metadata", {})
         return {
             "metadata": {
                 "name": f"{job}-{index}-{secrets.token_hex(3)[:5]}",
-                "labels": given.get("labels", {}) | marks | labels,
-                "annotations": given.get("annotations", {}) | marks,
+                "labels": metadata.get("labels", {}) | marks | labels,
+                "annotations": metadata.get("annotations", {}) | marks,
             },
             "spec": spec,
         }
@@ -259,7 +258,7 @@ class JobSetController:
 
 
 def _jobset_of(train_job: dict, runtime: dict) -> dict:
-    """The torch plugin's JobSet: the template, with the TrainJob's trainer and torchrun's PET_* in its container."""
+    """As Trainer's torch plugin does: the template with the TrainJob's trainer, and torchrun's PET_* in its container."""
     name, trainer = train_job["metadata"]["name"], train_job["spec"].get("trainer", {})
     spec = runtime["template"]["spec"]
     (replicated,) = spec["replicatedJobs"]
@@ -278,15 +277,16 @@ def _jobset_of(train_job: dict, runtime: dict) -> dict:
         {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
         {"name": "PET_MASTER_PORT", "value": "29500"},
     ]
-    given = {entry["name"]: entry for entry in [*container.get("env", []), *trainer.get("env", [])]}
-    container["env"] = [*given.values(), *(torchrun if "torch" in runtime.get("mlPolicy", {}) else [])]
+    variables = {entry["name"]: entry for entry in [*container.get("env", []), *trainer.get("env", [])]}
+    container["env"] = [*variables.values(), *(torchrun if "torch" in runtime.get("mlPolicy", {}) else [])]
     spec["suspend"] = train_job["spec"].get("suspend", False)
     metadata = {"name": name, "annotations": {"trainer.kubeflow.org/trainjob": name}}
     return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
 
 
 def _matching_rule(job: dict, pod: dict) -> str:
-    """The podFailurePolicy's action for a failed pod: that of the first matching rule, or Count."""
+    """The action of the podFailurePolicy for a failed pod: that of the first matching rule, or Count."""
+
     (container,) = pod["status"]["containerStatuses"]
     conditions = [(one["type"], one["status"]) for one in pod["status"].get("conditions", [])]
     for rule in job.get("podFailurePolicy", {}).get("rules", []):

@@ -1,8 +1,8 @@
 """A node of a Kubernetes cluster for tests: a kubelet whose containers are local processes.
 
-Pods are real objects of the API server, and their logs come back through it as from a kubelet. All nodes of a job share
-this machine, so its rendezvous is 127.0.0.1 on a port of its own, and a path of a volume is a local folder: both are
-replaced in arguments, environment and mounted files.
+Pods are real objects of the API server, which also serves their logs as if from a kubelet. All nodes of a job share this
+machine, so its rendezvous is 127.0.0.1 on a port of its own, and volumes are local folders: both are replaced in arguments,
+environment and mounted files.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Kubelet:
 
     Args:
         folder: for logs, and for the volumes: claims/NAME stands for a PersistentVolumeClaim.
-        environment: variables that the image would set, besides PATH and HOME.
+        environment: variables of the image, besides PATH and HOME.
         entry_point: of the image, for a container without a command.
     """
 
@@ -47,7 +47,7 @@ class Kubelet:
         self._serve_logs(cluster.folder)
 
     def step(self, pods: list[dict]) -> None:
-        """Start, stop and report what is due."""
+        """Start, stop and report pods as due."""
         for pod in pods:
             name = pod["metadata"]["name"]
             if pod["status"]["phase"] == "Pending" and name not in self.processes:
@@ -77,7 +77,7 @@ class Kubelet:
         name = pod["metadata"]["name"]
         (container,) = pod["spec"]["containers"]
         home = self.folder / "pods" / name
-        home.mkdir(parents=True, exist_ok=True)  # may be a retry, such as while the ConfigMap is missing
+        home.mkdir(parents=True, exist_ok=True)  # exists on a retry, as while the ConfigMap is missing
         local = self._replacements(pod)
         for mount, path in self._mounts(pod, container, home):
             local.append((rf"(?<![\w/.-]){re.escape(mount)}(?=$|[^\w.-])", str(path)))
@@ -113,7 +113,7 @@ class Kubelet:
             os.killpg(process.pid, signal.SIGKILL)
 
     def _report_end(self, name: str, pod: dict, code: int) -> None:
-        with suppress(ProcessLookupError):  # what the first process left behind ends with its container
+        with suppress(ProcessLookupError):  # a container ends with its first process
             os.killpg(self.processes[name].pid, signal.SIGKILL)
         end = {"exitCode": code, "reason": "Error" if code else "Completed", "finishedAt": now()}
         (container,) = pod["spec"]["containers"]
@@ -142,7 +142,7 @@ class Kubelet:
             else:
                 path = home / "volumes" / mount["name"]
             path = path / mount.get("subPath", "")
-            if not path.suffix or "subPath" not in mount:  # of a file, only its folder
+            if not path.suffix or "subPath" not in mount:  # not for a file
                 path.mkdir(parents=True, exist_ok=True)
             yield mount["mountPath"].rstrip("/"), path
 
@@ -152,8 +152,8 @@ class Kubelet:
             if "configMap" in volume:
                 files = self.api.read_namespaced_config_map(volume["configMap"]["name"], NAMESPACE).data
             elif "secret" in volume:
-                found = self.api.read_namespaced_secret(volume["secret"]["secretName"], NAMESPACE).data
-                files = {key: base64.b64decode(value).decode() for key, value in found.items()}
+                encoded = self.api.read_namespaced_secret(volume["secret"]["secretName"], NAMESPACE).data
+                files = {key: base64.b64decode(value).decode() for key, value in encoded.items()}
             for name, text in files.items():
                 path = home / "volumes" / volume["name"] / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,16 +164,14 @@ class Kubelet:
         if not source:
             return entry.get("value", "")
         if "secretKeyRef" in source:
-            where = source["secretKeyRef"]
-            return base64.b64decode(
-                self.api.read_namespaced_secret(where["name"], NAMESPACE).data[where["key"]]
-            ).decode()
+            key = source["secretKeyRef"]
+            return base64.b64decode(self.api.read_namespaced_secret(key["name"], NAMESPACE).data[key["key"]]).decode()
         if "configMapKeyRef" in source:
-            where = source["configMapKeyRef"]
-            return self.api.read_namespaced_config_map(where["name"], NAMESPACE).data[where["key"]]
+            key = source["configMapKeyRef"]
+            return self.api.read_namespaced_config_map(key["name"], NAMESPACE).data[key["key"]]
         path = source["fieldRef"]["fieldPath"]
-        if found := re.fullmatch(r"metadata\.(annotations|labels)\['(.+)'\]", path):
-            return pod["metadata"][found[1]][found[2]]
+        if match := re.fullmatch(r"metadata\.(annotations|labels)\['(.+)'\]", path):
+            return pod["metadata"][match[1]][match[2]]
         return {"status.podIP": "127.0.0.1", "status.hostIP": "127.0.0.1", "spec.nodeName": self.NODE}.get(path) or str(
             pod["metadata"][path.removeprefix("metadata.")]
         )
@@ -185,11 +183,11 @@ class Kubelet:
             def do_GET(self):
                 address = urlsplit(self.path)
                 name = address.path.split("/")[3]  # /containerLogs/NAMESPACE/POD/CONTAINER
-                asked = parse_qs(address.query)
+                query = parse_qs(address.query)
                 self.send_response(200)
                 self.end_headers()
-                with suppress(OSError):  # the reader has left
-                    for part in kubelet.read_log(name, asked.get("follow") == ["true"], asked.get("tailLines")):
+                with suppress(OSError):  # the reader has disconnected
+                    for part in kubelet.read_log(name, query.get("follow") == ["true"], query.get("tailLines")):
                         self.wfile.write(part)
                         self.wfile.flush()
 
@@ -207,12 +205,12 @@ class Kubelet:
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}},
             "conditions": [{"type": "Ready", "status": "True"}],
         }
-        with suppress(client.ApiException):  # left there by an earlier kubelet
+        with suppress(client.ApiException):  # an earlier kubelet has created it
             self.api.create_node({"metadata": {"name": self.NODE}})
         self.api.patch_node_status(self.NODE, {"status": status})
 
     def read_log(self, pod: str, follow: bool, tail: list[str] | None) -> Iterator[bytes]:
-        """A pod's output, in parts; following it until its container has ended."""
+        """A pod's output in parts; with `follow` until its container has ended."""
         with (self.folder / f"{pod}.log").open("rb") as file:
             if tail:
                 yield b"".join(file.readlines()[-int(tail[0]) :])
@@ -226,13 +224,13 @@ class Kubelet:
 
 
 def _replace(text: str, local: list[tuple[str, str]]) -> str:
-    """Replace all in one pass, so that no replacement is replaced again. The first that matches wins."""
+    """Replace all patterns in one pass, so that no replacement is replaced again. The first that matches wins."""
     patterns = "|".join(f"(?P<local{number}>{pattern})" for number, (pattern, _) in enumerate(local))
     return re.sub(patterns, lambda match: local[int(match.lastgroup.removeprefix("local"))][1], text)
 
 
 def _expand(text: str, environment: dict[str, str]) -> str:
-    """Kubernetes' own $(NAME); an unset one stays as it is."""
+    """Expand Kubernetes' $(NAME); an unset one stays as it is."""
     return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), text)
 
 

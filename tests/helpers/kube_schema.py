@@ -1,8 +1,8 @@
 """Custom resource definitions of JobSet and Kubeflow Trainer, made from the models that kubeflow-trainer-api publishes.
 
-The models name every field and type but no choices, so those of the fields that powernap sets are listed here, as in
-JobSet's api/jobset/v1alpha2/jobset_types.go and Trainer's pkg/apis/trainer/v1alpha1. Kubernetes 1.20 silently drops a
-field that a schema does not know, where a newer server can be asked to refuse it: `dropped_fields` lists them.
+The models have every field and type but no enums, so the enums of fields that powernap sets are listed here, as in JobSet's
+api/jobset/v1alpha2/jobset_types.go and Trainer's pkg/apis/trainer/v1alpha1. Kubernetes 1.20 silently drops fields that a schema
+does not have, which newer servers can refuse: `dropped_fields` reports them.
 """
 
 import importlib
@@ -39,7 +39,7 @@ CHOICES = {
     ("IoK8sApiCoreV1TopologySpreadConstraint", "whenUnsatisfiable"): ["DoNotSchedule", "ScheduleAnyway"],
     ("TrainerV1alpha1RuntimeRef", "kind"): ["TrainingRuntime", "ClusterTrainingRuntime"],
 }
-# Fields that a server fills in.
+# Defaults that the server sets.
 DEFAULTS = {
     ("JobsetV1alpha2FailurePolicy", "restartStrategy"): "Recreate",
     ("JobsetV1alpha2ReplicatedJob", "replicas"): 1,
@@ -56,26 +56,26 @@ KINDS = {
 
 def definitions() -> list[dict]:
     """The CustomResourceDefinitions, ready to be created."""
-    return [_definition(kind, *where) for kind, where in KINDS.items()]
+    return [_definition(kind, *names) for kind, names in KINDS.items()]
 
 
 def dropped_fields(sent: object, stored: object, path: str = "") -> list[str]:
-    """Paths of fields that were sent but not stored: misspelled, or unknown to the server's schema."""
+    """Paths of fields that were sent but that the server has not stored: misspelled, or not in its schema."""
     if isinstance(sent, dict) and isinstance(stored, dict):
-        found = [dropped_fields(sent[key], stored.get(key), f"{path}.{key}") for key in sent]
-        return [path for paths in found for path in paths]
+        dropped = [dropped_fields(sent[key], stored.get(key), f"{path}.{key}") for key in sent]
+        return [path for paths in dropped for path in paths]
     if isinstance(sent, list) and isinstance(stored, list) and len(sent) == len(stored):
-        found = [
+        dropped = [
             dropped_fields(one, other, f"{path}[{i}]") for i, (one, other) in enumerate(zip(sent, stored, strict=True))
         ]
-        return [path for paths in found for path in paths]
+        return [path for paths in dropped for path in paths]
     return [] if sent == stored else [path.lstrip(".")]
 
 
 def _definition(kind: str, group: str, version: str, module: str) -> dict:
     models = importlib.import_module(f"kubeflow_trainer_api.models.{module}")
     schema = _of_model(getattr(models, "".join(word.capitalize() for word in module.split("_"))))
-    schema["properties"]["metadata"] = {"type": "object"}  # the server has its own checks for it
+    schema["properties"]["metadata"] = {"type": "object"}  # which the server checks itself
     plural = f"{kind.lower()}s"
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -100,7 +100,7 @@ def _definition(kind: str, group: str, version: str, module: str) -> dict:
 
 
 def _of_model(model: type[BaseModel]) -> dict:
-    """A structural schema of one generated model. All nested ones are written out: a definition has no references."""
+    """A structural schema of one generated model, with nested ones inlined: a definition has no references."""
     if model.__name__.endswith("ResourceQuantity") or "actual_instance" in model.model_fields:
         return {"x-kubernetes-int-or-string": True}  # a quantity: 8, or "80Gi"
     properties, required = {}, []
@@ -122,8 +122,9 @@ def _of_type(annotation: object) -> dict:
     if origin is typing.Annotated:
         return _of_type(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        left = [one for one in arguments if one is not type(None)]
-        return _of_type(left[0]) if len(left) == 1 else {"x-kubernetes-int-or-string": True}
+        members = [argument for argument in arguments if argument is not type(None)]
+        return _of_type(members[0]) if len(members) == 1 else {"x-kubernetes-int-or-string": True}
+
     if origin is list:
         return {"type": "array", "items": _of_type(arguments[0])}
     if origin is dict:

@@ -1,7 +1,7 @@
-"""A real SLURM cluster of child processes on loopback: a controller, a few nodes with make-believe CPUs and GPUs.
+"""A real SLURM cluster of child processes on loopback: a controller, and a few nodes with fake CPUs and GPUs.
 
-Two partitions share all nodes: "main", and "urgent", whose jobs pre-empt those of "main" by requeueing them. Everything is
-in a folder of its own, and ports are whatever is free: several clusters may run side by side.
+Two partitions share all nodes: "main", and "urgent", whose jobs pre-empt those of "main" by requeueing them. Each cluster
+has its own folder and free ports: several can run side by side.
 """
 
 import getpass
@@ -21,7 +21,7 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db")
 DATABASE_SECONDS = 60
-SECONDS = 30  # for everything else to start or to end; some two seconds on a quiet machine
+SECONDS = 30  # for everything else to start or to end; about two on an idle machine
 
 CONFIGURATION = """\
 ClusterName=test
@@ -46,7 +46,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 
-# Sooner than on a real cluster, which looks every half minute and gives a job half a minute between SIGTERM and SIGKILL.
+# Faster than on a real cluster, which schedules every half minute and allows a job as long from SIGTERM to SIGKILL.
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1,requeue_delay=1
 KillWait=5
@@ -86,18 +86,18 @@ StorageUser={user}
 
 
 class ClusterError(RuntimeError):
-    """The cluster did not start, with its daemons' last output, or did not end."""
+    """The cluster did not start, with the last output of its daemons, or did not end."""
 
 
 class SlurmCluster:
-    """Starts on entering, ends with everything it ran on leaving.
+    """A context manager: starts the cluster, and ends it with all of its jobs.
 
     Args:
-        nodes: named n1, n2, ...; each has 8 CPUs, 8 GPUs and 8000 MB by its own account.
-        accounting: keep ended jobs in a database too, for sacct; takes some seconds more to start.
+        nodes: named n1, n2, ...; each claims 8 CPUs, 8 GPUs and 8000 MB.
+        accounting: keep ended jobs in a database too, for sacct; takes a few more seconds to start.
 
     Attributes:
-        folder: configuration, and each daemon's output, NAME.out.
+        folder: configuration, and the output of each daemon: NAME.out.
     """
 
     def __init__(self, nodes: int = 3, accounting: bool = False) -> None:
@@ -133,7 +133,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Return when every node is idle. ClusterError after half a minute."""
-        # Not pytest's folder: the path of a Unix socket has 107 characters at most, and munge must be reachable by all.
+        # Not pytest's folder: the path of a Unix socket has at most 107 characters, and munge must be accessible to all.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         try:
@@ -163,14 +163,14 @@ class SlurmCluster:
         shutil.rmtree(self.folder)
 
     def processes(self) -> set[psutil.Process]:
-        """All of this cluster: daemons, jobs, and slurmstepd, which looks after jobs and has overwritten its environment."""
-        found = set()
+        """All of this cluster's: daemons, jobs, and slurmstepd, the parent of jobs, which overwrites its environment."""
+        ours = set()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                environment, place = process.environ().get("SLURM_CONF"), process.cwd()
-                if environment == self.environment["SLURM_CONF"] or place == str(self.folder):
-                    found |= {process, *process.children(recursive=True)}
-        return found
+                configuration, folder = process.environ().get("SLURM_CONF"), process.cwd()
+                if configuration == self.environment["SLURM_CONF"] or folder == str(self.folder):
+                    ours |= {process, *process.children(recursive=True)}
+        return ours
 
     def _configure(self) -> None:
         controller, accounting, *nodes = _free_ports(2 + self.nodes)
@@ -219,7 +219,7 @@ class SlurmCluster:
         self._wait("the database", (self.folder / "database.socket").exists, DATABASE_SECONDS)
 
     def _start_accounting(self) -> None:
-        # Read by slurmdbd's database client library.
+        # Read by slurmdbd's database library.
         self._daemon("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=f"{self.folder}/database.socket")
 
         def registered() -> bool:
@@ -242,7 +242,7 @@ class SlurmCluster:
     def _daemon(self, name: str, program: str, *arguments: str, **environment: str) -> None:
         with (self.folder / f"{name}.out").open("wb") as output:
             self._daemons[name] = subprocess.Popen(
-                # A daemon is told to end when this process ends, however it ends.
+                # A daemon gets SIGTERM when this process ends, however it ends.
                 ["setpriv", "--pdeathsig", "TERM", _which(program), *arguments],
                 env=self.environment | environment,
                 cwd=self.folder,
@@ -252,25 +252,26 @@ class SlurmCluster:
                 start_new_session=True,  # a Ctrl-C is for pytest alone
             )
 
-    def _wait(self, what: str, there: Callable[[], object], seconds: float = SECONDS) -> None:
-        """Poll until it is there; ClusterError if that takes too long or a daemon ended."""
+    def _wait(self, what: str, is_ready: Callable[[], object], seconds: float = SECONDS) -> None:
+        """Poll until it is ready; ClusterError if that takes too long or a daemon has ended."""
         end = time.monotonic() + seconds
-        while not there():
+        while not is_ready():
             ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if ended or time.monotonic() > end:
                 names = ended or list(self._daemons)
-                said = "\n".join(f"{name}: {(self.folder / f'{name}.out').read_text()[-2000:]}" for name in names)
-                raise ClusterError(f"waited for {what} in vain; {'ended' if ended else 'running'}:\n{said}")
+                output = "\n".join(f"{name}: {(self.folder / f'{name}.out').read_text()[-2000:]}" for name in names)
+                raise ClusterError(f"waited for {what} in vain; {'ended' if ended else 'running'}:\n{output}")
             time.sleep(0.05)
 
 
 def _which(program: str) -> str | None:
-    """Daemons are in folders that a user's PATH may lack."""
+    """The path of a program; daemons are in folders that a user's PATH may lack."""
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin")
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below the ephemeral range, so that they stay free until they are used."""
+    """Ports below the kernel's ephemeral range, so that they stay free until they are used."""
+
     ports: set[int] = set()
     while len(ports) < count:
         port = random.randrange(20000, 32000)

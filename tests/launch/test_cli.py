@@ -335,7 +335,7 @@ def test_two_machines_train_as_one(folder):
         ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ["PET_MASTER_ADDR is missing"]),
         (
             {"PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "1"},
-            ["2 processes do not share PET_NNODES=3"],
+            ["2 processes cannot be shared equally by PET_NNODES=3"],
         ),
     ],
 )

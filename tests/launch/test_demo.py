@@ -53,10 +53,10 @@ def test_the_demo_from_shards_to_picture(demo):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.root=other", "run.root: the demo sets it itself: write --folder"),
-        ("run={seed: 4}", "run.seed: the demo sets it itself: write --seed"),
-        ("sleep.passes=2", "sleep.passes: the demo sets it itself: train by yourself"),
-        ("data.train.mine.shards=a.tar", "data.train.mine.shards: the demo sets it itself"),
+        ("run.root=other", "run.root is set by the demo: use --folder"),
+        ("run={seed: 4}", "run.seed is set by the demo: use --seed"),
+        ("sleep.passes=2", "sleep.passes is set by the demo: train your own run"),
+        ("data.train.mine.shards=a.tar", "data.train.mine.shards is set by the demo"),
         ("train.stepz=6", "did you mean train.steps?"),
     ],
 )

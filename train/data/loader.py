@@ -33,7 +33,7 @@ from powernap.train.tasks.sample import Sample
 FETCH_AHEAD = 8  # remote shards that each reader fetches at once
 
 State = dict[str, Any]  # JSON; see training_batches
-Document = list[tuple[Shard, int]]  # the samples of one document: each one's shard, and its number there
+DocumentParts = list[tuple[Shard, int]]  # the samples of one document: each one's shard, and its number there
 
 
 class ReaderError(PowernapError):
@@ -249,7 +249,7 @@ def evaluation_batches(
     cache = cache_of(data)
     shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
     samples = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
-    documents: list[Document] = []
+    documents: list[DocumentParts] = []
     for shard, number in samples:
         if shard.begins_document(number):
             documents.append([])
@@ -263,7 +263,9 @@ def evaluation_batches(
             yield _evaluation_batch(own, part, is_padding, data.sequence_length, vocab_size)
 
 
-def _evaluation_batch(documents: list[Document], part: int, is_padding: bool, length: int, vocab_size: int) -> Batch:
+def _evaluation_batch(
+    documents: list[DocumentParts], part: int, is_padding: bool, length: int, vocab_size: int
+) -> Batch:
     """Part number `part` of each document. One with fewer parts repeats its last, without loss tokens and answers.
 
     is_padding: the whole batch only accompanies other ranks'. Its rows keep their loss tokens, so that it runs the same

@@ -1,4 +1,4 @@
-"""Jobs on Kubernetes, through the official client. kubernetes_objects.py says what they are made of."""
+"""Jobs on Kubernetes, through the official client. kubernetes_objects.py renders their objects."""
 
 import json
 import logging
@@ -15,10 +15,18 @@ import urllib3
 import yaml
 
 from powernap.launch.jobs.backends.kubernetes_causes import newest, when, why_pending, with_cure
-from powernap.launch.jobs.backends.kubernetes_objects import CONTAINER, JOBSET, RUNTIME, TOKEN, TRAINJOB, check, objects
+from powernap.launch.jobs.backends.kubernetes_objects import (
+    CONTAINER,
+    JOBSET,
+    RUNTIME,
+    SUBMISSION_LABEL,
+    TRAINJOB,
+    check,
+    objects,
+)
 from powernap.launch.jobs.cluster import KubernetesCluster
 from powernap.launch.jobs.description import JobError, UnknownOutcomeError
-from powernap.launch.jobs.job import Job, Record
+from powernap.launch.jobs.job import Job, JobRecord
 from powernap.launch.jobs.status import Status
 from powernap.train.yaml_core import dump
 
@@ -30,13 +38,13 @@ except ImportError:
     raise JobError("jobs on Kubernetes need its client: pip install 'powernap[kubernetes]'") from None
 
 ANSWERS_WITHIN = (5, 30)  # seconds to connect, and to answer
-PATIENCE = 40.0  # seconds that a server may be away while it is only asked
-STARTING = 10.0  # seconds that one which has never let us in may forbid it
-LOOK_AGAIN = 1.0  # seconds
-GONE_VERSION = 410  # a status: etcd has forgotten what was when the watch should begin
+PATIENCE = 40.0  # seconds to retry queries while a server is down
+STARTING = 10.0  # seconds to retry a server that denies access and has not granted it before
+POLL_SECONDS = 1.0
+GONE_VERSION = 410  # HTTP status: etcd no longer has the version at which the watch begins
 KINDS = {"JobSet": JOBSET, "TrainJob": TRAINJOB, "TrainingRuntime": RUNTIME}
-_LET_IN: set[str] = set()  # servers that have answered this process
-GONE = (urllib3.exceptions.HTTPError, OSError)
+CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, OSError)
+_access_granted: set[str] = set()  # servers that have answered this process
 
 
 class _NoCredentials(JobError):
@@ -63,20 +71,23 @@ class Kubernetes:
         return []
 
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
-        """The job first: what belongs to it can then name its owner, and its pods wait for their recipe."""
+        """The job first: the other objects need its uid as their owner, and its pods wait for the ConfigMap."""
         (text,) = rendered.values()
         main, *others = yaml.safe_load_all(text)
         name = main["metadata"]["name"]
         try:
-            made = self._create(main)
+            created = self._create(main)
         except UnknownOutcomeError as error:
             try:
-                if self._with_token(jobs[0].token):
+                if self._submitted(jobs[0].submission_id):
                     self._delete(name)
             except JobError:
                 raise error from None
             raise JobError(str(error)) from None
-        owner = {key: made[key] for key in ("apiVersion", "kind")} | {"name": name, "uid": made["metadata"]["uid"]}
+        owner = {key: created[key] for key in ("apiVersion", "kind")} | {
+            "name": name,
+            "uid": created["metadata"]["uid"],
+        }
         try:
             for other in others:
                 self._create(other | {"metadata": other["metadata"] | {"ownerReferences": [owner]}})
@@ -88,25 +99,22 @@ class Kubernetes:
             raise JobError(str(error)) from None
         return [name]
 
-    def find(self, record: Record) -> str | None:
-        return self._with_token(record.token)
+    def find(self, record: JobRecord) -> str | None:
+        return self._submitted(record.submission_id)
 
-    def status(self, record: Record) -> Status:
-        found = self._get(record.known_id)
-        if found is None or found["metadata"].get("labels", {}).get(TOKEN) != record.token:
-            if record.own_folder.cancelled.exists():
+    def status(self, record: JobRecord) -> Status:
+        body = self._get(record.known_id)
+        if body is None or body["metadata"].get("labels", {}).get(SUBMISSION_LABEL) != record.submission_id:
+            if record.folder.cancelled.exists():
                 return Status("cancelled", "cancelled")
-            return Status(
-                "lost", f"{self._kind['plural']}/{record.id} is gone: deleted, or longer over than it is kept"
-            )
-        jobset = found if self._kind is JOBSET else self._get(record.known_id, JOBSET) or {}
-        return self._status(found, jobset.get("status", {}), record)
+            return Status("lost", f"{self._kind['plural']}/{record.id} is gone: deleted, or past its ttl")
+        jobset = body if self._kind is JOBSET else self._get(record.known_id, JOBSET) or {}
+        return self._status(body, jobset.get("status", {}), record)
 
-    def pause(self, record: Record, seconds: float) -> None:
-        """Watches the job. Whatever ends a watch early, a server that restarts or has forgotten the version it begins at, costs
-        nothing: who asked looks again."""
-        found = self._get(record.known_id)
-        if found is None:
+    def wait_for_change(self, record: JobRecord, seconds: float) -> None:
+        """Watch the job. A watch may end early, as when the server restarts or lacks the version it begins at; callers poll."""
+        body = self._get(record.known_id)
+        if body is None:
             return
         try:
             for _ in kubernetes.watch.Watch().stream(
@@ -114,21 +122,21 @@ class Kubernetes:
                 **self._kind,
                 namespace=self._cluster.namespace,
                 field_selector=f"metadata.name={record.id}",
-                resource_version=found["metadata"]["resourceVersion"],
+                resource_version=body["metadata"]["resourceVersion"],
                 timeout_seconds=max(1, round(seconds)),
             ):
                 return
         except ApiException as error:
-            time.sleep(LOOK_AGAIN if error.status == GONE_VERSION else seconds)
-        except GONE:
-            time.sleep(LOOK_AGAIN)
+            time.sleep(POLL_SECONDS if error.status == GONE_VERSION else seconds)
+        except CONNECTION_ERRORS:
+            time.sleep(POLL_SECONDS)
 
-    def logs(self, record: Record, follow: bool) -> Iterator[str]:
-        """The first node's, which speaks for all. Pods are deleted when a job starts again, so earlier starts are gone; all is
-        in runs/NAME/logs/train.log on the volume."""
+    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
+        """The log of the first node, which has rank 0. A restart deletes pods with their logs; runs/NAME/logs/train.log on the
+        volume has all of them."""
         shown: set[str] = set()
         while True:
-            over = not follow or self.status(record).is_over  # asked first: what it printed last is read after
+            over = not follow or self.status(record).is_over  # before reading: the job's last lines come through
             for pod in self._pods(record):
                 if pod.metadata.uid not in shown and _is_first(pod) and pod.status.phase != "Pending":
                     shown.add(pod.metadata.uid)
@@ -136,17 +144,22 @@ class Kubernetes:
             if over:
                 return
             yield ""
-            time.sleep(LOOK_AGAIN)
+            time.sleep(POLL_SECONDS)
 
-    def cancel(self, record: Record) -> None:
-        """Pods get their grace to save. Whoever holds the object (a finalizer) lets it go when they have ended."""
-        record.own_folder.cancelled.touch()
+    def cancel(self, record: JobRecord) -> None:
+        """Pods get their grace period to save. The object stays, "stopping", until they have ended and its finalizers are gone."""
+        record.folder.cancelled.touch()
         self._delete(record.known_id)
 
-    def _status(self, found: dict[str, Any], jobset: dict[str, Any], record: Record) -> Status:
+    def _status(self, body: dict[str, Any], jobset: dict[str, Any], record: JobRecord) -> Status:
+        """
+        Args:
+            body: the job's object, a JobSet or a TrainJob.
+            jobset: status of the JobSet.
+        """
         conditions = {
             condition["type"]: condition
-            for condition in found.get("status", {}).get("conditions", [])
+            for condition in body.get("status", {}).get("conditions", [])
             if condition.get("status") == "True"
         }
         restarts = jobset.get("restarts", 0)
@@ -158,48 +171,47 @@ class Kubernetes:
             return Status("failed", reason, restarts, code)
         pods = self._pods(record)
         nodes = ",".join(sorted({pod.spec.node_name for pod in pods if pod.spec.node_name}))
-        if "deletionTimestamp" in found["metadata"]:
+        if "deletionTimestamp" in body["metadata"]:
             return Status("stopping", "it saves and ends", restarts, nodes=nodes)
         if suspended := conditions.get("Suspended"):
-            return Status("pending", self._why_suspended(suspended, found, record), restarts)
-        wanted = record.job.nodes
-        assert wanted is not None
-        if sum(pod.status.phase == "Running" for pod in pods) == wanted:
+            return Status("pending", self._why_suspended(suspended, body, record), restarts)
+        expected = record.job.nodes
+        assert expected is not None
+        if sum(pod.status.phase == "Running" for pod in pods) == expected:
             return Status("running", "", restarts, nodes=nodes)
-        made = _time(found["metadata"])
-        kind, name = found.get("kind", self._name_of_kind), record.id
+        created = _time(body["metadata"])
+        kind, name = body.get("kind", self._name_of_kind), record.id
         owners = [("Job", f"{name}-{CONTAINER}-0"), ("JobSet", name)] + [(kind, name)] * (kind != "JobSet")
-        reason = why_pending(
-            pods, wanted, owners, (datetime.now(UTC) - made).total_seconds(), lambda *of: self._events(made, *of)
-        )
+        age = (datetime.now(UTC) - created).total_seconds()
+        reason = why_pending(pods, expected, owners, age, lambda *of: self._events(created, *of))
         return Status("pending", reason, restarts, nodes=nodes)
 
-    def _why_suspended(self, suspended: dict[str, Any], found: dict[str, Any], record: Record) -> str:
-        """Kueue says why on its own object for the job."""
+    def _why_suspended(self, suspended: dict[str, Any], body: dict[str, Any], record: JobRecord) -> str:
+        """Kueue reports the reason in events of the Workload that it creates for the job."""
         queue = self._cluster.queue
         if not queue:
             return suspended.get("message") or "it is suspended"
-        event = newest(self._events(_time(found["metadata"]), "Workload"), f"{self._name_of_kind.lower()}-{record.id}-")
-        said = f": {with_cure(event.message)}" if event and event.message else ""
-        return f"waits in Kueue's queue {queue}{said}"
+        event = newest(self._events(_time(body["metadata"]), "Workload"), f"{self._name_of_kind.lower()}-{record.id}-")
+        reason = f": {with_cure(event.message)}" if event and event.message else ""
+        return f"waits in Kueue's queue {queue}{reason}"
 
     def _events(self, since: datetime, kind: str, name: str | None = None) -> list[Any] | None:
-        """Of an object, or the warnings of all objects of a kind; None where this user may not list them. Those from before
-        `since` belong to an earlier job of this name."""
-        where = f"involvedObject.kind={kind}," + (f"involvedObject.name={name}" if name else "type=Warning")
+        """Events of an object, or warnings about all objects of a kind; None if this user may not list them. Events before
+        `since` belong to an earlier job of the same name."""
+        selector = f"involvedObject.kind={kind}," + (f"involvedObject.name={name}" if name else "type=Warning")
 
-        def ask() -> list[Any] | None:
+        def list_events() -> list[Any] | None:
             try:
-                return self._core.list_namespaced_event(self._cluster.namespace, field_selector=where).items
+                return self._core.list_namespaced_event(self._cluster.namespace, field_selector=selector).items
             except ApiException as error:
                 if error.status in (403, 404):
                     return None
                 raise
 
-        found = self._asked(ask)
-        return None if found is None else [event for event in found if when(event)[0] >= since]
+        events = self._retrying(list_events)
+        return None if events is None else [event for event in events if when(event)[0] >= since]
 
-    def _exit_code(self, record: Record) -> int | None:
+    def _exit_code(self, record: JobRecord) -> int | None:
         codes = [
             state.terminated.exit_code
             for pod in self._pods(record)
@@ -209,12 +221,12 @@ class Kubernetes:
         return codes[0] if codes else None
 
     def _log_of(self, pod: Any, follow: bool) -> Iterator[str]:
-        """A pod's log; where the server or the pod goes away in the middle, from there on once more if it can be had."""
+        """A pod's log. If the connection breaks, reconnect and continue where it broke, as long as the pod exists."""
         position = 0
         name = pod.metadata.name
         deadline = time.monotonic() + PATIENCE
         while True:
-            skip = position  # it always begins at the beginning
+            skip = position  # the server always sends the log from the beginning
             try:
                 answer = self._core.read_namespaced_pod_log(
                     name, self._cluster.namespace, container=CONTAINER, follow=follow, _preload_content=False
@@ -227,34 +239,34 @@ class Kubernetes:
                     yield new.decode(errors="replace")
                 return
             except ApiException as error:
-                if error.status == 404 or time.monotonic() > deadline:  # the pod has made room for the next start
+                if error.status == 404 or time.monotonic() > deadline:  # 404: a restart has deleted the pod
                     return
-            except GONE:
+            except CONNECTION_ERRORS:
                 if time.monotonic() > deadline:
                     return
-            time.sleep(LOOK_AGAIN)
+            time.sleep(POLL_SECONDS)
 
-    def _pods(self, record: Record) -> list[Any]:
-        where = f"{TOKEN}={record.token}"
-        return self._asked(lambda: self._core.list_namespaced_pod(self._cluster.namespace, label_selector=where)).items
+    def _pods(self, record: JobRecord) -> list[Any]:
+        namespace, selector = self._cluster.namespace, f"{SUBMISSION_LABEL}={record.submission_id}"
+        return self._retrying(lambda: self._core.list_namespaced_pod(namespace, label_selector=selector)).items
 
     def _get(self, name: str, kind: dict[str, str] | None = None) -> dict[str, Any] | None:
-        kind = kind or self._kind
-        where = {**kind, "namespace": self._cluster.namespace, "name": name}
-        return self._asked(lambda: self._custom.get_namespaced_custom_object(**where), missing=None)
+        path = {**(kind or self._kind), "namespace": self._cluster.namespace, "name": name}
+        return self._retrying(lambda: self._custom.get_namespaced_custom_object(**path), missing=None)
 
-    def _with_token(self, token: str) -> str | None:
-        where = {**self._kind, "namespace": self._cluster.namespace, "label_selector": f"{TOKEN}={token}"}
-        items = self._asked(lambda: self._custom.list_namespaced_custom_object(**where))["items"]
-        return items[0]["metadata"]["name"] if items else None
+    def _submitted(self, submission_id: str) -> str | None:
+        """The name of the object with this submission_id."""
+        path, selector = {**self._kind, "namespace": self._cluster.namespace}, f"{SUBMISSION_LABEL}={submission_id}"
+        listed = self._retrying(lambda: self._custom.list_namespaced_custom_object(**path, label_selector=selector))
+        return listed["items"][0]["metadata"]["name"] if listed["items"] else None
 
     def _create(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Once: whether a create that was not answered arrived is for find() to say."""
+        """Tried once: after a create without an answer, find() tells whether it arrived."""
         namespace = self._cluster.namespace
         try:
             if body["kind"] == "ConfigMap":
-                made = self._core.create_namespaced_config_map(namespace, body, _request_timeout=ANSWERS_WITHIN)
-                return self._api.sanitize_for_serialization(made)
+                created = self._core.create_namespaced_config_map(namespace, body, _request_timeout=ANSWERS_WITHIN)
+                return self._api.sanitize_for_serialization(created)
             return self._custom.create_namespaced_custom_object(
                 **KINDS[body["kind"]],
                 namespace=namespace,
@@ -265,52 +277,52 @@ class Kubernetes:
         except ApiException as error:
             raise JobError(self._refusal(error, f"create {body['kind']}")) from None
         except urllib3.exceptions.NewConnectionError as error:
-            raise JobError(self._away(error)) from None
-        except GONE as error:
-            raise UnknownOutcomeError(self._away(error)) from None
+            raise JobError(self._no_answer(error)) from None
+        except CONNECTION_ERRORS as error:
+            raise UnknownOutcomeError(self._no_answer(error)) from None
 
     def _delete(self, name: str) -> None:
-        where = {**self._kind, "namespace": self._cluster.namespace, "name": name}
-        self._asked(
-            lambda: self._custom.delete_namespaced_custom_object(**where, propagation_policy="Foreground"), missing=None
+        path = {**self._kind, "namespace": self._cluster.namespace, "name": name}
+        self._retrying(
+            lambda: self._custom.delete_namespaced_custom_object(**path, propagation_policy="Foreground"), missing=None
         )
 
-    def _asked(self, call: Callable[[], Any], **missing: Any) -> Any:
-        """The answer, from a server that may be away for a while; `missing` if there is no such object."""
+    def _retrying(self, call: Callable[[], Any], **missing: Any) -> Any:
+        """Retry `call` while the server is unavailable; return `missing` if there is no such object."""
         host, began = self._api.configuration.host, time.monotonic()
         while True:
             waited = time.monotonic() - began
             try:
                 answer = call()
-                _LET_IN.add(host)
+                _access_granted.add(host)
                 return answer
             except ApiException as error:
                 if error.status == 404 and missing and _is_of_an_object(error):
                     return missing["missing"]
-                # A server that has just started forbids everything until it has read who may do what.
-                starting = error.status in (401, 403) and (host in _LET_IN or waited < STARTING)
+                # A server that has just started denies everything until it has loaded its access rules.
+                starting = error.status in (401, 403) and (host in _access_granted or waited < STARTING)
                 if not (starting or error.status in (429, 500, 502, 503, 504)) or waited > PATIENCE:
                     raise JobError(self._refusal(error, "answer")) from None
             except _NoCredentials:
-                if host not in _LET_IN or waited > PATIENCE:
+                if host not in _access_granted or waited > PATIENCE:
                     raise
-            except GONE as error:
-                is_wrong = isinstance(getattr(error, "reason", error), urllib3.exceptions.SSLError)
-                if is_wrong or waited > PATIENCE:
-                    raise JobError(self._away(error)) from None
-            time.sleep(LOOK_AGAIN)
+            except CONNECTION_ERRORS as error:
+                is_permanent = isinstance(getattr(error, "reason", error), urllib3.exceptions.SSLError)
+                if is_permanent or waited > PATIENCE:
+                    raise JobError(self._no_answer(error)) from None
+            time.sleep(POLL_SECONDS)
 
     def _refusal(self, error: ApiException, doing: str) -> str:
-        """What the server said, in one line."""
+        """The server's error in one line, with a cure if one is known."""
         body = _body(error)
         message = body.get("message") or error.reason or f"status {error.status}"
         if error.status == 401:
-            return "Kubernetes does not know this token: log in again, or see context in the cluster's profile"
+            return "Kubernetes does not accept these credentials: log in again, or see context in the cluster's profile"
         if error.status == 403 and "quota" not in message:
-            return f"Kubernetes does not allow that: {with_cure(message)}"
+            return f"Kubernetes does not allow this: {with_cure(message)}"
         if error.status == 404 and not body:
-            need = "JobSet" if self._kind is JOBSET else "Kubeflow Trainer"
-            return f"this cluster has no {need}: have it installed, or see form in the cluster's profile"
+            missing = "JobSet" if self._kind is JOBSET else "Kubeflow Trainer"
+            return f"{missing} is not installed on this cluster: install it, or see form in the cluster's profile"
         if error.status == 409:
             return f"{message}: another submission has this name; choose another run.name"
         causes = (body.get("details") or {}).get("causes") or []
@@ -318,10 +330,10 @@ class Kubernetes:
             message = "; ".join(f"{cause.get('field', '')}: {cause.get('message', '')}" for cause in causes[:3])
         return f"Kubernetes refuses to {doing}: {with_cure(message)}"
 
-    def _away(self, error: Exception) -> str:
-        reason = getattr(error, "reason", None) or error
-        said = str(reason).rpartition("object at ")[2].partition(">: ")[2] or str(reason)
-        return f"Kubernetes does not answer at {self._api.configuration.host}: {said}"
+    def _no_answer(self, error: Exception) -> str:
+        reason = str(getattr(error, "reason", None) or error)
+        reason = reason.rpartition("object at ")[2].partition(">: ")[2] or reason  # without the connection's repr
+        return f"Kubernetes does not answer at {self._api.configuration.host}: {reason}"
 
     @property
     def _api(self) -> "kubernetes.client.ApiClient":
@@ -346,7 +358,7 @@ class Kubernetes:
                         refresh(of)
 
                 configuration.refresh_api_key_hook = refresh_or_fail
-            configuration.retries = False  # its own would sleep for as long as a server that starts asks for
+            configuration.retries = False  # urllib3's would sleep as long as a starting server's Retry-After says
             self._client = kubernetes.client.ApiClient(configuration)
         return self._client
 
@@ -368,7 +380,7 @@ def _body(error: ApiException) -> dict[str, Any]:
 
 
 def _is_of_an_object(error: ApiException) -> bool:
-    """A missing namespace or custom resource is another matter than a missing object."""
+    """Whether a 404 is about an object, not about its namespace or custom resource."""
     details = _body(error).get("details") or {}
     return bool(details.get("name")) and details.get("kind") != "namespaces"
 
@@ -384,19 +396,19 @@ def _time(metadata: dict[str, Any]) -> datetime:
 
 @contextmanager
 def _plugin_must_not_fail() -> Iterator[None]:
-    """The client logs what a kubeconfig's exec plugin complained about, and goes on as nobody: raise it instead."""
-    said: list[str] = []
+    """If a kubeconfig's exec plugin fails, the client logs that and continues as anonymous: raise instead."""
+    logged: list[str] = []
     handler, root = logging.Handler(), logging.getLogger()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     before, root.handlers = root.handlers, [handler]
     try:
         yield
     finally:
         root.handlers = before
-    if said:
-        lines = re.sub(r"^exec: (process returned \d+\. )?", "", said[-1]).strip().splitlines()
-        # On a terminal the plugin has spoken to the user itself, and the client stumbles over having nothing to add.
-        cause = "its own words stand above" if "NoneType" in lines[-1] else lines[-1].strip()
+    if logged:
+        lines = re.sub(r"^exec: (process returned \d+\. )?", "", logged[-1]).strip().splitlines()
+        # On a terminal the plugin prints its error itself; the client, which has no output to log then, fails with a TypeError.
+        cause = "see its message above" if "NoneType" in lines[-1] else lines[-1].strip()
         if "No such file" in cause:
             cause = f"{cause}: install it, or put its folder on PATH"
         raise _NoCredentials(f"no access to Kubernetes: the exec plugin of the kubeconfig failed: {cause}")

@@ -1,6 +1,6 @@
 """A job as Kubernetes objects: JobSet (or Kubeflow Trainer's TrainJob and TrainingRuntime), and a ConfigMap with the recipe.
 
-One pod a node, each with torchrun's variables; the first pod is where ranks meet. Plain values, nothing is asked of a server.
+One pod per node, each with torchrun's variables; the first pod is the rendezvous. Plain values; no server is contacted.
 JobSet's fields: jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2; Trainer's: trainer.kubeflow.org/v1alpha1.
 """
 
@@ -15,23 +15,25 @@ from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.parallel.liveness import exit_codes
 from powernap.train.config import Recipe
 
-TOKEN = "powernap.io/token"  # a label: what find() looks for
-CONTAINER = "node"  # of pods, and the replicated job: Trainer insists on the same name
+SUBMISSION_LABEL = (
+    "powernap.io/token"  # "token" is its old name: jobs and pods of earlier versions are found by it, too
+)
+CONTAINER = "node"  # name of the container and of the replicated job: Trainer requires the same for both
 RECIPE = "/etc/powernap/recipe.yaml"
 PORT = 29500  # torchrun's
-LONGEST = 63  # of a name in DNS
-LARGEST = 2**20  # bytes of a ConfigMap's data, and two thirds of what etcd takes of any object
-SETTLE = 60  # seconds beside job.grace, for ranks to agree on a step and for processes to end
-HOME = "/tmp"  # noqa: S108  a folder of the pod's own: the image's may be read-only
+LONGEST = 63  # characters of a DNS label
+LARGEST = 2**20  # bytes of a ConfigMap's data, and two thirds of etcd's limit for an object
+SETTLE = 60  # seconds on top of job.grace, for ranks to agree on a step and for processes to end
+HOME = "/tmp"  # noqa: S108  in the pod's own volume: the image may be read-only
 JOBSET = {"group": "jobset.x-k8s.io", "version": "v1alpha2", "plural": "jobsets"}
 TRAINJOB = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 RUNTIME = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainingruntimes"}
 
 
 def object_name(job: Job) -> str:
-    """A name in DNS for this submission, which pods' names begin with: mine-1 for the first of the run `mine`.
+    """The DNS name of this submission, a prefix of its pods' names: mine-1 for the first submission of the run `mine`.
 
-    Where letters had to go, a part of a hash keeps runs apart.
+    Where characters had to be replaced, part of a hash keeps the names of runs distinct.
     """
     room = LONGEST - len(f"-{CONTAINER}-0-{job.nodes - 1}-abcde") - len(f"-{job.attempt}")
     name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
@@ -42,29 +44,28 @@ def object_name(job: Job) -> str:
 
 
 def objects(job: Job) -> list[dict[str, Any]]:
-    """What to create, the job itself first: the others belong to it, and are deleted with it."""
-    name, labels = object_name(job), {"app.kubernetes.io/managed-by": "powernap", TOKEN: job.token}
-    cluster = _profile(job)
+    """The objects to create, the job first: it owns the others, which are deleted with it."""
+    name, labels, cluster = object_name(job), _labels(job), _profile(job)
     metadata = {"name": name, "namespace": cluster.namespace, "labels": labels}
     queued = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"recipe.yaml": job.recipe_text}}
-    # Kueue wants to start them itself.
+    # Kueue starts them itself.
     suspended = {"suspend": True} if cluster.queue else {}
-    own = {**metadata, "labels": labels | queued}
-    if cluster.together:
-        own["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": cluster.together}
+    job_metadata = {**metadata, "labels": labels | queued}
+    if cluster.exclusive_topology:
+        job_metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": cluster.exclusive_topology}
     if cluster.form == "jobset":
-        spec = {**suspended, "ttlSecondsAfterFinished": parse_duration(cluster.keep), **_jobset(job, name)}
-        return [{"apiVersion": _version(JOBSET), "kind": "JobSet", "metadata": own, "spec": spec}, config]
+        spec = {**suspended, "ttlSecondsAfterFinished": parse_duration(cluster.ttl), **_jobset(job, name)}
+        return [{"apiVersion": _version(JOBSET), "kind": "JobSet", "metadata": job_metadata, "spec": spec}, config]
     template = {"spec": _jobset(job, name)}
-    if annotations := own.pop("annotations", None):
+    if annotations := job_metadata.pop("annotations", None):
         template["metadata"] = {"annotations": annotations}
     nodes = job.description.nodes
     return [
         {
             "apiVersion": _version(TRAINJOB),
             "kind": "TrainJob",
-            "metadata": own,
+            "metadata": job_metadata,
             "spec": {
                 **suspended,
                 "runtimeRef": {"apiGroup": TRAINJOB["group"], "kind": "TrainingRuntime", "name": name},
@@ -75,7 +76,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
             "apiVersion": _version(RUNTIME),
             "kind": "TrainingRuntime",
             "metadata": metadata,
-            # Without `torch` Trainer leaves the pods' variables to us, the same as in a JobSet.
+            # Without `torch` Trainer sets no variables in pods: they are ours, as in a JobSet.
             "spec": {"mlPolicy": {"numNodes": nodes}, "template": template},
         },
         config,
@@ -87,15 +88,19 @@ def _profile(job: Job) -> KubernetesCluster:
     return job.cluster
 
 
+def _labels(job: Job) -> dict[str, str]:
+    return {"app.kubernetes.io/managed-by": "powernap", SUBMISSION_LABEL: job.submission_id}
+
+
 def _version(kind: dict[str, str]) -> str:
     return f"{kind['group']}/{kind['version']}"
 
 
 def _jobset(job: Job, name: str) -> dict[str, Any]:
-    """A JobSet's spec: all pods start together, and again together when one fails.
+    """A JobSet's spec: all pods start together, and restart together when one fails.
 
-    Job gives up at the first pod that fails (backoffLimit 0), with the reason PodFailurePolicy where that was a disruption or
-    a run that was asked to stop and saved, DeadlineExceeded after job.time. Those restarts are not counted, all others are.
+    The Job fails with its first pod (backoffLimit 0). Its reason is PodFailurePolicy after a disruption, or after a run that
+    was asked to stop and saved, and DeadlineExceeded after job.time. Those restarts are not counted, all others are.
     """
     nodes, is_jobset = job.description.nodes, _profile(job).form == "jobset"
     uncounted = {
@@ -117,7 +122,7 @@ def _jobset(job: Job, name: str) -> dict[str, Any]:
             ]
         },
         "template": {
-            "metadata": {"labels": {"app.kubernetes.io/managed-by": "powernap", TOKEN: job.token}},
+            "metadata": {"labels": _labels(job)},
             "spec": _pod(job, name),
         },
     }
@@ -127,7 +132,7 @@ def _jobset(job: Job, name: str) -> dict[str, Any]:
     else:  # Trainer sets them
         template["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     return {
-        # A pod's name must be known before it is ready: it is when all have met.
+        # Pods must be resolvable before they are ready: ranks meet by DNS name.
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": name},
         "successPolicy": {"operator": "All"},
         "failurePolicy": {
@@ -152,12 +157,12 @@ def _pod(job: Job, name: str) -> dict[str, Any]:
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
-                "topologyKey": cluster.spread,
+                "topologyKey": cluster.spread_by,
                 "whenUnsatisfiable": "DoNotSchedule",
-                "labelSelector": {"matchLabels": {TOKEN: job.token}},
+                "labelSelector": {"matchLabels": {SUBMISSION_LABEL: job.submission_id}},
             }
         ]
-        if cluster.spread
+        if cluster.spread_by
         else None,
     }
     volumes: dict[str, dict[str, Any]] = {
@@ -166,8 +171,8 @@ def _pod(job: Job, name: str) -> dict[str, Any]:
         "shm": {"emptyDir": {"medium": "Memory", "sizeLimit": _quantity(cluster.shared_memory)}},
         "tmp": {"emptyDir": {}},
     }
-    places = {"storage": cluster.storage.path, "recipe": RECIPE.rpartition("/")[0], "shm": "/dev/shm", "tmp": "/tmp"}  # noqa: S108
-    mounts: list[dict[str, Any]] = [{"name": key, "mountPath": place} for key, place in places.items()]
+    paths = {"storage": cluster.storage.path, "recipe": RECIPE.rpartition("/")[0], "shm": "/dev/shm", "tmp": "/tmp"}  # noqa: S108
+    mounts: list[dict[str, Any]] = [{"name": key, "mountPath": path} for key, path in paths.items()]
     for number, mount in enumerate(map(parse_mount, job.description.mounts)):
         volumes[f"mount-{number}"] = {"hostPath": {"path": mount.source}}
         mounts.append({"name": f"mount-{number}", "mountPath": mount.target, "readOnly": mount.read_only})
@@ -208,25 +213,25 @@ def _container(job: Job, name: str, mounts: list[dict[str, Any]]) -> dict[str, A
         secret: {"name": cluster.secrets[secret].secret, "key": cluster.secrets[secret].key}
         for secret in description.secrets
     }
-    resources: dict[str, Any] = dict(cluster.fabric)
+    resources: dict[str, Any] = dict(cluster.device_resources)
     if description.device == "gpu":
         resources[cluster.gpu_resource] = job.processes_per_node
     if description.cpus_per_process:
         resources["cpu"] = str(description.cpus_per_process * job.processes_per_node)
     if description.memory:
         resources["memory"] = _quantity(description.memory)
-    # Fabrics register memory, which must not be swapped out.
-    capabilities = {"drop": ["ALL"]} | ({"add": ["IPC_LOCK"]} if cluster.fabric else {})
+    # RDMA pins the memory that it registers.
+    capabilities = {"drop": ["ALL"]} | ({"add": ["IPC_LOCK"]} if cluster.device_resources else {})
     return {
         "name": CONTAINER,
         "image": description.image,
-        # Its own words, whatever the image's entry point: powernap listens to signals itself.
+        # Overrides the image's entry point: powernap handles signals itself.
         "command": job.command(RECIPE),
         "workingDir": cluster.storage.path,
         "env": [
             {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": index}},
             *({"name": key, "value": value} for key, value in values.items()),
-            *({"name": key, "valueFrom": {"secretKeyRef": where}} for key, where in references.items()),
+            *({"name": key, "valueFrom": {"secretKeyRef": reference}} for key, reference in references.items()),
         ],
         "ports": [{"name": "master", "containerPort": port}],
         "resources": {"limits": resources, "requests": resources} if resources else {},
@@ -245,20 +250,20 @@ def _quantity(size: str) -> str:
 
 
 def check(jobs: list[Job]) -> None:
-    """Raise JobError for what no server would be needed to refuse."""
+    """Raise JobError for mistakes that can be found without a server."""
     for job in jobs:
-        wanted, cluster = job.description, _profile(job)
-        if not wanted.image:
-            raise JobError("job.image is missing: write the image that `make image` built and your nodes can fetch")
-        if wanted.environment:
-            raise JobError(f"job.environment={wanted.environment}: pods run the image's own; leave it out")
-        if missing := [name for name in wanted.secrets if name not in cluster.secrets]:
+        description, cluster = job.description, _profile(job)
+        if not description.image:
+            raise JobError("job.image is missing: write the image that `make image` built and your nodes can pull")
+        if description.environment:
+            raise JobError(f"job.environment={description.environment}: pods use the image's environment; leave it out")
+        if missing := [name for name in description.secrets if name not in cluster.secrets]:
             raise JobError(
-                f"job.secrets={missing[0]}: write where it is into the cluster's profile, such as secrets: "
+                f"job.secrets={missing[0]}: add its Secret to the cluster's profile, such as secrets: "
                 f"{{{missing[0]}: {{secret: NAME, key: KEY}}}}"
             )
-        if taken := [name for name in (*wanted.env, *wanted.secrets) if name.startswith("PET_")]:
-            raise JobError(f"job.env.{taken[0]}: names that begin with PET_ are torchrun's")
+        if reserved := [name for name in (*description.env, *description.secrets) if name.startswith("PET_")]:
+            raise JobError(f"job.env.{reserved[0]}: names that begin with PET_ are reserved for torchrun")
         if job.run_folder.is_absolute() or ".." in job.run_folder.parts:
             raise JobError(f"run.root={job.recipe.run.root}: write a folder relative to the volume, such as runs")
         _check_size(job)
@@ -267,21 +272,22 @@ def check(jobs: list[Job]) -> None:
 def _check_size(job: Job) -> None:
     size = len(job.recipe_text.encode())
     if size > LARGEST:
-        field, its = _largest_field(job.recipe)
+        field, field_size = _largest_field(job.recipe)
         cure = (
             "a pattern, such as 'data/train-*.tar' or 'train-{0000..4095}.tar'" if field.startswith("data.") else "less"
         )
         raise JobError(
-            f"the recipe takes {_mib(size)}, {field} alone {_mib(its)}: pods read it from a ConfigMap, which holds "
+            f"the recipe takes {_mib(size)}, {field} alone {_mib(field_size)}: pods read it from a ConfigMap, which holds "
             f"{_mib(LARGEST)}: write {cure}"
         )
-    values = sum(len(f"{name}{value}".encode()) for name, value in job.environment.items())
-    if values > LARGEST:
-        raise JobError(f"job.env and network.nccl take {_mib(values)}: Kubernetes takes {_mib(LARGEST)} of them")
+    size = sum(len(f"{name}{value}".encode()) for name, value in job.environment.items())
+    if size > LARGEST:
+        raise JobError(f"job.env and network.nccl take {_mib(size)}: Kubernetes accepts {_mib(LARGEST)}")
 
 
 def _largest_field(recipe: Recipe) -> tuple[str, int]:
-    """A field by name, and its bytes."""
+    """A field's name, and its size in bytes."""
+
     sizes = {
         f"{section}.{name}": len(str(value).encode())
         for section, fields in recipe.model_dump(mode="json").items()

@@ -1,17 +1,17 @@
-"""A job's log as a file that grows."""
+"""A job's log as a growing file."""
 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-EVERY = 0.5  # seconds between looks
+POLL_SECONDS = 0.5
 
 
 def read_log(path: Path, follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:
-    """A log's text in pieces, "" where there is nothing new; with `follow` until `is_over`, also if the file is not there yet."""
+    """The log in pieces, "" while there is nothing new; with `follow` until `is_over`. The file need not exist yet."""
     position = 0
     while True:
-        over = not follow or is_over()  # asked first: what it printed last is read after
+        over = not follow or is_over()  # before reading: the job's last lines come through
         if path.is_file():
             with path.open("rb") as file:
                 file.seek(position)
@@ -21,4 +21,4 @@ def read_log(path: Path, follow: bool, is_over: Callable[[], bool]) -> Iterator[
         if over:
             return
         yield ""
-        time.sleep(EVERY)
+        time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Jobs on SLURM: a batch script that starts the ranks with srun and has SLURM start it again; sbatch, scontrol, scancel."""
+"""Jobs on SLURM: sbatch, scontrol, scancel, and a batch script that starts the ranks with srun and requeues itself."""
 
 import json
 import os
@@ -15,23 +15,23 @@ from powernap.launch.jobs.backends.log_file import read_log
 from powernap.launch.jobs.backends.slurm_json import JobLine, parse_jobs
 from powernap.launch.jobs.cluster import SlurmCluster
 from powernap.launch.jobs.description import JobError, Mount, UnknownOutcomeError, parse_mount
-from powernap.launch.jobs.job import Job, JobFolder, Record, read_json
+from powernap.launch.jobs.job import Job, JobFolder, JobRecord, read_json
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.status import OVER, State, Status
 from powernap.launch.jobs.units import format_duration, parse_duration
 from powernap.parallel.liveness import exit_codes
-from powernap.parallel.liveness.exit_codes import HOPELESS
+from powernap.parallel.liveness.exit_codes import FATAL
 from powernap.train.paths import expand
 
 SCRIPT = "job.sbatch"
-ARRAY = "array.json"  # an element's place in its array
-ANSWERS_WITHIN = 60.0  # seconds; a controller that is down takes sbatch 9 and scontrol 18 to notice
+ARRAY = "array.json"  # in an array element's folder: the array's submission_id, the element's index
+ANSWERS_WITHIN = 60.0  # seconds; if the controller is down, sbatch fails after 9, scontrol after 18
 EARLY = 60  # seconds that SLURM may send a warning too early
-# Of the submitting shell's environment a job gets these, and the secrets that the profile names no file for.
+# A job gets these variables of the submitting shell, and the secrets without a file in the profile.
 PASSED = r"HOME|USER|LOGNAME|PATH|LANG|LC_\w+|SLURM_CONF|MLFLOW_\w+"
-# What SLURM accepts and never starts.
+# Reasons of pending jobs that SLURM never starts.
 NEVER = r"Partition(Node|Time)Limit|PartitionConfig|BadConstraints|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+"
-# Refusals that come of asking for too much; only then is it worth asking what there is.
+# Rejections of jobs that ask for too much: then the partition's limits are worth a query.
 TOO_MUCH = r"satisf|configuration|node count|processors|time limit|memory|violates"
 POLICY = {
     "Cpu": "job.cpus_per_process",
@@ -40,7 +40,7 @@ POLICY = {
     "Wall": "job.time",
     "GRES": "job.device",
 }
-REFUSED = {  # words of a refusal -> the profile's field
+REFUSED = {  # words of a rejection -> the profile's field
     "reservation": "reservation",
     "qos": "qos",
     "account": "account",
@@ -60,7 +60,7 @@ STATES: dict[str, State] = {
     **dict.fromkeys(
         ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE"), "failed"
     ),
-}  # others wait: PENDING, CONFIGURING, REQUEUED, REQUEUE_HOLD, SPECIAL_EXIT, SUSPENDED, ...
+}  # all others are pending: PENDING, CONFIGURING, REQUEUED, REQUEUE_HOLD, SPECIAL_EXIT, SUSPENDED, ...
 
 
 class Slurm:
@@ -72,32 +72,34 @@ class Slurm:
     def check(self, jobs: list[Job]) -> None:
         sizes = sorted({(job.description.nodes, job.description.processes_per_node) for job in jobs})
         if len(sizes) > 1:
-            found = " and ".join(f"{nodes} x {each}" for nodes, each in sizes)
+            text = " and ".join(f"{nodes} x {each}" for nodes, each in sizes)
             raise JobError(
-                f"the runs of a sweep need {found} nodes x processes, an array has one size: submit each alone"
+                f"the runs of the sweep need {text} nodes x processes, but an array has one size: submit each alone"
             )
-        job = jobs[0]  # in what follows, the jobs of a sweep are alike
-        wanted, profile = job.description, self._cluster
-        if wanted.image and profile.container == "none":
-            raise JobError(f"job.image={wanted.image}: the profile has container=none; write pyxis or apptainer there")
-        if wanted.mounts and not wanted.image:
+        job = jobs[0]  # the jobs of a sweep share what is checked below
+        description, profile = job.description, self._cluster
+        image, seconds = description.image, description.time_seconds
+        if image and profile.container == "none":
+            raise JobError(f"job.image={image}: the profile has container=none; write pyxis or apptainer there")
+        if description.mounts and not image:
             raise JobError("job.mounts without job.image: there is no container to mount them in; leave them out")
-        if wanted.time_seconds is not None and wanted.time_seconds < _warning(job) + EARLY // 2:
+        if seconds is not None and seconds < _warning(job) + EARLY // 2:
             raise JobError(
-                f"job.time={wanted.time} is over before job.grace={wanted.grace} and a minute for SLURM's delay begin: "
-                f"write {format_duration(_warning(job) + EARLY)} or more"
+                f"job.time={description.time} is too short for job.grace={description.grace} and a minute of SLURM's "
+                f"delay: write {format_duration(_warning(job) + EARLY)} or more"
             )
-        if re.search(r"[\\\n,:]" if wanted.image else r"[\\\n]", str(job.work)):
-            raise JobError(f"the folder {job.work!s:.100}: jobs cannot run in one with such a letter in its name")
-        if wanted.image:
+        forbidden = r"[\\\n,:]" if image else r"[\\\n]"
+        if re.search(forbidden, str(job.submit_dir)):
+            raise JobError(f"{job.submit_dir!s:.100}: jobs cannot run in a folder with such a character in its path")
+        if image:
             for one in jobs:
-                folder = one.work / one.run_folder
+                folder = one.submit_dir / one.run_folder
                 if not _is_mounted(folder, _mounts(one)):
                     raise JobError(f"{folder} is not in the container: write job.mounts=[{one.recipe.run.root}:...]")
-        check_sources(wanted.secrets, profile.secrets)
+        check_sources(description.secrets, profile.secrets)
 
     def render(self, jobs: list[Job]) -> dict[str, str]:
-        import jinja2  # late: for this command alone
+        import jinja2  # late: only this command needs it
 
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("powernap.launch.jobs.backends", "."),
@@ -111,8 +113,8 @@ class Slurm:
         description, files = job.description, self._cluster.secrets
         text = environment.get_template("job.sbatch.j2").render(
             options=self._options(jobs),
-            work=str(job.work),
-            jobs=[{"folder": str(one.work / one.folder.path), "command": one.command()} for one in jobs],
+            submit_dir=str(job.submit_dir),
+            jobs=[{"folder": str(one.submit_dir / one.folder.path), "command": one.command()} for one in jobs],
             grace=description.grace_seconds,
             setup=self._cluster.setup,
             port=self._cluster.network.port,
@@ -122,23 +124,23 @@ class Slurm:
             names=_names_inside(job),
             srun=self._srun(job),
             in_container=self._in_container(job),
-            hopeless=HOPELESS,
+            fatal=FATAL,
             preempted=exit_codes.PREEMPTED,
             retries=description.retries,
         )
         return {SCRIPT: text}
 
     def command(self, jobs: list[Job], folder: Path) -> list[str]:
-        # Paths stand here and not in the script, where they would need SLURM's own quoting; in one of a file, % begins a variable.
-        work, log = jobs[0].work, "log-%a.txt" if len(jobs) > 1 else "log.txt"
-        output = str(work / folder).replace("%", "%%") + f"/{log}"
-        return ["sbatch", "--parsable", f"--chdir={work}", f"--output={output}", str(folder / SCRIPT)]
+        # Paths are given here, not in the script, where they would need SLURM's own quoting. In --output, % begins a variable.
+        submit_dir, log = jobs[0].submit_dir, "log-%a.txt" if len(jobs) > 1 else "log.txt"
+        output = str(submit_dir / folder).replace("%", "%%") + f"/{log}"
+        return ["sbatch", "--parsable", f"--chdir={submit_dir}", f"--output={output}", str(folder / SCRIPT)]
 
     def submit(self, jobs: list[Job], rendered: dict[str, str], folder: Path) -> list[str]:
         if len(jobs) > 1:
             for index, job in enumerate(jobs):
-                place = {"token": jobs[0].token, "index": index}
-                (job.folder.path / ARRAY).write_text(json.dumps(place) + "\n")
+                element = {"submission_id": jobs[0].submission_id, "index": index}
+                (job.folder.path / ARRAY).write_text(json.dumps(element) + "\n")
                 job.folder.log.symlink_to(os.path.relpath(folder / f"log-{index}.txt", job.folder.path))
         secrets = {name: os.environ[name] for name in jobs[0].description.secrets if name not in self._cluster.secrets}
         try:
@@ -152,65 +154,65 @@ class Slurm:
         if done.returncode:
             raise JobError(self._refusal(done, jobs))
         id = done.stdout.strip().partition(";")[0]
-        self._refuse_what_never_starts(id, jobs[0])
+        self._cancel_if_unstartable(id, jobs[0])
         return [f"{id}_{index}" for index in range(len(jobs))] if len(jobs) > 1 else [id]
 
-    def find(self, record: Record) -> str | None:
-        folder = record.own_folder
+    def find(self, record: JobRecord) -> str | None:
+        folder = record.folder
         if state := read_json(folder.state):
             return state["id"]
-        place = read_json(folder.path / ARRAY)
-        id = self._queued(place["token"] if place else record.token)
-        return f"{id}_{place['index']}" if id and place else id
+        element = read_json(folder.path / ARRAY)
+        id = self._queued(element["submission_id"] if element else record.submission_id)
+        return f"{id}_{element['index']}" if id and element else id
 
-    def status(self, record: Record) -> Status:
-        folder, id = record.own_folder, record.known_id
-        own = read_json(folder.state) or {}
+    def status(self, record: JobRecord) -> Status:
+        folder, id = record.folder, record.known_id
+        state = read_json(folder.state) or {}
         line = self._scontrol(record)
-        if line is None and own.get("state") not in OVER:
+        if line is None and state.get("state") not in OVER:
             line = self._sacct(id)
         if line is None:
-            if own.get("state") in OVER:
-                return _as_it_said(own)
+            if state.get("state") in OVER:
+                return _status_of_script(state)
             if folder.cancelled.exists():
-                return Status("cancelled", restarts=own.get("restarts", 0))
-            return Status("lost", f"SLURM does not know job {id} any more", own.get("restarts", 0))
-        return _status(line, own, folder)
+                return Status("cancelled", restarts=state.get("restarts", 0))
+            return Status("lost", f"SLURM no longer knows job {id}", state.get("restarts", 0))
+        return _status(line, state, folder)
 
-    def pause(self, record: Record, seconds: float) -> None:
+    def wait_for_change(self, record: JobRecord, seconds: float) -> None:
         time.sleep(seconds)
 
-    def logs(self, record: Record, follow: bool) -> Iterator[str]:
-        return read_log(record.own_folder.log, follow, lambda: self.status(record).is_over)
+    def logs(self, record: JobRecord, follow: bool) -> Iterator[str]:
+        return read_log(record.folder.log, follow, lambda: self.status(record).is_over)
 
-    def cancel(self, record: Record) -> None:
-        """Ranks that run get job.grace to save; the script ends them then. No requeue can come after this."""
-        folder, id = record.own_folder, record.known_id
+    def cancel(self, record: JobRecord) -> None:
+        """Running ranks get job.grace to save, then the script ends them. Nothing requeues the job afterwards."""
+        folder, id = record.folder, record.known_id
         folder.cancelled.touch()
         line = self._scontrol(record)
         if line is None or STATES.get(line.state) in OVER:
             return
-        _call("scontrol", "update", f"JobId={id}", "Requeue=0")  # refused while it ends: then it is not started again
+        _call("scontrol", "update", f"JobId={id}", "Requeue=0")  # fails for a job that is ending, which is not requeued
         if line.state == "RUNNING":
             done = _call("scancel", "--batch", "--signal=USR1", id)
         else:
             done = _call("scancel", id)
         if done.returncode and (still := self._scontrol(record)) and STATES.get(still.state) not in OVER:
-            raise JobError(f"job {id}: scancel: {_said(done)}")
+            raise JobError(f"job {id}: scancel: {_last_error(done)}")
 
     def _options(self, jobs: list[Job]) -> list[str]:
-        """sbatch's."""
+        """Options of sbatch."""
         job, profile = jobs[0], self._cluster
-        wanted = job.description
+        description = job.description
         options = {
             "job-name": os.path.commonprefix([job.name for job in jobs]).rstrip("-._") or job.name,
-            "comment": f"powernap:{job.token}",
+            "comment": f"powernap:{job.submission_id}",
             "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else None,
-            "nodes": wanted.nodes,
-            "ntasks-per-node": wanted.processes_per_node,
-            "cpus-per-task": wanted.cpus_per_process,
-            "mem": f"{-(-wanted.memory_bytes // 2**20)}M" if wanted.memory_bytes else None,
-            "time": format_duration(wanted.time_seconds) if wanted.time_seconds is not None else None,
+            "nodes": description.nodes,
+            "ntasks-per-node": description.processes_per_node,
+            "cpus-per-task": description.cpus_per_process,
+            "mem": f"{-(-description.memory_bytes // 2**20)}M" if description.memory_bytes else None,
+            "time": format_duration(description.time_seconds) if description.time_seconds is not None else None,
             "signal": f"USR1@{_warning(job)}",  # to all ranks, not to this script
             "gpus-per-node": self._gpus(job),
             **{name: getattr(profile, name) for name in ("partition", "account", "qos", "reservation", "constraint")},
@@ -220,32 +222,32 @@ class Slurm:
         return [*map(_directive, given), *flags, *profile.directives]
 
     def _gpus(self, job: Job) -> str | None:
-        """All GPUs of a node's ranks are visible to each: its local number chooses."""
+        """The value of --gpus-per-node. Each rank sees all of its node's GPUs and picks one by its local rank."""
         if job.description.device != "gpu":
             return None
         count = str(job.description.processes_per_node)
         return f"{self._cluster.gpu_type}:{count}" if self._cluster.gpu_type else count
 
     def _srun(self, job: Job) -> list[str]:
-        """srun's options: ranks in the order of the nodes, the first on the node that MASTER_ADDR names."""
-        wanted = job.description
+        """Options of srun: ranks in the order of the nodes, the first on the node of MASTER_ADDR."""
+        description = job.description
         options = {
-            "nodes": wanted.nodes,
+            "nodes": description.nodes,
             "ntasks": job.nodes * job.processes_per_node,
-            "ntasks-per-node": wanted.processes_per_node,
-            "cpus-per-task": wanted.cpus_per_process,  # not taken over from sbatch since 22.05
+            "ntasks-per-node": description.processes_per_node,
+            "cpus-per-task": description.cpus_per_process,  # not inherited from sbatch since 22.05
             "distribution": "block",
             "kill-on-bad-exit": 1,
             "wait": 0,  # rank 0 may have more to do at the end
             "mpi": "none",
             "export": "ALL",
-            "chdir": job.work,
+            "chdir": job.submit_dir,
         }
-        if wanted.image and self._cluster.container == "pyxis":
+        if description.image and self._cluster.container == "pyxis":
             options |= {
-                "container-image": wanted.image,
+                "container-image": description.image,
                 "container-mounts": ",".join(map(_mount_option, _mounts(job))),
-                "container-workdir": job.work,
+                "container-workdir": job.submit_dir,
                 "container-env": ",".join(_names_inside(job)),
             }
         return [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -255,25 +257,27 @@ class Slurm:
             return []
         mounts = [part for mount in _mounts(job) for part in ("--bind", _mount_option(mount))]
         gpus = ["--nv"] if job.description.device == "gpu" else []
-        return ["apptainer", "exec", *gpus, *mounts, "--pwd", str(job.work), job.description.image]
+        return ["apptainer", "exec", *gpus, *mounts, "--pwd", str(job.submit_dir), job.description.image]
 
     def _refusal(self, done: subprocess.CompletedProcess, jobs: list[Job]) -> str:
-        """What sbatch said, all of it: the last line alone often leaves out what was too much."""
+        """All errors of sbatch, and the field to change: the last line alone often omits which request was too large."""
         lines = [line for line in done.stderr.splitlines() if re.match(r"sbatch: (error|fatal): ", line)]
-        said = "; ".join(map(_bare, lines)) or _said(done)
-        if "array" in said and (most := _setting("MaxArraySize")):
+        errors = "; ".join(map(_without_prefix, lines)) or _last_error(done)
+        if "array" in errors and (most := _setting("MaxArraySize")):
             return (
-                f"SLURM refuses: {said}: the sweep has {len(jobs)} runs, an array of this cluster at most {most} "
+                f"SLURM rejected the job: {errors}: the sweep has {len(jobs)} runs, an array on this cluster at most {most} "
                 f"(MaxArraySize): leave values out, and submit them as another sweep"
             )
-        if re.search(TOO_MUCH, said, re.IGNORECASE) and (cause := self._too_much(jobs[0], said)):
-            return f"SLURM refuses: {said}: {cause}"
+        if re.search(TOO_MUCH, errors, re.IGNORECASE) and (cause := self._too_much(jobs[0], errors)):
+            return f"SLURM rejected the job: {errors}: {cause}"
         for words, field in REFUSED.items():
-            if words in said.lower():
-                return f"SLURM refuses: {said}: see {field}={getattr(self._cluster, field) or 'null'} in the cluster's profile"
-        return f"SLURM refuses: {said}"
+            if words in errors.lower():
+                value = getattr(self._cluster, field) or "null"
+                return f"SLURM rejected the job: {errors}: see {field}={value} in the cluster's profile"
+        return f"SLURM rejected the job: {errors}"
 
-    def _refuse_what_never_starts(self, id: str, job: Job) -> None:
+    def _cancel_if_unstartable(self, id: str, job: Job) -> None:
+        """Raise JobError for a job that SLURM has accepted but would never start."""
         done = _call("squeue", "--noheader", f"--jobs={id}", "--format=%r")
         reason = done.stdout.split("\n")[0].strip()
         if re.fullmatch(NEVER, reason):
@@ -281,84 +285,87 @@ class Slurm:
             cause = self._too_much(job, reason) or "see job.nodes, job.time, and the profile's partition"
             raise JobError(f"SLURM would never start this job: {reason}: {cause}")
 
-    def _too_much(self, job: Job, said: str) -> str:
-        """The fields that ask for more than the partition has, each with what it has; "" if none is known."""
-        wanted, each = job.description, job.processes_per_node
-        asked = [match[1] for option in self._cluster.directives if (match := re.match(r"--partition=(.+)", option))]
-        name = asked[-1] if asked else self._cluster.partition
-        among = [f"--partition={name}"] if name else []
-        done = _call("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *among)
+    def _too_much(self, job: Job, error: str) -> str:
+        """Each field that asks for more than the partition has, with the partition's limit; "" if none is known."""
+        description, each = job.description, job.processes_per_node
+        matches = [re.match(r"--partition=(.+)", option) for option in self._cluster.directives]
+        partitions = [match[1] for match in matches if match]
+        name = partitions[-1] if partitions else self._cluster.partition
+        only = [f"--partition={name}"] if name else []
+        done = _call("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *only)
         rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
         rows = rows if name else [row for row in rows if row[0].endswith("*")]
-        found = []
+        causes = []
         if rows:
             name = name or rows[0][0].rstrip("*")
-            where = f"of partition {name}"
+            largest = f"the largest node of partition {name} has"
             cpus, memory = (max(int(row[column].rstrip("+")) for row in rows) for column in (2, 3))
             gpus = max(sum(map(int, re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", row[4]))) for row in rows)
             nodes = sum(int(row[1]) for row in rows)
-            if wanted.memory_bytes and -(-wanted.memory_bytes // 2**20) > memory:
-                found.append(f"job.memory={wanted.memory}: the largest node {where} has {memory} MiB")
-            if (wanted.cpus_per_process or 1) * each > cpus:
-                more = f"job.cpus_per_process={wanted.cpus_per_process} x " if wanted.cpus_per_process else ""
-                found.append(f"{more}job.processes_per_node={each}: the largest node {where} has {cpus} CPUs")
-            if wanted.device == "gpu" and each > gpus:
-                found.append(f"job.processes_per_node={each} with a GPU each: the largest node {where} has {gpus}")
+            if description.memory_bytes and -(-description.memory_bytes // 2**20) > memory:
+                causes.append(f"job.memory={description.memory}: {largest} {memory} MiB")
+            if (description.cpus_per_process or 1) * each > cpus:
+                factor = (
+                    f"job.cpus_per_process={description.cpus_per_process} x " if description.cpus_per_process else ""
+                )
+                causes.append(f"{factor}job.processes_per_node={each}: {largest} {cpus} CPUs")
+            if description.device == "gpu" and each > gpus:
+                causes.append(f"job.processes_per_node={each} with a GPU each: {largest} {gpus}")
             if job.nodes > nodes:
-                found.append(f"job.nodes={job.nodes}: partition {name} has {nodes}")
-        shown = _call("scontrol", "show", "partition", "-o", name).stdout if name else ""
-        limit = dict(re.findall(r"(\w+)=(\S+)", shown))
+                causes.append(f"job.nodes={job.nodes}: partition {name} has {nodes}")
+        properties = _call("scontrol", "show", "partition", "-o", name).stdout if name else ""
+        limits = dict(re.findall(r"(\w+)=(\S+)", properties))
+        cpus_of_process = description.cpus_per_process
         for key, field, value, size in (
             ("MaxNodes", "job.nodes", job.nodes, job.nodes),
-            ("MaxCPUsPerNode", "job.cpus_per_process", wanted.cpus_per_process, (wanted.cpus_per_process or 1) * each),
-            ("MaxMemPerNode", "job.memory", wanted.memory, -(-(wanted.memory_bytes or 0) // 2**20)),
-            ("MaxTime", "job.time", wanted.time, wanted.time_seconds or 0),
+            ("MaxCPUsPerNode", "job.cpus_per_process", cpus_of_process, (cpus_of_process or 1) * each),
+            ("MaxMemPerNode", "job.memory", description.memory, -(-(description.memory_bytes or 0) // 2**20)),
+            ("MaxTime", "job.time", description.time, description.time_seconds or 0),
         ):
-            most = limit.get(key, "UNLIMITED")
-            if most != "UNLIMITED" and value and size > (parse_duration(most) if key == "MaxTime" else int(most)):
-                found.append(f"{field}={value}: partition {name} has {key}={most}")
-        if policy := re.search(r"(?:Assoc|QOS)(?:Max|Min)(Cpu|Mem|Node|Wall|GRES)\w*", said):
-            found.append(
-                f"see {POLICY[policy[1]]}: {policy[0]} is a limit of your account or QOS, which sacctmgr shows"
-            )
-        return "; ".join(found)
+            limit = limits.get(key, "UNLIMITED")
+            if limit != "UNLIMITED" and value and size > (parse_duration(limit) if key == "MaxTime" else int(limit)):
+                causes.append(f"{field}={value}: partition {name} has {key}={limit}")
+        if policy := re.search(r"(?:Assoc|QOS)(?:Max|Min)(Cpu|Mem|Node|Wall|GRES)\w*", error):
+            causes.append(f"see {POLICY[policy[1]]}: {policy[0]} is a limit of your account or QOS: see sacctmgr")
+        return "; ".join(causes)
 
     def _withdraw(self, job: Job) -> None:
-        if id := self._queued(job.token):
+        if id := self._queued(job.submission_id):
             _call("scancel", id)
 
-    def _queued(self, token: str) -> str | None:
-        """The number of the job, or of the whole array, that was submitted with a token and that SLURM still knows."""
-        done = _answered("squeue", "--json")
+    def _queued(self, submission_id: str) -> str | None:
+        """The id of a job, or of a whole array, by its submission_id; None if SLURM does not know it."""
+        done = _checked_call("squeue", "--json")
         for line in _jobs(done.stdout):
-            if line.comment == f"powernap:{token}":
+            if line.comment == f"powernap:{submission_id}":
                 return line.id.partition("_")[0]
         return None
 
-    def _scontrol(self, record: Record) -> JobLine | None:
-        """What SLURM's controller has of a job; None once it has forgotten it, minutes after its end."""
+    def _scontrol(self, record: JobRecord) -> JobLine | None:
+        """The job by SLURM's controller; None once it has forgotten it, minutes after its end."""
         done = _call("scontrol", "show", "job", "-o", record.known_id)
         if done.returncode:
             if "Invalid job id" in done.stderr:
                 return None
-            raise JobError(f"SLURM does not answer: {_said(done)}")
-        place = read_json(record.own_folder.path / ARRAY)
+            raise JobError(f"SLURM does not answer: {_last_error(done)}")
+        element = read_json(record.folder.path / ARRAY)
+        submission_id = element["submission_id"] if element else record.submission_id
         line = done.stdout.splitlines()[0]
-        if f"Comment=powernap:{place['token'] if place else record.token} " not in line + " ":
-            return None  # numbers begin anew where the controller has lost its state
+        if f"Comment=powernap:{submission_id} " not in line + " ":
+            return None  # another job: a controller that lost its state reuses ids
         return _parse_line(record.known_id, line)
 
     def _sacct(self, id: str) -> JobLine | None:
-        """The same from accounting, where it is on."""
+        """The job by SLURM's accounting, if enabled."""
         if self._cluster.accounting is False or not shutil.which("sacct"):
             return None
         done = _call("sacct", "--json", f"--jobs={id}")
         if done.returncode or not done.stdout.strip():
             if self._cluster.accounting:
-                raise JobError(f"sacct does not answer, as the profile's accounting=true says: {_said(done)}")
+                raise JobError(f"sacct does not answer, but the profile has accounting=true: {_last_error(done)}")
             return None
-        found = [line for line in _jobs(done.stdout) if line.id == id]
-        return found[-1] if found else None
+        lines = [line for line in _jobs(done.stdout) if line.id == id]
+        return lines[-1] if lines else None
 
 
 def _warning(job: Job) -> int:
@@ -367,29 +374,31 @@ def _warning(job: Job) -> int:
 
 
 def _directive(option: str) -> str:
-    """An option for a line of #SBATCH, which has quoting of its own."""
+    """An option for an #SBATCH line, which has its own quoting rules."""
     return re.sub(r"([^\w.\-:/=,%@+])", r"\\\1", option)
 
 
 def _environment(job: Job) -> dict[str, str]:
     threads = job.description.cpus_per_process
-    own = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    # Code that is not installed belongs to the interpreter that runs it.
-    alone = not job.description.image and not job.description.environment
-    if alone and os.environ.get("PYTHONPATH"):
-        own["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    return own | job.environment
+    defaults = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    # The submitting interpreter also runs the job: it finds code that is not installed by the same PYTHONPATH.
+    same_interpreter = not job.description.image and not job.description.environment
+    if same_interpreter and os.environ.get("PYTHONPATH"):
+        defaults["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    return defaults | job.environment
 
 
 def _names_inside(job: Job) -> list[str]:
-    """Variables that a container must take over."""
+    """Variables to pass into a container."""
     return ["MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", *_environment(job), *job.description.secrets]
 
 
 def _mounts(job: Job) -> list[Mount]:
-    """Those of the description, and the folder that the job runs in."""
-    given = [parse_mount(text) for text in job.description.mounts]
-    return given if _is_mounted(job.work, given) else [Mount(str(job.work), str(job.work), False), *given]
+    """job.mounts, and the job's working directory."""
+    mounts = [parse_mount(mount) for mount in job.description.mounts]
+    if _is_mounted(job.submit_dir, mounts):
+        return mounts
+    return [Mount(str(job.submit_dir), str(job.submit_dir), False), *mounts]
 
 
 def _is_mounted(path: Path, mounts: list[Mount]) -> bool:
@@ -401,15 +410,15 @@ def _mount_option(mount: Mount) -> str:
 
 
 def _call(*command: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run one of SLURM's commands. Its environment is the job's, and has none of the variables that are options to it."""
+    """Run one of SLURM's commands. The job inherits its environment, which has none of the SBATCH_* option variables."""
     configuration = os.environ.get("SLURM_CONF")
     if configuration and not Path(configuration).is_file():
-        raise JobError(f"SLURM_CONF={configuration}: there is no such file")
-    kept = {name: value for name, value in os.environ.items() if re.fullmatch(PASSED, name)}
+        raise JobError(f"SLURM_CONF={configuration}: no such file")
+    environment = {name: value for name, value in os.environ.items() if re.fullmatch(PASSED, name)}
     try:
         return subprocess.run(
             command,
-            env=kept | (more or {}),
+            env=environment | (more or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -424,10 +433,10 @@ def _call(*command: str, more: dict[str, str] | None = None) -> subprocess.Compl
         ) from None
 
 
-def _answered(*command: str) -> subprocess.CompletedProcess:
+def _checked_call(*command: str) -> subprocess.CompletedProcess:
     done = _call(*command)
     if done.returncode:
-        raise JobError(f"SLURM does not answer: {_said(done)}")
+        raise JobError(f"SLURM does not answer: {_last_error(done)}")
     return done
 
 
@@ -438,28 +447,28 @@ def _jobs(text: str) -> list[JobLine]:
         raise JobError(f"SLURM's answer cannot be read: {error}") from None
 
 
-def _said(done: subprocess.CompletedProcess) -> str:
-    """The last thing that a command complained about."""
+def _last_error(done: subprocess.CompletedProcess) -> str:
+    """The last line that a command wrote to stderr."""
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return _bare(lines[-1])
+    return _without_prefix(lines[-1])
 
 
-def _bare(line: str) -> str:
-    """A complaint without who complains."""
+def _without_prefix(line: str) -> str:
+    """An error without the name of the command before it."""
     return re.sub(r"^(\w+: )?((error|fatal): )?(Batch job submission failed: )?", "", line).strip()
 
 
 def _setting(name: str) -> str | None:
-    """Of SLURM's configuration."""
-    found = re.search(rf"^{name}\s*=\s*(\S+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
-    return found[1] if found else None
+    """A value of SLURM's configuration."""
+    match = re.search(rf"^{name}\s*=\s*(\S+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
+    return match[1] if match else None
 
 
 def _parse_line(id: str, line: str) -> JobLine:
-    """A line of `scontrol show job -o`, of which values may hold blanks."""
+    """A line of `scontrol show job -o`, whose values may contain spaces."""
     names = ("JobState", "Reason", "Restarts", "ExitCode", "NodeList")
-    found = {name: re.search(rf" {name}=(.*?)(?= [\w/:&]+=|$)", line) for name in names}
-    value = {name: match[1] if match else "" for name, match in found.items()}
+    matches = {name: re.search(rf" {name}=(.*?)(?= [\w/:&]+=|$)", line) for name in names}
+    value = {name: match[1] if match else "" for name, match in matches.items()}
     code, _, signal = value["ExitCode"].partition(":")
     state = value["JobState"].split()[0]  # also "CANCELLED by 1000"
     return JobLine(
@@ -473,24 +482,25 @@ def _parse_line(id: str, line: str) -> JobLine:
     )
 
 
-def _as_it_said(own: dict[str, Any]) -> Status:
-    return Status(own["state"], own["reason"], own["restarts"], own["exit_code"], own["nodes"])
+def _status_of_script(state: dict[str, Any]) -> Status:
+    return Status(state["state"], state["reason"], state["restarts"], state["exit_code"], state["nodes"])
 
 
-def _status(line: JobLine, own: dict[str, Any], folder: JobFolder) -> Status:
+def _status(line: JobLine, script: dict[str, Any], folder: JobFolder) -> Status:
     """
     Args:
-        line: what SLURM says.
-        own: what the script said last.
+        line: the job by SLURM.
+        script: the state that the batch script wrote last.
     """
     state, reason = STATES.get(line.state, "pending"), line.reason
-    if state in OVER and own.get("state") in OVER:
-        return _as_it_said(own)  # knows how often it failed
+    if state in OVER and script.get("state") in OVER:
+        return _status_of_script(script)  # its reason also counts the failures
     if state == "failed" and line.state != "FAILED":
         reason = line.state
     elif state == "pending" and line.state != "PENDING":
         reason = f"{line.state} {reason}".strip()
     if folder.cancelled.exists():
         state = "cancelled" if state == "failed" else "stopping" if state not in OVER else state
-    restarts = own.get("restarts", 0) if line.restarts is None else line.restarts
+    restarts = script.get("restarts", 0) if line.restarts is None else line.restarts
+
     return Status(state, reason, restarts, line.exit_code, line.nodes)

@@ -1,7 +1,7 @@
-"""SLURM's JSON, whose shapes changed from version to version: squeue's and sacct's jobs in the same words.
+"""Jobs in the JSON of squeue and sacct, whose format changed between versions.
 
-22.05: a state is a word, an exit code wait(2)'s number (squeue) or {return_code: 1} (sacct), what is not set null or 0.
-23.02: states lie in {current: ..}. From 23.11: states are lists, numbers {set: true, infinite: false, number: 1}.
+22.05: a state is a string, an exit code wait(2)'s number (squeue) or {return_code: 1} (sacct), unset values are null or 0.
+23.02: states are {current: ..}. From 23.11: states are lists, numbers {set: true, infinite: false, number: 1}.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 class JobLine:
     """
     Attributes:
-        id: 37, or 37_1 for an element of an array; 37 alone too for elements that wait together.
-        state, reason: SLURM's words, such as PENDING and Resources.
-        exit_code: 128 + N if signal N ended it; None if it has not ended, or failed and SLURM does not say how.
-        restarts: None where SLURM does not say.
+        id: 37, or 37_1 for an element of an array; also 37 for the pending elements of an array.
+        state, reason: as SLURM has them, such as PENDING and Resources.
+        exit_code: 128 + N if signal N ended it; None if it has not ended, or failed with an unknown code.
+        restarts: None if unknown.
     """
 
     id: str
@@ -29,7 +29,7 @@ class JobLine:
 
 
 def parse_jobs(text: str) -> list[JobLine]:
-    """What `squeue --json` or `sacct --json` printed. ValueError if it is neither."""
+    """The output of `squeue --json` or `sacct --json`. ValueError if it is neither."""
     try:
         return [_job(job) for job in json.loads(text)["jobs"]]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -49,7 +49,7 @@ def _job(job: dict[str, Any]) -> JobLine:
         id=_id(job),
         state=state,
         reason="" if reason in ("None", None) else reason,
-        exit_code=code or (0 if state == "COMPLETED" else None),  # sacct 22.05 says 0 also of what failed
+        exit_code=code or (0 if state == "COMPLETED" else None),  # sacct 22.05 reports 0 for failed jobs too
         nodes=job.get("nodes") or "",
         comment=(comment.get("job") or "") if isinstance(comment, dict) else comment,
         restarts=_number(job.get("restart_cnt")),
@@ -57,9 +57,9 @@ def _job(job: dict[str, Any]) -> JobLine:
 
 
 def _id(job: dict[str, Any]) -> str:
-    inside = job.get("array") or {}
-    array = _number(job.get("array_job_id", inside.get("job_id")))
-    element = _number(job.get("array_task_id", inside.get("task_id")))
+    fields = job.get("array") or {}
+    array = _number(job.get("array_job_id", fields.get("job_id")))
+    element = _number(job.get("array_task_id", fields.get("task_id")))
     if not array:
         return str(job["job_id"])
     return str(array) if element is None else f"{array}_{element}"
@@ -72,9 +72,9 @@ def _number(value: Any) -> int | None:
 
 
 def _exit_code(value: Any) -> int | None:
-    if not isinstance(value, dict):  # as wait(2) has it
+    if not isinstance(value, dict):  # wait(2)'s status
         return None if value is None else value >> 8 or (128 + (value & 127) if value & 127 else 0)
-    if "return_code" not in value:  # a number alone
+    if "return_code" not in value:  # {set: .., number: ..}
         return _exit_code(_number(value))
     signal = value.get("signal") or {}
     number = _number(signal.get("signal_id", signal.get("id")))

@@ -1,6 +1,6 @@
 """The process behind a job on this machine: python -m powernap.launch.jobs.backends.supervisor FOLDER.
 
-It runs the command of FOLDER/local.yaml until it is done, hopeless, cancelled, or has failed too often.
+It runs the command of FOLDER/local.yaml until that succeeds, fails fatally or too often, or is cancelled.
 """
 
 import json
@@ -18,16 +18,16 @@ import yaml
 
 from powernap.launch.jobs.job import JobFolder
 from powernap.launch.jobs.secret_values import read_secret_file
-from powernap.parallel.liveness.exit_codes import verdict
+from powernap.parallel.liveness.exit_codes import restart_policy
 from powernap.parallel.liveness.parent import not_to_outlive_this
 from powernap.train.run.lock import RUN_LOCK, ProcessLock
 
 LOCK = "supervisor.lock"
-TURN = "local.lock"  # beside all runs
+MACHINE_LOCK = "local.lock"  # in the folder of all runs: one job runs at a time
 
 
 def is_supervised(folder: Path) -> bool:
-    """Whether a job's supervisor lives."""
+    """Whether a job's supervisor is alive."""
     lock = ProcessLock(folder / LOCK)
     if free := lock.acquire():
         lock.release()
@@ -38,7 +38,13 @@ class Supervisor:
     def __init__(self, folder: Path) -> None:
         self._folder = JobFolder(folder)
         self._plan = yaml.safe_load((folder / "local.yaml").read_text())
-        self._state = {"token": self._plan["token"], "pid": os.getpid(), "restarts": 0, "exit_code": None, "reason": ""}
+        self._state = {
+            "submission_id": self._plan["submission_id"],
+            "pid": os.getpid(),
+            "restarts": 0,
+            "exit_code": None,
+            "reason": "",
+        }
         self._child: subprocess.Popen | None = None
         self._killer: threading.Timer | None = None
 
@@ -54,11 +60,11 @@ class Supervisor:
             code = self._start()
             if self._cancelled:
                 return self._write("cancelled", "cancelled", code)
-            match verdict(code):
+            match restart_policy(code):
                 case "done":
                     return self._write("succeeded", "", code)
-                case "hopeless":
-                    return self._write("failed", f"exit code {code}, which starting it again would not help", code)
+                case "fatal":
+                    return self._write("failed", f"exit code {code}: a restart would not help", code)
                 case "retry":
                     failures += 1
                     if failures > self._plan["retries"]:
@@ -66,14 +72,14 @@ class Supervisor:
             self._wait_for_ranks()
             if self._cancelled:
                 return self._write("cancelled", "cancelled", code)
-            print(f"powernap: ended with exit code {code}: starting it again", flush=True)
+            print(f"powernap: ended with exit code {code}: restarting", flush=True)
             self._state["restarts"] += 1
 
     def _wait_for_turn(self) -> bool:
-        """Jobs of one machine run one after the other, or they would share its GPUs. False: cancelled meanwhile."""
+        """Wait for the machine's other jobs: they would share its GPUs. False if cancelled meanwhile."""
         root = self._folder.path.parent.parent.parent
-        self._turn = ProcessLock(root / TURN)
-        while not self._turn.acquire():
+        self._machine_lock = ProcessLock(root / MACHINE_LOCK)
+        while not self._machine_lock.acquire():
             if self._cancelled:
                 return False
             self._write("pending", "another job on this machine is running")
@@ -81,12 +87,12 @@ class Supervisor:
         return True
 
     def _start(self) -> int:
-        """Run the command once; its exit code, 128 + N for one that signal N ended."""
+        """Run the command once; return its exit code, 128 + N if signal N ended it."""
         secrets = {name: read_secret_file(name, file) for name, file in self._plan["secrets"].items() if file}
-        # Nobody could restart a run whose supervisor is gone.
+        # The run must end with its supervisor: nothing else would restart it.
         environment = os.environ | self._plan["env"] | secrets | not_to_outlive_this()
         self._child = subprocess.Popen(self._plan["command"], env=environment, stdin=subprocess.DEVNULL)
-        if self._cancelled:  # since before it was there to be told
+        if self._cancelled:  # before there was a child to terminate
             self._end()
         code = self._child.wait()
         if self._killer:
@@ -98,7 +104,7 @@ class Supervisor:
         return self._folder.cancelled.exists()
 
     def _end(self, *_: object) -> None:
-        """Have the run save and end, within its grace."""
+        """Signal handler: have the run save and end within job.grace."""
         self._folder.cancelled.touch()
         if self._child is None or self._killer:
             return
@@ -108,7 +114,7 @@ class Supervisor:
         self._killer.start()
 
     def _kill(self) -> None:
-        """End the run with its ranks."""
+        """Kill the run with its ranks."""
         assert self._child is not None
         with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self._child.pid)
@@ -117,7 +123,7 @@ class Supervisor:
                     process.kill()
 
     def _wait_for_ranks(self) -> None:
-        """Ranks whose launcher was killed still save, with the run's lock: starting again would be refused."""
+        """Ranks whose launcher was killed are still saving and hold the run's lock: a restart would be refused."""
         lock = ProcessLock(self._folder.path.parent.parent / RUN_LOCK)
         while not lock.acquire():
             time.sleep(0.1)
@@ -135,7 +141,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     lock = ProcessLock(folder / LOCK)
     if not lock.acquire():
-        sys.exit(f"{folder}: has a supervisor already")
+        sys.exit(f"{folder} already has a supervisor")
+
     Supervisor(folder).run()
 
 

@@ -58,17 +58,17 @@ def here(folder, monkeypatch):
         ("local", ["job.image=powernap"], ["job.image", "leave it out"]),
         ("local", ["job.mounts=[data]"], ["job.mounts", "/source:/target"]),
         ("local", ["job.env.RANK=3"], ["RANK is set by the launcher"]),
-        ("local", ["job.env={A B: c}"], ["'A B' is no name"]),
+        ("local", ["job.env={A B: c}"], ["'A B' is not a valid name"]),
         ("local", ["job.env.MY_TOKEN=abcdefgh"], ["job.env.MY_TOKEN looks like a secret", "job.secrets=[MY_TOKEN]"]),
-        ("local", ["job.secrets=[NOT_SET_HERE]"], ["NOT_SET_HERE", "nor is it set here"]),
-        ("key", [], ["nowhere/token, where the profile has TOKEN", "cannot be read"]),
+        ("local", ["job.secrets=[NOT_SET_HERE]"], ["NOT_SET_HERE", "or set it here"]),
+        ("key", [], ["nowhere/token, the profile's file for TOKEN", "cannot be read"]),
         ("gpus", [], ["needs", "of a GPU's 1MB", "powernap plan --suggest"]),
         ("local", ["model.patern=AG"], ["did you mean model.pattern?"]),
         ("local", ["data.train=nowhere/*.tar"], ["nowhere/*.tar"]),
         ("local", ["run.name=a,b"], ["run.name=a,b", "one name"]),
-        ("local", ["run.seed=1,1"], ["two runs of the sweep tiny would have one name"]),
+        ("local", ["run.seed=1,1"], ["two runs of the sweep tiny would have the same name"]),
         ("local", ["train.steps=9,none"], ["train.steps=none"]),
-        ("local", ["data.train='https://me:pass@host/a.tar'"], ["data.train holds a credential", "job.secrets"]),
+        ("local", ["data.train='https://me:pass@host/a.tar'"], ["data.train contains a credential", "job.secrets"]),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_leave_nothing(here, capfd, on, overrides, words):
@@ -118,7 +118,7 @@ def test_submitting_that_was_cut_off_is_found_again_or_lost(tmp_path):
     record.write_text(json.dumps(values | {"id": None}))
     row = json.loads(runs.powernap("status", "tiny", "--json", cwd=tmp_path).stdout)[0]
     assert (row["state"], row["id"]) == ("succeeded", values["id"])
-    record.write_text(json.dumps(values | {"id": None, "token": "another"}))
+    record.write_text(json.dumps(values | {"id": None, "submission_id": "another"}))
     row = json.loads(runs.powernap("status", "tiny", "--json", cwd=tmp_path).stdout)[0]
     assert row["state"] == "lost" and "interrupted" in row["reason"]
     record.write_text("{")
@@ -135,9 +135,9 @@ def test_a_scheduler_that_does_not_answer_may_have_the_job_so_it_is_looked_for(t
     monkeypatch.setattr(Local, "submit", silence)
     runs.assert_refused(["submit", "tiny.yaml", "--on", "local"], capfd, "nobody answers", "powernap status tiny")
     looked_for = []
-    monkeypatch.setattr(Local, "find", lambda self, record: looked_for.append(record.token))
+    monkeypatch.setattr(Local, "find", lambda self, record: looked_for.append(record.submission_id))
     record, status = status_of(newest_record(tmp_path / "runs/tiny"))
-    assert status.state == "lost" and looked_for == [record.token]
+    assert status.state == "lost" and looked_for == [record.submission_id]
 
 
 def test_what_was_submitted_can_be_repeated(tmp_path, monkeypatch):
@@ -242,3 +242,37 @@ def test_fields_of_profiles_are_words_for_a_shell():
         with pytest.raises(RecipeError, match=field):
             parse_cluster({"kind": "slurm", field: value})
     assert parse_cluster({"kind": "slurm", "constraint": "h100&nvlink", "directives": ["--switches=1@12:00"]})
+
+
+def test_records_and_profiles_of_before_the_renaming_are_read(tmp_path):
+    """Fields had other names: of a job's files token and work, of a profile together, spread, fabric and keep."""
+    from powernap.launch.jobs.backends.kubernetes_objects import SUBMISSION_LABEL
+    from powernap.launch.jobs.cluster import find_cluster
+    from powernap.launch.jobs.job import read_json, read_record
+
+    profile = "kind: kubernetes\nstorage: {claim: c}\n"
+    profile += "together: rack\nspread: host\nfabric: {rdma/hca: 2}\nkeep: 3d\n"
+    (tmp_path / "old.yaml").write_text(profile)
+    old = find_cluster(str(tmp_path / "old.yaml"))
+    assert (old.exclusive_topology, old.spread_by, old.device_resources, old.ttl) == (
+        "rack",
+        "host",
+        {"rdma/hca": 2},
+        "3d",
+    )
+    record = {
+        "run": "mine", "run_folder": "runs/mine", "work": "/work", "cluster": yaml.safe_load(profile), "description": {},
+        "token": "0123456789abcdef", "attempt": 1, "id": "mine-1",
+    }  # fmt: skip
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    read = read_record(tmp_path / "record.json")
+    assert (read.submit_dir, read.submission_id, read.profile) == ("/work", "0123456789abcdef", old)
+    (tmp_path / "array.json").write_text('{"token": "0123456789abcdef", "index": 1}')
+    assert read_json(tmp_path / "array.json") == {"submission_id": "0123456789abcdef", "index": 1}
+    assert SUBMISSION_LABEL == "powernap.io/token"  # pods that were submitted before are found by it
+    (tmp_path / "wrong.yaml").write_text(profile.replace("3d", "ever"))
+    with pytest.raises(JobError, match="ttl=ever: write a time"):
+        find_cluster(str(tmp_path / "wrong.yaml"))
+    (tmp_path / "both.yaml").write_text(f"{profile}ttl: 4d\n")
+    with pytest.raises(JobError, match="unknown key keep"):
+        find_cluster(str(tmp_path / "both.yaml"))

@@ -310,7 +310,7 @@ def test_a_refused_record_does_not_hold_up_the_others(run_folder, caplog, capfd)
     assert "wait for MLflow" not in caplog.text
     assert cli.main(["sync", str(run_folder)]) == 0
     out = capfd.readouterr().out
-    assert "nothing waits; MLflow refused 2, which it will not get: MlflowException: Invalid" in out
+    assert "nothing waits; MLflow refused 2, which are not sent again: MlflowException: Invalid" in out
 
 
 def test_a_line_cut_short_by_a_crash_costs_only_itself(run_folder):

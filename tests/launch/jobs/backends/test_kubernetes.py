@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     (clusters / "trainer.yaml").write_text(yaml.safe_dump(profile | {"form": "trainjob"}))
     (clusters / "queued.yaml").write_text(yaml.safe_dump(profile | {"queue": "gpus"}))
     (clusters / "elsewhere.yaml").write_text(yaml.safe_dump(profile | {"namespace": "elsewhere"}))
-    (clusters / "huge.yaml").write_text(yaml.safe_dump(profile | {"fabric": {"rdma/hca": 1}}))
+    (clusters / "huge.yaml").write_text(yaml.safe_dump(profile | {"device_resources": {"rdma/hca": 1}}))
     return folder
 
 
@@ -221,10 +221,12 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
     backend = record.profile.backend()
     custom = client.CustomObjectsApi(kube.clients())
 
-    def pause(seconds: float, change=lambda: None) -> float:
+    def time_waited(seconds: float, change=lambda: None) -> float:
         """How long it took, if `change` is made after a second: here, since a server ends with the thread that starts it."""
         ends = []
-        thread = threading.Thread(target=lambda: ends.append((backend.pause(record, seconds), time.monotonic())))
+        thread = threading.Thread(
+            target=lambda: ends.append((backend.wait_for_change(record, seconds), time.monotonic()))
+        )
         began = time.monotonic()
         thread.start()
         time.sleep(1.0)
@@ -233,10 +235,10 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
         return ends[0][1] - began
 
     time.sleep(1.0)  # the controller has had its say
-    assert pause(2.0) >= 2.0
+    assert time_waited(2.0) >= 2.0
     label = {"metadata": {"labels": {"changed": "yes"}}}
-    assert 1.0 <= pause(20.0, lambda: custom.patch_namespaced_custom_object(*JOBSETS, id, label)) < 10.0
-    assert pause(30.0, kube.restart) < 20.0  # in mid-watch
+    assert 1.0 <= time_waited(20.0, lambda: custom.patch_namespaced_custom_object(*JOBSETS, id, label)) < 10.0
+    assert time_waited(30.0, kube.restart) < 20.0  # in mid-watch
     wait_for(lambda: backend.status(record).state == "pending")
     old = backend._get(id)
     custom.patch_namespaced_custom_object(*JOBSETS, id, {"metadata": {"labels": {"changed": "again"}}})
@@ -254,8 +256,8 @@ def test_a_watch_tells_a_change_and_outlives_whatever_ends_it(kube, folder, subm
     with monkeypatch.context() as patch:
         patch.setattr(kubernetes.watch.Watch, "stream", watch)
         patch.setattr(backend, "_get", lambda name: old)
-        assert pause(20.0) < 5.0 and seen == [410]
-    assert pause(2.0) >= 2.0  # and the next one is from a version that is known
+        assert time_waited(20.0) < 5.0 and seen == [410]
+    assert time_waited(2.0) >= 2.0  # and the next one is from a version that is known
 
 
 def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, nodes, command):
@@ -280,7 +282,7 @@ def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, nodes, command):
 @pytest.mark.parametrize(
     ("arguments", "user", "words"),
     [
-        (["--on", "kube"], "stranger", ["does not know this token"]),
+        (["--on", "kube"], "stranger", ["does not accept these credentials"]),
         (["--on", "kube"], "reader", ["does not allow", "reader", "create"]),
         (["--on", "elsewhere"], "admin", ["elsewhere", "not found"]),
         (["--on", "kube", "job.image=null"], "submitter", ["job.image is missing"]),

@@ -161,7 +161,7 @@ def submitted(kube, folder):
         ([], [event("Job", "mine-1-node-0", "FailedCreate", f"Error creating: {QUOTA}")],
          ["Job mine-1-node-0: FailedCreate", "requested: requests.cpu=8", "ResourceQuota team raised"]),
         ([], [event("Job", "mine-1-node-0", "FailedCreate", 'pods "x" is forbidden: failed quota: team: must specify limits.cpu')],
-         ["ResourceQuota team wants job.cpus_per_process and job.memory"]),
+         ["ResourceQuota team requires job.cpus_per_process and job.memory"]),
         ([], [event("Job", "mine-1-node-0", "FailedCreate", 'pods "x" is forbidden: maximum memory usage per Container is 4Gi, but limit is 64Gi')],
          ["is 4Gi", "LimitRange", "see job.memory"]),
         ([], [event("Job", "mine-1-node-0", "FailedCreate", 'error looking up service account a/b: serviceaccount "b" not found')],
@@ -209,7 +209,7 @@ def test_a_wait_says_its_cause_the_object_and_the_cure(kube, submitted, pods, ev
 def test_what_is_over_or_another_job_s_is_no_cause(kube, submitted, events, monkeypatch):
     monkeypatch.setattr(kubernetes_causes, "SILENT", float("inf"))  # however slow this machine is
     kube.events = events
-    assert submitted.profile.backend().status(submitted).reason == "its pods are being made"
+    assert submitted.profile.backend().status(submitted).reason == "its pods are being created"
 
 
 def test_where_nothing_says_why_that_is_said(kube, submitted):
@@ -235,7 +235,7 @@ def test_a_queued_job_says_what_its_queue_waits_for(kube, folder, capfd):
 
 def test_status_wait_and_logs_show_it(kube, submitted, capfd, monkeypatch):
     if "JobSet" not in kube.made:
-        kube.made["JobSet"] = {"metadata": {"name": "mine-1", "labels": {"powernap.io/token": submitted.token}}}
+        kube.made["JobSet"] = {"metadata": {"name": "mine-1", "labels": {"powernap.io/token": submitted.submission_id}}}
     kube.events = [event("Job", "mine-1-node-0", "FailedCreate", QUOTA)]
     capfd.readouterr()
     assert cli.main(["status", "mine"]) == 0

@@ -33,12 +33,12 @@ FULL = {
     "priority_class": "training",
     "service_account": "powernap",
     "image_pull_secrets": ["registry"],
-    "fabric": {"rdma/hca": 1},
+    "device_resources": {"rdma/hca": 1},
     "host_network": True,
     "node_selector": {"nvidia.com/gpu.product": "H100"},
     "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"operator": "Exists"}],
-    "spread": "kubernetes.io/hostname",
-    "together": "topology.kubernetes.io/rack",
+    "spread_by": "kubernetes.io/hostname",
+    "exclusive_topology": "topology.kubernetes.io/rack",
     "network": {"interface": "eth0", "nccl": {"NCCL_DEBUG": "INFO"}, "port": 30000},
     "secrets": {"TOKEN": {"secret": "mlflow", "key": "token"}},
 }
@@ -244,7 +244,7 @@ def test_names_fit_dns_and_differ_where_runs_do():
     [
         ({}, {"image": None}, "job.image is missing"),
         ({}, {"environment": "/opt/env"}, "job.environment=/opt/env"),
-        ({}, {"secrets": ["TOKEN"]}, "job.secrets=TOKEN: write where it is"),
+        ({}, {"secrets": ["TOKEN"]}, "job.secrets=TOKEN: add its Secret"),
         ({}, {"env": {"PET_NNODES": "2"}}, "job.env.PET_NNODES"),
     ],
 )
@@ -256,9 +256,9 @@ def test_what_no_server_is_needed_to_refuse(profile, wanted, words):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("namespace", "A"), ("queue", "a b"), ("form", "job"), ("gpu_resource", "gpu;"), ("fabric", {"rdma/a": 0}),
+        ("namespace", "A"), ("queue", "a b"), ("form", "job"), ("gpu_resource", "gpu;"), ("device_resources", {"rdma/a": 0}),
         ("tolerations", [{"effect": "None"}]), ("storage", {"claim": "c", "path": "relative"}), ("shared_memory", "1"),
-        ("secrets", {"A": {"secret": "b"}}), ("node_selector", {"a": "b c"}), ("user", 0), ("keep", "ever"),
+        ("secrets", {"A": {"secret": "b"}}), ("node_selector", {"a": "b c"}), ("user", 0), ("ttl", "ever"),
     ],
 )  # fmt: skip
 def test_a_wrong_profile_is_told(field, value):

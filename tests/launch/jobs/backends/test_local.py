@@ -91,7 +91,7 @@ def test_what_fails_for_good_is_not_tried_for_ever(folder, exits, restarts, reas
     (environment / "bin").mkdir(parents=True)
     (environment / "bin/powernap").write_text(f"#!/bin/sh\nexit {exits}\n")
     (environment / "bin/powernap").chmod(0o755)
-    name = f"hopeless{exits}"
+    name = f"fatal{exits}"
     with submitted(folder, name, "job.retries=2", f"job.environment={environment}"):
         assert runs.powernap("wait", name, "--timeout", "1m", cwd=folder).returncode == 1
     row = status(folder, name)
@@ -129,6 +129,6 @@ def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     names = {"sweep-passes1", "sweep-passes2"}
     assert names == {line.split()[0] for line in table.splitlines()[1:]} and table.count("succeeded") == 2
     assert max(map(len, table.splitlines())) <= 80
-    runs.assert_one_line(runs.powernap(*sweep, cwd=folder), "all 2 runs of the sweep sweep have ended well")
+    runs.assert_one_line(runs.powernap(*sweep, cwd=folder), "all 2 runs of the sweep sweep have succeeded already")
     listed = {row["run"] for row in json.loads(runs.powernap("list", "--json", cwd=folder).stdout)}
     assert names <= listed

@@ -168,7 +168,7 @@ def test_whatever_stops_it_its_losses_are_those_of_an_unbroken_run(jobs):
     assert jobs.powernap("cancel", "hard").returncode == 0
     assert jobs.wait("hard") == 3 and jobs.status("hard")["restarts"] == 3
     log = jobs.log("hard")
-    assert log.count("go on with --resume") == 3 and "exit code 137: starting it again" in log
+    assert log.count("go on with --resume") == 3 and "exit code 137: restarting" in log
     found = jobs.records("hard")
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     assert losses(found) == losses(jobs.unbroken("hard-here", len(found), *fields))
@@ -232,7 +232,7 @@ def test_a_sweep_is_one_array_with_a_log_for_each(jobs):
     for passes in (1, 2):
         assert f"passes: {passes}\n" in (jobs.folder / f"runs/sweep-passes{passes}/config.yaml").read_text()
         assert "powernap: succeeded" in jobs.log(f"sweep-passes{passes}")
-    runs.assert_one_line(jobs.powernap(*sweep), "all 2 runs of the sweep sweep have ended well")
+    runs.assert_one_line(jobs.powernap(*sweep), "all 2 runs of the sweep sweep have succeeded already")
 
 
 def test_an_element_that_is_started_again_leaves_the_others_alone(jobs):
@@ -248,7 +248,7 @@ def test_an_element_that_is_started_again_leaves_the_others_alone(jobs):
 
 @pytest.mark.parametrize(("exits", "restarts", "reason"), [(1, 1, "after 2 failed starts"), (2, 0, "would not help")])
 def test_what_fails_for_good_is_not_tried_for_ever(jobs, exits, restarts, reason):
-    name = f"hopeless{exits}"
+    name = f"fatal{exits}"
     environment = jobs.fake(name, f"[ $SLURM_PROCID = 1 ] && exit {exits}; exec sleep 60")
     jobs.submit(name, "parallel.data=2", "job.retries=1", environment)
     assert jobs.wait(name) == 1
@@ -295,14 +295,14 @@ def test_states_before_a_job_starts(jobs):
     record = jobs.folder / "runs/held/jobs/1/record.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"id": None}))
     assert jobs.status("held")["id"] == id
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"token": "0" * 16}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"submission_id": "0" * 16}))
     assert jobs.status("held")["state"] == "lost"  # the number is another job's
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"token": token(jobs.shown(id))}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"submission_id": submission_id(jobs.shown(id))}))
     assert jobs.powernap("cancel", "held").returncode == 0
     assert jobs.status("held")["state"] == "cancelled"
 
 
-def token(shown: str) -> str:
+def submission_id(shown: str) -> str:
     return re.search("Comment=powernap:([0-9a-f]+)", shown)[1]
 
 
@@ -331,7 +331,7 @@ def test_a_value_that_is_secret_is_nowhere_but_in_the_job(jobs):
     [
         ("partition: nowhere", [], ["Invalid partition", "partition=nowhere in the cluster's profile"]),
         ("constraint: h100", [], ["Invalid feature", "constraint=h100"]),
-        ("gpu_type: h100", ["job.device=gpu"], ["SLURM refuses"]),
+        ("gpu_type: h100", ["job.device=gpu"], ["SLURM rejected the job"]),
         ("reservation: none", [], ["reservation=none"]),
         (
             "kind: slurm",
@@ -417,4 +417,4 @@ def test_accounting_and_the_script_itself_know_jobs_that_slurm_has_forgotten(fol
     (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "sacct").chmod(0o755)
     row = jobs.status("old", **forgotten)
-    assert row["state"] == "lost" and "does not know job" in row["reason"]
+    assert row["state"] == "lost" and "no longer knows job" in row["reason"]

@@ -83,18 +83,18 @@ def recipe(tmp_path_factory):
     return load_recipe(str(runs.prepare(tmp_path_factory.mktemp("script"), train_samples=64, data={"lanes": 1})), [])
 
 
-def job(recipe, play: Play, profile: dict | None = None, work: Path | None = None, **description) -> Job:
+def job(recipe, play: Play, profile: dict | None = None, submit_dir: Path | None = None, **description) -> Job:
     """Of two ranks; its powernap is play's."""
     wanted = {"nodes": 2, "processes_per_node": 1, "environment": str(play.folder), "retries": 1} | description
     made = Job(
         recipe=recipe,
         description=JobDescription(**wanted),
         cluster=parse_cluster({"kind": "slurm", **(profile or {})}),
-        token="0123456789abcdef",
+        submission_id="0123456789abcdef",
         attempt=1,
-        work=work or play.folder,
+        submit_dir=submit_dir or play.folder,
     )
-    (made.work / made.folder.path).mkdir(parents=True, exist_ok=True)
+    (made.submit_dir / made.folder.path).mkdir(parents=True, exist_ok=True)
     return made
 
 
@@ -194,12 +194,12 @@ def test_an_element_of_an_array_asks_for_itself(recipe, play):
 
 
 def test_values_reach_the_ranks_as_they_are_and_nothing_else_happens(recipe, play):
-    work = play.folder / NASTY.replace("\n", " ").replace("\\", " ").replace("/", " ")
+    submit_dir = play.folder / NASTY.replace("\n", " ").replace("\\", " ").replace("/", " ")
     private = play.folder / "it's private"
     private.write_text("secret value$(id)\n")
     profile = {"secrets": {"KEY": str(private)}, "setup": ["export SETUP=yes", "set -x"]}
     made = job(
-        recipe, play, profile, work, env={"NASTY": NASTY}, secrets=["KEY"], cpus_per_process=3, device="gpu"
+        recipe, play, profile, submit_dir, env={"NASTY": NASTY}, secrets=["KEY"], cpus_per_process=3, device="gpu"
     )  # fmt: skip
     play.command("powernap", '#!/bin/bash\npwd >"$PLAY/pwd"\nprintf "%s\\n" "$@" >"$PLAY/arguments"\n')
     script = render(made)
@@ -209,7 +209,7 @@ def test_values_reach_the_ranks_as_they_are_and_nothing_else_happens(recipe, pla
     assert found["NASTY"] == NASTY and found["KEY"] == "secret value$(id)" and found["SETUP"] == "yes"
     assert (found["MASTER_ADDR"], found["OMP_NUM_THREADS"]) == ("10.0.0.7", "3")
     assert "MASTER_PORT" not in found  # the ranks draw it
-    assert play.read("pwd") == f"{work}\n"
+    assert play.read("pwd") == f"{submit_dir}\n"
     assert play.read("arguments").split() == ["train", "runs/tiny/jobs/1/recipe.yaml", "--auto-resume"]
     options = play.read("srun").split("\0")
     for option in ("--ntasks=2", "--kill-on-bad-exit=1", "--cpus-per-task=3", "--distribution=block", "--export=ALL"):
@@ -220,10 +220,10 @@ def test_values_reach_the_ranks_as_they_are_and_nothing_else_happens(recipe, pla
         + done.stdout
         + done.stderr
         + play.read("srun")
-        + "".join(path.read_text() for path in work.rglob("*") if path.is_file())
+        + "".join(path.read_text() for path in submit_dir.rglob("*") if path.is_file())
     )
     assert "secret value" not in everything
-    assert sorted(os.listdir(work)) == ["runs"]
+    assert sorted(os.listdir(submit_dir)) == ["runs"]
 
 
 def test_a_secret_that_is_not_there_is_told_and_nothing_starts(recipe, play):
