@@ -176,7 +176,7 @@ def readers_watched() -> Iterator[None]:
 
 
 def _ended_reader(batches: Iterator) -> ReaderError | None:
-    """The error for a DataLoader's dead reader process, if any; one with a broken connection may exit a moment later."""
+    """The error for a DataLoader's dead reader process, if any; one with a broken connection may exit a bit later."""
     readers = getattr(batches, "_workers", ())
     ended = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=1.0) if readers else ()
     for reader in readers:
