@@ -235,7 +235,7 @@ def wake_latency(stage: HybridStage, rounds: int):
         segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(), n)
         with torch.no_grad():
             asleep = sleep_and_predict(stage, segments[:-1], tokens, loss_mask)
-        forms[n] = answer(stage, segments[-1], tokens, asleep.memory)
+        forms[n] = answer(stage, segments[-1], tokens, asleep.layer_states)
     times = interleave(forms, rounds, warmup=3)
     numbers = {n: {"ms": milliseconds(times[n]), "over_one_pass": paired_ratio(times[n], times[1])} for n in PASSES}
     report = [
@@ -247,7 +247,7 @@ def wake_latency(stage: HybridStage, rounds: int):
     return numbers, report, [("wake latency N=8 over N=1", numbers[8]["over_one_pass"], "<=", 1.05)]
 
 
-def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.Memory):
+def answer(stage: HybridStage, segment: Segment, tokens: torch.Tensor, states: fw.LayerStates):
     def run():
         with torch.no_grad():
             hidden_states, _ = stage(segment, tokens, None, states)
