@@ -77,10 +77,10 @@ class ReportedRun:
 
     @property
     def read_passes(self) -> str:
-        """The N of the main figures: the trained one, or else the last one evaluated."""
+        """The N of the main figures: the trained one, or else the largest one evaluated."""
         assert self.evaluation is not None
-        evaluated = list(self.evaluation["accuracy"])
-        return str(self.trained_passes) if str(self.trained_passes) in evaluated else evaluated[-1]
+        evaluated = self.evaluation["accuracy"]
+        return str(self.trained_passes) if str(self.trained_passes) in evaluated else max(evaluated, key=int)
 
     @property
     def parameters(self) -> int:

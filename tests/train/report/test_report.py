@@ -204,6 +204,11 @@ def test_an_evaluation_whose_floor_is_a_constant_only_is_reported(tmp_path):
     assert "evaluated by an older version, whose surface guess is the best constant only" in text
 
 
+def test_the_main_figures_are_of_the_trained_passes_or_the_most_evaluated(tmp_path):
+    trained, other = (make_run(tmp_path, "_".join(passes), passes=passes) for passes in (("4", "1"), ("8", "16", "2")))
+    assert [run.read_passes for run in read_runs([trained, other])] == ["4", "16"]
+
+
 def test_groups_are_runs_of_one_recipe(folders):
     groups = group_runs(read_runs(folders))
     assert [group.label for group in groups] == ["sleep", "n1", "new_one"]
