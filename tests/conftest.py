@@ -12,6 +12,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 import torch
 
+from tests.helpers import warm
+
 # Files that take longest, longest first: begun last, one of them would keep a single core busy at the end.
 FIRST = (
     "test_trainer", "test_text_run", "test_layouts", "test_demo", "test_zero_layouts", "test_plan_measured",
@@ -26,6 +28,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--quick", action="store_true", help="files that import no large library, and no test that starts a process"
     )
+
+
+def pytest_configure():
+    warm.begin_session()
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import runs
+from tests.helpers import runs, warm
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```\w+ file=(\S+)\n(.*?)^```$", re.M | re.S)
@@ -37,10 +37,11 @@ def install(folder: Path, files: dict[str, str], **groups: dict[str, str]) -> No
 
 
 def python(folder: Path, *arguments: str, cwd: Path | None = None, **options):
-    """Python with `folder` among its packages."""
+    """Python with `folder` among its packages; a module's process has its libraries when it begins."""
+    executable = warm.python() if arguments[0] == "-m" else sys.executable
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd or folder, env=environment, text=True, capture_output=True, **options
+        [executable, *arguments], cwd=cwd or folder, env=environment, text=True, capture_output=True, **options
     )
 
 

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.fast_weights import detach
+from powernap.model.fast_weights import cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
 from powernap.model.sleep import sleep_and_predict
@@ -27,6 +27,7 @@ from powernap.train.data.loader import Batch
 from tests.helpers import tiny
 from tests.helpers.processes import single_rank_groups
 
+DATA_RANKS = 2  # at most
 ANSWERS: dict[str, tuple] = {}  # one process's by problem, on rank 0: shared by all layouts of a problem
 
 
@@ -187,32 +188,37 @@ def one_process(case: Case, model, sleep, batches, scale: float):
     key = repr((model, sleep, case.passes, scale, of_data))
     if dist.get_rank() == 0:
         if key not in ANSWERS:
-            ANSWERS[key] = compute_alone(build(model, sleep, groups), batches, scale)
+            ANSWERS[key] = compute_alone(build(model, sleep, groups), batches, case.passes, scale)
         found = [ANSWERS[key]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def compute_alone(stage: HybridStage, batches: list[schedule.MicroBatch], scale: float) -> tuple:
-    losses, predictions, left, healths = [], [], [], []
-    for batch in batches:
+def compute_alone(stage: HybridStage, batches: list[schedule.MicroBatch], passes: int, scale: float) -> tuple:
+    """Loss and gradients of all micro-batches as one; the rest for the first of each data-parallel rank."""
+    predictions, left, healths = [], [], []
+    for batch in batches[:DATA_RANKS]:
         health = FastWeightHealth(stage)
-        output = sleep_and_predict(
-            stage,
-            batch.segments,
-            batch.tokens,
-            batch.loss_mask,
-            layer_states=batch.layer_states,
-            predict=True,
-            health=health,
-        )
+        with torch.no_grad():
+            output = sleep_and_predict(
+                stage,
+                batch.segments,
+                batch.tokens,
+                batch.loss_mask,
+                layer_states=batch.layer_states,
+                predict=True,
+                health=health,
+            )
         healths.append(health.summary())
-        (output.loss * scale).backward()
-        losses.append(output.loss.item())
         predictions.append((output.predictions, output.loss.item()))
-        left.append(detach(output.layer_states))
+        left.append(output.layer_states)
+    tokens, loss_mask = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "loss_mask"))
+    layer_states = cat_batch([batch.layer_states for batch in batches]) if stage.sleep.carry else None
+    segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes)
+    loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute=False).loss
+    (loss * scale).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
-    return sum(losses), gradients, predictions, left, healths
+    return loss.item(), gradients, predictions, left, healths
 
 
 def build(model, sleep, groups, blocks=None, sequence_parallel=False) -> HybridStage:

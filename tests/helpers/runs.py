@@ -1,5 +1,6 @@
 """Real runs for tests: small shards, a small recipe, the command in processes of its own."""
 
+import gc
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ from powernap.train import trainer
 from powernap.train.data.build import build_task
 from powernap.train.run.folder import RunFolder
 from powernap.train.tasks import TASKS
+from tests.helpers import warm
 from tests.helpers.processes import in_processes
 
 RECIPE = {
@@ -73,13 +75,20 @@ def wait_for(condition, seconds: float = 90):
     return found
 
 
-def powernap(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+def powernap(
+    *arguments: str, cwd: Path, timeout: float = 300, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess:
     """Run one command; a run that does not end in `timeout` seconds fails the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment}
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [python, *COMMAND[1:], *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def warm_powernap(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """The same for commands that compute: they and the ranks they start have their libraries when they begin."""
+    return powernap(*arguments, cwd=cwd, python=warm.python(), **options)
 
 
 def train_in_turn(folder: Path, processes: int, runs: dict[str, list[str]], **environment: str) -> dict[str, Path]:
@@ -102,6 +111,7 @@ def _train_in_turn(rank, store, processes, folder, runs, rendezvous_names, envir
             "POWERNAP_RENDEZVOUS": rendezvous_name, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **environment,
         }  # fmt: skip
         assert cli.main(["train", "tiny.yaml", *overrides]) == 0, overrides
+        gc.collect()  # cycles that hold process groups and their threads
 
 
 def free_port() -> int:

@@ -186,7 +186,8 @@ def train_plainly(problem: Problem, stage: HybridStage):
             p.grad = torch.zeros_like(p, dtype=torch.float32)
         losses.append(0.0)
         for part in zip(tokens.split(1), loss_mask.split(1), strict=True):
-            loss = sleep_and_predict(stage, plan(stage, *part, problem, step), *part).loss / loss_mask[:, 1:].sum()
+            loss = sleep_and_predict(stage, plan(stage, *part, problem, step), *part, recompute=False).loss
+            loss = loss / loss_mask[:, 1:].sum()
             if loss.requires_grad:
                 loss.backward()
             losses[-1] += loss.item()

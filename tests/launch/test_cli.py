@@ -232,7 +232,7 @@ def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):
 
 def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(folder):
     run = ("train", "tiny.yaml", "data.lanes=1", "train.steps=2", "run.name=kept")
-    assert runs.powernap(*run, cwd=folder).returncode == 0
+    assert runs.warm_powernap(*run, cwd=folder).returncode == 0
     metrics = (folder / "runs" / "kept" / "metrics.jsonl").read_bytes()
     runs.assert_one_line(runs.powernap(*run, cwd=folder), "runs/kept exists", "--resume")
     changed = runs.powernap(*run, "optimizer.lr=0.1", "--resume", cwd=folder)
@@ -262,7 +262,7 @@ def test_a_shard_that_breaks_during_the_run_ends_every_process(folder):
                     member.size = buffer.tell()
                     tar.addfile(member, io.BytesIO(buffer.getvalue()))
     start = time.monotonic()
-    result = runs.powernap(
+    result = runs.warm_powernap(
         "train", "tiny.yaml", "run.name=bad", "data.train=bad/train-*.tar", "data.shuffle_buffer=1", "parallel.data=2",
         "train.steps=100", cwd=folder,
     )  # fmt: skip

@@ -20,7 +20,7 @@ SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "eva
 def demo(tmp_path_factory):
     """Where it ran, and what it said."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, runs.powernap("demo", "--seed", "3", *SHORT, cwd=folder)
+    return folder, runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=folder)
 
 
 def test_the_demo_from_shards_to_picture(demo):
@@ -46,7 +46,7 @@ def test_the_demo_from_shards_to_picture(demo):
     steps, data = ([run["step"] for run in metrics(folder, n)] for n in ("N4", "N1")), folder / "data"
     assert all(step == [1, 2, 3, 4, 5, 6] for step in steps)
     assert json.loads((data / "manifest.json").read_text())["fields"]["nodes"] == 8
-    again = runs.powernap("demo", "--seed", "3", *SHORT, cwd=place)
+    again = runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
     runs.assert_one_line(again, "results.json exists")
 
 
@@ -79,7 +79,7 @@ def test_a_demo_that_was_stopped_in_its_second_training_goes_on(demo):
     (folder / "results.json").unlink()
     (folder / "N1" / "evaluation.json").unlink()
     shutil.rmtree(folder / "N1" / "checkpoints" / "step_00000006")
-    resumed = runs.powernap("demo", "--seed", "3", *SHORT, cwd=place)
+    resumed = runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 3 of 6" in resumed.stderr
     assert [line.split()[2] for line in resumed.stdout.splitlines() if line.startswith("$ ")] == ["train", "eval"]

@@ -14,13 +14,13 @@ from tests.helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
 LAYOUTS = {
-    "TP2": dict(tensor=2),
-    "TP2+SP": dict(tensor=2, sequence=True),
+    "TP2": dict(tensor=2, micro_batches=2),
+    "TP2+SP": dict(tensor=2, sequence=True, micro_batches=2),
     "PP2": dict(pipeline=2),
     "PP3 uneven": dict(pipeline=3, layout="AG|G|AAG", model={"pattern": "AGGAAG"}, micro_batches=6),
     "PP4": dict(pipeline=4),
     "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
-    "DP2xPP2": dict(data=2, pipeline=2),
+    "DP2xPP2": dict(data=2, pipeline=2, micro_batches=2),
     "DP2xTP2": dict(data=2, tensor=2, micro_batches=2),
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
@@ -64,7 +64,7 @@ CASES = {
     "TP2xPP2+SP, tied embeddings, pads": Case(tensor=2, pipeline=2, sequence=True, model=TIED, pads=True),
     "PP2, short last window, pads": Case(pipeline=2, last_window=4, pads=True),
     "TP2+SP, short last window, sliding, pads": Case(
-        tensor=2, sequence=True, last_window=4, pads=True, sleep=EVICTIONS["sliding"]
+        tensor=2, sequence=True, micro_batches=2, last_window=4, pads=True, sleep=EVICTIONS["sliding"]
     ),
     "PP2, no sleep": Case(pipeline=2, passes=1),
     "PP2, one window: Megatron-core's plain 1F1B": Case(pipeline=2, windows=1, predicting=(0,)),
@@ -88,7 +88,7 @@ CASES = {
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
     "DP2, unequal loss tokens": Case(data=2, micro_batches=2, unequal=True),
-    "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
+    "TP2, unequal loss tokens": Case(tensor=2, micro_batches=2, unequal=True),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, micro_batches=2, unequal=True),
 }
 WIDE = {
@@ -114,8 +114,8 @@ WIDE = {
 BROKEN = {
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
-    "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),
-    "a mixer's heads of another rank, TP2": Case(tensor=2, broken="split of a mixer"),
+    "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, micro_batches=2, broken="shared gradients"),
+    "a mixer's heads of another rank, TP2": Case(tensor=2, micro_batches=2, broken="split of a mixer"),
     "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
     "messages batched, PP2": Case(pipeline=2, broken="links"),
     "nothing carried, PP2": Case(

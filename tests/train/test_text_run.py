@@ -129,7 +129,7 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
 
 
 def test_eval_tells_the_loss(folder, trained):
-    result = runs.powernap("eval", "one", "--passes", "1,2,3", cwd=folder)
+    result = runs.warm_powernap("eval", "one", "--passes", "1,2,3", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "held-out loss after step 20" in result.stdout and "N=3" in result.stdout
     saved = json.loads((trained["one"] / "evaluation.json").read_text())

@@ -125,7 +125,7 @@ def test_other_shards_are_refused_on_resume(folder, trained, tmp_path):
     runs.prepare(tmp_path, seed=1)  # as large as those of the run
     shutil.copytree(trained["one"], tmp_path / "runs" / "one")
     shutil.rmtree(tmp_path / "runs" / "one" / "checkpoints" / "step_00000010")
-    result = runs.powernap("train", "tiny.yaml", "run.name=one", "--resume", cwd=tmp_path)
+    result = runs.warm_powernap("train", "tiny.yaml", "run.name=one", "--resume", cwd=tmp_path)
     assert (
         result.returncode != 0 and "data.train: the shards are not those the run was trained on so far" in result.stderr
     )
@@ -211,7 +211,7 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
     sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50}, "checkpoint": {"every": 300}}
     runs.prepare(tmp_path, train_samples=8000, **sections)
     overrides = ["parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30"]
-    result = runs.powernap("train", "tiny.yaml", "run.name=learns", *overrides, cwd=tmp_path)
+    result = runs.warm_powernap("train", "tiny.yaml", "run.name=learns", *overrides, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "learns"
     losses = column(run, "loss")

@@ -105,7 +105,7 @@ def test_two_processes_count_what_one_counts(seen):
 def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
     from mlflow import MlflowClient
 
-    result = runs.powernap("eval", "seen", "--passes", "1,2,8", cwd=folder)
+    result = runs.warm_powernap("eval", "seen", "--passes", "1,2,8", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["depth", "N=1", "N=1", "N=2"]
     assert result.stdout.splitlines()[3].startswith("N=1 ±")

@@ -154,7 +154,7 @@ def test_a_stream_goes_on_in_another_process_to_the_last_bit(text, tmp_path):
     options = ["--temperature", "1.2", "--top-p", "0.9", "--seed", "3"]
     prompts = [word for prompt in ("one", "two and more", "x") for word in ("--prompt", prompt)]
     state = str(tmp_path / "state.pt")
-    begun = runs.powernap(
+    begun = runs.warm_powernap(
         "generate",
         str(text),
         *prompts,

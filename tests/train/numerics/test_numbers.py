@@ -192,7 +192,7 @@ def test_anomaly_detection_names_the_module(folder, results):
 def test_anomaly_detection_in_a_pipeline_names_module_and_stage(folder):
     """Processes of their own, of which the first to fail takes the other down; weights that are finite but far too large."""
     arguments = ["run.name=too_fast", "parallel.pipeline=2", "optimizer.lr=1e30", "optimizer.warmup_steps=0"]
-    result = runs.powernap("train", "tiny.yaml", *arguments, "--detect-anomaly", cwd=folder)
+    result = runs.warm_powernap("train", "tiny.yaml", *arguments, "--detect-anomaly", cwd=folder)
     lines = [line for line in result.stderr.splitlines() if line.startswith("powernap: error: ")]
     assert result.returncode == 2, result.stderr
     # It may have passed the first stage; the last one's normalisation has no chance.

@@ -280,7 +280,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, folders, capsys, 
 
 
 def test_no_run_is_an_error(tmp_path):
-    result = runs.powernap("report", cwd=tmp_path)
+    result = runs.warm_powernap("report", cwd=tmp_path)
     assert result.returncode == 2 and "required: RUN" in result.stderr
 
 

@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     """A run whose shards come through commands that hold a password."""
     folder = tmp_path_factory.mktemp("secrets")
     runs.prepare(folder, train_samples=64)
-    assert runs.powernap("train", *arguments(folder), cwd=folder).returncode == 0
+    assert runs.warm_powernap("train", *arguments(folder), cwd=folder).returncode == 0
     return folder
 
 
@@ -89,7 +89,7 @@ def test_no_file_of_a_run_holds_its_secret(folder):
 
 def test_an_error_names_the_shard_without_its_secret(folder):
     gone = f"data.test=pipe:MY_PASSWORD=hunter2 cat {folder}/gone.tar"
-    result = runs.powernap("train", *arguments(folder), "run.name=gone", gone, "data.retries=0", cwd=folder)
+    result = runs.warm_powernap("train", *arguments(folder), "run.name=gone", gone, "data.retries=0", cwd=folder)
     assert result.returncode != 0 and "gone.tar: cannot be read" in result.stderr
     assert "MY_PASSWORD=***" in result.stderr and "hunter2" not in result.stderr
 
@@ -111,7 +111,7 @@ def test_an_evaluation_asks_for_the_secret(folder, capfd, monkeypatch):
     runs.assert_refused(["eval", "kept"], capfd, "data.test=pipe:MY_PASSWORD=***", "keeps no secrets", "--test")
     runs.assert_refused(["eval", "kept", "--test", "data/test-*.tar"], capfd, "not the shards of the run")
     test = arguments(folder)[-1].removeprefix("data.test=")
-    result = runs.powernap("eval", "kept", "--test", test, cwd=folder)
+    result = runs.warm_powernap("eval", "kept", "--test", test, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "kept" / "evaluation.json").is_file()
     spool = (folder / "runs" / "kept" / "mlflow_spool.jsonl").read_text()

@@ -3,7 +3,6 @@
 import os
 import pty
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.run_log import RunLog
 from powernap.train.tracking.trackers import Trackers
-from tests.helpers import runs
+from tests.helpers import runs, warm
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_the_first_step_is_left_out_of_the_estimate(tmp_path, monkeypatch):
 
 
 def test_a_terminal_gets_a_bar_and_no_step_lines(folder):
-    command = [sys.executable, "-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=bar", "data.lanes=1"]
+    command = [warm.python(), "-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=bar", "data.lanes=1"]
     shown = on_a_terminal(command, folder)
     bars = [piece for piece in shown.split("\r") if piece.startswith("bar:") and "|" in piece]
     assert any("10/10" in bar and "loss " in bar and "tokens/s" in bar for bar in bars), shown
@@ -83,7 +82,7 @@ def test_a_terminal_gets_a_bar_and_no_step_lines(folder):
 def test_a_diverged_run_stops_with_one_line_and_is_marked_failed(folder):
     from mlflow import MlflowClient
 
-    result = runs.powernap(
+    result = runs.warm_powernap(
         "train", "tiny.yaml", "run.name=diverged", "data.lanes=1", "optimizer.lr=1e30", "train.steps=50", cwd=folder
     )
     assert result.returncode == 2
