@@ -237,7 +237,7 @@ def findings(source: str) -> list[str]:
             )
             found += [name] if unsafe else []
             # Topology's own methods of these names are the one place that the others ask.
-            found += ["sends objects"] if last in SENDS_OBJECTS and "here." not in name else []
+            found += ["sends objects"] if last in SENDS_OBJECTS and "topology." not in name else []
     return found
 
 
