@@ -1,9 +1,11 @@
-"""Processes that have the libraries of a run when they begin, forked from a server: importing them takes ten seconds.
+"""Processes forked from a server that has imported a run's libraries, which takes ten CPU seconds.
 
-`python()` is what to start in the place of sys.executable: `python() -m MODULE ARGUMENTS` has the folder, environment,
-streams, signals and exit code of a process that was started anew, and imports powernap itself anew.
+Use `python()` in place of sys.executable: `python() -m MODULE ARGUMENTS` gets the working directory, environment, standard
+streams, signals and exit code of a fresh process, and imports powernap itself.
 
-    tests and what they start -> client (this file, its main) -> socket -> server -> watcher -> process that runs MODULE
+    test, or a process it started -> client (this file's main) -> socket -> server -> watcher -> process that runs MODULE
+
+The watcher waits for the process and kills it if the client dies, so a test that kills what it started leaves nothing.
 """
 
 import json
@@ -13,15 +15,13 @@ import signal
 import socket
 import sys
 
-SESSION = (
-    "POWERNAP_TESTS_WARM"  # the session's folder, so that all workers of xdist share one server; what they wait for
-)
+SESSION = "POWERNAP_TESTS_WARM"  # environment variable, "OWNER FOLDER": all workers of xdist share one server
 LIBRARIES = ("deepspeed", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store", "megatron.core.transformer")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def begin_session() -> None:
-    """Called first by the process that outlives all users of the server."""
+    """Make the server's folder. The first process to call it owns the server, which ends with it."""
     import atexit
     import shutil
     import tempfile
@@ -33,7 +33,7 @@ def begin_session() -> None:
 
 
 def python() -> str:
-    """The executable; the server is started where it does not run yet."""
+    """Path of the executable; starts the server if it does not run yet."""
     import subprocess
     from pathlib import Path
 
@@ -45,7 +45,7 @@ def python() -> str:
     with FileLock(f"{folder}/lock"):
         if not client.exists():
             with socket.socket(socket.AF_UNIX) as listener, open(f"{folder}/log", "w") as log:
-                Path(f"{folder}/socket").unlink(missing_ok=True)  # of one that did not start
+                Path(f"{folder}/socket").unlink(missing_ok=True)  # left by a server that failed to start
                 listener.bind(f"{folder}/socket")
                 listener.listen(100)
                 environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -59,7 +59,7 @@ def python() -> str:
 
 
 def ask(folder: str, arguments: list[str]) -> int:
-    """The client: have a process forked for these arguments and pass signals on to it; its exit code."""
+    """The client: request a process for these arguments and forward signals to it; returns its exit code."""
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(f"{folder}/socket")
@@ -86,7 +86,7 @@ def _receive(connection: socket.socket) -> int:
 
 
 def serve(owner: int, folder: str) -> None:
-    """Import the libraries, then fork processes, while `owner` is there."""
+    """Import the libraries, then fork processes as long as the process `owner` lives."""
     import gc
     import importlib
     import shutil
@@ -98,7 +98,7 @@ def serve(owner: int, folder: str) -> None:
         os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}  # as parallel/cpu.py does
         for name in LIBRARIES:
             importlib.import_module(name)
-    gc.freeze()  # or each process would go through all these objects, and copy their memory
+    gc.freeze()  # otherwise each process's collector would visit all these objects and copy their pages
     listener = socket.socket(fileno=os.dup(0))
     while _is_running(owner):
         if select.select([listener], [], [], 1)[0]:
@@ -127,7 +127,7 @@ def _reap() -> None:
 
 
 def watch(client: socket.socket) -> None:
-    """Fork the process that a client asks for and tell its exit code; it ends with its client."""
+    """Fork the process that a client requests and send back its pid and exit code; kill it if the client dies."""
     _, streams, _, _ = socket.recv_fds(client, len(b"streams"), 3)
     call = json.loads(client.recv(_receive(client), socket.MSG_WAITALL))
     process = os.fork()
@@ -148,7 +148,7 @@ def watch(client: socket.socket) -> None:
 
 
 def run(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str], executable: str) -> None:
-    """What `python -m MODULE ARGUMENTS` does; never returns."""
+    """Do what `python -m MODULE ARGUMENTS` does; never returns."""
     import atexit
     import runpy
     import threading
@@ -163,7 +163,7 @@ def run(streams: list[int], arguments: list[str], folder: str, environment: dict
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.executable = executable  # what it starts is forked, too
+    sys.executable = executable  # so its own children are forked too
     sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     option, module, *rest = arguments
     assert option == "-m", arguments
