@@ -5,49 +5,28 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from powernap.launch.jobs.backends.log_file import read_log
-from powernap.launch.jobs.backends.slurm_json import JobLine, parse_jobs
+from powernap.launch.jobs.backends.slurm_causes import refusal, why_never
+from powernap.launch.jobs.backends.slurm_commands import call, checked_call, jobs_of, last_error
+from powernap.launch.jobs.backends.slurm_json import JobLine
 from powernap.launch.jobs.cluster import SlurmCluster
 from powernap.launch.jobs.description import JobError, Mount, UnknownOutcomeError, parse_mount
 from powernap.launch.jobs.job import Job, JobFolder, JobRecord, read_json
 from powernap.launch.jobs.secret_values import check_sources
 from powernap.launch.jobs.status import OVER, State, Status
-from powernap.launch.jobs.units import format_duration, parse_duration
+from powernap.launch.jobs.units import format_duration
 from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.exit_codes import FATAL
 from powernap.train.paths import expand
 
 SCRIPT = "job.sbatch"
 ARRAY = "array.json"  # in an array element's folder: the array's submission_id, the element's index
-ANSWERS_WITHIN = 60.0  # seconds; if the controller is down, sbatch fails after 9, scontrol after 18
 EARLY = 60  # seconds that SLURM may send a warning too early
-# A job gets these variables of the submitting shell, and the secrets without a file in the profile.
-PASSED = r"HOME|USER|LOGNAME|PATH|LANG|LC_\w+|SLURM_CONF|MLFLOW_\w+"
-# Reasons of pending jobs that SLURM never starts.
-NEVER = r"Partition(Node|Time)Limit|PartitionConfig|BadConstraints|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+"
-# Rejections of jobs that ask for too much: then the partition's limits are worth a query.
-TOO_MUCH = r"satisf|configuration|node count|processors|time limit|memory|violates"
-POLICY = {
-    "Cpu": "job.cpus_per_process",
-    "Mem": "job.memory",
-    "Node": "job.nodes",
-    "Wall": "job.time",
-    "GRES": "job.device",
-}
-REFUSED = {  # words of a rejection -> the profile's field
-    "reservation": "reservation",
-    "qos": "qos",
-    "account": "account",
-    "partition": "partition",
-    "feature": "constraint",
-    "generic resource": "gpu_type",
-}
 STATES: dict[str, State] = {
     "RUNNING": "running",
     "SIGNALING": "running",
@@ -144,7 +123,7 @@ class Slurm:
                 job.folder.log.symlink_to(os.path.relpath(folder / f"log-{index}.txt", job.folder.path))
         secrets = {name: os.environ[name] for name in jobs[0].description.secrets if name not in self._cluster.secrets}
         try:
-            done = _call(*self.command(jobs, folder), more=secrets)
+            done = call(*self.command(jobs, folder), more=secrets)
         except UnknownOutcomeError as error:
             try:
                 self._withdraw(jobs[0])
@@ -152,9 +131,11 @@ class Slurm:
                 raise error from None
             raise JobError(str(error)) from None
         if done.returncode:
-            raise JobError(self._refusal(done, jobs))
+            raise JobError(refusal(done, jobs, self._cluster))
         id = done.stdout.strip().partition(";")[0]
-        self._cancel_if_unstartable(id, jobs[0])
+        if cause := why_never(id, jobs[0], self._cluster):
+            call("scancel", id)
+            raise JobError(f"SLURM would never start this job: {cause}")
         return [f"{id}_{index}" for index in range(len(jobs))] if len(jobs) > 1 else [id]
 
     def find(self, record: JobRecord) -> str | None:
@@ -192,13 +173,13 @@ class Slurm:
         line = self._scontrol(record)
         if line is None or STATES.get(line.state) in OVER:
             return
-        _call("scontrol", "update", f"JobId={id}", "Requeue=0")  # fails for a job that is ending, which is not requeued
+        call("scontrol", "update", f"JobId={id}", "Requeue=0")  # fails for a job that is ending, which is not requeued
         if line.state == "RUNNING":
-            done = _call("scancel", "--batch", "--signal=USR1", id)
+            done = call("scancel", "--batch", "--signal=USR1", id)
         else:
-            done = _call("scancel", id)
+            done = call("scancel", id)
         if done.returncode and (still := self._scontrol(record)) and STATES.get(still.state) not in OVER:
-            raise JobError(f"job {id}: scancel: {_last_error(done)}")
+            raise JobError(f"job {id}: scancel: {last_error(done)}")
 
     def _options(self, jobs: list[Job]) -> list[str]:
         """Options of sbatch."""
@@ -259,95 +240,25 @@ class Slurm:
         gpus = ["--nv"] if job.description.device == "gpu" else []
         return ["apptainer", "exec", *gpus, *mounts, "--pwd", str(job.submit_dir), job.description.image]
 
-    def _refusal(self, done: subprocess.CompletedProcess, jobs: list[Job]) -> str:
-        """All errors of sbatch, and the field to change: the last line alone often omits which request was too large."""
-        lines = [line for line in done.stderr.splitlines() if re.match(r"sbatch: (error|fatal): ", line)]
-        errors = "; ".join(map(_without_prefix, lines)) or _last_error(done)
-        if "array" in errors and (most := _setting("MaxArraySize")):
-            return (
-                f"SLURM rejected the job: {errors}: the sweep has {len(jobs)} runs, an array on this cluster at most {most} "
-                f"(MaxArraySize): leave values out, and submit them as another sweep"
-            )
-        if re.search(TOO_MUCH, errors, re.IGNORECASE) and (cause := self._too_much(jobs[0], errors)):
-            return f"SLURM rejected the job: {errors}: {cause}"
-        for words, field in REFUSED.items():
-            if words in errors.lower():
-                value = getattr(self._cluster, field) or "null"
-                return f"SLURM rejected the job: {errors}: see {field}={value} in the cluster's profile"
-        return f"SLURM rejected the job: {errors}"
-
-    def _cancel_if_unstartable(self, id: str, job: Job) -> None:
-        """Raise JobError for a job that SLURM has accepted but would never start."""
-        done = _call("squeue", "--noheader", f"--jobs={id}", "--format=%r")
-        reason = done.stdout.split("\n")[0].strip()
-        if re.fullmatch(NEVER, reason):
-            _call("scancel", id)
-            cause = self._too_much(job, reason) or "see job.nodes, job.time, and the profile's partition"
-            raise JobError(f"SLURM would never start this job: {reason}: {cause}")
-
-    def _too_much(self, job: Job, error: str) -> str:
-        """Each field that asks for more than the partition has, with the partition's limit; "" if none is known."""
-        description, each = job.description, job.processes_per_node
-        matches = [re.match(r"--partition=(.+)", option) for option in self._cluster.directives]
-        partitions = [match[1] for match in matches if match]
-        name = partitions[-1] if partitions else self._cluster.partition
-        only = [f"--partition={name}"] if name else []
-        done = _call("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *only)
-        rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
-        rows = rows if name else [row for row in rows if row[0].endswith("*")]
-        causes = []
-        if rows:
-            name = name or rows[0][0].rstrip("*")
-            largest = f"the largest node of partition {name} has"
-            cpus, memory = (max(int(row[column].rstrip("+")) for row in rows) for column in (2, 3))
-            gpus = max(sum(map(int, re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", row[4]))) for row in rows)
-            nodes = sum(int(row[1]) for row in rows)
-            if description.memory_bytes and -(-description.memory_bytes // 2**20) > memory:
-                causes.append(f"job.memory={description.memory}: {largest} {memory} MiB")
-            if (description.cpus_per_process or 1) * each > cpus:
-                factor = (
-                    f"job.cpus_per_process={description.cpus_per_process} x " if description.cpus_per_process else ""
-                )
-                causes.append(f"{factor}job.processes_per_node={each}: {largest} {cpus} CPUs")
-            if description.device == "gpu" and each > gpus:
-                causes.append(f"job.processes_per_node={each} with a GPU each: {largest} {gpus}")
-            if job.nodes > nodes:
-                causes.append(f"job.nodes={job.nodes}: partition {name} has {nodes}")
-        properties = _call("scontrol", "show", "partition", "-o", name).stdout if name else ""
-        limits = dict(re.findall(r"(\w+)=(\S+)", properties))
-        cpus_of_process = description.cpus_per_process
-        for key, field, value, size in (
-            ("MaxNodes", "job.nodes", job.nodes, job.nodes),
-            ("MaxCPUsPerNode", "job.cpus_per_process", cpus_of_process, (cpus_of_process or 1) * each),
-            ("MaxMemPerNode", "job.memory", description.memory, -(-(description.memory_bytes or 0) // 2**20)),
-            ("MaxTime", "job.time", description.time, description.time_seconds or 0),
-        ):
-            limit = limits.get(key, "UNLIMITED")
-            if limit != "UNLIMITED" and value and size > (parse_duration(limit) if key == "MaxTime" else int(limit)):
-                causes.append(f"{field}={value}: partition {name} has {key}={limit}")
-        if policy := re.search(r"(?:Assoc|QOS)(?:Max|Min)(Cpu|Mem|Node|Wall|GRES)\w*", error):
-            causes.append(f"see {POLICY[policy[1]]}: {policy[0]} is a limit of your account or QOS: see sacctmgr")
-        return "; ".join(causes)
-
     def _withdraw(self, job: Job) -> None:
         if id := self._queued(job.submission_id):
-            _call("scancel", id)
+            call("scancel", id)
 
     def _queued(self, submission_id: str) -> str | None:
         """The id of a job, or of a whole array, by its submission_id; None if SLURM does not know it."""
-        done = _checked_call("squeue", "--json")
-        for line in _jobs(done.stdout):
+        done = checked_call("squeue", "--json")
+        for line in jobs_of(done.stdout):
             if line.comment == f"powernap:{submission_id}":
                 return line.id.partition("_")[0]
         return None
 
     def _scontrol(self, record: JobRecord) -> JobLine | None:
         """The job by SLURM's controller; None once it has forgotten it, minutes after its end."""
-        done = _call("scontrol", "show", "job", "-o", record.known_id)
+        done = call("scontrol", "show", "job", "-o", record.known_id)
         if done.returncode:
             if "Invalid job id" in done.stderr:
                 return None
-            raise JobError(f"SLURM does not answer: {_last_error(done)}")
+            raise JobError(f"SLURM does not answer: {last_error(done)}")
         element = read_json(record.folder.path / ARRAY)
         submission_id = element["submission_id"] if element else record.submission_id
         line = done.stdout.splitlines()[0]
@@ -359,12 +270,12 @@ class Slurm:
         """The job by SLURM's accounting, if enabled."""
         if self._cluster.accounting is False or not shutil.which("sacct"):
             return None
-        done = _call("sacct", "--json", f"--jobs={id}")
+        done = call("sacct", "--json", f"--jobs={id}")
         if done.returncode or not done.stdout.strip():
             if self._cluster.accounting:
-                raise JobError(f"sacct does not answer, but the profile has accounting=true: {_last_error(done)}")
+                raise JobError(f"sacct does not answer, but the profile has accounting=true: {last_error(done)}")
             return None
-        lines = [line for line in _jobs(done.stdout) if line.id == id]
+        lines = [line for line in jobs_of(done.stdout) if line.id == id]
         return lines[-1] if lines else None
 
 
@@ -407,61 +318,6 @@ def _is_mounted(path: Path, mounts: list[Mount]) -> bool:
 
 def _mount_option(mount: Mount) -> str:
     return f"{mount.source}:{mount.target}" + ":ro" * mount.read_only
-
-
-def _call(*command: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run one of SLURM's commands. The job inherits its environment, which has none of the SBATCH_* option variables."""
-    configuration = os.environ.get("SLURM_CONF")
-    if configuration and not Path(configuration).is_file():
-        raise JobError(f"SLURM_CONF={configuration}: no such file")
-    environment = {name: value for name, value in os.environ.items() if re.fullmatch(PASSED, name)}
-    try:
-        return subprocess.run(
-            command,
-            env=environment | (more or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWERS_WITHIN,
-        )
-    except FileNotFoundError:
-        raise JobError(f"SLURM's {command[0]} is not here: use a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise UnknownOutcomeError(
-            f"SLURM does not answer: {command[0]} took more than {ANSWERS_WITHIN:.0f} s"
-        ) from None
-
-
-def _checked_call(*command: str) -> subprocess.CompletedProcess:
-    done = _call(*command)
-    if done.returncode:
-        raise JobError(f"SLURM does not answer: {_last_error(done)}")
-    return done
-
-
-def _jobs(text: str) -> list[JobLine]:
-    try:
-        return parse_jobs(text)
-    except ValueError as error:
-        raise JobError(f"SLURM's answer cannot be read: {error}") from None
-
-
-def _last_error(done: subprocess.CompletedProcess) -> str:
-    """The last line that a command wrote to stderr."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return _without_prefix(lines[-1])
-
-
-def _without_prefix(line: str) -> str:
-    """An error without the name of the command before it."""
-    return re.sub(r"^(\w+: )?((error|fatal): )?(Batch job submission failed: )?", "", line).strip()
-
-
-def _setting(name: str) -> str | None:
-    """A value of SLURM's configuration."""
-    match = re.search(rf"^{name}\s*=\s*(\S+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
-    return match[1] if match else None
 
 
 def _parse_line(id: str, line: str) -> JobLine:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from powernap.launch.jobs.backends.slurm import Slurm, _parse_line, _status
+from powernap.launch.jobs.backends.slurm_causes import refusal
 from powernap.launch.jobs.backends.slurm_json import parse_jobs
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
@@ -448,7 +449,7 @@ def test_a_refusal_names_the_field_and_the_limit(
         if runs_of_sweep == 1:
             backend.submit([one], {}, one.folder.path)
         else:
-            raise JobError(backend._refusal(backend_says(said), [one] * runs_of_sweep))
+            raise JobError(refusal(backend_says(said), [one] * runs_of_sweep, one.cluster))
     for word in ["SLURM", *words]:
         assert word in str(error.value), error.value
     assert said in str(error.value)
