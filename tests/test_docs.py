@@ -199,7 +199,8 @@ def test_shards_of_ones_own(tmp_path):
         (
             {"a.py": "from powernap.model.part import Mixer\nclass A(Mixer):\n    letter, title, section = 'Z', 'a', 'a'"},
             {"mixers": {"a": "a:A"}},
-            "entry point a of powernap.mixers: A lacks activation_bytes, decode, flops, forward, split_sizes, weights",
+            "entry point a of powernap.mixers: A lacks activation_bytes, decode, flops, forward, split_sizes, weights, "
+            "state_shape, which has_fast_weights needs",
         ),
         ({"a.py": "A = 3"}, {"clusters": {"slurm": "a:A"}}, "entry point slurm of powernap.clusters: must be a new name"),
     ],

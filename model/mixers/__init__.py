@@ -19,10 +19,13 @@ def _registry() -> dict[str, type[Mixer]]:
         label = f"entry point {name} of powernap.mixers"
         if not (inspect.isclass(kind) and issubclass(kind, Mixer)):
             raise PluginError(f"{label}: {kind!r} is no class derived from powernap.model.part.Mixer")
-        if missing := [field for field in ("letter", "title", "section") if not hasattr(kind, field)]:
-            raise PluginError(f"{label}: {kind.__name__} does not say its {missing[0]}")
-        if kind.__abstractmethods__:
-            raise PluginError(f"{label}: {kind.__name__} lacks {', '.join(sorted(kind.__abstractmethods__))}")
+        if unnamed := [field for field in ("letter", "title", "section") if not hasattr(kind, field)]:
+            raise PluginError(f"{label}: {kind.__name__} does not say its {unnamed[0]}")
+        missing = sorted(kind.__abstractmethods__)
+        if kind.has_fast_weights and kind.state_shape is Mixer.state_shape:
+            missing.append("state_shape, which has_fast_weights needs")
+        if missing:
+            raise PluginError(f"{label}: {kind.__name__} lacks {', '.join(missing)}")
         if len(kind.letter) != 1 or not kind.letter.isalpha() or not kind.section.isidentifier():
             raise PluginError(f"{label}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
         for other in mixers.values():
