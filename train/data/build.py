@@ -19,18 +19,13 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from powernap.model.section import LARGEST
 from powernap.train.data.documents import Tally, check_budget, describe_left_out
+from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.task import Task
 from powernap.train.data.text import Text
 from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 
-MANIFEST = "manifest.json"
-# The fields that are read back, and their types; all are optional.
-_FIELDS = {"task": str, "fields": dict, "command": str, "vocab_size": int, "window": int, "context_length": int,
-           "end_token_id": int, "pad_token_id": int}  # fmt: skip
-SPLITS = ("train", "test")
 # Arguments that may differ when a build is continued, because each job records its own input.
 _MAY_CHANGE = ("command", "files")
 _SHOWN = 5  # skipped documents in the report
@@ -281,39 +276,6 @@ def _report(manifest: dict[str, Any]) -> None:
             f"{changed} of {manifest['documents']} documents do not come back from their tokens as they were; the first:"
         )
         print(f"  {manifest['changed_example']}")
-
-
-def end_and_pad(manifest: dict[str, Any]) -> tuple[int | None, int | None]:
-    """The tokens that end a document and pad a sequence; older manifests imply the end: the pad minus 1."""
-    end, pad = manifest.get("end_token_id"), manifest.get("pad_token_id")
-    return (pad - 1 if end is None and pad else end), pad
-
-
-def read_manifest(shard: Path) -> dict[str, Any]:
-    """The manifest beside a shard; empty if there is none.
-
-    Raises:
-        DataError: if the file is not a manifest.
-    """
-    path = shard.parent / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text())
-        valid = isinstance(manifest, dict) and all(
-            _is_field(manifest.get(name), kind) for name, kind in _FIELDS.items()
-        )
-    except (OSError, ValueError, RecursionError):
-        valid = False
-    if not valid:
-        raise DataError(f"{path}: not a manifest: delete it, or build the shards again")
-    return manifest
-
-
-def _is_field(value: object, kind: type) -> bool:
-    if isinstance(value, int):
-        return kind is int and 0 <= value <= LARGEST
-    return value is None or isinstance(value, kind)
 
 
 def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:

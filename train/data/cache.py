@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 
 from powernap.train.config import DataConfig
-from powernap.train.data.build import MANIFEST
+from powernap.train.data.manifest import MANIFEST
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import local_path
 from powernap.train.data.source import Unreachable, blocks_of, has_neighbours

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from powernap.train.config import Recipe
-from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.cache import cache_of
+from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path

@@ -5,8 +5,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
-from powernap.train.data.build import read_manifest
 from powernap.train.data.cache import ShardCache
+from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path

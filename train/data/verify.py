@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from powernap.train.data.build import MANIFEST, SPLITS, read_manifest
+from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.tar_index import index_tar
 

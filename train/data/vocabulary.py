@@ -7,7 +7,7 @@ from typing import Protocol
 
 from powernap.model.plugins import PluginError
 from powernap.train.config import DataConfig
-from powernap.train.data.build import MANIFEST, end_and_pad, read_manifest
+from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task

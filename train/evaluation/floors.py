@@ -13,7 +13,7 @@ import numpy as np
 
 from powernap.model.errors import PowernapError
 from powernap.train.config import DataConfig
-from powernap.train.data.build import read_manifest
+from powernap.train.data.manifest import read_manifest
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
 from powernap.train.data.text import Text

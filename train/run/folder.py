@@ -12,7 +12,7 @@ from powernap.model.config import with_sections
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
-from powernap.train.data.build import read_manifest
+from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
