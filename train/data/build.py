@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from powernap.train.data.documents import Tally, check_budget, describe_left_out
+from powernap.train.data.documents import Tally, check_budget
+from powernap.train.data.input_files import describe_left_out
 from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.task import Task

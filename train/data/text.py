@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from powernap.model.section import Section
-from powernap.train.data.documents import Document, Part, Piece, Reader, Tally, find_files
+from powernap.train.data.documents import Document, Part, Piece, Reader, Tally
+from powernap.train.data.input_files import find_files
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import Tokenizer, load_tokenizer
 from powernap.train.paths import SharedPath
