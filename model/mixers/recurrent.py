@@ -122,9 +122,8 @@ class RecurrentMixer(Mixer):
         output, cache["state"], seen = self.mix(layer, hidden_states, cache["state"], window, True, conv_state)
         assert output is not None
         conv_state = seen[len(hidden_states) :].transpose(0, 1)
-        cache["conv_state"] = conv_state.clone(
-            memory_format=torch.contiguous_format
-        )  # a view would keep the chunk alive
+        # A copy: a view would keep the whole chunk alive.
+        cache["conv_state"] = conv_state.clone(memory_format=torch.contiguous_format)
         return output
 
 
