@@ -160,7 +160,7 @@ def read(path: Path, seed: int, name: str) -> Trained:
     """The results in a finished run's folder."""
     folder, passes = RunFolder(path), PASSES[name]
     recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
-    accuracy, segments = evaluation["accuracy"][str(passes)], segments_of(recipe, predicting_windows(recipe))
+    accuracy, segments = evaluation["accuracy"][str(passes)], segments_of(recipe, *predicting_windows(recipe))
     records = read_metrics(folder.metrics)
     sequences = recipe.train.steps * recipe.train.global_batch_size
     return Trained(

@@ -1,19 +1,22 @@
 """A batch as segments: finds the windows with loss tokens and pads; model/segments.py cuts."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.errors import PowernapError
-from powernap.model.segments import Segment, cached_tokens, cut, windows_of
-
-
-class SegmentError(PowernapError):
-    """A batch that cannot be cut into segments, in one line."""
+from powernap.model.segments import Probe, Segment, SegmentError, TokenWindow, check_probes, cut, windows_of
 
 
 def plan_segments(
-    tokens: torch.Tensor, loss_mask: torch.Tensor, model: ModelConfig, sleep: SleepConfig, passes: int
+    tokens: torch.Tensor,
+    loss_mask: torch.Tensor,
+    model: ModelConfig,
+    sleep: SleepConfig,
+    passes: int,
+    probes: Sequence[Probe] = (),
+    sequence_shards: int = 1,
 ) -> list[Segment]:
     """Cut a batch into segments.
 
@@ -21,28 +24,41 @@ def plan_segments(
         tokens, loss_mask: [B, T] on the CPU (nothing here may wait for a GPU); the inputs are tokens[:, :-1], the
             targets tokens[:, 1:] where loss_mask[:, 1:] is set.
         passes: N of this step.
+        probes: (start, stop) of the tokens that are read, answered and forgotten, in every sequence.
+        sequence_shards: ranks that split a window's tokens.
 
     A sequence with no loss tokens left follows the others: its results have no effect.
 
     Raises:
         SegmentError: if the sequences of the batch disagree about which windows hold loss tokens. They would have to
-            sleep on different windows; put them in separate batches.
+            sleep on different windows; put them in separate batches. Or if a probe cannot be read: see `check_probes`.
     """
     assert tokens.shape == loss_mask.shape
-    windows = windows_of(tokens.shape[1] - 1, model)
-    reads, padded = [], []
-    for number, window in enumerate(windows):
-        ahead = loss_mask[:, window.start + 1 :].any(dim=1)
-        predicts = loss_mask[ahead, window.start + 1 : window.stop + 1].any(dim=1)
-        if predicts.any() and not predicts.all():
+    windows = windows_of(tokens.shape[1] - 1, model, sleep, probes, sequence_shards)
+    check_probes(windows, model, sleep, sequence_shards)
+    answers = loss_mask.clone() if probes else loss_mask  # outside probes
+    for start, stop in probes:
+        answers[:, start:stop] = False
+    reads = []
+    for number, (window, probe) in enumerate((window.tokens, window.probe) for window in windows):
+        ahead = answers[:, window.start + 1 :].any(dim=1)
+        predicts = answers[ahead, window.start + 1 : window.stop + 1].any(dim=1)
+        if predicts.any() and not predicts.all() and not probe:
             raise SegmentError(
                 f"window {number} (tokens {window.start}..{window.stop - 1}) holds loss tokens in {int(predicts.sum())} "
                 f"of {len(predicts)} sequences of a batch; all or none must"
             )
         reads.append(bool(predicts.any()) or (sleep.every_window and not ahead.any()))
-        seen = tokens[:, window.start - cached_tokens(window.start, model, sleep) : window.stop]
-        padded.append(model.pad_token_id is not None and bool((seen == model.pad_token_id).any()))
-    return cut(windows, reads, padded, model, sleep, passes)
+    return cut(windows, reads, [_has_pads(tokens, window, model) for window in windows], model, sleep, passes)
+
+
+def window_tokens(tokens: torch.Tensor, window: TokenWindow | Segment) -> torch.Tensor:
+    """The tokens that attention sees in a window: [B, T] -> [B, n + L], the cached ones first."""
+    return torch.cat([tokens[:, part.start : part.stop] for part in (*window.cached, window.tokens)], dim=1)
+
+
+def _has_pads(tokens: torch.Tensor, window: TokenWindow, model: ModelConfig) -> bool:
+    return model.pad_token_id is not None and bool((window_tokens(tokens, window) == model.pad_token_id).any())
 
 
 def pad_end(

@@ -80,6 +80,19 @@ class Decoder:
                 logits[row].append(new[:, column])
         return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in logits]
 
+    @torch.no_grad()
+    def probe(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """`feed_with_logits`, then forget the tokens: later logits are as if they had not been read.
+
+        A full window sleeps first, as it would before any next token.
+        """
+        if full := [row for row in range(self.batch) if len(tokens[row]) and self._is_full(row)]:
+            self._sleep(full)
+        before = {name: tensor.clone() for name, tensor in self._named().items()}
+        logits = self.feed_with_logits(tokens)
+        self.load_state(before)
+        return logits
+
     def state(self) -> dict[str, torch.Tensor]:
         """Copies, by name, of all that later logits depend on besides the weights and N."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self._named().items()}
@@ -105,7 +118,7 @@ class Decoder:
         # starts from the state after that pass.
         may_skip = not every_token and not self._starts_after_reading
         while rows := [row for row in range(self.batch) if len(coming[row])]:
-            if full := [row for row in rows if self._filled[row] == window]:
+            if full := [row for row in rows if self._is_full(row)]:
                 self._sleep(full)
             room = {row: window - int(self._filled[row]) for row in rows}
             overfull = [row for row in rows if len(coming[row]) > room[row]]
@@ -118,6 +131,9 @@ class Decoder:
             yield rows, self._read(rows, torch.stack([coming[row][:length] for row in rows]), every_token)
             for row in rows:
                 coming[row] = coming[row][length:]
+
+    def _is_full(self, row: int) -> bool:
+        return int(self._filled[row]) == self.stage.model.window
 
     def _fill(self, row: int, tokens: torch.Tensor) -> None:
         """Complete the window of `row` without reading it."""

@@ -6,6 +6,9 @@ sleep.every_window they are then slept on too, except the last: in text every to
 one is as well, for the next sequence of the document. Under sliding eviction a window also leaves the keys and values
 of each attention block's last pass.
 
+A probe window is read for its answers and forgotten: fast weights, caches and positions after it are those before it. It
+lies between two windows and counts as none of the sequence's.
+
 With sleep.write=last a block's fast weights change in its last pass over a window only: every pass, the awake one
 included, starts from the state at the window's start and updates its own copy; all but the last discard it.
 
@@ -17,6 +20,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.errors import PowernapError
+
+Probe = tuple[int, int]  # the first token of a probe, and the first after it
+
+
+class SegmentError(PowernapError):
+    """A batch that cannot be cut into segments, in one line."""
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """The inputs that a window reads."""
+
+    tokens: range
+    position: int  # tokens of the sequence before it, without probes
+    cached: tuple[range, ...] = ()  # the tokens before it that attention's cache holds
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,9 @@ class Segment:
     predicts: bool = False  # the window holds loss tokens: the output head runs
     state_only: bool = False  # the hidden states are unused: stop at the last write
     padded: bool = False  # some sequence of the batch has pads in this window, or among the cached tokens before it
+    position: int = 0  # of the window's first token in the sequence
+    cached: tuple[range, ...] = ()  # the tokens before the window that attention's cache holds
+    probe: bool = False  # the states that the window leaves are forgotten
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
 
     @property
@@ -46,16 +69,70 @@ class Segment:
         return window + ("?" if self.predicts else str(self.pass_number % 10))
 
 
-def windows_of(length: int, model: ModelConfig) -> list[range]:
-    """Split `length` inputs into windows; the last one may be short."""
-    return [
-        range(number * model.window, min((number + 1) * model.window, length))
-        for number in range(math.ceil(length / model.window))
-    ]
+def windows_of(
+    length: int, model: ModelConfig, sleep: SleepConfig, probes: Sequence[Probe] = (), multiple: int = 1
+) -> list[TokenWindow]:
+    """Split `length` inputs into windows; the last one may be short.
+
+    Args:
+        probes: in rising order. The last token of each is a target only, so its window ends before.
+        multiple: lengths of probe windows are multiples of it if possible: sequence parallelism splits them.
+    """
+    windows: list[TokenWindow] = []
+    read: list[range] = []  # by windows that are no probes
+    position = end = 0
+    for start, stop in [*probes, (length, length)]:
+        for first in range(end, start, model.window):
+            tokens = range(first, min(first + model.window, start))
+            windows.append(TokenWindow(tokens, position, _cached(read, model, sleep)))
+            read.append(tokens)
+            position += len(tokens)
+        if start < length:
+            inputs = min(math.ceil((stop - 1 - start) / multiple) * multiple, stop - start)
+            tokens = range(start, min(start + inputs, length))
+            windows.append(TokenWindow(tokens, position, _cached(read, model, sleep), probe=True))
+        end = stop
+    return windows
+
+
+def check_probes(windows: Sequence[TokenWindow], model: ModelConfig, sleep: SleepConfig, multiple: int = 1) -> None:
+    """Raise SegmentError if a probe would change the other windows, or is none that can be read."""
+    # Where the end of a window changes nothing, a probe may lie anywhere.
+    anywhere = sleep.eviction == "sliding" and not model.fast_weight_blocks and max(sleep.pass_choices) == 1
+    for window in windows:
+        if not window.probe:
+            continue
+        probe = f"the probe at token {window.tokens.start}"
+        if window.position % model.window and not anywhere:
+            raise SegmentError(
+                f"{probe} comes after {window.position} tokens, within a window of model.window={model.window}: write probes "
+                "between windows"
+            )
+        if len(window.tokens) > model.window:
+            raise SegmentError(
+                f"{probe} reads {len(window.tokens)} tokens, a window has model.window={model.window}: write a shorter one"
+            )
+        if len(window.tokens) % multiple:
+            raise SegmentError(
+                f"{probe} reads {len(window.tokens)} tokens, which parallel.tensor={multiple} ranks cannot split: pad it, or "
+                "write parallel.sequence=false"
+            )
+
+
+def _cached(read: list[range], model: ModelConfig, sleep: SleepConfig) -> tuple[range, ...]:
+    """The newest L-1 tokens of the windows in `read`, which sliding eviction keeps."""
+    missing = model.window - 1 if sleep.eviction == "sliding" else 0
+    cached: list[range] = []
+    for before in reversed(read):
+        if missing <= 0:
+            break
+        cached.insert(0, before[-missing:])
+        missing -= len(before)
+    return tuple(cached)
 
 
 def cut(
-    windows: Sequence[range],
+    windows: Sequence[TokenWindow],
     reads: Sequence[bool],
     padded: Sequence[bool],
     model: ModelConfig,
@@ -65,32 +142,32 @@ def cut(
     """Cut a sequence into segments.
 
     Args:
-        windows: the token range of each.
-        reads: whether each window is read for its loss tokens.
+        windows: as `windows_of` splits the inputs.
+        reads: whether each window is read for its loss tokens; a probe always is.
         padded: whether each window, or the cached tokens before it, contain pads.
         passes: N.
     """
     assert passes >= 1
     segments: list[Segment] = []
     every, nothing = range(model.num_layers), range(0)
-    for number, (tokens, read, pads) in enumerate(zip(windows, reads, padded, strict=True)):
-        last = number == len(windows) - 1
-        sleeps = not read or (sleep.every_window and (not last or sleep.carry))
-        if read:
+    last = max((number for number, window in enumerate(windows) if not window.probe), default=0)
+    for number, (window, read, pads) in enumerate(zip(windows, reads, padded, strict=True)):
+        sleeps = not window.probe and (not read or (sleep.every_window and (number != last or sleep.carry)))
+        of_window = []
+        if read or window.probe:
             first, final = (0, nothing) if sleeps else (1, every)
-            segments.append(Segment(number, first, tokens, every, final, predicts=True, padded=pads))
+            of_window.append(Segment(number, first, window.tokens, every, final, predicts=True, padded=pads))
         if sleeps:
-            segments += sleep_on(number, tokens, pads, model, sleep, passes)
+            of_window += sleep_on(number, window.tokens, pads, model, sleep, passes)
+        segments += [
+            replace(segment, position=window.position, cached=window.cached, probe=window.probe)
+            for segment in of_window
+        ]
     # Segments after the last loss only serve the next sequence, which gets their fast weights detached.
     last_loss = max((index for index, segment in enumerate(segments) if segment.predicts), default=0)
     if sleep.carry:
         segments[last_loss + 1 :] = [replace(segment, with_grad=False) for segment in segments[last_loss + 1 :]]
     return segments
-
-
-def cached_tokens(start: int, model: ModelConfig, sleep: SleepConfig) -> int:
-    """n, the number of cached tokens before a window that begins at `start`."""
-    return min(model.window - 1, start) if sleep.eviction == "sliding" else 0
 
 
 def sleep_on(

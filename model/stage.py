@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from powernap.model.batch import window_tokens
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import LayerStates
@@ -20,7 +21,7 @@ from powernap.model.megatron import (
 from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
-from powernap.model.segments import Segment, cached_tokens
+from powernap.model.segments import Segment
 from powernap.model.window import Positions, Window, mask_padding, sliding_mask
 
 
@@ -158,7 +159,8 @@ class HybridStage(MegatronModule):
         layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
         state_only = segment.state_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
-        return self.decoder(hidden_states, layer_states, window, layers, state_only)
+        hidden_states, left = self.decoder(hidden_states, layer_states, window, layers, state_only)
+        return hidden_states, layer_states if segment.probe else left
 
     def init_caches(self, batch: int, slots: int) -> list[Cache]:
         """Caches for `decode`, one per block; `slots`: tokens that attention sees, in the window and before."""
@@ -220,15 +222,14 @@ class HybridStage(MegatronModule):
 
         Reads no parameter: ZeRO-3 gathers one on access and expects the same order in every segment.
         """
-        start, stop = segment.tokens.start, segment.tokens.stop
-        cached = cached_tokens(start, self.model, self.sleep)
-        positions = Positions((start if self.sleep.eviction == "sliding" else 0,), stop - start)
+        length, cached = len(segment.tokens), sum(map(len, segment.cached))
+        positions = Positions((segment.position if self.sleep.eviction == "sliding" else 0,), length)
         if not segment.padded:
-            mask = self._mask(stop - start, cached, tokens.device) if cached else None
+            mask = self._mask(length, cached, tokens.device) if cached else None
             return Window(positions, None, mask, segment.final_blocks)
         assert self.model.pad_token_id is not None
-        padding_mask = tokens[:, start - cached : stop] != self.model.pad_token_id
-        mask = mask_padding(self._mask(stop - start, cached, tokens.device), padding_mask)
+        padding_mask = window_tokens(tokens, segment) != self.model.pad_token_id
+        mask = mask_padding(self._mask(length, cached, tokens.device), padding_mask)
         return Window(positions, padding_mask[:, cached:].t(), mask, segment.final_blocks)
 
     def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:

@@ -16,11 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from powernap.model.batch import SegmentError
 from powernap.model.fast_weights import LayerStates, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
-from powernap.model.segments import Segment
+from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from powernap.model.batch import SegmentError, pad_end, plan_segments
+from powernap.model.batch import pad_end, plan_segments
 from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
+from powernap.model.segments import SegmentError
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.reader import Checkpoint
@@ -335,7 +336,7 @@ def cut_batch(
         )
     return [
         MicroBatch(
-            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes),
+            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards),
             tokens.to(topology.device, non_blocking=True),
             loss_mask.to(topology.device, non_blocking=True),
             part,
@@ -349,9 +350,12 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     size = recipe.micro_batch_size
     tokens, loss_mask = batch.tokens[:size], batch.loss_mask[:size]
     tokens, loss_mask = pad_end(tokens, loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
-    segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, max(recipe.sleep.pass_choices))
+    passes = max(recipe.sleep.pass_choices)
+    segments = plan_segments(
+        tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards
+    )
     predicts = [any(s.predicts for s in same) for _, same in itertools.groupby(segments, key=lambda s: s.window)]
-    folder.write_work(work_of(recipe, predicts))
+    folder.write_work(work_of(recipe, predicts, batch.probes))
 
 
 def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> None:

@@ -31,13 +31,13 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.devices and not options.suggest:
         raise RecipeError("--devices needs --suggest: without it the recipe sets the number of devices")
     recipe = load_recipe(options.recipe, options.overrides)
-    predicts = predicting_windows(recipe)
+    predicts, probes = predicting_windows(recipe)
     if options.suggest:
         devices = options.devices or recipe.parallel.world_size
-        layouts = suggest(recipe, devices, predicts, options.memory)
+        layouts = suggest(recipe, devices, predicts, options.memory, probes)
         print(suggestions_json(layouts) if options.json else suggestions_text(layouts, devices))
 
         return 0
-    result = plan(recipe, predicts, options.memory)
+    result = plan(recipe, predicts, options.memory, probes)
     print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
     return 0

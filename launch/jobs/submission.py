@@ -175,7 +175,8 @@ def _check_layout(job: Job) -> None:
     memory = job.cluster.device_memory
     if memory is None or job.description.device == "cpu":
         return
-    layout = plan(job.recipe, predicting_windows(job.recipe), parse_size(memory))
+    predicts, probes = predicting_windows(job.recipe)
+    layout = plan(job.recipe, predicts, parse_size(memory), probes)
     if not layout.fits:
         most = max(stage.memory.total for stage in layout.stages)
         raise JobError(

@@ -193,6 +193,8 @@ def _state_bytes(recipe: Recipe, block: int, cached: int) -> int:
 
 def writing_blocks(recipe: Recipe, blocks: range, segment: Segment) -> list[int]:
     """The `blocks` whose fast weights, if any, the segment changes."""
+    if segment.probe:
+        return []
     run = segment.blocks if recipe.sleep.write == "every" else segment.final_blocks
     return [block for block in blocks if block in run]
 
@@ -202,11 +204,11 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
 
     Under sliding eviction an attention block's last pass over a window caches keys and values.
     """
-    cached = min(recipe.model.window - 1, segment.tokens.stop)
+    cached = min(recipe.model.window - 1, segment.position + len(segment.tokens))
     mixers = recipe.model.mixers
     caches = [b for b in blocks if not mixers[b].has_fast_weights and mixers[b].has_state(recipe.sleep)]
     return fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment)) + sum(
-        _state_bytes(recipe, block, cached) for block in caches if block in segment.final_blocks
+        _state_bytes(recipe, block, cached) for block in caches if block in segment.final_blocks and not segment.probe
     )
 
 

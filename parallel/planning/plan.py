@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powernap.model.parameters import parameters
-from powernap.model.segments import Segment
+from powernap.model.segments import Probe, Segment
 from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
 from powernap.parallel.planning.memory import RESERVE, MemoryEstimate, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
@@ -57,8 +56,10 @@ class Plan:
     pipeline_layout: str
     parameters: int
     window: int
+    windows: int  # those of text are both read and slept on
     windows_slept: int
     windows_read: int
+    probes: int
     windows_assumed: bool
     windows_from: str  # source of the windows that predict: the first "sample", the "recipe", or "assumed"
     passes: int
@@ -90,20 +91,20 @@ class Plan:
     def text(self, colour: bool = False) -> str:
         """The plan for a terminal of 80 columns."""
         shards = ", sequence-parallel" if self.sequence_parallel else ""
-        windows = math.ceil(self.tokens_per_sequence / self.window)  # windows of text are both read and slept on
         source = {
             "sample": "as in the first sample of data.train",
             "recipe": "as sleep.every_window says",
             "assumed": "if only the last window predicts",
         }[self.windows_from]
+        probes = f", {self.probes} of them forgotten" if self.probes else ""
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         facts = {
             "model": f"{in_units(self.parameters)} parameters, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
             "ranks": f"{self.ranks} = data {self.data} x tensor {self.tensor} x pipeline {self.pipeline}{shards}",
             "training": f"{self.precision}, {self.optimizer}, ZeRO {self.zero_stage}, "
             f"activations {'recomputed' if self.recompute else 'kept'}",
-            "sequence": f"{self.tokens_per_sequence:,} tokens in {windows} windows of {self.window}: {self.windows_slept} "
-            f"slept on (N={self.passes}), {self.windows_read} read once",
+            "sequence": f"{self.tokens_per_sequence:,} tokens in {self.windows} windows of {self.window}: "
+            f"{self.windows_slept} slept on (N={self.passes}), {self.windows_read} read once{probes}",
             "segments": f"{self.segments} a sequence, {source}",
             "step": f"{self.global_batch_size} sequences, {self.tokens_per_step:,} tokens; a rank runs "
             f"{micro_batches} of {self.micro_batch_size}",
@@ -168,19 +169,29 @@ class Plan:
         ]
 
 
-def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: int | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    predicts: Sequence[bool] | None = None,
+    memory_limit: int | None = None,
+    probes: Sequence[Probe] = (),
+) -> Plan:
     """Compute what `recipe` costs.
 
     Args:
         recipe: validated, so its layout can run.
         predicts: for each window whether it holds loss tokens; None: as the recipe says, see `segments_of`.
         memory_limit: bytes a rank may use.
+        probes: see model/segments.py.
 
     Raises:
         PlanError: if the schedule would take minutes to simulate.
     """
     model, sleep, parallel = recipe.model, recipe.sleep, recipe.parallel
-    segments, passes, batches = segments_of(recipe, predicts), max(recipe.sleep.pass_choices), micro_batches(recipe)
+    segments, passes, batches = (
+        segments_of(recipe, predicts, probes),
+        max(recipe.sleep.pass_choices),
+        micro_batches(recipe),
+    )
     if (steps := parallel.pipeline * batches * len(segments)) > MOST_STEPS:
         raise PlanError(
             f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "
@@ -204,8 +215,10 @@ def plan(recipe: Recipe, predicts: Sequence[bool] | None = None, memory_limit: i
         pipeline_layout=format_layout(model.pattern, recipe.stage_blocks),
         parameters=sum(w.size() for w in parameters(model, sleep, range(model.num_layers))),
         window=model.window,
+        windows=len({segment.window for segment in segments}),
         windows_slept=slept,
         windows_read=read,
+        probes=sum(segment.probe for segment in segments),
         windows_assumed=predicts is None and not sleep.every_window,
         windows_from="sample" if predicts is not None else "recipe" if sleep.every_window else "assumed",
         passes=passes,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from powernap.model.segments import Segment
+from powernap.model.segments import Probe, Segment
 from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.plan import in_bytes
 from powernap.parallel.planning.timeline import bubble
@@ -53,7 +53,11 @@ class Suggestion:
 
 
 def suggest(
-    recipe: Recipe, devices: int, predicts: Sequence[bool] | None = None, memory_limit: int | None = None
+    recipe: Recipe,
+    devices: int,
+    predicts: Sequence[bool] | None = None,
+    memory_limit: int | None = None,
+    probes: Sequence[Probe] = (),
 ) -> list[Suggestion]:
     """Layouts for `devices` ranks, best first: those that fit before those that do not, then by estimated efficiency.
 
@@ -64,7 +68,7 @@ def suggest(
     """
     best: dict[tuple[int, int, int, int], Suggestion] = {}
     for candidate in _candidates(recipe, devices):
-        suggestion = _suggestion(candidate, segments_of(candidate, predicts), memory_limit)
+        suggestion = _suggestion(candidate, segments_of(candidate, predicts, probes), memory_limit)
         layout = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
         if layout not in best or _rank(suggestion) > _rank(best[layout]):
             best[layout] = suggestion

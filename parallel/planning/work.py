@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from powernap.model.errors import PowernapError
-from powernap.model.segments import Segment, cut, windows_of
+from powernap.model.segments import Probe, Segment, cut, windows_of
 from powernap.parallel.planning.layout import (
-    Costs,
     consolidation_flops,
     embedding_flops,
     head_flops,
     prediction_flops,
-    sequence_costs,
 )
 
 Recipe = Any  # a train.config.Recipe: this package cannot import it, train/ imports this one
@@ -21,21 +19,22 @@ class PlanError(PowernapError):
     """A request that no layout can meet: one line that says what to write instead."""
 
 
-def segments_of(recipe: Recipe, predicts: Sequence[bool] | None = None) -> list[Segment]:
+def segments_of(recipe: Recipe, predicts: Sequence[bool] | None = None, probes: Sequence[Probe] = ()) -> list[Segment]:
     """The segments of a sequence, padded for sequence parallelism as in train/trainer.py, with the largest N.
 
     Args:
-        predicts: for each window whether it holds loss tokens; None: only the last one does, or with sleep.every_window
+        predicts: for each window, probes among them, whether it holds loss tokens; None: only the last one does, or with sleep.every_window
             every one.
+        probes: see model/segments.py.
 
     Raises:
         PlanError: if `predicts` does not name every window.
     """
     model, sleep = recipe.model, recipe.sleep
     length = round_up(recipe.data.sequence_length - 1, recipe.sequence_shards)
-    windows = windows_of(length, model)
+    windows = windows_of(length, model, sleep, probes, recipe.sequence_shards)
     if predicts is None:
-        predicts = [sleep.every_window or window.stop == length for window in windows]
+        predicts = [sleep.every_window or window.tokens.stop == length for window in windows]
     if len(predicts) != len(windows):
         raise PlanError(
             f"{length} tokens are {len(windows)} windows of model.window={model.window}, not {len(predicts)}"
@@ -59,17 +58,10 @@ def windows_slept_and_read(segments: list[Segment]) -> tuple[int, int]:
     return len({s.window for s in segments if not s.predicts}), sum(s.predicts for s in segments)
 
 
-def stage_work(recipe: Recipe, segments: list[Segment]) -> list[int]:
-    """Forward FLOPs of each pipeline stage for one token of every window of a sequence."""
-    slept, read = windows_slept_and_read(segments)
-    passes = max(recipe.sleep.pass_choices)
-    costs = sequence_costs(recipe.model, passes, sleep=recipe.sleep, consolidated=slept, predicted=read)
-    return [_work(costs, blocks) for blocks in recipe.stage_blocks]
-
-
-def _work(costs: Costs, blocks: range) -> int:
-    ends = costs.embedding * (blocks.start == 0) + costs.head * (blocks.stop == len(costs.blocks))
-    return sum(costs.blocks[blocks.start : blocks.stop]) + ends
+def stage_work(recipe: Recipe, segments: list[Segment]) -> list[float]:
+    """Forward FLOPs of each pipeline stage for one sequence."""
+    forward, _ = step_times(recipe, segments)
+    return [sum(times) for times in forward]
 
 
 def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
@@ -89,7 +81,7 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
         forward.append([])
         for segment, block_flops in zip(segments, by_block, strict=True):
             flops = sum(block_flops[blocks.start : blocks.stop])
-            flops += embedding_flops(recipe.model) if blocks.start == 0 else 0
+            flops += embedding_flops(recipe.model) if blocks.start == 0 and segment.from_embeddings else 0
             flops += head_flops(recipe.model) if segment.predicts and blocks.stop == recipe.model.num_layers else 0
             forward[-1].append(float(flops * len(segment.tokens)))
     backward = [

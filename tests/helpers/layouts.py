@@ -6,7 +6,7 @@ rank 0 alone, in float64.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ class Case:
     predicting: tuple[int, ...] = (2,)
     last_window: int = tiny.WINDOW  # tokens of the last window
     pads: bool = False
+    probes: bool = False  # after each of the windows, in place of `predicting`
     passes: int = 2
     micro_batches: int = 4
     unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
@@ -120,17 +121,23 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     tokens, loss_mask = tiny.batch(2, case.windows, case.predicting, seed)
     stop = tokens.shape[1] - tiny.WINDOW + case.last_window
     tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
+    if case.probes:
+        tokens, loss_mask, _ = tiny.batch_with_probes(2, case.windows, seed)
     if case.pads:
         tokens[seed % 2, : 2 + seed % 3] = model.pad_token_id
     if case.unequal:
         loss_mask = tiny.thin_out(loss_mask, seed)
-    segments = plan_segments(tokens, loss_mask, model, sleep, case.passes)
+    segments = plan_segments(tokens, loss_mask, model, sleep, case.passes, probes_of(case))
     layer_states = None
     if sleep.carry:
         shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
         layer_states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return schedule.MicroBatch(segments, tokens, loss_mask, layer_states)
+
+
+def probes_of(case: Case) -> list[tuple[int, int]]:
+    return tiny.batch_with_probes(windows=case.windows)[2] if case.probes else []
 
 
 def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], topology) -> dict:
@@ -150,7 +157,7 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], t
         optimizer={"warmup_steps": 0},
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
     )
-    batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [])
+    batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [], probes_of(case))
     metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, topology), batch, 1, topology)
     return metrics
 
@@ -184,17 +191,19 @@ def own_states(layer_states, stage: HybridStage, topology) -> tuple[torch.Tensor
 def one_process(case: Case, model, sleep, batches, scale: float):
     """Loss, gradients by name, predictions, layer states left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], single_rank_groups()
-    of_data = (case.windows, case.predicting, case.last_window, case.pads, case.unequal, len(batches))
+    of_data = (case.windows, case.predicting, case.last_window, case.pads, case.probes, case.unequal, len(batches))
     key = repr((model, sleep, case.passes, scale, of_data))
     if dist.get_rank() == 0:
         if key not in ANSWERS:
-            ANSWERS[key] = compute_alone(build(model, sleep, groups), batches, case.passes, scale)
+            ANSWERS[key] = compute_alone(build(model, sleep, groups), batches, case.passes, scale, probes_of(case))
         found = [ANSWERS[key]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def compute_alone(stage: HybridStage, batches: list[schedule.MicroBatch], passes: int, scale: float) -> tuple:
+def compute_alone(
+    stage: HybridStage, batches: list[schedule.MicroBatch], passes: int, scale: float, probes: list[tuple[int, int]]
+) -> tuple:
     """Loss and gradients of all micro-batches as one; the rest for the first of each data-parallel rank."""
     predictions, left, healths = [], [], []
     for batch in batches[:DATA_RANKS]:
@@ -214,7 +223,7 @@ def compute_alone(stage: HybridStage, batches: list[schedule.MicroBatch], passes
         left.append(output.layer_states)
     tokens, loss_mask = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "loss_mask"))
     layer_states = cat_batch([batch.layer_states for batch in batches]) if stage.sleep.carry else None
-    segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes)
+    segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes, probes)
     loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute=False).loss
     (loss * scale).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
@@ -294,6 +303,16 @@ def broken(what: str | None):
     def without_fast_weights(ctx, gradient):
         return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
 
+    run_pass = HybridStage.run_pass
+
+    def remembering(stage, segment, *arguments):
+        return run_pass(stage, replace(segment, probe=False), *arguments)
+
+    def without_gradient(stage, segment, tokens, hidden_states, layer_states, window):
+        read = tuple(state.detach() for state in layer_states) if segment.probe else layer_states
+        hidden_states, left = run_pass(stage, segment, tokens, hidden_states, read, window)
+        return hidden_states, layer_states if segment.probe else left
+
     def batched(*arguments):
         changed = config(*arguments)
         changed.batch_p2p_comm, changed.overlap_p2p_comm = True, False
@@ -303,6 +322,10 @@ def broken(what: str | None):
         schedule._SegmentBoundary.backward = staticmethod(without_fast_weights)
     elif what == "shared gradients":
         schedule.sum_shared_gradients = lambda *_: None
+    elif what == "forgetting":
+        HybridStage.run_pass = remembering
+    elif what == "probe's gradient":
+        HybridStage.run_pass = without_gradient
     elif what == "memory of what is sent":
         schedule.StageStep._keep = lambda self, output: None
     elif what == "links":
@@ -316,3 +339,4 @@ def broken(what: str | None):
     schedule._SegmentBoundary.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep
     MixerModule._parameter = parameter
+    HybridStage.run_pass = run_pass

@@ -56,6 +56,22 @@ def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tup
     return tokens, loss_mask
 
 
+PROBE = 3  # tokens: two of question, one of answer
+
+
+def batch_with_probes(
+    sequences=3, windows=3, seed=1, vocab_size=17
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """`batch` with a probe after every window and two after the last; the loss is on each one's last token."""
+    probes = [(end - PROBE, end) for end in range(WINDOW + PROBE, windows * (WINDOW + PROBE) + 1, WINDOW + PROBE)]
+    probes.append((probes[-1][1], probes[-1][1] + PROBE))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, vocab_size, (sequences, probes[-1][1]), generator=generator)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    loss_mask[:, [stop - 1 for _, stop in probes]] = True
+    return tokens, loss_mask, probes
+
+
 def thin_out(loss_mask: torch.Tensor, seed: int) -> torch.Tensor:
     """About 60 % of the loss tokens, other positions and another number in every sequence; the last token stays one."""
     thinned = loss_mask & (torch.rand(loss_mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.6)
@@ -74,9 +90,9 @@ def recipe(model, sleep, passes: int | list[int], sequence_length: int, seed=0, 
     )
 
 
-def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, **options) -> SleepOutput:
+def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, probes=(), **options) -> SleepOutput:
     """`between_windows`: maps the layer states at every window's end."""
-    segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes)
+    segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes, probes)
     device = stage.embedding.weight.device
     if between_windows:
         options["recompute"] = False  # by then the stage's forward is restored

@@ -132,7 +132,17 @@ def test_pads_leave_no_trace(topology, passes):
     segments = plan_segments(padded, loss_mask, stage.model, sliding(), passes)
     assert [s.padded for s in segments] == [True] * (passes + 1) + [False]
     # The same two tokens as a window of their own, then the others.
-    moved = [replace(s, tokens=range(max(0, s.tokens.start - 4), s.tokens.stop - 4), padded=False) for s in segments]
+    earlier = lambda tokens: range(max(0, tokens.start - 4), tokens.stop - 4)  # noqa: E731
+    moved = [
+        replace(
+            s,
+            tokens=earlier(s.tokens),
+            cached=tuple(map(earlier, s.cached)),
+            position=max(0, s.position - 4),
+            padded=False,
+        )
+        for s in segments
+    ]
     one = tiny.run(stage, padded, loss_mask, passes, sliding())
     other = tiny.sleep_and_predict(stage, moved, tokens[:, 4:], loss_mask[:, 4:])
     assert_same(stage, one.loss, other.loss)

@@ -87,6 +87,14 @@ CASES = {
     "PP2, last write alone": Case(pipeline=2, passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
+    "TP2, probes": Case(tensor=2, micro_batches=2, probes=True),
+    "PP2, probes, kept": Case(pipeline=2, micro_batches=2, probes=True, recompute=False),
+    "TP2xPP2+SP, probes, sliding, pads": Case(
+        tensor=2, pipeline=2, sequence=True, micro_batches=2, probes=True, pads=True, sleep=EVICTIONS["sliding"]
+    ),
+    "DP2xPP2, probes, every other mixer": Case(
+        data=2, pipeline=2, micro_batches=2, probes=True, unequal=True, model=with_others()
+    ),
     "DP2, unequal loss tokens": Case(data=2, micro_batches=2, unequal=True),
     "TP2, unequal loss tokens": Case(tensor=2, micro_batches=2, unequal=True),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, micro_batches=2, unequal=True),
@@ -104,6 +112,12 @@ WIDE = {
         LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], [(True, "hard"), (False, "sliding")]
     )
 } | {
+    f"{name}, probes, {'recompute' if recompute else 'keep'}, {eviction}, N={passes}":
+    Case(**layout, probes=True, recompute=recompute, sleep=EVICTIONS[eviction], passes=passes)
+    for (name, layout), recompute, eviction, passes in itertools.product(
+        LAYOUTS.items(), (True, False), EVICTIONS, (1, 3)
+    )
+} | {
     "PP2, last write alone, every window": Case(
         pipeline=2, predicting=(0, 1, 2), sleep=dict(write="last", every_window=True)
     ),
@@ -116,6 +130,8 @@ BROKEN = {
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
     "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, micro_batches=2, broken="shared gradients"),
     "a mixer's heads of another rank, TP2": Case(tensor=2, micro_batches=2, broken="split of a mixer"),
+    "a probe's gradient lost, PP2": Case(pipeline=2, micro_batches=2, probes=True, broken="probe's gradient"),
+    "a probe remembered, TP2": Case(tensor=2, micro_batches=2, probes=True, broken="forgetting"),
     "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
     "messages batched, PP2": Case(pipeline=2, broken="links"),
     "nothing carried, PP2": Case(

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from powernap.model.batch import SegmentError, plan_segments
+from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
+from powernap.model.segments import SegmentError
 from powernap.parallel import schedule
 from powernap.parallel.schedule import MicroBatch
 from powernap.train.trainer import check_same_segments

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from powernap.model.segments import Probe, SegmentError, TokenWindow, check_probes, windows_of
 from powernap.train.config import Recipe
 from powernap.train.data.cache import cache_of
 from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
@@ -15,7 +16,7 @@ from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.tar_index import not_a_tar
 from powernap.train.data.verify import mismatch, not_recorded, recorded
-from powernap.train.tasks.sample import Sample
+from powernap.train.tasks.sample import Sample, probes_of
 
 SAMPLES = 64  # read from the first shard of each list
 
@@ -70,8 +71,9 @@ def _check_file(path: Path) -> None:
         raise not_recorded(str(path), entry, problem)
 
 
-def predicting_windows(recipe: Recipe) -> list[bool] | None:
-    """Which windows of the first training sample hold loss tokens, or None if there is no local shard yet.
+def predicting_windows(recipe: Recipe) -> tuple[list[bool] | None, list[Probe]]:
+    """Which windows of the first training sample hold loss tokens, and the probes among them; None if there is no local
+    shard yet.
 
     Raises:
         DataError: if the sample exists and does not fit the recipe.
@@ -80,12 +82,12 @@ def predicting_windows(recipe: Recipe) -> list[bool] | None:
     try:
         name = expand_shards(next(iter(recipe.data.datasets.values()))[0])[0]
         if local_path(name) is None:
-            return None
+            return None, []
         first = Shard.open(name, cache)[0]
     except DataError:
-        return None
+        return None, []
     sample = decode(first, recipe.data.sequence_length, recipe.model.vocab_size)
-    return _predicts([sample], recipe.model.window)[0].tolist()
+    return _predicts([sample], _windows(sample, recipe))[0].tolist(), probes_of(sample)
 
 
 def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
@@ -104,11 +106,15 @@ def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
     return samples
 
 
-def _predicts(samples: list[Sample], window: int) -> np.ndarray:
+def _windows(sample: Sample, recipe: Recipe) -> list[TokenWindow]:
+    length = len(sample.tokens) - 1
+    return windows_of(length, recipe.model, recipe.sleep, probes_of(sample), recipe.sequence_shards)
+
+
+def _predicts(samples: list[Sample], windows: list[TokenWindow]) -> np.ndarray:
     """Whether each window holds loss tokens: bool [samples, windows]."""
     targets = np.stack([sample.loss_mask[1:] for sample in samples])  # a token's target is the one after it
-    starts = range(0, targets.shape[1], window)
-    return np.stack([targets[:, start : start + window].any(axis=1) for start in starts], axis=1)
+    return np.stack([targets[:, w.tokens.start : w.tokens.stop].any(axis=1) for w in windows], axis=1)
 
 
 def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample], recipe: Recipe) -> None:
@@ -163,22 +169,32 @@ def _check_documents(shard: str, recipe: Recipe) -> None:
 
 def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     """Check that samples agree on which windows hold loss tokens (see segments.py), and that a window is slept on."""
-    window = recipe.model.window
-    predicts = _predicts(samples, window)
-    ahead = np.logical_or.accumulate(predicts[:, ::-1], axis=1)[
-        :, ::-1
-    ]  # whether it or a later window holds loss tokens
-    disagreeing = (ahead & ~predicts).any(axis=0) & predicts.any(axis=0)
+    window, probes = recipe.model.window, probes_of(samples[0])
+    if other := next((sample for sample in samples if probes_of(sample) != probes), None):
+        raise DataError(
+            f"samples of {shard} have their probes at different tokens, {probes} and {probes_of(other)}: write shards in "
+            "which all have them at the same"
+        )
+    windows = _windows(samples[0], recipe)
+    try:
+        check_probes(windows, recipe.model, recipe.sleep, recipe.sequence_shards)
+    except SegmentError as error:
+        raise DataError(f"{shard}: {error}") from None
+    predicts, is_probe = _predicts(samples, windows), np.array([window.probe for window in windows])
+    others = predicts & ~is_probe
+    ahead = np.logical_or.accumulate(others[:, ::-1], axis=1)[:, ::-1]  # whether it or a later window holds loss tokens
+    disagreeing = (ahead & ~others).any(axis=0) & others.any(axis=0)
     predicts = np.logical_or.reduce(predicts, axis=0)
     if disagreeing.any():
         number = int(disagreeing.argmax())
-        first, last = number * window, min((number + 1) * window, recipe.data.sequence_length - 1) - 1
+        first, last = windows[number].tokens[0], windows[number].tokens[-1]
         raise DataError(
             f"model.window={window}: window {number} (tokens {first}..{last}) holds loss tokens in some samples "
             f"of {shard} and none in others: choose a window that all answers share"
         )
-    before_last_answer = predicts[: int(predicts.nonzero()[0][-1])]
-    sleeps_first = len(before_last_answer) > 0 if recipe.sleep.every_window else not before_last_answer.all()
+    last_answer = int(predicts.nonzero()[0][-1])
+    slept_on = ~is_probe if recipe.sleep.every_window else ~predicts & ~is_probe
+    sleeps_first = slept_on[:last_answer].any()
     if max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
         raise DataError(
             f"model.window={window} leaves nothing to sleep on: every window of {shard} up to the last answer holds "

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from powernap.model.errors import PowernapError
+from powernap.model.segments import Probe
 from powernap.parallel.liveness import exit_codes
 from powernap.train.config import DataConfig
 from powernap.train.data.cache import ShardCache, cache_of
@@ -28,7 +29,7 @@ from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard, fingerprint
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.run.signals import outlive_one_sigterm
-from powernap.train.tasks.sample import Sample
+from powernap.train.tasks.sample import Sample, probes_of
 
 FETCH_AHEAD = 8  # remote shards that each reader fetches at once
 
@@ -50,6 +51,7 @@ class Batch:
     loss_mask: torch.Tensor  # bool [B, T]: True at targets; all False in a row whose sample was left out
     is_document_start: torch.Tensor  # bool [B]: rows that begin a document; the others continue the previous batch's
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
+    probes: list[Probe] = field(default_factory=list)  # of every row: (start, stop) of tokens to be forgotten
     unusable: list[str] = field(default_factory=list)  # why samples and shards were left out, a line each
     is_real: bool = True  # False: padding, present only because another rank has a batch
     sample_ids: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and number there
@@ -387,9 +389,21 @@ def _nothing(length: int) -> Sample:
     return Sample(np.zeros(length, np.int32), np.zeros(length, bool), np.zeros((0, 3), np.int32))
 
 
+def _probes(samples: list[Sample]) -> list[Probe]:
+    """Those that all samples with a loss token share."""
+    probes = {tuple(probes_of(sample)) for sample in samples if sample.loss_mask.any()}
+    if len(probes) > 1:
+        one, other = sorted(probes)[:2]
+        raise DataError(
+            f"samples of a batch have their probes at different tokens, {list(one)} and {list(other)}: write shards in "
+            "which all have them at the same"
+        )
+    return [probe for same in probes for probe in same]
+
+
 def _without_loss(sample: Sample) -> Sample:
     """The same tokens, without loss tokens and answers."""
-    return Sample(sample.tokens, np.zeros_like(sample.loss_mask), sample.answers[:0])
+    return replace(sample, loss_mask=np.zeros_like(sample.loss_mask), answers=sample.answers[:0])
 
 
 def _as_it_is(item: object) -> object:
@@ -402,5 +416,6 @@ def _collate(samples: list[Sample], starts: list[bool], unusable: Sequence[str] 
         loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])),
         is_document_start=torch.tensor(starts),
         answers=[sample.answers for sample in samples],
+        probes=_probes(samples),
         unusable=list(unusable),
     )

@@ -1,4 +1,4 @@
-"""A sample in a shard: three .npy members, or tokens.npy alone, checked against the recipe when it is read.
+"""A sample in a shard: up to four .npy members, or tokens.npy alone, checked against the recipe when it is read.
 
 docs/data.md documents the format. No torch here.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from powernap.model.errors import PowernapError
 from powernap.train.tasks.sample import Sample
 
-MEMBERS = ("tokens.npy", "loss_mask.npy", "answers.npy")
+MEMBERS = ("tokens.npy", "loss_mask.npy", "answers.npy", "probes.npy")  # the last one is optional
 
 
 class DataError(PowernapError):
@@ -21,8 +21,10 @@ class DataError(PowernapError):
 
 def encode(key: str, sample: Sample) -> dict[str, object]:
     """A sample as WebDataset's TarWriter takes it."""
-    arrays = zip(MEMBERS, (sample.tokens, sample.loss_mask, sample.answers), strict=True)
-    return {"__key__": key, **dict(arrays)}
+    arrays = dict(zip(MEMBERS, (sample.tokens, sample.loss_mask, sample.answers, sample.probes), strict=True))
+    if not len(sample.probes):
+        del arrays["probes.npy"]
+    return {"__key__": key, **arrays}
 
 
 def decode(members: dict[str, object], sequence_length: int | None = None, vocab_size: int | None = None) -> Sample:
@@ -37,8 +39,8 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
     """
     location = _Location(members)
     tokens = _array(members, "tokens.npy", location)
-    if members.keys() & {"loss_mask.npy", "answers.npy"}:
-        loss_mask, answers = (_array(members, name, location) for name in MEMBERS[1:])
+    if members.keys() & {*MEMBERS[1:]}:
+        loss_mask, answers = (_array(members, name, location) for name in MEMBERS[1:3])
     else:  # plain tokens: each is a target
         loss_mask, answers = np.ones(len(tokens), dtype=bool), np.zeros((0, 3), dtype=np.int32)
 
@@ -65,7 +67,11 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
     if not loss_mask[1:].any():  # the first token is never predicted
         raise DataError(f"{location}: loss_mask.npy marks no token after the first: there is nothing to learn from")
     _check_answers(answers, loss_mask, location)
-    return Sample(tokens, loss_mask, answers)
+    if "probes.npy" not in members:
+        return Sample(tokens, loss_mask, answers)
+    probes = _array(members, "probes.npy", location)
+    _check_probes(probes, loss_mask, location)
+    return Sample(tokens, loss_mask, answers, probes)
 
 
 class _Location:
@@ -80,7 +86,7 @@ class _Location:
 
 def _array(members: dict[str, object], name: str, location: _Location) -> np.ndarray:
     if name not in members:
-        raise DataError(f"{location} has no {name}: a sample holds {', '.join(MEMBERS)}, or tokens.npy alone")
+        raise DataError(f"{location} has no {name}: a sample holds {', '.join(MEMBERS[:3])}, or tokens.npy alone")
     try:
         data: Any = members[name]  # bytes
         start = 10 + int.from_bytes(data[8:10], "little")  # of the numbers, after a version 1.0 header
@@ -109,3 +115,22 @@ def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, location: _Locati
     for start, stop, _ in answers.tolist():
         if not (1 <= start < stop <= len(loss_mask) and loss_mask[start:stop].all()):
             raise DataError(f"{location}: answers.npy names tokens {start}..{stop - 1}, which are not all loss tokens")
+
+
+def _check_probes(probes: np.ndarray, loss_mask: np.ndarray, location: _Location) -> None:
+    if probes.ndim != 2 or probes.shape[1] != 2 or probes.dtype.kind not in "iu":
+        raise DataError(
+            f"{location}: probes.npy must hold integer rows (start, stop), not {probes.dtype} {list(probes.shape)}"
+        )
+    before = 0
+    for start, stop in probes.tolist():
+        if not before <= start < stop - 1 < len(loss_mask):
+            raise DataError(
+                f"{location}: probes.npy names tokens {start}..{stop - 1}: probes follow each other in a sample of "
+                f"{len(loss_mask)} tokens, each with a question and an answer"
+            )
+        # Predicted in a probe are its own tokens after the first; its last token and the one before it predict nothing.
+        for token, what in ((start, "the first of a probe"), (stop, "the first after a probe")):
+            if token < len(loss_mask) and loss_mask[token]:
+                raise DataError(f"{location}: token {token} is {what} and cannot be a loss token: nothing predicts it")
+        before = stop

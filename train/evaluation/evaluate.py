@@ -178,7 +178,9 @@ def _predict(
 ) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, LayerStates]:
     """The prediction for each answer, (row, start, stop) -> tokens; the sum of the losses; the layer states."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
-    segments = plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes)
+    segments = plan_segments(
+        tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards
+    )
     micro_batch = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
     predictions, loss, layer_states = predict(stage, micro_batch, topology)
     rows = predictions.tolist()

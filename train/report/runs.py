@@ -11,6 +11,7 @@ from pathlib import Path
 
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import parameters
+from powernap.model.segments import Probe
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows
@@ -90,14 +91,14 @@ class ReportedRun:
     @cached_property
     def windows_known(self) -> bool:
         """Whether run, shards or recipe tell which windows predict; otherwise only the last is assumed to."""
-        return bool(self.work) or self._predicts is not None or self.recipe.sleep.every_window
+        return bool(self.work) or self._predicts[0] is not None or self.recipe.sleep.every_window
 
     @cached_property
-    def _predicts(self) -> list[bool] | None:
+    def _predicts(self) -> tuple[list[bool] | None, list[Probe]]:
         try:
             return predicting_windows(self.recipe)
         except DataError:  # other shards are there by now
-            return None
+            return None, []
 
     def step_flops(self, passes: int) -> int:
         """Training FLOPs of a step with N = `passes`, as recorded by the run, or from recipe and shards if older."""
@@ -105,7 +106,7 @@ class ReportedRun:
             return known
         sleep = self.recipe.sleep.model_copy(update={"passes": passes})
         recipe = self.recipe.model_copy(update={"sleep": sleep})
-        return step_flops(recipe, segments_of(recipe, self._predicts))
+        return step_flops(recipe, segments_of(recipe, *self._predicts))
 
     @cached_property
     def flops(self) -> int:

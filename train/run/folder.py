@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powernap.model.config import with_sections
+from powernap.model.segments import Probe
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
@@ -185,22 +186,23 @@ class RunFolder:
             raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
 
 
-def work_of(recipe: Recipe, predicts: Sequence[bool]) -> dict[str, Any]:
+def work_of(recipe: Recipe, predicts: Sequence[bool], probes: Sequence[Probe]) -> dict[str, Any]:
     """What a report needs to know about the shards, which may have moved by then.
 
     Args:
-        predicts: for each window whether it has loss tokens.
+        predicts, probes: for each window whether it has loss tokens; the probes among them.
 
     Returns:
-        "predicts"; "flops_per_step", for every trained N; "task" and "fields", None if no manifest has them
+        "predicts"; "probes"; "flops_per_step", for every trained N; "task" and "fields", None if no manifest has them
     """
     flops = {}
     for passes in sorted(set(recipe.sleep.pass_choices)):
         one = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
-        flops[str(passes)] = step_flops(one, segments_of(one, predicts))
+        flops[str(passes)] = step_flops(one, segments_of(one, predicts, probes))
     manifest = first_manifest(recipe) or {}
     return {
         "predicts": list(predicts),
+        "probes": [list(probe) for probe in probes],
         "flops_per_step": flops,
         "task": manifest.get("task"),
         "fields": mask_values(manifest.get("fields")),

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -31,6 +31,13 @@ class Sample:
     tokens: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]: True at tokens that are targets
     answers: np.ndarray  # int32 [n, 3]: rows (start, stop, depth): tokens[start:stop], its number of hops or steps
+    # int32 [p, 2]: rows (start, stop) in rising order: tokens[start:stop] are read, answered and then forgotten
+    probes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int32))
+
+
+def probes_of(sample: Sample) -> list[tuple[int, int]]:
+    """(start, stop) of each probe."""
+    return [(start, stop) for start, stop in sample.probes.tolist()]
 
 
 def is_held_out(problem: Iterable[int]) -> bool:
