@@ -15,6 +15,7 @@ windows of answers once each; here all but the last of them sleep like any other
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -80,18 +81,20 @@ class Decoder:
                 logits[row].append(new[:, column])
         return [torch.cat(parts) if parts else self.logits.new_zeros((0, self.logits.shape[1])) for parts in logits]
 
-    @torch.no_grad()
-    def probe(self, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """`feed_with_logits`, then forget the tokens: later logits are as if they had not been read.
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget at the end what is read inside: a probe, whose answer leaves no trace.
 
-        A full window sleeps first, as it would before any next token.
+        Full windows sleep first, as they would before any next token.
         """
-        if full := [row for row in range(self.batch) if len(tokens[row]) and self._is_full(row)]:
-            self._sleep(full)
+        if full := [row for row in range(self.batch) if self._is_full(row)]:
+            with torch.no_grad():
+                self._sleep(full)
         before = {name: tensor.clone() for name, tensor in self._named().items()}
-        logits = self.feed_with_logits(tokens)
-        self.load_state(before)
-        return logits
+        try:
+            yield
+        finally:
+            self.load_state(before)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies, by name, of all that later logits depend on besides the weights and N."""

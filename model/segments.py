@@ -16,7 +16,7 @@ Nothing here imports torch: `powernap plan` cuts a recipe as training cuts a bat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from powernap.model.config import ModelConfig, SleepConfig
@@ -80,19 +80,26 @@ def windows_of(
     """
     windows: list[TokenWindow] = []
     read: list[range] = []  # by windows that are no probes
-    position = end = 0
-    for start, stop in [*probes, (length, length)]:
-        for first in range(end, start, model.window):
-            tokens = range(first, min(first + model.window, start))
-            windows.append(TokenWindow(tokens, position, _cached(read, model, sleep)))
+    position = 0
+    for start, stop, probe in spans(length, model.window, probes):
+        if probe:
+            stop = start + min(math.ceil((stop - 1 - start) / multiple) * multiple, stop - start)
+        tokens = range(start, min(stop, length))
+        windows.append(TokenWindow(tokens, position, _cached(read, model, sleep), probe))
+        if not probe:
             read.append(tokens)
             position += len(tokens)
-        if start < length:
-            inputs = min(math.ceil((stop - 1 - start) / multiple) * multiple, stop - start)
-            tokens = range(start, min(start + inputs, length))
-            windows.append(TokenWindow(tokens, position, _cached(read, model, sleep), probe=True))
-        end = stop
     return windows
+
+
+def spans(length: int, window: int, probes: Sequence[Probe]) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, whether it is a probe) of each of `probes` and of the windows between them."""
+    end = 0
+    for start, stop in [*probes, (length, length)]:
+        yield from ((first, min(first + window, start), False) for first in range(end, start, window))
+        if start < length:
+            yield start, stop, True
+        end = stop
 
 
 def check_probes(windows: Sequence[TokenWindow], model: ModelConfig, sleep: SleepConfig, multiple: int = 1) -> None:

@@ -61,7 +61,9 @@ class DataConfig(Section):
         "{web: {shards: web-*.tar, weight: 3}, depo: {shards: depo-*.tar, weight: 1}}"
     )
     test: Shards | list[Shards] | None = Field(
-        None, description="held-out shards for the accuracy by depth; null: none"
+        None,
+        description="held-out shards for the accuracy by depth; null: none. The entries of a list after the first may hold "
+        "sequences of other lengths, which are reported apart",
     )
     sequence_length: int = Field(ge=2, description="T, tokens in every sample")
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")

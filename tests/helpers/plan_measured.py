@@ -113,5 +113,16 @@ def batch(recipe: Recipe) -> Batch:
     shape = (recipe.sequences_per_rank, recipe.data.sequence_length)
     tokens = torch.randint(1, recipe.model.vocab_size, shape, generator=generator)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
-    loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window // 2 :] = True
-    return Batch(tokens, loss_mask, torch.arange(len(tokens)) % 2 == 0, [])
+    if probes := probes_of(recipe):
+        loss_mask[:, [stop - 1 for _, stop in probes]] = True
+    else:
+        loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window // 2 :] = True
+    return Batch(tokens, loss_mask, torch.arange(len(tokens)) % 2 == 0, [], probes)
+
+
+def probes_of(recipe: Recipe) -> list[tuple[int, int]]:
+    """A probe of four tokens after each window, in sequences of that length."""
+    stride = recipe.model.window + 4
+    if recipe.data.sequence_length % stride:
+        return []
+    return [(stop - 4, stop) for stop in range(stride, recipe.data.sequence_length + 1, stride)]

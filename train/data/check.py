@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from powernap.model.segments import Probe, SegmentError, TokenWindow, check_probes, windows_of
+from powernap.parallel.planning.work import round_up
 from powernap.train.config import Recipe
 from powernap.train.data.cache import cache_of
 from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
@@ -15,6 +16,7 @@ from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.tar_index import not_a_tar
+from powernap.train.data.test_sets import test_sets
 from powernap.train.data.verify import mismatch, not_recorded, recorded
 from powernap.train.tasks.sample import Sample, probes_of
 
@@ -48,6 +50,12 @@ def check_data(recipe: Recipe) -> None:
             tokenizer, (end, _) = (manifest.get("fields") or {}).get("tokenizer"), end_and_pad(manifest)
             vocabularies[field] = (f"{manifest.get('task')}, {tokenizer}", end)
         _check_windows(names[0], samples, recipe)
+    if recipe.data.test is not None:
+        for data in test_sets(recipe.data)[1:]:
+            assert data.test is not None
+            longer = recipe.model_copy(update={"data": data})
+            shard = expand_shards(data.test, "data.test")[0]
+            _check_windows(shard, _first_samples(shard, longer), longer)
     _check_vocabularies(vocabularies)
 
 
@@ -107,7 +115,7 @@ def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
 
 
 def _windows(sample: Sample, recipe: Recipe) -> list[TokenWindow]:
-    length = len(sample.tokens) - 1
+    length = round_up(len(sample.tokens) - 1, recipe.sequence_shards)  # as pad_end lengthens it
     return windows_of(length, recipe.model, recipe.sleep, probes_of(sample), recipe.sequence_shards)
 
 

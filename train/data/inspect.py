@@ -5,6 +5,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
+from powernap.model.segments import spans
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import decode
@@ -13,6 +14,7 @@ from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
 from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import UnknownTask, described_by
+from powernap.train.tasks.sample import probes_of
 
 COLUMNS = 80
 
@@ -56,11 +58,11 @@ def _show(members: dict[str, object], name_token: Callable[[int], str], window: 
     lines = [f"{members['__key__']}: {len(sample.tokens)} tokens, *loss tokens* in stars"]
     words = [name_token(int(token)) for token in sample.tokens]
     words = [f"*{word}*" if loss else word for word, loss in zip(words, sample.loss_mask, strict=True)]
-    for number, start in enumerate(range(0, len(words), window or len(words))):
-        stop = min(start + (window or len(words)), len(words))
+    number = itertools.count()
+    for start, stop, probe in spans(len(words), window or len(words), probes_of(sample)):
         # A window predicts if the target of one of its inputs, the next token, is a loss token.
         predicts = sample.loss_mask[start + 1 : stop + 1].any()
-        title = f"window {number}, {'answers' if predicts else 'slept on'}: "
+        title = "probe: " if probe else f"window {next(number)}, {'answers' if predicts else 'slept on'}: "
         text = " ".join(_fold(words[start:stop]))
         lines += textwrap.wrap(
             text, COLUMNS, initial_indent=f"  {title}", subsequent_indent="    ", break_on_hyphens=False

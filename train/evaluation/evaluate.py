@@ -3,19 +3,21 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.fast_weights import LayerStates
+from powernap.model.segments import windows_of
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.data.shard_list import local_path
+from powernap.train.data.test_sets import test_sets
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
@@ -38,29 +40,43 @@ class Evaluation:
     guesses: dict[str, dict[str, float]]  # surface guess -> depth -> share that it gets
     answers: dict[str, int]  # depth -> answers
     sequences: dict[str, int]  # depth -> sequences that hold them
+    windows: int  # of a sequence, probes apart
+    lengths: "dict[str, Evaluation]" = field(default_factory=dict)  # other lengths than the training's, by windows
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, of_length: str = "") -> dict[str, float]:
         """Loss and accuracy under their names in metrics.jsonl and MLflow."""
-        loss = {f"held_out_loss/N{passes}": value for passes, value in self.loss.items()}
-        return loss | {
-            f"accuracy/N{passes}/depth_{depth}": value
-            for passes, by_depth in self.accuracy.items()
-            for depth, value in by_depth.items()
-        }
+        found = {f"held_out_loss/N{passes}{of_length}": value for passes, value in self.loss.items()}
+        for passes, by_depth in self.accuracy.items():
+            found |= {f"accuracy/N{passes}{of_length}/depth_{depth}": value for depth, value in by_depth.items()}
+        for windows, other in self.lengths.items():
+            found |= other.metrics(f"/windows_{windows}")
+        return found
 
 
 @torch.no_grad()
 def evaluate(
     stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, topology: Topology, *, floors: bool = True
 ) -> Evaluation:
-    """Evaluate the first `samples` test samples with each N in `passes`, split over the data-parallel ranks.
+    """Evaluate the first `samples` test samples of each length with each N in `passes`, split over the data-parallel ranks.
 
     floors: count surface guesses too; takes a few milliseconds per sample and gives the same result after every step.
 
     An answer is right if each of its tokens is the likeliest one given the true tokens before it, which holds exactly
     when greedy decoding would produce it.
     """
-    floor = Floor.of_test(recipe.data) if floors and recipe.data.test else None
+    own, *others = [
+        _evaluate(stage, recipe.model_copy(update={"data": data}), passes, samples, topology, floors)
+        for data in test_sets(recipe.data)
+    ]
+    return replace(own, lengths={str(other.windows): other for other in others})
+
+
+def _evaluate(
+    stage: HybridStage, recipe: Recipe, passes: list[int], samples: int, topology: Topology, floors: bool
+) -> Evaluation:
+    """`evaluate` for sequences of one length."""
+    floor = Floor.of_test(recipe.data) if floors else None
+    windows = 0
     asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
     losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=topology.device)  # loss tokens, loss sums by N
@@ -74,6 +90,8 @@ def evaluate(
         limit=samples,
     )
     for batch in batches:
+        inputs = batch.tokens.shape[1] - 1
+        windows = sum(not window.probe for window in windows_of(inputs, recipe.model, recipe.sleep, batch.probes))
         asked.update(depth for _, depth, _ in _answers(batch))
         if floor:
             floor.add_all(batch.tokens.numpy(), batch.answers)
@@ -103,6 +121,7 @@ def evaluate(
         guesses={name: {str(depth): share for depth, share in by_depth.items()} for name, by_depth in guesses.items()},
         answers={str(depth): answers[depth] for depth in depths},
         sequences={str(depth): tallies[passes[0]][depth].sequences for depth in depths},
+        windows=windows,
     )
 
 
@@ -131,7 +150,8 @@ def evaluate_run(
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
     title = f"{path.name}: held-out {'accuracy' if result.answers else 'loss'} after step {newest.step:,}"
     if result.answers:
-        draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture)
+        others = {windows: (other.accuracy, other.interval, other.floor) for windows, other in result.lengths.items()}
+        draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture, lengths=others)
     else:
         draw_loss(result.loss, title=title, to=picture)
     tracker = Trackers.open(recipe, path, running=False)
@@ -139,7 +159,15 @@ def evaluate_run(
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close(status=None)
-    lines = [title]
+    lines = [title, *_described(result)]
+    for windows, other in result.lengths.items():
+        lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other)]
+    return "\n".join([*lines, f"{table} and {picture.name} written"])
+
+
+def _described(result: Evaluation) -> list[str]:
+    """Lines: table of accuracy, best guess, losses."""
+    lines = []
     if result.answers:
         accuracy = {f"N={n}": row for n, row in result.accuracy.items()}
         interval = {f"N={n}": row for n, row in result.interval.items()}
@@ -149,7 +177,7 @@ def evaluate_run(
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
         )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
-    return "\n".join([*lines, f"{table} and {picture.name} written"])
+    return lines
 
 
 def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:

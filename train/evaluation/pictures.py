@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
 GREY = "#777777"  # for floors
+DEPTH_LABEL = "depth (hops, steps, operations); bands: 95 %"
 
 
 def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
@@ -20,14 +22,60 @@ def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
     figure.savefig(to)
 
 
+T = TypeVar("T")
+Curves = tuple[Accuracy, Intervals, Mapping[str, float]]  # N -> depth -> share; the interval; depth -> floor
+
+
 def draw_accuracy(
-    accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float], *, title: str, to: Path
+    accuracy: Accuracy,
+    intervals: Intervals,
+    floor: Mapping[str, float],
+    *,
+    title: str,
+    to: Path,
+    lengths: Mapping[str, Curves] | None = None,
 ) -> None:
     """Accuracy over depth, a line with its interval for each N, and the best surface guess below them.
 
-    With a single depth, N becomes the axis.
+    With a single depth, N becomes the axis. lengths: those of sequences with other numbers of windows; each has a panel,
+    or if each has one depth alone, all share one, over the number of windows.
     """
-    figure, axes = new_figure()
+    panels = _panels(lengths or {})
+    figure, axes = new_figure(columns=1 + len(panels))
+    first, *others = axes if panels else [axes]
+    _draw_panel(first, accuracy, intervals, floor)
+    for axis, (name, label, curves) in zip(others, panels, strict=True):
+        _draw_panel(axis, *curves)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel(label)
+    for axis in (first, *others)[:-1]:
+        if legend := axis.get_legend():
+            legend.remove()
+    if panels:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        first.set_title("trained length", loc="left", fontsize=10)
+    else:
+        first.set_title(title, loc="left", fontsize=11)
+    figure.savefig(to, dpi=150)
+
+
+def _panels(lengths: Mapping[str, Curves]) -> list[tuple[str, str, Curves]]:
+    """Title, label of the horizontal axis and curves of each panel."""
+    if len(lengths) > 1 and all(len(floor) == 1 for _, _, floor in lengths.values()):
+        passes = next(iter(lengths.values()))[0].keys()
+        accuracy = {n: {windows: _only(of[n]) for windows, (of, _, _) in lengths.items()} for n in passes}
+        intervals = {n: {windows: _only(of[n]) for windows, (_, of, _) in lengths.items()} for n in passes}
+        floor = {windows: _only(of) for windows, (_, _, of) in lengths.items()}
+        return [("other lengths", "windows", (accuracy, intervals, floor))]
+    return [(f"{windows} windows", DEPTH_LABEL, curves) for windows, curves in lengths.items()]
+
+
+def _only(values: Mapping[str, T]) -> T:
+    (value,) = values.values()
+    return value
+
+
+def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float]) -> None:
     depths = list(floor)
     if len(depths) == 1:
         (depth,) = depths
@@ -43,11 +91,9 @@ def draw_accuracy(
             axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
             _band(axes, depths, intervals[passes], color)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label=FLOOR_LABEL)
-        axes.set_xlabel("depth (hops, steps, operations); bands: 95 %")
+        axes.set_xlabel(DEPTH_LABEL)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)
-    axes.set_title(title, loc="left", fontsize=11)
-    figure.savefig(to, dpi=150)
 
 
 def draw_demo(

@@ -219,6 +219,28 @@ class Stream:
                 raise GenerateError("empty prompt: the model needs a token to go on from")
         return self._generate(tokens, max_tokens, temperature, top_p, stops)
 
+    def ask(self, questions: Sequence[Prompt], **options) -> Iterator[TokenOutput]:
+        """`generate`, then forget questions and answers: the streams go on as if they had not been asked.
+
+        Abandoned halfway, they are forgotten as well.
+        """
+        outputs = self.generate(questions, **options)
+        unread = [list(row) for row in self.unread]
+        random = [generator.get_state() for generator in self.random]
+        return self._ask(outputs, unread, random)
+
+    def _ask(
+        self, outputs: Iterator[TokenOutput], unread: list[list[int]], random: list[torch.Tensor]
+    ) -> Iterator[TokenOutput]:
+        self._read_all()
+        with self.decoder.forgetting():
+            try:
+                yield from outputs
+            finally:
+                self.unread = [[] for _ in unread]
+                for generator, state in zip(self.random, random, strict=True):
+                    generator.set_state(state)
+
     def save(self, path: Path | str) -> None:
         """Write the streams to a file: tensors and numbers, no pickled objects. Replaces an existing file at the end.
 

@@ -9,6 +9,9 @@ has read from the fast weights.
 
 Each g is a generator of the group, a permutation of `points` elements. [where x] asks where x is after all of them. The loss
 is on the answers. Shorter words are padded on the left by whole windows, which leave the fast weights as they are.
+With asked=each the questions follow every window, each as a probe: read, answered and forgotten.
+
+A fifth of the ways in which a long word may begin is held out: no word of the training begins like one of the test.
 """
 
 from typing import ClassVar, Literal, Self
@@ -25,7 +28,7 @@ GROUPS = {
     "a5": ((1, 2, 3, 4, 0), (1, 2, 0, 3, 4)),  # the 60 even ones of 5 elements: not solvable, so NC1-complete
 }
 MOVE, FIRST_GENERATOR = 1, 2
-ALL_TRAINED = 5  # generators: a word this short is in training and test alike, there being only 2^5 of the longest
+BEGINNING = 6  # generators that decide whether a word is held out; shorter words are in training and test alike
 
 
 class Track(Section):
@@ -38,6 +41,7 @@ class Track(Section):
     min_windows: int = Field(1, ge=1, description="fewest windows of a word; a length is drawn for each sample")
     moves: int = Field(1, ge=1, description="generators a window")
     questions: int = Field(1, ge=1, description="elements asked for, none twice")
+    asked: Literal["end", "each"] = Field("end", description="end: after the last window; each: after every window")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -45,7 +49,7 @@ class Track(Section):
             raise ValueError(f"min_windows={self.min_windows} must not exceed windows={self.windows}")
         if self.questions > self.points:
             raise ValueError(f"questions={self.questions} must not exceed the {self.points} elements of {self.group}")
-        if 2 * self.questions > self.window:
+        if self.asked == "end" and 2 * self.questions > self.window:
             raise ValueError(
                 f"questions={self.questions} take {2 * self.questions} tokens and must fit a window of {self.window}: "
                 f"write questions={self.window // 2}, or moves={2 * self.questions - 1}"
@@ -66,11 +70,16 @@ class Track(Section):
 
     @property
     def context_length(self) -> int:
-        return self.windows * self.window
+        return self.window if self.asked == "each" else self.windows * self.window
 
     @property
     def sequence_length(self) -> int:
-        return self.context_length + 2 * self.questions
+        return (self.windows - 1) * self._stride + self.window + 2 * self.questions
+
+    @property
+    def _stride(self) -> int:
+        """Tokens from one window's beginning to the next one's."""
+        return self.window + 2 * self.questions * (self.asked == "each")
 
     def token_name(self, token: int) -> str:
         """A token as a person reads it: generators as letters, elements as numbers from 1."""
@@ -86,33 +95,51 @@ class Track(Section):
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
         """A word that belongs to the test (`held_out`) or to the training, and questions about it."""
-        word = self._draw_word(rng, held_out)
-        windows = word.reshape(-1, self.moves)
-        context = np.concatenate([np.full((len(windows), 1), MOVE), FIRST_GENERATOR + windows], axis=1).ravel()
-        asked = rng.permutation(self.points)[: self.questions]
-        questions = np.stack([self._first_question + asked, self._first_element + self._after(word)[asked]], axis=1)
-
+        word = self._draw_word(rng, held_out).reshape(-1, self.moves)
+        pads = self.windows - len(word)
         tokens = np.full(self.sequence_length, PAD, dtype=np.int32)
         loss_mask = np.zeros(self.sequence_length, dtype=bool)
-        tokens[self.context_length - len(context) : self.context_length] = context
-        tokens[self.context_length :] = questions.ravel()
-        starts = self.context_length + 1 + 2 * np.arange(self.questions)
-        loss_mask[starts] = True
-        answers = np.stack([starts, starts + 1, np.full(self.questions, len(windows))], axis=1)
-        return Sample(tokens, loss_mask, answers.astype(np.int32))
+        answers, places = [], np.arange(self.points)
+        for windows, moves in enumerate(word, start=1):
+            start = (pads + windows - 1) * self._stride
+            stop = start + self.window
+            tokens[start:stop] = [MOVE, *(FIRST_GENERATOR + moves)]
+            places = self._after(moves, places)
+            if windows == len(word) or self.asked == "each":
+                for element in rng.permutation(self.points)[: self.questions]:
+                    tokens[stop : stop + 2] = self._first_question + element, self._first_element + places[element]
+                    loss_mask[stop + 1] = True
+                    answers.append((stop + 1, stop + 2, windows))
+                    stop += 2
+        return Sample(tokens, loss_mask, np.array(answers, dtype=np.int32), self._probes())
 
     def surface_guesses(self, sample: Sample) -> dict[str, Candidates]:
         """Any element that no earlier answer has taken; where the last window alone takes the element asked for."""
-        tokens = sample.tokens
-        last = self._after(tokens[self.context_length - self.moves : self.context_length] - FIRST_GENERATOR)
-        free = set(range(self._first_element, self.vocab_size))
+        tokens = sample.tokens.tolist()
         untaken: Candidates = []
         last_window: Candidates = []
-        for start, _, _ in sample.answers.tolist():
+        free: set[int] = set()
+        end = 0
+        for start, stop, _ in sample.answers.tolist():
+            if self.asked == "each" or not end:  # an answer that is forgotten takes nothing
+                free = set(range(self._first_element, self.vocab_size))
+            if start - 1 > end:  # the first question after a window
+                end = start - 1
+                moves = np.array(tokens[end - self.moves : end]) - FIRST_GENERATOR
+                last = self._after(moves, np.arange(self.points))
             untaken.append([(token,) for token in sorted(free)])
             last_window.append([(self._first_element + int(last[tokens[start - 1] - self._first_question]),)])
-            free -= {int(tokens[start])}
+            free -= {tokens[start]}
+            end = stop
         return {"an element not taken": untaken, "the last window alone": last_window}
+
+    def _probes(self) -> np.ndarray:
+        """One for each question after each window, those of pads too: all samples have theirs at the same tokens."""
+        if self.asked == "end":
+            return np.zeros((0, 2), dtype=np.int32)
+        windows, questions = np.arange(self.windows)[:, None], np.arange(self.questions)
+        starts = (windows * self._stride + self.window + 2 * questions).ravel()
+        return np.stack([starts, starts + 2], axis=1).astype(np.int32)
 
     # Token ids: pad, [move], the generators, [where x] for each element, the elements.
 
@@ -125,19 +152,18 @@ class Track(Section):
         return self._first_question + self.points
 
     def _draw_word(self, rng: np.random.Generator, held_out: bool) -> np.ndarray:
-        """Generators by number; of words longer than ALL_TRAINED, a fifth is never trained on."""
+        """The generators of a word, by number."""
 
         def draw() -> np.ndarray:
             return rng.integers(len(GROUPS[self.group]), size=windows * self.moves)
 
         windows = int(rng.integers(self.min_windows, self.windows + 1))
-        if windows * self.moves <= ALL_TRAINED:
+        if windows * self.moves < BEGINNING:
             return draw()
-        return draw_problem(draw, lambda word: word.tolist(), held_out, f"track with moves={self.moves}")
+        return draw_problem(draw, lambda word: word[:BEGINNING].tolist(), held_out, f"track with moves={self.moves}")
 
-    def _after(self, word: np.ndarray) -> np.ndarray:
-        """Where each element is after the generators of `word`, the first of them first."""
-        places = np.arange(self.points)
-        for generator in word.tolist():
+    def _after(self, moves: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Where each element at `places` is after the generators `moves`, the first of them first."""
+        for generator in moves.tolist():
             places = np.array(GROUPS[self.group][generator])[places]
         return places

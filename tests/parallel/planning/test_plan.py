@@ -12,7 +12,7 @@ import pytest
 import torch
 from deepspeed.runtime.utils import align_dense_tensors
 
-from powernap.model.batch import plan_segments
+from powernap.model.batch import pad_end, plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.mixers import MIXERS
 from powernap.model.parameters import parameters
@@ -144,6 +144,23 @@ def test_segments_are_the_models(loop_range, backprop_passes, every_window, pass
     run = [[block for block, flops in enumerate(blocks) if flops] for blocks in segment_flops(planned, ours)]
     assert run == [list(s.blocks) for s in ours]
     assert [s.label for s in ours][:5] == ["a1", "a2", "a3", "b?", "b1" if every_window else "c1"]
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_segments_with_probes_are_the_models(eviction, sequence):
+    model, sleep = tiny.model_config(vocab_size=18), SleepConfig(passes=2, eviction=eviction)
+    tokens, loss_mask, probes = tiny.batch_with_probes()
+    planned = recipe(
+        model, sleep=sleep, tokens=tokens.shape[1] - 1, **({"tensor": 2} if sequence else {}), sequence=sequence
+    )
+    padded = pad_end(tokens, loss_mask, 1 + sequence, 0)
+    theirs = plan_segments(*padded, model, sleep, 2, probes, 1 + sequence)
+    ours = segments_of(planned, [False, True] * 3 + [True], probes)
+    assert ours == [replace(s, padded=False) for s in theirs]
+    result = plan(planned, [False, True] * 3 + [True], probes=probes)
+    assert (result.windows, result.windows_slept, result.windows_read, result.probes) == (7, 3, 4, 4)
+    assert "3 slept on (N=2), 4 read once, 4 of them forgotten" in " ".join(result.text().split())
 
 
 def test_a_window_lengthened_for_sequence_parallelism():

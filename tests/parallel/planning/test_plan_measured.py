@@ -35,14 +35,16 @@ MANY_WEIGHTS = {
 CARRY = {"passes": 2, "every_window": True, "carry": True}
 
 
-def recipe(precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, **parallel) -> Recipe:
+def recipe(
+    precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, tokens=97, **parallel
+) -> Recipe:
     """`sequences` on each data rank, in two micro-batches."""
     batch = sequences * parallel.get("data", 1)
     values = {
         "run": {"name": "measured"},
         "model": {**MODEL, **(model or {})},
         "sleep": sleep or {"passes": 2},
-        "data": {"train": "nowhere", "sequence_length": 97, "lanes": batch},
+        "data": {"train": "nowhere", "sequence_length": tokens, "lanes": batch},
         "train": {
             "steps": 10,
             "global_batch_size": batch,
@@ -66,6 +68,7 @@ CASES = {
     "one process, fp32, keep": recipe("fp32", False),
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
     "PP2, carried": recipe(sleep=CARRY, pipeline=2),
+    "one process, probes": recipe(tokens=108),
 }
 WIDE = {
     f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
@@ -107,8 +110,10 @@ def test_plan_is_what_ranks_hold_in_every_layout(wide_measured, name):
 def assert_as_planned(planned: Recipe, ranks: list[dict[str, int]]) -> None:
     assert len(ranks) == planned.parallel.world_size
     for rank in ranks:
-        predicts = [True] * 3 if planned.sleep.every_window else None
-        memory = stage_memory(planned, segments_of(planned, predicts), rank["stage"], "cpu")
+        predicts, probes = [True] * 3 if planned.sleep.every_window else None, plan_measured.probes_of(planned)
+        if probes:
+            predicts = [False, True] * len(probes)
+        memory = stage_memory(planned, segments_of(planned, predicts, probes), rank["stage"], "cpu")
         for part in ("weights", "gradients", "optimizer", "segments"):
             assert rank[part] == getattr(memory, part), part
         assert memory.total == pytest.approx(rank["total"], rel=0.1)

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from powernap.model.stage import HybridStage
+from powernap.train.data.build import build_task
+from powernap.train.data.check import check_data
 from powernap.train.data.loader import evaluation_batches
+from powernap.train.data.sample import DataError
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy
 from powernap.train.evaluation.tables import format_accuracy
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
+from powernap.train.tasks.track import Track
 from tests.helpers import runs
 
 
@@ -175,3 +179,29 @@ def test_pictures_show_every_line(tmp_path, monkeypatch, depths):
         assert [(path.vertices[:, 1].min(), path.vertices[:, 1].max()) for (path,) in areas] == [
             pytest.approx((h - 0.05, h + 0.02)) for h in (0.1, 0.2, 0.4)
         ]
+
+
+def test_lengths_that_were_never_trained_on_are_evaluated_apart(topology, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts = dict(train_samples=1, samples_per_shard=50, seed=0, workers=1)
+    for windows, samples in ((3, 20), (5, 10), (4, 8)):
+        task = Track(asked="each", windows=windows, min_windows=windows)
+        build_task("track", task, tmp_path / str(windows), test_samples=samples, **counts)
+    shards = [f"{windows}/test-*.tar" for windows in (3, 5, 4)]
+    recipe = load_recipe("track", ["data.train=3/train-*.tar", f"data.test=[{','.join(shards)}]",
+        "data.sequence_length=12", "train.global_batch_size=4", "evaluation.samples=9"])  # fmt: skip
+    check_data(recipe)
+    stage = HybridStage(recipe.model, recipe.sleep, topology.groups)
+    result = evaluate(stage, recipe, [1, 2], 9, topology)
+    assert result.windows == 3 and result.answers == {"1": 9, "2": 9, "3": 9}
+    assert list(result.lengths) == ["4", "5"]
+    assert [len(of.answers) for of in result.lengths.values()] == [4, 5]
+    assert [set(of.answers.values()) for of in result.lengths.values()] == [{8}, {9}]
+    for windows, other in result.lengths.items():  # each is what it would be alone
+        data = {"test": f"{windows}/test-*.tar", "sequence_length": 4 * int(windows)}
+        alone = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+        assert evaluate(stage, alone, [1, 2], 9, topology) == other
+        assert result.metrics()[f"accuracy/N2/windows_{windows}/depth_1"] == other.accuracy["2"]["1"]
+    first = recipe.data.model_copy(update={"test": shards[1:]})
+    with pytest.raises(DataError, match="has 20 tokens, data.sequence_length=12"):
+        evaluate(stage, recipe.model_copy(update={"data": first}), [1], 9, topology)

@@ -144,6 +144,6 @@ def test_the_task_is_that_of_the_test_shards(tmp_path):
     data = DataConfig(train="none.tar", test=f"{folder}/test-*.tar", sequence_length=10)
     assert Floor.of_test(data)._guesses is not None
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["generator"] == 2
+    assert manifest["generator"] == 3
     (folder / "manifest.json").write_text(json.dumps(manifest | {"fields": {"colour": "red"}}))
     assert Floor.of_test(data)._guesses is None

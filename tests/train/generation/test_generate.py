@@ -97,7 +97,9 @@ def test_greedy_decoding_produces_exactly_the_answers_that_evaluate_counts(depo,
             right[depth] += greedy(row, start, stop) == tokens[row, start:stop].tolist()
     batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [torch.tensor(places)] * len(tokens))
     monkeypatch.setattr("powernap.train.evaluation.evaluate.evaluation_batches", lambda *_, **__: [batch])
-    result = evaluate(model.stage, RunFolder(depo).recipe(), [1, 2], len(tokens), topology)
+    run = RunFolder(depo).recipe()
+    run = run.model_copy(update={"data": run.data.model_copy(update={"test": run.data.train})})
+    result = evaluate(model.stage, run, [1, 2], len(tokens), topology, floors=False)
     assert {int(d): round(share * 24) for d, share in result.accuracy["2"].items()} == right
     assert all(4 < count < 20 for count in right.values())
     assert {int(d): round(share * 24) for d, share in result.accuracy["1"].items()} != right  # slept on with another N
@@ -127,6 +129,23 @@ def test_pieces_come_as_they_are_said_and_the_window_sleeps_when_the_next_token_
         assert len(slept) == asleep
     assert next(outputs, None) is None
     assert stream.decoder.lengths == [9] and len(stream.unread[0]) == 1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_question_asked_in_between_leaves_no_trace(text, whole):
+    model, options = load_run(text), {"max_tokens": 11, "temperature": 0.9}
+    asked, silent = model.stream(2, seed=3), model.stream(2, seed=3)
+    for stream in (asked, silent):
+        said(stream.generate(["a cat", "two dogs sat"], **options), 2)
+    answers = asked.ask(["who sat?", "?"], **options)
+    question = said(answers, 2) if whole else [next(answers), answers.close()]
+    again = said(silent.ask(["who sat?", "?"], **options), 2)
+    assert not whole or question == again
+    assert asked.decoder.lengths == silent.decoder.lengths
+    for _ in range(2):
+        assert said(asked.generate(**options), 2) == said(silent.generate(**options), 2)
+    with pytest.raises(GenerateError, match="2 streams"):
+        asked.ask(["one"])
 
 
 def test_the_largest_trained_number_of_passes_is_the_default(depo):

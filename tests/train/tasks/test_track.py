@@ -5,9 +5,10 @@ import pytest
 
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks.sample import is_held_out
-from powernap.train.tasks.track import ALL_TRAINED, GROUPS, Track
+from powernap.train.tasks.track import BEGINNING, GROUPS, Track
 
-TASKS = [Track(), Track(group="a5", moves=3, windows=4, questions=2), Track(moves=5, windows=2, questions=3)]
+TASKS = [Track(), Track(group="a5", moves=3, windows=4, questions=2), Track(moves=5, windows=2, questions=3), Track(asked="each", windows=4),
+         Track(asked="each", group="a5", moves=2, windows=3, min_windows=3, questions=4)]  # fmt: skip
 
 
 def matrix(generator):
@@ -41,39 +42,53 @@ def test_answers_are_the_products(task):
     for seed in range(200):
         sample = task.sample(np.random.default_rng(seed), held_out=seed % 2 == 1)
         names = [task.token_name(token) for token in sample.tokens]
-        context, questions = names[: task.context_length], names[task.context_length :]
-        state, windows = np.eye(task.points, dtype=int), 0
-        for window in zip(*[iter(context)] * task.window, strict=True):
+        state, windows, answers = np.eye(task.points, dtype=int), 0, []
+        while names:
+            window, names = names[: task.window], names[task.window :]
+            asked = 2 * task.questions if task.asked == "each" or len(names) == 2 * task.questions else 0
+            questions, names = names[:asked], names[asked:]
             if window[0] == "[pad]":
-                assert set(window) == {"[pad]"} and not windows  # on the left, by whole windows
+                assert {*window, *questions} == {"[pad]"} and not windows  # on the left, by whole windows
                 continue
             assert window[0] == "[move]"
             windows += 1
             for letter in window[1:]:
                 state = matrix(GROUPS[task.group][ord(letter) - ord("a")]) @ state
-        asked = [int(name.removeprefix("[where ").removesuffix("]")) - 1 for name in questions[::2]]
-        assert len(set(asked)) == task.questions
-        assert [int(name) - 1 for name in questions[1::2]] == [int(state[:, x].argmax()) for x in asked]
-        assert sample.answers[:, 2].tolist() == [windows] * task.questions
+            elements = [int(name.removeprefix("[where ").removesuffix("]")) - 1 for name in questions[::2]]
+            assert len(set(elements)) == len(elements)
+            assert [int(name) - 1 for name in questions[1::2]] == [int(state[:, x].argmax()) for x in elements]
+            answers += [windows] * len(elements)
+        assert sample.answers[:, 2].tolist() == answers and len(answers) in (task.questions, task.questions * windows)
         assert sample.loss_mask.nonzero()[0].tolist() == sample.answers[:, 0].tolist()
         assert (sample.answers[:, 1] - sample.answers[:, 0] == 1).all()
         lengths.add(windows)
     assert lengths == set(range(task.min_windows, task.windows + 1))
 
 
-def test_long_words_of_the_test_are_never_trained_on():
-    task = Track(windows=8)
-    trained, tested = ({word(task, seed, held_out) for seed in range(3000)} for held_out in (False, True))
-    assert not {long for long in trained & tested if len(long) > ALL_TRAINED}
-    for length in range(ALL_TRAINED + 1, 9):  # every word is on one side, and both are found
-        words = {w for w in trained | tested if len(w) == length}
-        assert 0.1 < len(words & tested) / 2**length < 0.35
-        assert all(is_held_out(w) == (w in tested) for w in words)
+def test_asked_after_each_window_every_question_is_a_probe():
+    task = Track(asked="each", windows=5, questions=2)
+    samples = [task.sample(np.random.default_rng(seed), False) for seed in range(50)]
+    (probes,) = {tuple(map(tuple, sample.probes.tolist())) for sample in samples}  # of short words too
+    assert probes == tuple((6 * window + 2 + 2 * q, 6 * window + 4 + 2 * q) for window in range(5) for q in range(2))
+    for sample in samples:
+        assert {start - 1 for start in sample.answers[:, 0]} <= {start for start, _ in probes}
+    assert not len(Track().sample(np.random.default_rng(0), False).probes)
+
+
+@pytest.mark.parametrize("asked", ["end", "each"])
+def test_no_trained_word_begins_like_one_of_the_test(asked):
+    task = Track(windows=8, asked=asked)
+    trained, tested = ({word(task, seed, held_out) for seed in range(2000)} for held_out in (False, True))
+    beginnings = [{w[:BEGINNING] for w in words if len(w) >= BEGINNING} for words in (trained, tested)]
+    assert not beginnings[0] & beginnings[1] and sum(map(len, beginnings)) == 2**BEGINNING
+    assert 0.1 < len(beginnings[1]) / 2**BEGINNING < 0.35
+    assert all(is_held_out(b) for b in beginnings[1])
+    assert {w for w in trained if len(w) < BEGINNING} == {w for w in tested if len(w) < BEGINNING}
 
 
 def word(task, seed, held_out):
-    tokens = task.sample(np.random.default_rng(seed), held_out).tokens[: task.context_length]
-    return tuple(int(token) - 2 for token in tokens if token > 1)
+    tokens = task.sample(np.random.default_rng(seed), held_out).tokens.tolist()
+    return tuple(token - 2 for token in tokens if token in (2, 3))
 
 
 def test_surface_guesses_hold_no_work():
@@ -88,6 +103,13 @@ def test_surface_guesses_hold_no_work():
         sample = one_window.sample(np.random.default_rng(seed), False)
         right = [[(int(sample.tokens[start]),)] for start in sample.answers[:, 0]]
         assert one_window.surface_guesses(sample)["the last window alone"] == right
+    each = Track(asked="each", windows=3, min_windows=3, questions=2)
+    for seed in range(20):
+        sample = each.sample(np.random.default_rng(seed), False)
+        guesses = each.surface_guesses(sample)
+        assert [len(c) for c in guesses["an element not taken"]] == [3] * 6  # answers are forgotten
+        right = [[(int(sample.tokens[start]),)] for start in sample.answers[:2, 0]]
+        assert guesses["the last window alone"][:2] == right and len(guesses["the last window alone"]) == 6
 
 
 @pytest.mark.parametrize(
