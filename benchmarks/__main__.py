@@ -12,12 +12,16 @@ from benchmarks import common
 
 ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint", "tracking"]
 ON_DEMAND = ["demo", "trend", "device"]  # a quarter of an hour; hours; a CUDA device
+STUDY = "study"  # study NAME ...: hours, see studies.py
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)} (all by default), {', '.join(ON_DEMAND)}"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(ON_CPU)} (all by default), {', '.join(ON_DEMAND)}, or study NAME",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: does it still run?")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
@@ -25,7 +29,12 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="demo, trend: where runs are kept (default: runs/demo_seeds, runs/trend)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="study: models trained side by side (default: %(default)s)")
+    parser.add_argument("--page", action="store_true", help="study: write the page of what is done, train nothing")
     options = parser.parse_args()
+    if options.names[:1] == [STUDY]:
+        importlib.import_module("benchmarks.study").main(options, "")
+        return
     if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")
     common.RESULTS = options.results

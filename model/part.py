@@ -124,6 +124,10 @@ class Mixer(Part):
         heads, rows, columns = self.state_shape
         return zero_state(batch, heads // layer.tp_size, rows, columns, like)
 
+    def flops_less(self, model: ModelConfig, sleep: SleepConfig, keys: float) -> int:
+        """By how much `flops` is less where a token sees `keys` keys on average, as in a short window."""
+        return 0
+
     @abstractmethod
     def forward(
         self,

@@ -62,6 +62,12 @@ class Segment:
         """Its tokens, to index the inputs with."""
         return slice(self.tokens.start, self.tokens.stop)
 
+    def mean_keys(self, window: int) -> float:
+        """Keys that a token sees in attention, itself among them and at most `window`: the mean over the tokens."""
+        cached, length = sum(map(len, self.cached)), len(self.tokens)
+        rising = min(length, window - cached)  # tokens that see more than the one before
+        return (rising * cached + rising * (rising + 1) / 2 + (length - rising) * window) / length
+
     @property
     def label(self) -> str:
         """Two characters: the window as a letter, the pass as a digit, "?" where it predicts."""

@@ -58,8 +58,11 @@ class Attention(Mixer):
         projections = 6 * model.hidden_size**2
         if state_only:
             return projections
-        keys_twice = 2 * model.window if sleep.eviction == "sliding" else model.window + 1
-        return projections + 2 * model.hidden_size**2 + 2 * model.hidden_size * keys_twice
+        return projections + 2 * model.hidden_size**2 + self.flops_less(model, sleep, keys=0)
+
+    def flops_less(self, model: ModelConfig, sleep: SleepConfig, keys: float) -> int:
+        full = model.window if sleep.eviction == "sliding" else (model.window + 1) / 2
+        return round(4 * model.hidden_size * (full - keys))
 
     def has_state(self, sleep: SleepConfig) -> bool:
         return sleep.eviction == "sliding"

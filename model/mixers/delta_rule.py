@@ -4,7 +4,8 @@ With S_t in R^{d_k x d_v} (the transpose of the paper's matrix, as kernels store
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
 
-alpha_t = exp(g_t) decays, beta_t in [0, 1] sets the write strength (arXiv 2412.06464, eq. 10). All forms take an initial
+alpha_t = exp(g_t) decays, beta_t in [0, 1], or [0, 2] (arXiv 2411.12537), sets the write strength
+(arXiv 2412.06464, eq. 10). All forms take an initial
 state, return the final one, and pass gradients through both.
 
 All forms have the field's usual layout: q, k [B, T, H, K], v [B, T, H, V], g, beta [B, T, H], state [B, H, K, V].

@@ -43,6 +43,9 @@ class GatedDeltaNet(RecurrentMixer):
     heads: int = Field(ge=1, description="heads")
     key_dim: int = Field(ge=1, description="d_k, rows of a head's fast weights")
     value_dim: int = Field(ge=1, description="d_v, columns of a head's fast weights")
+    allow_neg_eigval: bool = Field(
+        False, description="beta from 0 to 2, not 1: a write may flip the sign of what k recalls (arXiv 2411.12537)"
+    )
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -137,6 +140,8 @@ class GatedDeltaNet(RecurrentMixer):
         q, k, v = F.silu(convolved).split([d_k, d_k, d_v], dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta, g = beta.squeeze(-1).to(state.dtype).sigmoid(), self.log_decay(layer, alpha.to(state.dtype))
+        if self.allow_neg_eigval:  # I - beta k k^T has the eigenvalue 1 - beta
+            beta = 2 * beta
         if window.padding_mask is not None:
             padding_mask = window.padding_mask.unsqueeze(-1)
             beta, g = beta * padding_mask, g * padding_mask.view(*padding_mask.shape, *[1] * (g.dim() - 3))

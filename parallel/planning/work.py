@@ -46,7 +46,14 @@ def segment_flops(recipe: Recipe, segments: list[Segment]) -> list[list[int]]:
     """Forward FLOPs per token, [segments][blocks of the model]."""
     awake = prediction_flops(recipe.model, recipe.sleep)
     asleep = consolidation_flops(recipe.model, recipe.sleep, max(recipe.sleep.pass_choices))
-    return [awake if segment.predicts else asleep[segment.pass_number - 1] for segment in segments]
+    found = []
+    for segment in segments:
+        flops = awake if segment.predicts else asleep[segment.pass_number - 1]
+        reading = range(segment.blocks.start, segment.blocks.stop - segment.state_only)  # the last one only writes
+        keys = segment.mean_keys(recipe.model.window)
+        less = [mixer.flops_less(recipe.model, recipe.sleep, keys) for mixer in recipe.model.mixers]
+        found.append([flops[block] - less[block] * (block in reading) for block in range(len(less))])
+    return found
 
 
 def micro_batches(recipe: Recipe) -> int:

@@ -117,6 +117,10 @@ def attention(mixer, qkv, model):
     return F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), mixer.out_proj.weight)
 
 
+def write_strength(beta, model):
+    return beta.sigmoid() * (2 if model.gdn.allow_neg_eigval else 1)
+
+
 def gated_delta_net(mixer, x, model, state=None):
     batch, length, _ = x.shape
     k_dim, v_dim = model.gdn.key_dim, model.gdn.value_dim
@@ -133,7 +137,7 @@ def gated_delta_net(mixer, x, model, state=None):
     if state is None:
         state = x.new_zeros(batch, model.gdn.heads, k_dim, v_dim)
     output, state = sequential_delta_rule(
-        F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta.squeeze(-1).sigmoid(), state
+        F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, write_strength(beta.squeeze(-1), model), state
     )
     output = F.rms_norm(output, (v_dim,), mixer.norm.weight, model.norm_eps) * F.silu(z)
     return F.linear(output.flatten(2), mixer.out_proj.weight), state

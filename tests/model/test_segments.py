@@ -5,6 +5,8 @@ import torch
 
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.config import SleepConfig
+from powernap.model.segments import Segment
+from powernap.model.window import sliding_mask
 from tests.helpers import tiny
 
 
@@ -96,3 +98,12 @@ def test_a_loss_on_the_first_token_of_a_window_belongs_to_the_window_before():
     segments = plan_segments(tokens, loss_mask, tiny.model_config(), SleepConfig(), 1)
     assert [s.predicts for s in segments] == [True, False, False]
     assert torch.equal(tokens[:, 1:][:, segments[0].tokens[-1]], tokens[:, tiny.WINDOW])
+
+
+@pytest.mark.parametrize(
+    ("cached", "length", "window"), [(0, 6, 6), (0, 4, 6), (5, 6, 6), (3, 6, 6), (5, 1, 6), (0, 1, 1)]
+)
+def test_the_keys_that_a_token_sees(cached, length, window):
+    segment = Segment(0, 1, range(length), range(1), range(1), cached=(range(cached),))
+    mask = sliding_mask(length, cached, window, torch.device("cpu"))
+    assert segment.mean_keys(window) == pytest.approx(mask.sum().item() / length)

@@ -12,9 +12,12 @@ from powernap.model.health import FastWeightHealth
 from tests.helpers import plain, tiny
 
 
-@pytest.mark.parametrize(("recompute", "tied"), [(True, False), (False, False), (True, True)])
-def test_one_pass_equals_the_plain_hybrid(topology, recompute, tied):
-    stage = tiny.build_stage(topology, model=tiny.model_config(tie_embeddings=tied))
+@pytest.mark.parametrize(
+    ("recompute", "changes"),
+    [(True, {}), (False, {}), (True, {"tie_embeddings": True}), (False, {"gdn": {"allow_neg_eigval": True}})],
+)
+def test_one_pass_equals_the_plain_hybrid(topology, recompute, changes):
+    stage = tiny.build_stage(topology, model=tiny.model_config(**changes))
     tokens, loss_mask = (x.to(topology.device) for x in tiny.batch())
     with topology.device:
         logits = plain.hybrid(stage, tokens)

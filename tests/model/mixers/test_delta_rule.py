@@ -75,6 +75,16 @@ def test_two_halves_with_the_state_between_equal_the_whole():
     torch.testing.assert_close(last, whole, rtol=0, atol=1e-12)
 
 
+def test_a_write_of_strength_two_reflects_the_state():
+    """Along k its sign flips: the eigenvalue of I - beta k k^T there is -1, which no strength up to one reaches."""
+    q, k, _, g, beta, state = (x.detach() for x in inputs(1, decay=0.0))
+    nothing = torch.zeros(B, 1, H, V, dtype=torch.float64)
+    for form in (sequential_delta_rule, chunked_delta_rule):
+        _, reflected = form(q, k, nothing, g, 2 * torch.ones_like(beta), state)
+        recalled, before = (torch.einsum("bhk,bhkv->bhv", k[:, 0], s) for s in (reflected, state))
+        torch.testing.assert_close(recalled, -before, rtol=0, atol=1e-12)
+
+
 def test_a_token_with_no_write_and_no_decay_leaves_the_state():
     q, k, v, g, beta, state = inputs(7)
     _, after = gated_delta_rule(q, k, v, g * 0, beta * 0, state)
