@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, write
-from powernap.launch.commands.demo import powernap
+from powernap.launch.side_by_side import powernap
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.data.check import predicting_windows
 from powernap.train.evaluation.intervals import wilson

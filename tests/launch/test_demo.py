@@ -10,17 +10,35 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from powernap.launch.cli import main
+from powernap.launch.cli import _parser, main
+from powernap.launch.commands.demo import DEMOS
+from powernap.launch.side_by_side import powernap_side_by_side
+from powernap.train.data.build import build_task
+from powernap.train.recipe_file import check, load_recipe, parse_overrides
+from powernap.train.tasks import TASKS
+from powernap.train.tasks.depo import Depo
+from powernap.train.tasks.track import Track
 from tests.helpers import runs
 
-SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=64")
+SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=16")
+DEPO = ("--task", "depo", "--folder", "depo")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Where it ran, and what it said."""
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=folder)
+    """Where it ran, and what it said; its shards to train on are there, fewer than it would build."""
+    place = tmp_path_factory.mktemp("demo")
+    sizes = dict(train_samples=256, test_samples=32, samples_per_shard=64, seed=3, workers=1)
+    build_task("track", Track(asked="each", min_windows=8), place / "runs" / "demo" / "data", **sizes)
+    return place, runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
+
+
+@pytest.fixture(scope="module")
+def depo(tmp_path_factory):
+    place = tmp_path_factory.mktemp("depo")
+    sizes = dict(train_samples=288, test_samples=64, samples_per_shard=96, seed=3, workers=1)
+    build_task("depo", Depo(nodes=8, max_hop=4, queries=18, names="ends"), place / "depo" / "data", **sizes)
+    return place, runs.warm_powernap("demo", *DEPO, "--seed", "3", *SHORT, cwd=place)
 
 
 def test_the_demo_from_shards_to_picture(demo):
@@ -28,26 +46,56 @@ def test_the_demo_from_shards_to_picture(demo):
     assert result.returncode == 0, result.stderr
     folder = place / "runs" / "demo"
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["accuracy"]) == ["4", "1"]
-    assert list(results["accuracy"]["4"]) == ["4"] and list(results["accuracy"]["1"]) == ["1"]  # each at its own N
-    assert list(results["accuracy"]["4"]["4"]) == ["1", "2", "3", "4"]
-    assert list(results["floor"]) == list(results["constant_guess"]) == ["1", "2", "3", "4"]
-    assert all(results["floor"][hop] > 0.2 > results["constant_guess"][hop] for hop in results["floor"])
-    for n in ("4", "1"):  # the windows that predict are in the run's folder: no shard is needed for its FLOPs
-        work = json.loads((folder / f"N{n}" / "work.json").read_text())
-        assert work["predicts"] == [False, True, True, True] and list(work["flops_per_step"]) == [n]
-        assert work["task"] == "depo" and work["fields"]["queries"] == 18
-    assert results["steps"] == 6 and results["seed"] == 3 and results["seconds"] > 0
+    models = {"sleep": "2", "no_sleep": "1", "transformer": "1"}
+    assert {model: list(of) for model, of in results["accuracy"].items()} == {m: [n] for m, n in models.items()}
+    depths = [str(depth) for depth in range(1, 9)]
+    assert (
+        list(results["accuracy"]["sleep"]["2"]) == list(results["floor"]) == list(results["constant_guess"]) == depths
+    )
+    assert {w: list(of["accuracy"]) for w, of in results["lengths"].items()} == {w: list(models) for w in ("16", "64")}
+    assert list(results["lengths"]["16"]["accuracy"]["sleep"]["2"])[-1] == "16"
+    assert results["seed"] == 3 and results["seconds"] > 0
+    spent = {model: steps * results["flops_per_step"][model] for model, steps in results["steps"].items()}
+    assert results["steps"]["sleep"] == 6 and results["steps"]["no_sleep"] == 11
+    assert all(flops == pytest.approx(spent["sleep"], rel=0.1) for flops in spent.values())
+    for model, steps in results["steps"].items():
+        assert [run["step"] for run in metrics(folder, model)] == list(range(1, steps + 1))
+        work = json.loads((folder / model / "work.json").read_text())
+        assert work["flops_per_step"] == {models[model]: results["flops_per_step"][model]}
+        assert work["task"] == "track" and work["predicts"] == [False, True] * 8
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    commands = [line for line in result.stdout.splitlines() if line.startswith("$ powernap ")]
-    assert [command.split()[2] for command in commands] == ["data", "train", "eval", "train", "eval"]
+    commands = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("$ powernap ")]
+    assert commands == ["data"] * 2 + ["train"] * 3 + ["eval"] * 3
+    assert "step 6/6 of sleep" in result.stdout
     table = result.stdout[result.stdout.index("Share of right answers") :]
-    assert "make ui" in table and max(len(line) for line in table.splitlines()) <= 80
-    steps, data = ([run["step"] for run in metrics(folder, n)] for n in ("N4", "N1")), folder / "data"
-    assert all(step == [1, 2, 3, 4, 5, 6] for step in steps)
-    assert json.loads((data / "manifest.json").read_text())["fields"]["nodes"] == 8
+    assert "16 windows, a length never trained" in table and "make ui" in table
+    assert max(len(line) for line in table.splitlines()) <= 80
     again = runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
     runs.assert_one_line(again, "results.json exists")
+
+
+def test_depo_by_the_same_steps(depo):
+    place, result = depo
+    assert result.returncode == 0, result.stderr
+    results = json.loads((place / "depo" / "results.json").read_text())
+    assert {model: list(of) for model, of in results["accuracy"].items()} == {"4": ["4"], "1": ["1"]}
+    assert list(results["floor"]) == list(results["constant_guess"]) == ["1", "2", "3", "4"]
+    assert all(results["floor"][hop] > results["constant_guess"][hop] for hop in results["floor"])
+    assert results["steps"] == 6 and all(len(metrics(place / "depo", n)) == 6 for n in ("N4", "N1"))
+    assert "powernap ui --root depo" in result.stdout
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_what_a_demo_would_build_and_train_fits(name):
+    """The shards that the other tests have made smaller: their arguments are those of `data build`."""
+    demo = DEMOS[name]
+    for task, *arguments in demo.shards.values():
+        fields = dict(argument.split("=") for argument in arguments if "=" in argument)
+        built = check(TASKS[task], {field: parse_overrides([f"{field}={fields[field]}"])[field] for field in fields})
+        assert _parser().parse_args(["data", "build", task, "folder", *arguments])
+        assert built.vocab_size == load_recipe(demo.recipe, []).model.vocab_size
+    for model in demo.models:
+        load_recipe(demo.recipe, list(model.overrides))
 
 
 @pytest.mark.parametrize(
@@ -71,15 +119,15 @@ def test_what_the_demo_sets_itself_is_refused_before_anything_is_built(
 
 
 @pytest.mark.faults
-def test_a_demo_that_was_stopped_in_its_second_training_goes_on(demo):
-    place, _ = demo
-    folder = place / "runs" / "demo"
+def test_a_demo_that_was_stopped_in_its_second_training_goes_on(depo):
+    place, _ = depo
+    folder = place / "depo"
     results = json.loads((folder / "results.json").read_text())
     losses = [run["loss"] for run in metrics(folder, "N1")]
     (folder / "results.json").unlink()
     (folder / "N1" / "evaluation.json").unlink()
     shutil.rmtree(folder / "N1" / "checkpoints" / "step_00000006")
-    resumed = runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
+    resumed = runs.warm_powernap("demo", *DEPO, "--seed", "3", *SHORT, cwd=place)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 3 of 6" in resumed.stderr
     assert [line.split()[2] for line in resumed.stdout.splitlines() if line.startswith("$ ")] == ["train", "eval"]
@@ -89,24 +137,26 @@ def test_a_demo_that_was_stopped_in_its_second_training_goes_on(demo):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_demo_that_is_ended_alone_leaves_no_rank_behind(demo, number):
+def test_a_demo_that_is_ended_alone_leaves_no_process_behind(demo, number):
     place, folder = demo[0], f"ended-{number.name}"
-    shutil.copytree(place / "runs" / "demo" / "data", place / folder / "data")
-    options = ["--folder", folder, "train.steps=100000", "evaluation.samples=64", "parallel.data=2"]
+    for data in ("data", "data16", "data64"):
+        shutil.copytree(place / "runs" / "demo" / data, place / folder / data)
     process = subprocess.Popen(
-        [*runs.COMMAND, "demo", *options],
+        [*runs.COMMAND, "demo", "--folder", folder, "train.steps=100000", "evaluation.samples=16"],
         cwd=place,
         env=os.environ | {"MLFLOW_TRACKING_URI": ""},
         start_new_session=True,
     )
     family = []
     try:
-        steps = place / folder / "N4" / "metrics.jsonl"
+        steps = [place / folder / model / "metrics.jsonl" for model in ("sleep", "no_sleep")]
         runs.wait_for(
-            lambda: process.poll() is not None or (steps.is_file() and steps.read_bytes().count(b"\n") > 1), 180
+            lambda: process.poll() is not None
+            or all(file.is_file() and file.read_bytes().count(b"\n") > 1 for file in steps),
+            180,
         )
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 3  # powernap train and its ranks
+        assert len(family) >= 2  # side by side
         process.send_signal(number)
         left = psutil.wait_procs(family, 60)[1]
     finally:
@@ -115,7 +165,17 @@ def test_a_demo_that_is_ended_alone_leaves_no_rank_behind(demo, number):
                 member.kill()
         code = process.wait(30)
     assert not left and code == {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGKILL: -9}[number]
-    assert bool(list((place / folder / "N4" / "checkpoints").glob("step_*"))) == (number != signal.SIGINT)
+    assert bool(list((place / folder / "sleep" / "checkpoints").glob("step_*"))) == (number != signal.SIGINT)
+
+
+def test_one_that_fails_ends_the_others_and_its_last_line_is_shown(tmp_path, capfd):
+    commands = {"fails": ["train", "nowhere"], "waits": ["ui", "--root", str(tmp_path), "--port", "0"]}
+    with pytest.raises(SystemExit) as exit:
+        powernap_side_by_side(commands, tmp_path, 2, lambda: "so far")
+    assert exit.value.code == 2
+    said = capfd.readouterr()
+    assert said.err.count("\n") == 1 and "nowhere" in said.err and "so far" in said.out
+    assert not psutil.Process().children()
 
 
 def metrics(folder, name):

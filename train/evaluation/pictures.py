@@ -1,13 +1,14 @@
 """Pictures of a run: accuracy by depth with its intervals, and loss."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
+GREEN = "#238b45"
 GREY = "#777777"  # for floors
 DEPTH_LABEL = "depth (hops, steps, operations); bands: 95 %"
 
@@ -97,36 +98,51 @@ def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[s
 
 
 def draw_demo(
-    accuracy: Accuracy,
-    intervals: Intervals,
-    floor: Mapping[str, float],
+    curves: Mapping[str, tuple[Mapping[str, float], Mapping[str, tuple[float, float]], Mapping[str, float]]],
     losses: Mapping[str, list[float]],
     *,
+    trained: Collection[str],
+    depth_name: str,
     title: str,
     to: Path,
 ) -> None:
-    """The demo's picture: held-out accuracy by hop (left) and training loss (right), a colour for each model.
+    """The demo's picture: held-out accuracy by depth (left) and training loss (right), a colour for each model.
 
-    accuracy: model name -> hop -> share. intervals: their 95 % intervals. losses: model name -> loss at every step, in the same order.
+    Args:
+        curves: model name -> accuracy, 95 % interval and floor by depth.
+        losses: model name -> loss at every step, in the same order.
+        trained: the depths of sequences as long as the training's; deeper ones are set apart.
     """
     figure, (left, right) = new_figure(columns=2)
-    colors = dict(zip(accuracy, (BLUE, ORANGE), strict=True))
-    hops = list(floor)
-    for name, values in accuracy.items():
-        left.plot(hops, [values[hop] for hop in hops], "o-", color=colors[name], linewidth=2, clip_on=False)
-        _band(left, hops, intervals[name], colors[name])
-        for hop in hops[1:]:
+    colors = dict(zip(curves, (BLUE, ORANGE, GREEN), strict=False))
+    equal_steps = len({len(values) for values in losses.values()}) == 1
+    for name, (accuracy, intervals, _) in curves.items():
+        depths = list(accuracy)
+        left.plot(depths, list(accuracy.values()), "o-", color=colors[name], linewidth=2, clip_on=False)
+        _band(left, depths, intervals, colors[name])
+        deepest = [depth for depth in (list(trained)[-1], depths[-1]) if depth in accuracy]
+        for depth in depths[1:] if len(depths) < 5 else dict.fromkeys(deepest):
             left.annotate(
-                f"{values[hop]:.0%}", (hop, values[hop]), xytext=(0, -14), textcoords="offset points",
+                f"{accuracy[depth]:.0%}", (depth, accuracy[depth]), xytext=(0, -14), textcoords="offset points",
                 ha="center", color=colors[name], fontsize=9,
             )  # fmt: skip
-        right.plot(range(1, len(losses[name]) + 1), smooth(losses[name]), color=colors[name], label=name)
-    left.plot(hops, [floor[hop] for hop in hops], ":", color=GREY)
-    left.annotate(FLOOR_LABEL, (hops[0], floor[hops[0]]), xytext=(0, 4), textcoords="offset points", color=GREY)
-    left.set_xlabel("hops along the cycle")
-    left.set_title("answers right on held-out cycles", loc="left", fontsize=11)
+        steps = range(1, len(losses[name]) + 1)
+        places = list(steps) if equal_steps else [100 * step / len(steps) for step in steps]
+        right.plot(places, smooth(losses[name]), color=colors[name], label=name)
+    floor = next(iter(curves.values()))[2]
+    left.plot(list(floor), list(floor.values()), ":", color=GREY)
+    first = next(iter(floor))
+    left.annotate(FLOOR_LABEL, (first, floor[first]), xytext=(0, 4), textcoords="offset points", color=GREY)
+    if longer := len(floor) - len(trained):
+        left.axvspan(len(trained) - 0.5, len(floor) - 0.5, color=GREY, alpha=0.08, linewidth=0)
+        left.annotate(
+            "never trained", (len(trained) - 0.5 + longer / 2, 1.0), xytext=(0, 4), textcoords="offset points",
+            ha="center", color=GREY, annotation_clip=False, fontsize=9,
+        )  # fmt: skip
+    left.set_xlabel(depth_name)
+    left.set_title("held-out answers right", loc="left", fontsize=11)
     share_axis(left)
-    right.set_xlabel("optimizer step")
+    right.set_xlabel("optimizer step" if equal_steps else "training, % of its FLOPs")
     right.set_title("training loss (nats per answer)", loc="left", fontsize=11)
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
