@@ -98,6 +98,13 @@ def test_known_rules():
     assert np.array_equal(traffic.sum(axis=1), rows.sum(axis=1)) and not np.array_equal(traffic, rows)
 
 
+@pytest.mark.parametrize(("rule", "left"), [(110, 45), (30, 115), (90, 1)])
+def test_rows_merge(rule, left):
+    rows = {advanced(f"{number:08b}", table_of(rule), 8) for number in range(256)}
+    assert len(rows) == left
+    assert len(np.unique(after(np.arange(256)[:, None] >> np.arange(8) & 1, 8, rule), axis=0)) == left
+
+
 def test_equivalent_rules_differ_in_names_of_sides_and_bits():
     assert equivalents(110) == {110, 124, 137, 193}
     assert len({min(equivalents(rule)) for rule in range(256)}) == 88  # Wolfram's number of different rules
