@@ -7,18 +7,18 @@ The loss is on the answer bits. A label depends on its own row alone, so the spl
 training sample.
 """
 
-from functools import lru_cache
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.model.section import Section
+from powernap.train.tasks.elementary import after, best_cell
 from powernap.train.tasks.sample import Candidates, Sample, draw_problem
 
+RULE = 110
 FIRST_BIT = 1  # token of bit 0; bit 1 is the next
 FIRST_QUERY = 3
-MOST_CELLS = 2**21  # in the rows that a guess is counted on
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -82,7 +82,7 @@ class Rule110(Section):
         cells = np.stack(rows)
         choice = int(rng.integers(len(self.step_choices)))
         steps = self.step_choices[choice]
-        answer = after(cells, steps)[:, 0]
+        answer = after(cells, steps, RULE)[:, 0]
 
         tokens = np.concatenate([FIRST_BIT + cells.ravel(), [FIRST_QUERY + choice], FIRST_BIT + answer])
         loss_mask = np.zeros(self.sequence_length, dtype=bool)
@@ -95,38 +95,6 @@ class Rule110(Section):
         cells = sample.tokens[: self.context_length].reshape(self.rows, self.width) - FIRST_BIT
         guesses = []
         for _, _, steps in sample.answers.tolist():
-            cell, bits = _best_cell(self.width, steps)
+            cell, bits = best_cell(self.width, steps, RULE)
             guesses.append([tuple(FIRST_BIT + bits[bit] for bit in cells[:, cell].tolist())])
         return {"likeliest bit after one cell": guesses}
-
-
-@lru_cache(maxsize=64)
-def _best_cell(width: int, steps: int) -> tuple[int, tuple[int, int]]:
-    """The cell of a row that tells most about its first bit after `steps`, and the likelier bit if it is 0 and if 1.
-
-    Counted on all rows, or on random ones if there are too many.
-    """
-    if width * 2**width <= MOST_CELLS:
-        rows = np.arange(2**width)[:, None] >> np.arange(width) & 1
-    else:
-        rows = np.random.default_rng(0).integers(2, size=(MOST_CELLS // width, width))
-    rows = rows.astype(np.uint8)
-    ends = after(rows, steps)[:, 0]
-    ones = np.stack([ends[rows[:, cell] == value].mean() for value in (0, 1) for cell in range(width)]).reshape(
-        2, width
-    )
-    cell = int(np.maximum(ones, 1 - ones).sum(axis=0).argmax())
-    return cell, (int(ones[0, cell] > 0.5), int(ones[1, cell] > 0.5))
-
-
-def after(cells: np.ndarray, steps: int) -> np.ndarray:
-    """Rows of bits on a ring, [rows, width], after `steps` steps of Rule 110.
-
-    A cell becomes 1 if it or its right neighbour is 1, unless both and the left neighbour are.
-    """
-    columns = np.arange(cells.shape[1])
-    left, right = columns - 1, (columns + 1) % len(columns)
-    for _ in range(steps):
-        both = cells & cells[:, right]
-        cells = (cells | cells[:, right]) & ~(cells[:, left] & both)
-    return cells

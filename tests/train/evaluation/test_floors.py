@@ -10,8 +10,9 @@ import pytest
 from powernap.train.data.build import build_task
 from powernap.train.evaluation.floors import CONSTANT, COPY, Floor, best_guesses
 from powernap.train.tasks.depo import Depo
+from powernap.train.tasks.elementary import after
 from powernap.train.tasks.gsm import VOCABULARY, Gsm
-from powernap.train.tasks.rule110 import Rule110, after
+from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.sample import Sample
 
 DEMO = Depo(nodes=8, max_hop=4, queries=18, names="ends")
@@ -103,13 +104,13 @@ def test_rule110s_floor():
     task = Rule110(rows=1, width=13, steps=[2, 4])
     shares = shares_of(task, samples_of(task, 1500))["likeliest bit after one cell"]
     for steps in (2, 4):
-        ends = after(rows, steps)[:, 0]
+        ends = after(rows, steps, 110)[:, 0]
         by_cell = [
             sum(max(np.mean((rows[:, cell] == v) & (ends == bit)) for bit in (0, 1)) for v in (0, 1))
             for cell in range(13)
         ]
         assert shares[steps] == pytest.approx(max(by_cell), abs=0.04)
-    assert shares[2] > after(rows, 2)[:, 0].mean() + 0.02  # one cell says more than none
+    assert shares[2] > after(rows, 2, 110)[:, 0].mean() + 0.02  # one cell says more than none
     four = Rule110(rows=4, width=13, steps=2)
     assert shares_of(four, samples_of(four, 400))["likeliest bit after one cell"][2] == pytest.approx(
         shares[2] ** 4, abs=0.06
