@@ -1,8 +1,8 @@
-"""The demo on three fresh seeds: does it hold every time?
+"""The demo on fresh seeds: does it hold every time?
 
-Runs `powernap demo` for each seed, each model in one process. Accuracy is what counts: how long `make demo` takes is not
-measured here, since machines are shared. Shards and runs are kept in a folder: when stopped, the same command
-continues; finished runs are only read. The first seed's picture is kept beside the results.
+Runs `powernap demo` for each seed. Accuracy is what counts: how long `make demo` takes is not measured here, since machines
+are shared. Shards and runs are kept in a folder: when stopped, the same command continues; finished runs are only read. The
+first seed's picture is kept beside the results.
 """
 
 import argparse
@@ -17,43 +17,33 @@ from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, verdicts, write
 
 SEEDS = 3
-HOP = "4"  # the bars are on the deepest questions
 FOLDER = ROOT / "runs" / "demo_seeds"
-LAYOUT = ["parallel.data=1"]  # accuracy does not depend on it, and a busy machine runs one process better than two
+OTHERS = ("no_sleep", "transformer")
 
 
 def main(options: argparse.Namespace, command: str) -> None:
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            results = measure(Path(folder), ["train.steps=6", "optimizer.warmup_steps=2"])
+            results = measure(Path(folder), 1, ["train.steps=6", "optimizer.warmup_steps=2"])
             print("\n".join(describe(results)[1]))
         return
     folder = options.folder or FOLDER
-    results = measure(folder, [])
+    results = measure(folder, SEEDS, [])
     common.RESULTS.mkdir(exist_ok=True)
     shutil.copy(folder / str(next(iter(results))) / "demo.png", common.RESULTS / "demo.png")
     judged, report = describe(results)
     write("demo", command, {"results": results, "targets": judged}, report, clock="times are not measured")
 
 
-def measure(folder: Path, overrides: list[str]) -> dict[int, dict]:
+def measure(folder: Path, seeds: int, overrides: list[str]) -> dict[int, dict]:
     """Seed -> its demo's results, without seconds: the machine may be busy with other things."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
-    for seed in draw_seeds(folder, SEEDS):
+    for seed in draw_seeds(folder, seeds):
         found = folder / str(seed) / "results.json"
         if not found.exists():
-            run = [
-                sys.executable,
-                "-m",
-                "powernap.launch.cli",
-                "demo",
-                "--seed",
-                str(seed),
-                "--folder",
-                str(found.parent),
-            ]
-            subprocess.run([*run, *LAYOUT, *overrides], check=True)
+            options = ["demo", "--seed", str(seed), "--folder", str(found.parent), *overrides]
+            subprocess.run([sys.executable, "-m", "powernap.launch.cli", *options], check=True)
         results[seed] = json.loads(found.read_text())
         del results[seed]["seconds"]
     return results
@@ -61,29 +51,32 @@ def measure(folder: Path, overrides: list[str]) -> dict[int, dict]:
 
 def describe(results: dict[int, dict]) -> tuple[list[dict], list[str]]:
     """The targets as numbers, and the report."""
-    rows, worst = [], {"4": 1.0, "1": 0.0}
+    deepest = list(next(iter(results.values()))["floor"])[-1]
+    longer = {windows: list(of["floor"])[-1] for windows, of in next(iter(results.values())).get("lengths", {}).items()}
+    rows, gaps = [], {deepest: 1.0, **dict.fromkeys(longer, 1.0)}
     for seed, result in results.items():
-        for passes in ("4", "1"):
-            by_hop = result["accuracy"][passes][passes]
-            rows.append([seed, f"N={passes}", *(by_hop[hop] for hop in sorted(by_hop))])
-            worst[passes] = (min if passes == "4" else max)(worst[passes], by_hop[HOP])
-        for name in ("floor", "constant_guess"):
-            label = {"floor": "surface guess", "constant_guess": "constant guess"}[name]
-            rows.append([seed, label, *(result[name][hop] for hop in sorted(result[name]))])
-    judged, verdict = verdicts(
-        [
-            (f"worst seed at hop {HOP}, N=4", worst["4"], ">=", 0.95),
-            (f"best seed at hop {HOP}, N=1", worst["1"], "<=", 0.6),
-        ]
-    )
-    steps = next(iter(results.values()))["steps"]
+        found = {}  # model -> length -> share at its last depth
+        for model, (by_depth,) in ((model, of.values()) for model, of in result["accuracy"].items()):
+            of_lengths = result["lengths"]
+            last = {w: next(iter(of_lengths[w]["accuracy"][model].values()))[depth] for w, depth in longer.items()}
+            found[model] = {deepest: by_depth[deepest], **last}
+            rows.append([seed, model, result["steps"][model], *by_depth.values(), *last.values()])
+        floors = [of_lengths[w]["floor"][depth] for w, depth in longer.items()]
+        rows.append([seed, "surface guess", "", *result["floor"].values(), *floors])
+        for length in gaps:
+            gap = found["sleep"][length] - max(found[other][length] for other in OTHERS)
+            gaps[length] = min(gaps[length], gap)
+    bars = [(f"sleep less the better of the others at {deepest} windows, worst seed", gaps[deepest], ">=", 0.4)]
+    twice = next(iter(longer))
+    bars.append((f"the same at {twice} windows, never trained", gaps[twice], ">=", 0.3))
+    judged, verdict = verdicts(bars)
+    columns = [*next(iter(results.values()))["floor"], *(f"{depth} of {windows}" for windows, depth in longer.items())]
     return judged, [
-        f"Held-out accuracy by hop after {steps} steps, each model read at its own N. No question is asked twice in a",
-        "sequence. The *surface guess* draws among the nodes that no earlier answer, taken one at a time, rules out, and knows",
-        "the way back where 4 hops were asked from the other end; what all earlier answers together imply, without",
-        "the cycle, is 76 % at 1 to 3 hops and 80 % at 4 (every cycle counted: tests/train/evaluation/test_floors.py). A constant guess gets 13 %.",
+        "Held-out accuracy by windows so far, each model read at its own N; all of a seed have the same shards, order and",
+        f"training FLOPs. Sequences of {deepest} windows are trained; the last columns are the deepest question of longer",
+        "ones. The *surface guess* is the best of: a constant, the answer of the same question before, the last window alone.",
         "",
-        *table(["seed", "trained", "1", "2", "3", "4"], rows),
+        *table(["seed", "model", "steps", *columns], rows),
         "",
         *verdict,
     ]
