@@ -1,6 +1,6 @@
 """A corpus: input files, the tokenizer that reads them, and the share that is held out.
 
-What is made of the documents is up to a subclass: text.py cuts them into sequences, gsm_infinite.py makes a sample of each.
+A subclass says what is made of the documents: text.py cuts them into sequences, gsm_infinite.py makes a sample of each.
 """
 
 import zlib

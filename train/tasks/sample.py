@@ -10,7 +10,7 @@ import numpy as np
 from powernap.model.errors import PowernapError
 
 PAD = 0
-GENERATOR = 2  # incremented when the same fields and seed give other samples; older shards can still be read
+GENERATOR = 3  # incremented when the same fields and seed give other samples; older shards can still be read
 HELD_OUT_ONE_IN = 5  # a fifth of all problems is never trained on
 MAX_DRAWS = 1000
 

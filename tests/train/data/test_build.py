@@ -71,7 +71,7 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, capsys):
     )
     assert manifest == {
         "task": "depo",
-        "generator": 2,
+        "generator": 3,
         "samples_per_shard": 4,
         "asked": {"train": 10, "test": 3},
         "fields": {
