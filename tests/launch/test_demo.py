@@ -169,7 +169,10 @@ def test_a_demo_that_is_ended_alone_leaves_no_process_behind(demo, number):
 
 
 def test_one_that_fails_ends_the_others_and_its_last_line_is_shown(tmp_path, capfd):
-    commands = {"fails": ["train", "nowhere"], "waits": ["ui", "--root", str(tmp_path), "--port", "0"]}
+    commands = {
+        "fails": ["train", "nowhere"],
+        "waits": ["ui", "--root", str(tmp_path), "--port", str(runs.free_port())],
+    }
     with pytest.raises(SystemExit) as exit:
         powernap_side_by_side(commands, tmp_path, 2, lambda: "so far")
     assert exit.value.code == 2

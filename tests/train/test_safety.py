@@ -119,7 +119,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 vocabularies = st.fixed_dictionaries(
-    {"task": st.sampled_from(["depo", "gsm", "text"]), "fields": st.dictionaries(
+    {"task": st.sampled_from(["depo", "gsm", "gsm_infinite", "text"]), "fields": st.dictionaries(
         st.sampled_from(["nodes", "alphabet", "names", "tokenizer", "inputs"]),
         json_values | st.sampled_from(["tokenizer.json", "config.json", "bytes", "tiktoken:x", "/dev/zero", "words"]),
     )}

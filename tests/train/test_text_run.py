@@ -10,7 +10,7 @@ from safetensors import safe_open
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
-from powernap.train.data.build import TextSource, build
+from powernap.train.data.build import CorpusSource, build
 from powernap.train.data.text import Text
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     for name, windows in (("data", WINDOWS), ("long", 6 * WINDOWS)):
         fields = {"window": 32, "windows": windows, "documents": "whole", "test_share": 0.1}
         text = check(Text, {"inputs": str(folder / "corpus.jsonl"), **fields})
-        build(TextSource(text, 5_000), folder / name, workers=1)
+        build(CorpusSource(text, 5_000), folder / name, workers=1)
     recipe = {
         **runs.RECIPE,
         "model": {**runs.RECIPE["model"], "window": 32, "vocab_size": 258, "pad_token_id": 257},
@@ -163,5 +163,5 @@ def test_what_cannot_be_carried_is_answered_in_one_line(folder, overrides, words
     monkeypatch.chdir(folder)
     if "short/train-*.tar" in overrides[0] and not (folder / "short").exists():
         text = check(Text, {"inputs": str(folder / "corpus.jsonl"), "window": 32, "windows": WINDOWS})
-        build(TextSource(text, 5_000), folder / "short", workers=1)
+        build(CorpusSource(text, 5_000), folder / "short", workers=1)
     runs.assert_refused(["train", "tiny.yaml", "run.name=none", *overrides], capfd, *words)

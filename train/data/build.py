@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from powernap.train.data.corpora import CORPORA
+from powernap.train.data.corpus import Corpus
 from powernap.train.data.documents import Tally, check_budget
 from powernap.train.data.input_files import describe_left_out
 from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError, encode
 from powernap.train.data.task import Task
-from powernap.train.data.text import Text
 from powernap.train.tasks.sample import GENERATOR, PAD, Sample
 
 # Arguments that may differ when a build is continued, because each job records its own input.
@@ -99,13 +100,16 @@ class TaskSource:
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """Documents cut into sequences: each piece of the input becomes a shard, and a second one of held-out documents."""
+class CorpusSource:
+    """Samples of documents: each piece of the input becomes a shard, and a second one of held-out documents."""
 
-    task: Text
+    task: Corpus
     shard_bytes: int
-    name: ClassVar[str] = "text"
     unit: ClassVar[str] = "B"
+
+    @property
+    def name(self) -> str:
+        return self.task.name
 
     @property
     def skip_budget(self) -> int:
@@ -114,7 +118,7 @@ class TextSource:
     def about(self) -> dict[str, Any]:
         vocabulary = self.task.vocabulary
         about = {
-            "task": "text",
+            "task": self.name,
             "fields": self.task.model_dump(mode="json", exclude={"on_error", "skip_budget"}),
             "shard_bytes": self.shard_bytes,
             "files": {str(file): file.stat().st_size for file in self.task.files()[0]},
@@ -163,7 +167,7 @@ def _as_json(parts: list[tuple[str, int, int]]) -> list[list[Any]]:
     return [list(part) for part in parts]
 
 
-Source = TaskSource | TextSource
+Source = TaskSource | CorpusSource
 
 
 def build_task(
@@ -246,8 +250,11 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
 
     train, test = (_describe(**splits[split]) for split in SPLITS)
     print(f"{folder}: {train} to train on, {test} held out")
-    test_shards = f"{folder}/test-*.tar" if splits["test"]["shards"] else "null"
-    print(f"for the recipe: data.train={folder}/train-*.tar data.test={test_shards}")
+    train_shards, test_shards = (
+        f"{folder}/{split}-*.tar" if splits[split]["shards"] else missing
+        for split, missing in zip(SPLITS, ("...", "null"), strict=True)
+    )
+    print(f"for the recipe: data.train={train_shards} data.test={test_shards}")
     print(
         f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
         f"model.pad_token_id={pad}"
@@ -257,6 +264,8 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
 def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
     if manifest["splits"]["train"]["samples"]:
         return
+    if manifest["splits"]["test"]["samples"] and manifest["fields"].get("test_share") == 1:
+        return  # as was asked for
     shutil.rmtree(unfinished)
     skipped = f", {len(manifest['skipped'])} documents skipped" if manifest.get("skipped") else ""
     held_out = manifest["splits"]["test"]["samples"]
@@ -477,7 +486,7 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
         splits[split] = {"shards": len(members), "samples": sum(shard["samples"] for shard in members)}
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     documents = {}
-    if about["task"] == "text":
+    if about["task"] in CORPORA:
         documents = {
             "documents": sum(note["documents"] for note in made),
             "skipped": [reason for note in made for reason in note["skipped"]],

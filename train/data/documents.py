@@ -94,11 +94,13 @@ class Reader:
         text_field: field of .jsonl and column of .parquet that hold the text.
         txt_document: what makes a document in a .txt: file, paragraph or line.
         whole: documents are not divided: each is in one part, and is one piece.
+        columns: of .parquet, those that `raw` yields of each row, as a JSON object; empty: the text alone.
     """
 
     text_field: str
     txt_document: str
     whole: bool
+    columns: tuple[str, ...] = ()
 
     def parts(self, file: Path, size: int, check: bool) -> Iterator[tuple[Part, int]]:
         """A file in parts of about `size` bytes, if it can be divided; each with its size.
@@ -110,7 +112,7 @@ class Reader:
         total = file.stat().st_size
         if kind == ".parquet":
             try:
-                groups = open_parquet(file, self.text_field).num_row_groups
+                groups = (_open_parquet(file) if self.columns else open_parquet(file, self.text_field)).num_row_groups
             except DataError:
                 if check:
                     raise
@@ -146,7 +148,7 @@ class Reader:
         kind, codec = kind_of(Path(part[0]))
         try:
             if kind == ".parquet":
-                pieces = _rows(part, self.text_field, tally)
+                pieces = _records(part, self.columns, tally) if self.columns else _rows(part, self.text_field, tally)
             elif self._is_one_document(kind):
                 pieces = _blocks(part, codec, self.whole, tally)
             elif kind == ".txt" and self.txt_document == "paragraph":
@@ -318,16 +320,17 @@ def _all_lines(part: Part, codec: str | None, tally: Tally) -> Iterator[tuple[in
             place += len(line)
 
 
+def read_object(line: Piece) -> dict[str, Any]:
+    """Raises DataError if a line is not a JSON object."""
+    value = _json_of(line)
+    if not isinstance(value, dict):
+        raise DataError(f"{line} is no JSON object: write one object per line")
+    return value
+
+
 def _text_of(line: Piece, text_field: str) -> bytes:
     """Raises DataError if a line is not a JSON object with text."""
-    if line.data.lstrip()[:1] == b"[":
-        raise DataError(f"{line} is a JSON array: write one object per line, such as with jq -c '.[]'")
-    try:
-        value = json.loads(line.text())
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{line} is no JSON ({' '.join(str(error).split())}): write one object per line") from None
+    value = _json_of(line)
     if not isinstance(value, dict) or text_field not in value:
         names = f" with one of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
         raise DataError(f"{line} is no JSON object with '{text_field}': write text_field=...{names}")
@@ -335,6 +338,17 @@ def _text_of(line: Piece, text_field: str) -> bytes:
     if not isinstance(text, str):
         raise DataError(f"{line} has no text in '{text_field}', but {json.dumps(text)[:40]}")
     return _encode(text, line)
+
+
+def _json_of(line: Piece) -> Any:
+    if line.data.lstrip()[:1] == b"[":
+        raise DataError(f"{line} is a JSON array: write one object per line, such as with jq -c '.[]'")
+    try:
+        return json.loads(line.text())
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{line} is no JSON ({' '.join(str(error).split())}): write one object per line") from None
 
 
 def _encode(text: str, piece: Piece) -> bytes:
@@ -346,24 +360,47 @@ def _encode(text: str, piece: Piece) -> bytes:
 
 
 def _rows(part: Part, text_field: str, tally: Tally) -> Iterator[Piece | DataError]:
+    """The text of each row."""
+    from pyarrow import types
+
+    for row, batch in _batches(part, open_parquet(Path(part[0]), text_field), [text_field], tally):
+        column = batch.column(0)
+        if types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        for number, data in enumerate(column.cast("large_binary").to_pylist(), row):
+            if data is None:
+                yield DataError(f"{part[0]}: row {number} has no text in '{text_field}', but null")
+            else:
+                yield Piece(part[0], f"row {number}", 0, data)
+
+
+def _records(part: Part, columns: tuple[str, ...], tally: Tally) -> Iterator[Piece]:
+    """Rows as JSON objects, with those of the columns that there are."""
+    from pyarrow import ArrowInvalid
+
+    opened = _open_parquet(Path(part[0]))
+    present = [name for name in columns if name in opened.schema_arrow.names]
+    for row, batch in _batches(part, opened, present, tally):
+        try:
+            batch.validate(full=True)
+        except ArrowInvalid as error:  # such as text that is not UTF-8
+            raise _unreadable(part[0], error) from None
+        for number, record in enumerate(batch.to_pylist(), row):
+            yield Piece(part[0], f"row {number}", 0, json.dumps(record, default=str).encode())
+
+
+def _batches(part: Part, opened: Any, columns: list[str], tally: Tally) -> Iterator[tuple[int, Any]]:
+    """Batches of rows, each with the number of its first."""
     import pyarrow
 
     file, first, stop = part
     try:
         size = Path(file).stat().st_size
-        opened = open_parquet(Path(file), text_field)
         groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
         row = sum(groups[:first])
-        for batch in opened.iter_batches(256, row_groups=list(range(first, stop)), columns=[text_field]):
-            column = batch.column(0)
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for data in column.cast(pyarrow.large_binary()).to_pylist():
-                if data is None:
-                    yield DataError(f"{file}: row {row} has no text in '{text_field}', but null")
-                else:
-                    yield Piece(file, f"row {row}", 0, data)
-                row += 1
+        for batch in opened.iter_batches(256, row_groups=list(range(first, stop)), columns=columns):
+            yield row, batch
+            row += len(batch)
             tally.advance(size * len(batch) // max(1, sum(groups)))
     except pyarrow.ArrowException as error:
         raise _unreadable(file, error) from None
@@ -375,14 +412,8 @@ def open_parquet(path: Path, text_field: str):
     Raises:
         DataError: if it is not.
     """
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        opened = ParquetFile(path)
-        schema = opened.schema_arrow
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no Parquet file ({' '.join(str(error).split())})") from None
+    opened = _open_parquet(path)
+    schema = opened.schema_arrow
     texts = [column.name for column in schema if _is_text(column.type)]
     advice = f"write text_field=... with one of {', '.join(texts or schema.names)}"
     if text_field not in schema.names:
@@ -390,6 +421,18 @@ def open_parquet(path: Path, text_field: str):
     if text_field not in texts:
         advice = advice if texts else "no column holds text"
         raise DataError(f"{path}: column '{text_field}' holds {schema.field(text_field).type}, not text: {advice}")
+    return opened
+
+
+def _open_parquet(path: Path):
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        opened = ParquetFile(path)
+        opened.schema_arrow  # noqa: B018  # may fail too
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: no Parquet file ({' '.join(str(error).split())})") from None
     return opened
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from powernap.model.segments import spans
 from powernap.train.data.cache import ShardCache
+from powernap.train.data.corpus import Corpus
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import decode
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
-from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import UnknownTask, described_by
 from powernap.train.tasks.sample import probes_of
 
@@ -47,7 +47,7 @@ def inspect_shards(spec: str, cache: ShardCache, show: int = 2, window: int | No
     return "\n\n".join([*blocks, *note, _statistics(shards, manifest)])
 
 
-def _names(task: Task | Text) -> Callable[[int], str]:
+def _names(task: Task | Corpus) -> Callable[[int], str]:
     """A task's names for its tokens; shards beside a wrong manifest may have more tokens."""
     size = task.vocab_size
     return lambda token: task.token_name(token) if token < size else f"<{token}>"

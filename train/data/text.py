@@ -7,33 +7,24 @@ assigns a document to train or test.
 """
 
 import itertools
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field
 
-from powernap.model.section import Section
-from powernap.train.data.documents import Document, Part, Piece, Reader, Tally
-from powernap.train.data.input_files import find_files
+from powernap.train.data.corpus import Corpus
+from powernap.train.data.documents import Document, Part, Reader, Tally
 from powernap.train.data.sample import DataError
-from powernap.train.data.tokenizer import Tokenizer, load_tokenizer
-from powernap.train.paths import SharedPath
 from powernap.train.tasks.sample import Sample
 
 
-class Text(Section):
+class Text(Corpus):
     """Which text to read, and how to cut it."""
 
-    inputs: SharedPath | list[SharedPath] = Field(
-        description="folder, file or glob of .txt, .jsonl (both also .gz, .zst or .bz2) and .parquet, or a list of them"
-    )
-    tokenizer: SharedPath = Field(
-        "bytes", description="bytes, tiktoken:NAME, or the path of a Hugging Face tokenizer.json"
-    )
+    name: ClassVar[str] = "text"
+
     text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
     txt_document: Literal["file", "paragraph", "line"] = Field(
         "file", description="what a document of a .txt is: the file, a paragraph between blank lines, or a line"
@@ -44,44 +35,6 @@ class Text(Section):
         "packed", description="packed: one after the other; whole: each in sequences of its own, for sleep.carry"
     )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
-    on_error: Literal["stop", "skip"] = Field(
-        "stop", description="a document that cannot be used stops the build, or is reported and skipped"
-    )
-    skip_budget: int = Field(100, ge=0, description="with on_error=skip: documents a build may do without")
-    _ids: tuple[int | None, int | None] | None = PrivateAttr(None)  # end and pad that shards were built with
-
-    @model_validator(mode="after")
-    def _some_input(self) -> Self:
-        if not self.inputs:
-            raise ValueError("inputs is empty: write a folder, such as inputs=corpus")
-        return self
-
-    @cached_property
-    def vocabulary(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.tokenizer)
-        if self._ids:
-            end, pad = self._ids
-            end = tokenizer.appended_from if end is None else end
-            tokenizer.use(end, end + 1 if pad is None else pad)
-        return tokenizer
-
-    @property
-    def ids(self) -> tuple[int | None, int | None] | None:
-        """The end and pad tokens of shards that were built from this text; None if none are built yet."""
-        return self._ids
-
-    def built_with(self, end: int | None, pad: int | None) -> Self:
-        """Decode with the end and pad tokens of existing shards. None: those that older builds appended."""
-        self._ids = end, pad
-        return self
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary.vocab_size
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.vocabulary.pad
 
     @property
     def sequence_length(self) -> int:
@@ -92,49 +45,13 @@ class Text(Section):
     def context_length(self) -> None:
         """Every window has loss tokens."""
 
-    def token_name(self, token: int) -> str:
-        return self.vocabulary.token_name(token)
-
     @cached_property
     def reader(self) -> Reader:
         return Reader(
             self.text_field, self.txt_document, whole=self.documents == "whole" or not self.vocabulary.separable
         )
 
-    def tally(self) -> Tally:
-        return Tally(self.skip_budget if self.on_error == "skip" else None)
-
-    def files(self) -> tuple[list[Path], dict[str, list[Path]]]:
-        """See `find_files`."""
-        return find_files([self.inputs] if isinstance(self.inputs, str) else self.inputs)
-
-    def jobs(self, size: int) -> list[tuple[list[Part], int]]:
-        """The input in pieces of about `size` bytes, one per shard: (parts, bytes)."""
-        jobs: list[tuple[list[Part], int]] = []
-        parts, total = [], 0
-        for file in self.files()[0]:
-            for part, weight in self.reader.parts(file, size, check=self.on_error == "stop"):
-                parts.append(part)
-                total += weight
-                if total >= size:
-                    jobs.append((parts, total))
-                    parts, total = [], 0
-        return jobs + ([(parts, total)] if parts else [])
-
-    def digest(self, parts: list[Part]) -> str:
-        """A hash of the content of the parts, wherever it lies in them; equal to tally.digest after reading them."""
-        tally = self.tally()
-        for part in parts:
-            for _ in self.reader.raw(part, tally):
-                pass
-        return tally.digest.hexdigest()
-
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
-        """Split, key within the split and sample, of all documents in `parts`.
-
-        Raises:
-            DataError: naming the place of a document that cannot be used and is not to be skipped.
-        """
         return (self._whole if self.documents == "whole" else self._packed)(parts, tally)
 
     def _packed(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
@@ -163,7 +80,7 @@ class Text(Section):
             if isinstance(document, DataError):
                 tally.skip(document)
                 continue
-            split = "test" if zlib.crc32(document.head) % 10_000 < 10_000 * self.test_share else "train"
+            split = self._split(document.head)
             used = False
             for tokens in self._pieces(document, tally):
                 used = True
@@ -177,21 +94,11 @@ class Text(Section):
             try:
                 if isinstance(piece, DataError):
                     raise piece
-                tokens = self._encode(piece, tally)
+                tokens = self._read(piece, piece.text(), tally)
             except DataError as error:
                 tally.skip(error)
             else:
                 yield tokens
-
-    def _encode(self, piece: Piece, tally: Tally) -> list[int]:
-        text = piece.text()
-        try:
-            tokens = self.vocabulary.encode(text)
-        except DataError as error:
-            raise DataError(f"{piece} {error}") from None
-        if difference := self.vocabulary.difference(text, tokens):
-            tally.change(piece, difference)
-        return tokens
 
     def _cut(self, tokens: list[int], last: bool) -> Iterator[Sample]:
         """Cut sequences off the front of `tokens`, which keeps the rest; with `last`, the rest becomes a padded one."""

@@ -1,4 +1,4 @@
-"""The vocabulary of shards, from the text or task that their manifest records. No torch here."""
+"""The vocabulary of shards, from the corpus or task that their manifest records. No torch here."""
 
 import difflib
 import re
@@ -7,11 +7,12 @@ from typing import Protocol
 
 from powernap.model.plugins import PluginError
 from powernap.train.config import DataConfig
+from powernap.train.data.corpora import CORPORA
+from powernap.train.data.corpus import Corpus
 from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
-from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import Detokenizer, Tokenizer
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import task_kind
@@ -121,8 +122,8 @@ def find_vocabulary(data: DataConfig) -> Vocabulary:
         return Numbers(str(error))
 
 
-def find_task(data: DataConfig) -> Task | Text:
-    """The text or task that the training shards were built from; for a mixture, any of them: they share a vocabulary.
+def find_task(data: DataConfig) -> Task | Corpus:
+    """The corpus or task that the training shards were built from; for a mixture, any of them: they share a vocabulary.
 
     Raises:
         DataError: if no manifest records it, or several vocabularies are mixed.
@@ -134,24 +135,24 @@ def find_task(data: DataConfig) -> Task | Text:
         task = described_by(read_manifest(path)) if path else None
         if task is None:
             raise DataError(f"{field}={spec}: no {MANIFEST} beside the shards says what their tokens stand for")
-        vocabularies[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Text) else repr(task)
+        vocabularies[name] = f"{task.tokenizer} {task.ids}" if isinstance(task, Corpus) else repr(task)
     if len(set(vocabularies.values())) > 1:
         raise DataError(f"data.train mixes vocabularies ({', '.join(vocabularies)})")
     assert task is not None
     return task
 
 
-def vocabulary_of(task: Task | Text) -> Vocabulary:
-    """Raises DataError if a text's tokenizer cannot be read, or there are too many words."""
-    if isinstance(task, Text):
+def vocabulary_of(task: Task | Corpus) -> Vocabulary:
+    """Raises DataError if a corpus's tokenizer cannot be read, or there are too many words."""
+    if isinstance(task, Corpus):
         return TextVocabulary(task.vocabulary)
     if task.vocab_size > MOST_WORDS:
         raise DataError(f"{MANIFEST}: a vocabulary of {task.vocab_size:,} words")
     return Words([task.token_name(token) for token in range(task.vocab_size)])
 
 
-def described_by(manifest: dict) -> Task | Text | None:
-    """The text or task that shards were built from; None if unknown.
+def described_by(manifest: dict) -> Task | Corpus | None:
+    """The corpus or task that shards were built from; None if unknown.
 
     Raises:
         UnknownTask: if the task is not installed here.
@@ -161,9 +162,9 @@ def described_by(manifest: dict) -> Task | Text | None:
     if name is None:
         return None
     try:
-        task = check(Text if name == "text" else task_kind(name), manifest.get("fields"))
+        task = check(CORPORA.get(name) or task_kind(name), manifest.get("fields"))
     except PluginError as error:
         raise UnknownTask(f"{MANIFEST}: {error}") from None
     except RecipeError as error:
         raise DataError(f"{MANIFEST}: {error}") from None
-    return task.built_with(*end_and_pad(manifest)) if isinstance(task, Text) else task
+    return task.built_with(*end_and_pad(manifest)) if isinstance(task, Corpus) else task

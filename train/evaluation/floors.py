@@ -13,10 +13,10 @@ import numpy as np
 
 from powernap.model.errors import PowernapError
 from powernap.train.config import DataConfig
+from powernap.train.data.corpus import Corpus
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
-from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import described_by
 from powernap.train.tasks.sample import Sample
 
@@ -31,7 +31,7 @@ class Floor:
     counts: (depth, guess, answer or None) -> answers it gets right, expected ones if it draws; sum them over ranks.
     """
 
-    def __init__(self, task: Task | Text | None):
+    def __init__(self, task: Task | Corpus | None):
         """task: the source of the samples; None if unknown or text."""
         self._guesses = getattr(task, "surface_guesses", None)
         self.counts: Counter[tuple[int, str, Answer | None]] = Counter()

@@ -23,8 +23,8 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
+from powernap.train.data.corpus import Corpus
 from powernap.train.data.sample import DataError
-from powernap.train.data.text import Text
 from powernap.train.data.vocabulary import Numbers, Vocabulary, described_by, find_task, vocabulary_of
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError, check
@@ -150,7 +150,7 @@ def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         task = find_task(recipe.data)
     except DataError:
         return None
-    if not isinstance(task, Text):
+    if not isinstance(task, Corpus):
         return {"task": task_name(task), "fields": task.model_dump(mode="json")}
     fields = {"inputs": "-", "tokenizer": task.tokenizer}  # the paths of the training text stay private
     if (tokenizer := Path(task.tokenizer)).is_file():

@@ -4,8 +4,9 @@ import statistics
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from powernap.model.plugins import PluginError
 from powernap.parallel.planning.plan import in_bytes, in_units
+from powernap.train.data.sample import DataError
+from powernap.train.data.vocabulary import described_by
 from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.figures import (
     Picture,
@@ -18,7 +19,6 @@ from powernap.train.report.figures import (
     styles_of,
 )
 from powernap.train.report.runs import Group, ReportedRun, Share, differing_fields
-from powernap.train.tasks import task_kind
 
 DEEPEST = 2  # depths that get a figure over N
 
@@ -66,7 +66,7 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     depths = sorted({depth for run in runs for depth in run.depths}, key=int)
     tasks = {run.task for run in runs if run.task}
     task = tasks.pop() if tasks else None
-    depth_name = _depth_name(task)
+    depth_name = _depth_name(next((run.manifest for run in runs if run.manifest), None))
     count = f"{len(groups)} recipes" if len(groups) > 1 else "One recipe"
     lead = f"{count}, {len(runs)} run{'s' if len(runs) > 1 else ''}{f', task {task}' if task else ''}."
     sections = [_summary(groups, depths, depth_name, styles), _what_differs(groups)]
@@ -77,10 +77,10 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     return Report(title or ", ".join(labels[:4]) + (" ..." if len(labels) > 4 else ""), lead, _notices(runs), sections)
 
 
-def _depth_name(task: str | None) -> str:
+def _depth_name(manifest: dict | None) -> str:
     """What the depth of a task's answers counts; "depth" if its package is not installed here."""
-    with suppress(PluginError):
-        return getattr(task_kind(task), "depth_name", "depth") if task else "depth"
+    with suppress(DataError):
+        return getattr(described_by(manifest or {}), "depth_name", "depth")
     return "depth"
 
 

@@ -44,7 +44,7 @@ def task_kind(name: str) -> type[Any]:
         offered = plugins("tasks")
         if name not in offered:
             raise PluginError(
-                f"no task '{name}': choose one of {', '.join([*TASKS, *offered])}, or text, or write package.module:Class"
+                f"no task '{name}': choose one of {', '.join([*TASKS, *offered])}, text or gsm_infinite, or write package.module:Class"
             )
         kind = offered[name]
     if not (inspect.isclass(kind) and issubclass(kind, Section)):

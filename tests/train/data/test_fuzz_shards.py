@@ -250,7 +250,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 manifest_fields = {
-    "task": st.sampled_from(["depo", "rule110", "gsm", "text", "other"]) | json_values,
+    "task": st.sampled_from(["depo", "rule110", "gsm", "gsm_infinite", "text", "other"]) | json_values,
     "fields": st.dictionaries(
         st.sampled_from(["nodes", "max_hop", "tokenizer", "inputs", "rows", "names", "alphabet"]),
         json_values | st.sampled_from(["bytes", "tiktoken:x", "/dev/zero", "/", "x"]),

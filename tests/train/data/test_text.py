@@ -16,7 +16,7 @@ import tiktoken
 import tokenizers
 
 from powernap.train.data import documents as reading
-from powernap.train.data.build import Job, TextSource, build, make_shards
+from powernap.train.data.build import CorpusSource, Job, build, make_shards
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.documents import Document, Reader, Tally
 from powernap.train.data.inspect import inspect_shards
@@ -48,7 +48,7 @@ def write(folder, kind):
 
 def built(folder, inputs, shard_bytes=3000, workers=1, **fields):
     text = check(Text, {"inputs": str(inputs), "window": 16, "windows": 2, "test_share": 0.1, **fields})
-    build(TextSource(text, shard_bytes), folder, workers)
+    build(CorpusSource(text, shard_bytes), folder, workers)
     return folder
 
 
@@ -395,7 +395,7 @@ def test_the_progress_bar_moves_within_a_shard(tmp_path, monkeypatch):
     path = long_text(tmp_path)
     text = check(Text, {"inputs": str(path)})
     size, advanced = path.stat().st_size, []
-    make_shards(TextSource(text, size), 0, Job(0, size, [(str(path), 0, size)]), tmp_path, advanced.append)
+    make_shards(CorpusSource(text, size), 0, Job(0, size, [(str(path), 0, size)]), tmp_path, advanced.append)
     assert len(advanced) > 20 and sum(advanced) == size
 
 

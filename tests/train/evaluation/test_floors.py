@@ -11,7 +11,8 @@ from powernap.train.data.build import build_task
 from powernap.train.evaluation.floors import CONSTANT, COPY, Floor, best_guesses
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.elementary import after
-from powernap.train.tasks.gsm import VOCABULARY, Gsm
+from powernap.train.tasks.gsm import Gsm
+from powernap.train.tasks.gsm_words import VOCABULARY
 from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.sample import Sample
 
@@ -122,7 +123,7 @@ def test_gsms_guesses_stand_in_the_text():
     for sample in samples_of(task, 20):
         text = " ".join(VOCABULARY[token] for token in sample.tokens[: task.context_length])
         guesses = task.surface_guesses(sample)
-        assert len(guesses) == 5
+        assert len(guesses) == 6
         for ((drawn,),) in guesses.values():
             *digits, end = (VOCABULARY[token] for token in drawn)
             assert end == "[end]" and " ".join(digits) in text
