@@ -9,6 +9,7 @@ from powernap.train.tasks.sample import Sample
 if TYPE_CHECKING:
     from powernap.train.tasks.depo import Depo
     from powernap.train.tasks.gsm import Gsm
+    from powernap.train.tasks.program import Program
     from powernap.train.tasks.rule110 import Rule110
     from powernap.train.tasks.track import Track
 
@@ -61,4 +62,4 @@ class Task(Protocol):
 
 if TYPE_CHECKING:
     # Lets type checkers compare Powernap's own tasks with the protocol.
-    OWN: tuple[type[Task], ...] = (Depo, Gsm, Rule110, Track)
+    OWN: tuple[type[Task], ...] = (Depo, Gsm, Program, Rule110, Track)
