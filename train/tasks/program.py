@@ -248,7 +248,8 @@ class Program(Section):
         if windows * self.statements < SPLIT:
             return draw()
         beginning = math.ceil(SPLIT / self.statements) * self.statements
-        return draw_problem(draw, lambda program: _canonical(program[:beginning]), held_out, f"program with {self}")
+        name = f"program with modulus={self.modulus}, numbers={self.numbers}"
+        return draw_problem(draw, lambda program: _canonical(program[:beginning]), held_out, name)
 
     def _draw_statements(self, count: int, rng: np.random.Generator) -> list[Statement]:
         program: list[Statement] = []
@@ -256,9 +257,8 @@ class Program(Section):
         for i, (story, *luck) in enumerate(rng.random((count, 7)).tolist()):
             # What the whole window still knows at its end: nothing in it depends on the order within.
             known = range(max(0, (i // self.statements + 1) * self.statements - self.names), i)
-            asked = story >= self.distractors or not any(
-                program[j].asked for j in known
-            )  # there is always one to ask for
+            # There is always a quantity to ask for.
+            asked = story >= self.distractors or not any(program[j].asked for j in known)
             pool = [j for j in known if program[j].asked == asked and (self.shared or j not in operands)]
             program.append(self._draw_statement(pool, luck)._replace(asked=asked))
             operands |= {*program[i].operands}

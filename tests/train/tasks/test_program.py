@@ -228,11 +228,18 @@ def test_no_surface_guess_gets_past_a_stated_number():
         best = max(guess[depth] for guess in guesses.values())
         assert 0.2 <= best < 0.29, (depth, best)
     assert guesses["the number of its statement"][0] == 1  # nothing is computed there
+    assert shares(Program(names=3), 40)["the number of its statement"][0] == 1  # of the newest with its name
 
 
 def test_the_last_window_alone_solves_what_it_tells():
     one_window = Program(statements=4, windows=1, form="words", order="shuffled")
     assert set(shares(one_window, 40)["the last window alone"].values()) == {1}
+    line = Program(numbers=0, binary=0, questions=1)  # a window: a operation n >x, x value
+    sample = line.sample(np.random.default_rng(0), False)
+    names = [line.token_name(token) for token in sample.tokens]
+    guesses = [line.token_name(guess[0][0]) for guess in line.surface_guesses(sample)["the last window alone"]]
+    of_zero = {"+": lambda n: n, "-": lambda n: -n % 5, "*": lambda n: 0}
+    assert guesses == [str(of_zero[names[at + 1]](int(names[at + 2]))) for at in range(0, 48, 6)]
     two = shares(Program(statements=4, windows=2, recent=1, numbers=0.05), 150)["the last window alone"]
     assert two[1] > 0.5 and max(two[depth] for depth in (5, 6)) < 0.35
 
