@@ -21,15 +21,17 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
         "The same command resumes a build that was stopped, also after the input was fixed.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), automata (any elementary "
-        "one, advanced window by window), track (products of permutations, window by window), gsm (word problems of 1 to 8 "
-        "operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (any .txt, .jsonl or .parquet; both "
+        "one, advanced window by window), track (products of permutations, window by window), program (arithmetic, window "
+        "by window), gsm (word problems of 1 to 8 operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (any .txt, .jsonl or .parquet; both "
         "also .gz, .zst or .bz2; on_error=skip leaves out documents "
         "that cannot be used), or one of another package, by its entry point or as package.module:Class. examples: powernap "
         "data build depo data/depo nodes=8 max_hop=4 --train-samples 50000; powernap data build text data/text "
         "inputs=corpus tokenizer=bytes window=256",
     )
     parser.add_argument(
-        "task", metavar="TASK", help="depo, rule110, automata, track, gsm, gsm_infinite, text, or package.module:Class"
+        "task",
+        metavar="TASK",
+        help="depo, rule110, automata, track, program, gsm, gsm_infinite, text, or package.module:Class",
     )
     parser.add_argument("folder", metavar="FOLDER", type=path, help="the folder to write shards to")
     parser.add_argument(

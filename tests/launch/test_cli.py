@@ -124,7 +124,7 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
         (["compare", "nobody", "nobody"], ["no run 'nobody'"]),
         (["sync", "nobody"], ["no run 'nobody'"]),
         (["ui", "--root", "nowhere"], ["--root nowhere: no such folder"]),
-        (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, rule110"]),
+        (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, program, rule110"]),
         (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),
         (["data", "build", "depo", "x", "--seed", "1", "nods=8"], ["nods", "did you mean nodes?"]),
         (["data", "inspect", "nowhere"], ["SHARDS=nowhere: no such file"]),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from powernap.train.tasks.automata import Automata
     from powernap.train.tasks.depo import Depo
     from powernap.train.tasks.gsm import Gsm
+    from powernap.train.tasks.program import Program
     from powernap.train.tasks.rule110 import Rule110
     from powernap.train.tasks.track import Track
 
@@ -62,4 +63,4 @@ class Task(Protocol):
 
 if TYPE_CHECKING:
     # Lets type checkers compare Powernap's own tasks with the protocol.
-    OWN: tuple[type[Task], ...] = (Automata, Depo, Gsm, Rule110, Track)
+    OWN: tuple[type[Task], ...] = (Automata, Depo, Gsm, Program, Rule110, Track)

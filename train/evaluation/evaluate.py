@@ -94,7 +94,7 @@ def _evaluate(
         windows = sum(not window.probe for window in windows_of(inputs, recipe.model, recipe.sleep, batch.probes))
         asked.update(depth for _, depth, _ in _answers(batch))
         if floor:
-            floor.add_all(batch.tokens.numpy(), batch.answers)
+            floor.add_all(batch.tokens.numpy(), batch.answers, batch.probes)
         losses[0] += batch.is_real * batch.loss_mask[:, 1:].sum()
         for i, n in enumerate(passes, start=1):
             before = None if batch.is_document_start.all() else carried[n]

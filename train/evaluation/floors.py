@@ -1,17 +1,19 @@
 """The floor under an accuracy: the share of right answers that the best *surface* guess gets. No torch here.
 
-A surface guess does no reasoning. It is a constant answer, or the answer to the same question earlier in the sequence,
-or one of the task's own (surface_guesses in tasks/), which look at the text near a question, or rule out impossible
-answers.
+A surface guess does no reasoning. It is a constant answer, or the answer to the same question earlier in the sequence and
+not in another probe, which is forgotten, or one of the task's own (surface_guesses in tasks/), which look at the text near
+a question, or rule out impossible answers.
 """
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from powernap.model.errors import PowernapError
+from powernap.model.segments import Probe
 from powernap.train.config import DataConfig
 from powernap.train.data.corpus import Corpus
 from powernap.train.data.manifest import read_manifest
@@ -46,17 +48,19 @@ class Floor:
         except PowernapError:  # another version's manifest: the samples are still checked one by one
             return cls(None)
 
-    def add_all(self, tokens: np.ndarray, answers: Iterable[np.ndarray]) -> None:
-        """tokens [B, T]; answers: B arrays of rows (start, stop, depth)."""
+    def add_all(self, tokens: np.ndarray, answers: Iterable[np.ndarray], probes: Sequence[Probe] = ()) -> None:
+        """tokens [B, T]; answers: B arrays of rows (start, stop, depth); probes: those of every sample."""
+        starts = [start for start, _ in probes]
         for row, asked in zip(tokens, answers, strict=True):
             if len(asked):
-                self._add(Sample(row, np.zeros(len(row), dtype=bool), asked))
+                self._add(Sample(row, np.zeros(len(row), dtype=bool), asked), starts)
 
-    def _add(self, sample: Sample) -> None:
+    def _add(self, sample: Sample, probe_starts: list[int]) -> None:
         rows, tokens = sample.answers.tolist(), sample.tokens.tolist()
-        known: dict[Answer, Answer] = {}
+        known: dict[tuple[int, Answer], Answer] = {}  # by probe and question
         truth = [tuple(tokens[start:stop]) for start, stop, _ in rows]
-        for (_, _, depth), question, answer in zip(rows, _questions(tokens, rows), truth, strict=True):
+        for (start, _, depth), text, answer in zip(rows, _questions(tokens, rows), truth, strict=True):
+            question = (bisect_right(probe_starts, start), text)
             self.counts[depth, CONSTANT, answer] += 1
             if question in known:
                 self.counts[depth, COPY, None] += known[question] == answer

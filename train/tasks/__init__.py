@@ -13,10 +13,18 @@ from powernap.model.section import Section
 from powernap.train.tasks.automata import Automata
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.gsm import Gsm
+from powernap.train.tasks.program import Program
 from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.track import Track
 
-TASKS: dict[str, type[Any]] = {"depo": Depo, "gsm": Gsm, "rule110": Rule110, "automata": Automata, "track": Track}
+TASKS: dict[str, type[Any]] = {
+    "depo": Depo,
+    "gsm": Gsm,
+    "program": Program,
+    "rule110": Rule110,
+    "automata": Automata,
+    "track": Track,
+}
 REQUIRED = ("vocab_size", "sequence_length", "context_length", "window", "sample", "token_name")
 
 

@@ -32,6 +32,14 @@ def shares_of(task, samples):
     return floor.shares(floor.counts)
 
 
+def test_an_answer_in_another_probe_is_no_copy():
+    tokens, answers = np.array([[1, 2, 3, 4, 3, 4, 3, 4]]), [np.array([(3, 4, 1), (5, 6, 1), (7, 8, 1)])]
+    for probes, copied in (([], 2), ([(2, 4), (4, 6), (6, 8)], 0), ([(2, 4), (4, 8)], 1)):
+        floor = Floor(None)
+        floor.add_all(tokens, answers, probes)
+        assert floor.counts[1, COPY, None] == copied
+
+
 def guess_the_demo(sample, generator):
     """Who plays the demo without its cycle, question by question, by another way: all pairs of nodes that may still be
     `hop` apart are kept in a table, and what one answer shows is crossed out. Yields (hop, right)."""

@@ -13,7 +13,9 @@ RECIPES = [name for name in shipped_recipes() if "/" not in name]
 
 
 def test_these_are_shipped():
-    assert RECIPES == ["automata", "demo", "depo", "gsm", "rule110", "text", "track", "trend_depo", "trend_rule110"]
+    assert RECIPES == [
+        "automata", "demo", "depo", "gsm", "program", "rule110", "text", "track", "trend_depo", "trend_rule110",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
