@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
     parser.add_argument(
-        "--folder", type=Path, help="demo, trend: where runs are kept (default: runs/demo_seeds, runs/trend)"
+        "--folder", type=Path, help="demo, trend: where runs are kept (default: runs/demos, runs/trend)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="study: models trained side by side (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="study: write the page of what is done, train nothing")

@@ -17,7 +17,7 @@ from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, verdicts, write
 
 SEEDS = 3
-FOLDER = ROOT / "runs" / "demo_seeds"
+FOLDER = ROOT / "runs" / "demos"
 OTHERS = ("no_sleep", "transformer")
 
 

@@ -59,4 +59,135 @@ TRACK = Study(
     ),
 )
 
-STUDIES = (TRACK,)
+
+def program(statements: int) -> Study:
+    """Eight statements, `statements` of them a window."""
+    windows = 8 // statements
+    rates = ("6e-3", "3e-3", "1e-3")
+    longer = tuple((f"windows={n // statements}", f"min_windows={n // statements}") for n in (16, 32))
+    return Study(
+        name="program" if statements == 1 else f"program-{statements}",
+        title=f"Programs of eight statements modulo 5, {statements} a window, asked after every window",
+        recipe="program",
+        task="program",
+        sizes=(f"statements={statements}", f"windows={windows}", f"min_windows={windows}"),
+        train_samples=80_000,
+        test_samples=2000,
+        longer=longer,
+        models=(
+            Model("N=2"),
+            Model("N=1, as many steps", N1, cost=None),
+            Model("N=1", N1),
+            Model("N=4", ("sleep.passes=4",), cost=None),
+            Model("N=4, N=2's FLOPs", ("sleep.passes=4",)),
+            Model("N=1, AGAG", (*N1, "model.pattern=AGAG")),
+            *(Model(f"attention, lr {rate}", (*ATTENTION, f"optimizer.lr={rate}")) for rate in rates),
+        ),
+        claims=(
+            Claim("N=2 is above N=1 with the same FLOPs, chain 5", "N=2", ("N=1", "N=1, AGAG"), windows, 5, 40),
+            Claim(
+                "N=2 is above attention with its cache, chain 5", "N=2",
+                tuple(f"attention, lr {rate}" for rate in rates), windows, 5, 40,
+            ),
+            Claim("gains grow with N: N=4 is above N=2, chain 5, equal steps", "N=4", ("N=2",), windows, 5, 1),
+            Claim("... and at equal FLOPs", "N=4, N=2's FLOPs", ("N=2",), windows, 5, 1),
+            Claim("N=2 above N=1 in 16 statements, chain 8", "N=2", ("N=1", "N=1, AGAG"), 16 // statements, 8, 30),
+        ),
+        about=(
+            "Each statement tells a quantity by earlier ones, such as `a - b >c`; a probe asks what a quantity is worth, and is",
+            "forgotten. Depth is the longest chain of operations that an answer needs. Programs that begin alike, whatever the",
+            "names, are on one side of the split; 16 and 32 statements are never trained.",
+        ),
+    )  # fmt: skip
+
+
+DEPO = Study(
+    name="depo",
+    title="Depo told anew: what repeated writing does, and what feedback does",
+    recipe="trend_depo",
+    task="depo",
+    sizes=("nodes=8", "max_hop=4", "queries=18", "names=ends"),
+    train_samples=48_000,
+    test_samples=2000,
+    longer=(),
+    models=(
+        Model("N=4", ("sleep.passes=4",)),
+        Model("N=2, as many steps", ("sleep.passes=2",), cost=None),
+        Model("N=1, as many steps", N1, cost=None),
+        Model("N=1", N1),
+        Model("N=1, AGAG", (*N1, "model.pattern=AGAG", "model.mlp.ffn_hidden_size=96")),
+        Model("N=4, embeddings again", ("sleep.pass_input=embeddings",)),
+        Model("N=4, last write", ("sleep.write=last",)),
+    ),
+    claims=(
+        Claim("N=4 is right at four hops", "N=4", (), 4, 4, 95),
+        Claim("N=4 is above N=1 with as many steps", "N=4", ("N=1, as many steps",), 4, 4, 30),
+        Claim("... and with as many FLOPs", "N=4", ("N=1",), 4, 4, 20),
+        Claim("... and above twice the depth with as many FLOPs", "N=4", ("N=1, AGAG",), 4, 4, 20),
+        Claim("repeated writing is enough: embeddings again are right", "N=4, embeddings again", (), 4, 4, 95),
+        Claim("feedback alone is not: N=4 is above one write", "N=4", ("N=4, last write",), 4, 4, 20),
+    ),
+    about=(
+        "Up to four edges of a cycle of eight nodes that was read in random order. Following a permutation is linear, and N",
+        "sweeps of the delta rule over the same pairs solve the linear system better: no feedback is needed.",
+    ),
+)
+
+AUTOMATA = Study(
+    name="automata",
+    title="Rule 110 as commands: advance the row, asked after each",
+    recipe="automata",
+    task="automata",
+    sizes=("width=12", "commands=4", "questions=6"),
+    train_samples=80_000,
+    test_samples=1000,
+    longer=(("commands=8",),),
+    models=(
+        Model("N=2"),
+        Model("N=1", N1),
+        Model("N=4, N=2's FLOPs", ("sleep.passes=4",)),
+        Model("N=2, 3x", cost=3),
+        Model("N=1, 3x", N1, cost=3),
+        Model("N=4, 3x", ("sleep.passes=4",), cost=3),
+        Model("attention, 3x", ATTENTION, cost=3),
+    ),
+    claims=(
+        Claim("N=2 is above N=1 at four commands, equal FLOPs", "N=2", ("N=1",), 5, 4, 10),
+        Claim("... with three times the FLOPs", "N=2, 3x", ("N=1, 3x",), 5, 4, 10),
+        Claim("gains grow with N: N=4 above N=2, 3x", "N=4, 3x", ("N=2, 3x",), 5, 4, 1),
+        Claim("eight commands, never trained, N=2 3x above N=1 3x", "N=2, 3x", ("N=1, 3x",), 9, 8, 10),
+    ),
+    about=(
+        "A row of 12 bits on a ring, then windows that each say: advance the row. A probe after each asks for six cells and is",
+        "forgotten. Rows are held out with their rotations; rows merge as they advance, so only numbers of commands never",
+        "trained on test the rest.",
+    ),
+)
+
+RULE110 = Study(
+    name="rule110",
+    title="Rule 110 as it is in the paper, small: the first bit after t steps",
+    recipe="trend_rule110",
+    task="rule110",
+    sizes=("rows=1", "width=13", "steps=[1,2,3,4,5,6]"),
+    train_samples=60_000,
+    test_samples=6000,
+    longer=(),
+    models=(
+        Model("N=4"),
+        Model("N=2, as many steps", ("sleep.passes=2",), cost=None),
+        Model("N=1, as many steps", N1, cost=None),
+        Model("N=1", N1),
+        Model("N=1, AGAG", (*N1, "model.pattern=AGAG")),
+    ),
+    claims=(
+        Claim("N=4 is above N=1 with as many FLOPs, six steps", "N=4", ("N=1", "N=1, AGAG"), 2, 6, 5),
+        Claim("gains grow with N: N=4 above N=2, six steps", "N=4", ("N=2, as many steps",), 2, 6, 1),
+    ),
+    about=(
+        "Bit 0 after t steps rests on 2t+1 bits: only at six steps on all 13, so that a held-out row is a question never",
+        "asked. Up to five steps rows that were trained on share those bits.",
+    ),
+)
+
+STUDIES = (TRACK, program(1), program(2), program(4), DEPO, AUTOMATA, RULE110)

@@ -29,7 +29,7 @@ from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows
 from powernap.train.evaluation.pictures import GREY, new_figure, share_axis
-from powernap.train.evaluation.tables import FLOOR_LABEL
+from powernap.train.evaluation.tables import FLOOR_LABEL, some_depths
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 
@@ -45,7 +45,7 @@ class Model:
 
     name: str
     overrides: tuple[str, ...] = ()
-    cost: float = 1.0  # its training FLOPs, in those of the study's first model
+    cost: float | None = 1.0  # its training FLOPs, in those of the study's first model; None: as many steps
 
     @property
     def folder(self) -> str:
@@ -172,9 +172,13 @@ def _last(sizes: Iterable[str]) -> list[str]:
 
 
 def overrides(study: Study, home: Path, seed: int, model: Model) -> list[str]:
+    manifest = json.loads((home / f"data-{seed}-0" / "manifest.json").read_text())
+    fields = {"data.sequence_length": "sequence_length", "model.window": "window", "model.vocab_size": "vocab_size"}
+    changes = {field: f"{field}={manifest[key]}" for field, key in fields.items()}
+    changes |= {change.split("=")[0]: change for change in model.overrides}
     tests = ",".join(f"{home}/data-{seed}-{number}/test-*.tar" for number in range(1 + len(study.longer)))
     shards = [f"data.train={home}/data-{seed}-0/train-*.tar", f"data.test=[{tests}]"]
-    return [f"run.name={model.folder}", f"run.root={home}/{seed}", f"run.seed={seed}", *shards, *model.overrides]
+    return [f"run.name={model.folder}", f"run.root={home}/{seed}", f"run.seed={seed}", *shards, *changes.values()]
 
 
 def train(study: Study, home: Path, seed: int, model: Model, steps: int | None = None) -> None:
@@ -187,7 +191,9 @@ def train(study: Study, home: Path, seed: int, model: Model, steps: int | None =
     recipe = load_recipe(study.recipe, arguments)
     if steps is None:
         first = load_recipe(study.recipe, overrides(study, home, seed, study.models[0]))
-        steps = round(model.cost * first.train.steps * flops_of_step(first) / flops_of_step(recipe))
+        steps = first.train.steps
+        if model.cost is not None:
+            steps = round(model.cost * steps * flops_of_step(first) / flops_of_step(recipe))
     print(f"{study.name}, seed {seed}: {model.name}, {steps} steps", flush=True)
     warm_up = [f"optimizer.warmup_steps={steps}"] if steps < recipe.optimizer.warmup_steps else []
     resume = ["--resume"] if (run / "config.yaml").exists() else []
@@ -253,7 +259,7 @@ def describe(study: Study, trained: list[Trained]) -> list[str]:
         lines += ["## What was found", "", *study.found, ""]
     lines += [*claims_table(study, trained), f"![Accuracy by depth, a line for each model](study_{study.name}.png)", ""]
     for windows, floors in next(iter(by_model.values()))[0].floor.items():
-        lines += length_table(windows, _columns(list(floors)), by_model, len(seeds))
+        lines += length_table(windows, some_depths(floors, MOST_COLUMNS), by_model, len(seeds))
     costs = [
         [name, same[0].passes, in_units(same[0].parameters), same[0].steps, f"{same[0].flops / 1e12:.2f}"]
         for name, same in by_model.items()
@@ -289,14 +295,6 @@ def interval_over_seeds(values: list[float]) -> str:
         return f"{mean:.1f}"
     half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:.1f} ± {half:.1f}"
-
-
-def _columns(depths: list[str]) -> list[str]:
-    """All depths, or the powers of two and the deepest."""
-    if len(depths) <= MOST_COLUMNS:
-        return depths
-    chosen = [depth for depth in depths if (number := int(depth)) & (number - 1) == 0]
-    return chosen if depths[-1] in chosen else [*chosen, depths[-1]]
 
 
 def length_table(windows: str, depths: list[str], by_model: dict[str, list[Trained]], seeds: int) -> list[str]:

@@ -115,7 +115,7 @@ def run_demo(demo: Demo, folder: Path, seed: int, overrides: list[str]) -> int:
         RecipeError: if `overrides` do not fit the recipe, or change fields that the demo sets.
     """
     from powernap.train.evaluation.pictures import draw_demo
-    from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, with_intervals
+    from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, some_depths, with_intervals
     from powernap.train.recipe_file import RecipeError, load_recipe
 
     check_overrides(demo.recipe, overrides)
@@ -170,7 +170,7 @@ def run_demo(demo: Demo, folder: Path, seed: int, overrides: list[str]) -> int:
         floor = of_length[demo.models[0].label]["floor"]
         if windows:
             print(f"\n{windows} windows, a length never trained:")
-            shown = [depth for depth in floor if int(depth) & (int(depth) - 1) == 0]  # powers of two
+            shown = some_depths(floor)
             accuracy = {label: {depth: values[depth] for depth in shown} for label, values in accuracy.items()}
             print(format_accuracy(accuracy | {FLOOR_LABEL: {d: floor[d] for d in shown}}, depth_name=demo.depth))
         else:

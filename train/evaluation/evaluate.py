@@ -21,7 +21,7 @@ from powernap.train.data.test_sets import test_sets
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
-from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, with_intervals
+from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, some_depths, with_intervals
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run.folder import RunFolder
@@ -161,7 +161,7 @@ def evaluate_run(
     tracker.close(status=None)
     lines = [title, *_described(result)]
     for windows, other in result.lengths.items():
-        lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other)]
+        lines += [f"\n{windows} windows, where training has {result.windows}:", *_described(other)]
     return "\n".join([*lines, f"{table} and {picture.name} written"])
 
 
@@ -169,10 +169,13 @@ def _described(result: Evaluation) -> list[str]:
     """Lines: table of accuracy, best guess, losses."""
     lines = []
     if result.answers:
-        accuracy = {f"N={n}": row for n, row in result.accuracy.items()}
-        interval = {f"N={n}": row for n, row in result.interval.items()}
-        lines.append(format_accuracy(with_intervals(accuracy, interval) | {FLOOR_LABEL: result.floor}))
-        lines.append(best_guesses(result.guesses))
+        shown = some_depths(result.answers)
+        accuracy = {f"N={n}": {d: row[d] for d in shown} for n, row in result.accuracy.items()}
+        interval = {f"N={n}": {d: row[d] for d in shown} for n, row in result.interval.items()}
+        floor = {depth: result.floor[depth] for depth in shown if depth in result.floor}
+        lines.append(format_accuracy(with_intervals(accuracy, interval) | {FLOOR_LABEL: floor}))
+        if len(shown) == len(result.answers):
+            lines.append(best_guesses(result.guesses))
         lines.append(
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
         )

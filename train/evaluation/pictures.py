@@ -120,24 +120,34 @@ def draw_demo(
         depths = list(accuracy)
         left.plot(depths, list(accuracy.values()), "o-", color=colors[name], linewidth=2, clip_on=False)
         _band(left, depths, intervals, colors[name])
-        deepest = [depth for depth in (list(trained)[-1], depths[-1]) if depth in accuracy]
-        for depth in depths[1:] if len(depths) < 5 else dict.fromkeys(deepest):
+        number = list(curves).index(name)
+        for depth in (
+            depths[1:] if len(depths) < 5 else dict.fromkeys([list(trained)[-1], depths[-1]][: max(1, 2 - number)])
+        ):
             left.annotate(
-                f"{accuracy[depth]:.0%}", (depth, accuracy[depth]), xytext=(0, -14), textcoords="offset points",
-                ha="center", color=colors[name], fontsize=9,
+                f"{accuracy[depth]:.0%}", (depth, accuracy[depth]), xytext=(0, 6 if number > 1 else -14),
+                textcoords="offset points", ha="center", color=colors[name], fontsize=9,
             )  # fmt: skip
         steps = range(1, len(losses[name]) + 1)
         places = list(steps) if equal_steps else [100 * step / len(steps) for step in steps]
         right.plot(places, smooth(losses[name]), color=colors[name], label=name)
     floor = next(iter(curves.values()))[2]
     left.plot(list(floor), list(floor.values()), ":", color=GREY)
-    first = next(iter(floor))
-    left.annotate(FLOOR_LABEL, (first, floor[first]), xytext=(0, 4), textcoords="offset points", color=GREY)
+    lowest = min(floor, key=lambda depth: floor[depth])
+    left.annotate(
+        FLOOR_LABEL,
+        (lowest, floor[lowest]),
+        xytext=(0, -12),
+        textcoords="offset points",
+        ha="center",
+        color=GREY,
+        fontsize=9,
+    )
     if longer := len(floor) - len(trained):
         left.axvspan(len(trained) - 0.5, len(floor) - 0.5, color=GREY, alpha=0.08, linewidth=0)
         left.annotate(
-            "never trained", (len(trained) - 0.5 + longer / 2, 1.0), xytext=(0, 4), textcoords="offset points",
-            ha="center", color=GREY, annotation_clip=False, fontsize=9,
+            "never trained", (len(trained) - 0.5 + longer / 2, 0.0), xytext=(0, 6), textcoords="offset points",
+            ha="center", color=GREY, fontsize=9,
         )  # fmt: skip
     left.set_xlabel(depth_name)
     left.set_title("held-out answers right", loc="left", fontsize=11)

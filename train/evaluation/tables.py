@@ -1,6 +1,6 @@
 """Tables: accuracy by depth for a terminal, and Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 FLOOR_LABEL = "surface guess"  # the best one, see floors.py
 Accuracy = Mapping[str, Mapping[str, float]]  # row -> depth -> share of right answers
@@ -20,6 +20,15 @@ def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
             cells = (f"{values[depth]:6.2f}" if depth in values else f"{'-':>6}" for depth in part)
             lines.append(f"{name:{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def some_depths(depths: Iterable[str], most: int = 12) -> list[str]:
+    """All depths, or of more than `most` the powers of two and the deepest."""
+    found = list(depths)
+    if len(found) <= most:
+        return found
+    powers = [depth for depth in found if (number := int(depth)) & (number - 1) == 0]
+    return list(dict.fromkeys([*powers, found[-1]]))
 
 
 def with_intervals(accuracy: Accuracy, intervals: Intervals) -> dict[str, Mapping[str, float]]:
