@@ -101,9 +101,9 @@ def draw_seeds(home: Path, count: int) -> list[int]:
     return json.loads(file.read_text())
 
 
-def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table; floats with three significant digits."""
-    return markdown_table(columns, [[_show(value) for value in row] for row in rows])
+def table(columns: list[str], rows: list[list], left: int = 0) -> list[str]:
+    """A Markdown table, the first `left` columns flush left; floats with three significant digits."""
+    return markdown_table(columns, [[_show(value) for value in row] for row in rows], left)
 
 
 def verdicts(targets: list[tuple[str, float, str, float]]) -> tuple[list[dict], list[str]]:

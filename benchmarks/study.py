@@ -264,7 +264,7 @@ def describe(study: Study, trained: list[Trained]) -> list[str]:
         [name, same[0].passes, in_units(same[0].parameters), same[0].steps, f"{same[0].flops / 1e12:.2f}"]
         for name, same in by_model.items()
     ]
-    lines += ["## Cost", "", *table(["model", "N", "parameters", "steps", "training TFLOPs"], costs), ""]
+    lines += ["## Cost", "", *table(["model", "N", "parameters", "steps", "training TFLOPs"], costs, left=1), ""]
     commits = ", ".join(sorted({one.commit for one in trained}))
     lines += [f"Commits of the runs: {commits}.", ""]
     if study.not_tried:
@@ -285,7 +285,7 @@ def claims_table(study: Study, trained: list[Trained]) -> list[str]:
     if not rows:
         return []
     columns = ["claim", "points, by seed", "mean, 95 % (t)", "at least", "in every seed"]
-    return ["## Claims", "", *table(columns, rows), ""]
+    return ["## Claims", "", *table(columns, rows, left=1), ""]
 
 
 def interval_over_seeds(values: list[float]) -> str:
@@ -317,7 +317,7 @@ def length_table(windows: str, depths: list[str], by_model: dict[str, list[Train
     title = f"## {windows} windows"
     return [
         title, "", "Percent of answers right, by depth: the mean of the seeds (lowest–highest).", "",
-        *table(["", *depths], rows), "",
+        *table(["", *depths], rows, left=1), "",
     ]  # fmt: skip
 
 

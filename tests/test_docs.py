@@ -1,5 +1,6 @@
 """Every example of docs/ and examples/ is run: written to files, installed as a package, used by the commands."""
 
+import importlib.util
 import json
 import math
 import os
@@ -9,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from powernap.train.recipe_file import load_recipe
+from powernap.train.run.folder import RunFolder
 from tests.helpers import runs, warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,3 +214,45 @@ def test_a_package_that_does_not_fit_is_named(tmp_path, files, groups, message):
     runs.prepare(tmp_path, train_samples=128)
     result = python(tmp_path, "-m", "powernap.launch.cli", "submit", "tiny.yaml", "--on", "local", "--dry-run")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def load_example(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_each_pass_reads_and_writes(tmp_path, topology, monkeypatch, capsys):
+    """On weights that were drawn and not trained; and the classifier on what it can and cannot decode."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    inside = load_example(ROOT / "examples" / "inside" / "inside.py")
+    inside.WORDS = 80
+    (tmp_path / "train-0.tar").touch()
+    run = RunFolder(tmp_path / "runs" / "mine")
+    run.create(load_recipe("track", ["run.name=mine", "data.train=train-0.tar", "data.test=null"]))
+    runs.write_drawn(run, topology)
+    inside.main([run.path])
+    said = capsys.readouterr().out
+    assert "mine: which of the six permutations?" in said and (tmp_path / "inside.png").exists()
+    places = [line[:24].strip() for line in said.splitlines()[2:6]]
+    assert places == [f"pass {n}, {what}" for n in (1, 2) for what in ("hidden states", "fast weights")]
+    rng = np.random.default_rng(0)
+    labels = rng.integers(6, size=4000)
+    seen = np.eye(6)[labels] @ rng.normal(size=(6, 12)) + 0.1 * rng.normal(size=(4000, 12))
+    assert inside.decoded(seen, labels) > 0.99 and inside.decoded(rng.normal(size=(4000, 12)), labels) < 0.25
+    task = inside.Track(asked="each", windows=8, min_windows=8)
+    tokens, _, probes, permutations = inside.words(task, seed=1)
+    assert len(probes) == 8 and permutations.shape == (80, 9) and permutations.max() == 5
+    answers = tokens[:, [stop - 1 for _, stop in probes]] - task._first_element
+    asked = tokens[:, [start for start, _ in probes]] - task._first_question
+    for window in range(1, 9):  # the same permutation and question have the same answer
+        pairs = {
+            (int(p), int(q)): int(a)
+            for p, q, a in zip(permutations[:, window], asked[:, window - 1], answers[:, window - 1], strict=True)
+        }
+        assert all(
+            pairs[int(p), int(q)] == int(a)
+            for p, q, a in zip(permutations[:, window], asked[:, window - 1], answers[:, window - 1], strict=True)
+        )

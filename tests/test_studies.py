@@ -1,0 +1,65 @@
+"""The studies are about models and depths that exist; a page is what its JSON says, word for word."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import common
+from benchmarks.studies import STUDIES, TRACK
+from benchmarks.study import Trained, describe, interval_over_seeds
+from powernap.train.recipe_file import check, load_recipe, parse_overrides
+from powernap.train.tasks import TASKS
+
+PAGES = sorted(common.RESULTS.glob("study_*.json"))
+BY_NAME = {study.name: study for study in STUDIES}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_its_models_and_sizes_are_valid(study):
+    assert len({model.folder for model in study.models}) == len(study.models)
+    for longer in ((), *study.longer):
+        sizes = {size.split("=")[0]: size for size in (*study.sizes, *longer)}
+        check(TASKS[study.task], {field: parse_overrides([size])[field] for field, size in sizes.items()})
+    for model in study.models:
+        window = [] if any("model.window" in change for change in model.overrides) else ["model.window=8"]
+        load_recipe(study.recipe, [*model.overrides, *window])
+    named = {name for claim in study.claims for name in (claim.above, *claim.below)}
+    assert named <= {model.name for model in study.models}
+
+
+def trained(seed: int, model: str, share: float) -> Trained:
+    at = {windows: {str(d): share for d in range(1, int(windows) + 1)} for windows in ("8", "16", "64")}
+    interval = {w: {d: (s, s) for d, s in of.items()} for w, of in at.items()}
+    answers = {w: dict.fromkeys(of, 10) for w, of in at.items()}
+    floor = {w: dict.fromkeys(of, 0.33) for w, of in at.items()}
+    return Trained(seed, model, 2, 1000, 10, 1e12, 0.1, at, interval, floor, answers, "abc")
+
+
+def test_a_claim_holds_only_in_every_seed():
+    shares = {1: {"N=2": 0.99, "N=1": 0.3, "N=1, AGAG": 0.4}, 2: {"N=2": 0.97, "N=1": 0.6, "N=1, AGAG": 0.2}}
+    found = [trained(seed, model, share) for seed, of in shares.items() for model, share in of.items()]
+    page = "\n".join(describe(TRACK, found))
+    (row,) = [line for line in page.splitlines() if line.startswith("| N=1 with the same FLOPs is not, at 8")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["+59.0, +37.0", "48.0 ± 139.8", "40", "NO"]
+    assert "| N=2 is right at the trained length" in page and "attention with its cache is not" not in page
+    assert "98.0 (97–99)" in page and re.search(r"^\| surface guess +\| +33.0 \|", page, re.M)
+
+
+def test_the_interval_over_seeds_is_students():
+    assert interval_over_seeds([1.0, 2.0, 3.0]) == "2.0 ± 2.5" and interval_over_seeds([4.0]) == "4.0"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_number_on_a_page_is_in_its_json(path):
+    study = BY_NAME[path.stem.removeprefix("study_")]
+    document = json.loads(path.read_text())
+    found = [Trained(**one) for one in document["trained"]]
+    text = path.with_suffix(".md").read_text()
+    assert text.endswith("\n".join(describe(study, found)).rstrip() + "\n")
+    assert path.with_suffix(".png").exists()
+    changed = [replace(one, accuracy={w: dict.fromkeys(of, 0.123) for w, of in one.accuracy.items()}) for one in found]
+    assert "\n".join(describe(study, changed)) not in text
+    assert asdict(found[0]).keys() == document["trained"][0].keys()
