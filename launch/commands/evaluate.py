@@ -23,6 +23,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="SHARDS",
         help="data.test with its passwords and tokens, which are not stored with a run",
     )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        type=shards,
+        metavar="SHARDS",
+        help="other shards in place of data.test, also of other lengths: prints their table, writes nothing",
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,5 +40,5 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     torchrun.run_alone()
     from powernap.train.evaluation.evaluate import evaluate_run
 
-    print(evaluate_run(folder, options.passes, options.samples, options.test))
+    print(evaluate_run(folder, options.passes, options.samples, options.test, options.shards))
     return 0

@@ -15,8 +15,11 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.train.config import Recipe
+from powernap.train.data.cache import cache_of
 from powernap.train.data.loader import Batch, evaluation_batches
-from powernap.train.data.shard_list import local_path
+from powernap.train.data.sample import decode
+from powernap.train.data.shard import Shard
+from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.test_sets import test_sets
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
@@ -126,19 +129,30 @@ def _evaluate(
 
 
 def evaluate_run(
-    path: Path, passes: list[int] | None = None, samples: int | None = None, test: list[str] | None = None
+    path: Path,
+    passes: list[int] | None = None,
+    samples: int | None = None,
+    test: list[str] | None = None,
+    shards: list[str] | None = None,
 ) -> str:
     """Evaluate a run's newest checkpoint in this process; returns a table to print.
 
-    Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run. `passes` and
-    `samples` default to the recipe's. test: data.test with the secrets, if any, that config.yaml leaves out.
+    Writes evaluation.json and evaluation.png into the run's folder and logs both to its MLflow run.
+
+    Args:
+        passes, samples: the recipe's by default.
+        test: data.test with the secrets, if any, that config.yaml leaves out.
+        shards: other ones to evaluate, of any length; then nothing is written.
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
-    if recipe.data.test is None:
-        raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards")
-    to_read = _with_secrets(recipe, test, folder.config)
-    check_folder(path, "")
+    if shards:
+        to_read = _with_shards(recipe, shards)
+    elif recipe.data.test is None:
+        raise RecipeError(f"{folder.config}: data.test is null: the run has no test shards; write --shards SHARDS")
+    else:
+        to_read = _with_secrets(recipe, test, folder.config)
+        check_folder(path, "")
     newest = folder.newest_checkpoint()
     with distributed_session() as topology:
         stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device)
@@ -146,6 +160,8 @@ def evaluate_run(
         result = evaluate(
             stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, topology
         )
+    if shards:
+        return "\n".join([f"{path.name}, after step {newest.step:,}, on {' '.join(shards)}", *_tables(result)])
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
     title = f"{path.name}: held-out {'accuracy' if result.answers else 'loss'} after step {newest.step:,}"
@@ -159,10 +175,15 @@ def evaluate_run(
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close(status=None)
-    lines = [title, *_described(result)]
+    return "\n".join([title, *_tables(result), f"{table} and {picture.name} written"])
+
+
+def _tables(result: Evaluation) -> list[str]:
+    """Lines: what is found at each length."""
+    lines = _described(result)
     for windows, other in result.lengths.items():
-        lines += [f"\n{windows} windows, where training has {result.windows}:", *_described(other)]
-    return "\n".join([*lines, f"{table} and {picture.name} written"])
+        lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other)]
+    return lines
 
 
 def _described(result: Evaluation) -> list[str]:
@@ -181,6 +202,13 @@ def _described(result: Evaluation) -> list[str]:
         )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
     return lines
+
+
+def _with_shards(recipe: Recipe, shards: list[str]) -> Recipe:
+    """The recipe with `shards` as data.test, as long as the first one's samples."""
+    first = Shard.open(expand_shards(shards[0], "--shards")[0], cache_of(recipe.data))
+    data = {"test": shards, "sequence_length": len(decode(first[0]).tokens)}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 
 def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:

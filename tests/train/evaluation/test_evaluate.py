@@ -205,3 +205,20 @@ def test_lengths_that_were_never_trained_on_are_evaluated_apart(topology, tmp_pa
     first = recipe.data.model_copy(update={"test": shards[1:]})
     with pytest.raises(DataError, match="has 20 tokens, data.sequence_length=12"):
         evaluate(stage, recipe.model_copy(update={"data": first}), [1], 9, topology)
+
+
+def test_other_shards_are_evaluated_without_a_trace(topology, tmp_path):
+    for name, windows in (("data", 3), ("longer", 5)):
+        task, counts = Track(asked="each", windows=windows, min_windows=windows), dict(train_samples=2, test_samples=8)
+        build_task("track", task, tmp_path / name, **counts, samples_per_shard=50, seed=0, workers=1)
+    run = RunFolder(tmp_path / "runs" / "mine")
+    shards = ["data.train=data/train-*.tar", "data.test=null", "data.sequence_length=12"]
+    run.create(load_recipe("track", ["run.name=mine", *shards]))
+    runs.write_drawn(run, topology)
+    before = sorted(run.path.rglob("*"))
+    found = runs.warm_powernap("eval", "mine", "--shards", "longer/test-*.tar", "data/test-*.tar", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "mine, after step 1, on longer/test-*.tar data/test-*.tar" in found.stdout
+    assert "40 answers" in found.stdout and "3 windows in place of 5:" in found.stdout and "24 answers" in found.stdout
+    assert sorted(run.path.rglob("*")) == before
+    runs.assert_one_line(runs.warm_powernap("eval", "mine", cwd=tmp_path), "write --shards SHARDS")
