@@ -158,10 +158,10 @@ def build(study: Study, home: Path, seed: int) -> None:
     """The shards of a seed: train and test, and a test set for each other length."""
     sizes = [study.sizes, *((*study.sizes, *longer) for longer in study.longer)]
     for number, of_set in enumerate(sizes):
-        train = study.train_samples if number == 0 else 1
+        train = study.train_samples if number == 0 else 0
         powernap(
             "data", "build", study.task, str(home / f"data-{seed}-{number}"), *_last(of_set), "--seed", str(seed),
-            "--train-samples", str(train), "--samples-per-shard", str(-(-train // 8)),
+            "--train-samples", str(train), "--samples-per-shard", str(-(-train // 8) or 10_000),
             "--test-samples", str(study.test_samples), log=home / f"data-{seed}.log",
         )  # fmt: skip
 

@@ -59,8 +59,8 @@ DEMOS = {
         recipe="track",
         shards={
             "data": ("track", "min_windows=8", *TRACK, "--train-samples", "24000", "--test-samples", "1000"),
-            "data16": ("track", "windows=16", "min_windows=16", *TRACK, "--train-samples", "1", "--test-samples", "500"),
-            "data64": ("track", "windows=64", "min_windows=64", *TRACK, "--train-samples", "1", "--test-samples", "100"),
+            "data16": ("track", "windows=16", "min_windows=16", *TRACK, "--train-samples", "0", "--test-samples", "500"),
+            "data64": ("track", "windows=64", "min_windows=64", *TRACK, "--train-samples", "0", "--test-samples", "100"),
         },
         models=(
             Model("sleep", "sleep, N=2", "sleep", ("sleep.passes=2",)),

@@ -192,8 +192,9 @@ def build_task(
     """
     limits = {"train-samples": train_samples, "test-samples": test_samples, "samples-per-shard": samples_per_shard}
     for option, value in limits.items():
-        if value < 1:
-            raise DataError(f"--{option}={value}: write 1 or more")
+        least = 0 if option == "train-samples" else 1  # test sets of other lengths have nothing to train on
+        if value < least:
+            raise DataError(f"--{option}={value}: write {least} or more")
     if seed < 0:
         raise DataError(f"--seed={seed}: write 0 or more")
     for held_out in (False, True):  # sizes that allow no sample are reported before any process starts
@@ -264,8 +265,9 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
 def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
     if manifest["splits"]["train"]["samples"]:
         return
-    if manifest["splits"]["test"]["samples"] and manifest["fields"].get("test_share") == 1:
-        return  # as was asked for
+    asked_for = manifest["fields"].get("test_share") == 1 or manifest.get("asked", {}).get("train") == 0
+    if manifest["splits"]["test"]["samples"] and asked_for:
+        return
     shutil.rmtree(unfinished)
     skipped = f", {len(manifest['skipped'])} documents skipped" if manifest.get("skipped") else ""
     held_out = manifest["splits"]["test"]["samples"]

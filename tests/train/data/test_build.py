@@ -175,7 +175,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_samples": 0}, "--train-samples=0: write 1 or more"),
+        ({"train_samples": -1}, "--train-samples=-1: write 0 or more"),
+        ({"test_samples": 0}, "--test-samples=0: write 1 or more"),
         ({"test_samples": -1}, "--test-samples=-1: write 1 or more"),
         ({"samples_per_shard": 0}, "--samples-per-shard=0: write 1 or more"),
         ({"seed": -1}, "--seed=-1: write 0 or more"),
@@ -185,6 +186,14 @@ def test_numbers_without_sense_are_refused(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         build_small(tmp_path / "data", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_test_set_alone(tmp_path, capsys):
+    folder = build_small(tmp_path / "data", train_samples=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "test-000000.tar"]
+    assert f"data.train=... data.test={folder}/test-*.tar" in capsys.readouterr().out
+    build_small(tmp_path / "data", train_samples=0)
+    assert "is built already" in capsys.readouterr().out
 
 
 def test_train_and_test_come_from_different_streams(tmp_path, monkeypatch):
