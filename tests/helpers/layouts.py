@@ -44,7 +44,7 @@ class Case:
     last_window: int = tiny.WINDOW  # tokens of the last window
     pads: bool = False
     passes: int = 2
-    micro_batches: int = 4
+    micro_batches: int = 2
     unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)
