@@ -4,9 +4,11 @@ Everything else is the same code as on CUDA, with gloo in place of NCCL.
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 
@@ -45,3 +47,24 @@ class _CudaIsCpu(TorchFunctionMode):
 def as_it_is() -> AbstractContextManager:
     """For our own code inside `in_place_of_cuda`: it names no CUDA device, so its calls are not intercepted."""
     return nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
+
+
+@contextmanager
+def one_group_for_each_set_of_ranks() -> Iterator[None]:
+    """Inside, `dist.new_group` returns the group that it made before where the ranks are the same.
+
+    Megatron-core makes a group for each of twenty kinds of parallelism, most of the same few ranks. A group of gloo has
+    three threads, one of which wakes 100 times a second: of twenty groups they take more CPU time than a tiny model's step.
+    """
+    new_group, made = dist.new_group, {}
+
+    def new_or_made(ranks, **options):
+        if (key := tuple(ranks)) not in made:
+            made[key] = new_group(ranks, **options)
+        return made[key]
+
+    dist.new_group = new_or_made  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.new_group = new_group

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -168,9 +168,13 @@ def init_distributed(
             with rendezvous(name, rank, timeout_seconds) as store:
                 dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor, pipeline, distributed_timeout_minutes=max(1, round(timeout_seconds / 60))
-        )
+        with nullcontext() if backend == "nccl" else cpu.one_group_for_each_set_of_ranks():
+            parallel_state.initialize_model_parallel(
+                tensor,
+                pipeline,
+                distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+                create_gloo_process_groups=False,  # beside the backend's own: nothing uses them
+            )
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -185,7 +185,9 @@ def test_shards_of_ones_own(tmp_path):
     (tmp_path / "write_shards.py").write_text(files["write_shards.py"])
     assert python(tmp_path, "write_shards.py").returncode == 0
     command = files["train.sh"].replace("\\\n", " ")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    (tmp_path / "powernap").write_text(f'#!/bin/sh\nexec {warm.python()} -m powernap.launch.cli "$@"\n')
+    (tmp_path / "powernap").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 

@@ -45,7 +45,7 @@ class Case:
     pads: bool = False
     probes: bool = False  # after each of the windows, in place of `predicting`
     passes: int = 2
-    micro_batches: int = 4
+    micro_batches: int = 2
     unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)

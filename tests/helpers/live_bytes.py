@@ -20,9 +20,14 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: what keeps torch.compile out of every call takes longer than counting, and nothing is compiled."""
+        return False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         return result

@@ -165,7 +165,7 @@ def run(streams: list[int], arguments: list[str], folder: str, environment: dict
     os.environ.update(environment)
     sys.executable = executable  # so its own children are forked too
     sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    option, module, *rest = arguments
+    option, module, *rest = arguments[1:] if arguments[0] == "-u" else arguments  # torchrun's: unbuffered
     assert option == "-m", arguments
     sys.argv = [module, *rest]
     code: object = 0

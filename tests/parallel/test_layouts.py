@@ -14,14 +14,14 @@ from tests.helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
 LAYOUTS = {
-    "TP2": dict(tensor=2, micro_batches=2),
-    "TP2+SP": dict(tensor=2, sequence=True, micro_batches=2),
-    "PP2": dict(pipeline=2),
+    "TP2": dict(tensor=2),
+    "TP2+SP": dict(tensor=2, sequence=True),
+    "PP2": dict(pipeline=2, micro_batches=4),
     "PP3 uneven": dict(pipeline=3, layout="AG|G|AAG", model={"pattern": "AGGAAG"}, micro_batches=6),
-    "PP4": dict(pipeline=4),
+    "PP4": dict(pipeline=4, micro_batches=4),
     "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
-    "DP2xPP2": dict(data=2, pipeline=2, micro_batches=2),
-    "DP2xTP2": dict(data=2, tensor=2, micro_batches=2),
+    "DP2xPP2": dict(data=2, pipeline=2),
+    "DP2xTP2": dict(data=2, tensor=2),
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
@@ -36,6 +36,7 @@ def with_others(pattern: str = "AGAG") -> dict:
     return {"pattern": "".join(next(others) if letter == "G" else letter for letter in pattern)}
 
 
+# Two micro-batches, but a number of stages to show a pipeline that is full: forward and backward passes in turn.
 # Each layout once with each choice of the other axes, and what only some layouts can get wrong.
 CASES = {
     "one process": Case(),
@@ -64,15 +65,20 @@ CASES = {
     "TP2xPP2+SP, tied embeddings, pads": Case(tensor=2, pipeline=2, sequence=True, model=TIED, pads=True),
     "PP2, short last window, pads": Case(pipeline=2, last_window=4, pads=True),
     "TP2+SP, short last window, sliding, pads": Case(
-        tensor=2, sequence=True, micro_batches=2, last_window=4, pads=True, sleep=EVICTIONS["sliding"]
+        tensor=2, sequence=True, last_window=4, pads=True, sleep=EVICTIONS["sliding"]
     ),
     "PP2, no sleep": Case(pipeline=2, passes=1),
-    "PP2, one window: Megatron-core's plain 1F1B": Case(pipeline=2, windows=1, predicting=(0,)),
+    "PP2, one window: Megatron-core's plain 1F1B": Case(pipeline=2, windows=1, predicting=(0,), micro_batches=4),
     "PP2, pass norm, embeddings again, part of the blocks": Case(
         pipeline=2, passes=3, sleep=dict(pass_norm=True, reinject_embeddings=True, loop_range=[1, 3])
     ),
     "PP4, part of the blocks": Case(
-        pipeline=4, layout="A|G|G|A", model={"pattern": "AGGA"}, passes=3, sleep=dict(loop_range=[1, 3])
+        pipeline=4,
+        layout="A|G|G|A",
+        model={"pattern": "AGGA"},
+        micro_batches=4,
+        passes=3,
+        sleep=dict(loop_range=[1, 3]),
     ),
     "PP2, truncated back-propagation": Case(pipeline=2, passes=3, sleep=dict(backprop_passes=1)),
     "PP2, every window": Case(pipeline=2, **TEXT, sleep=dict(every_window=True)),
@@ -87,17 +93,15 @@ CASES = {
     "PP2, last write alone": Case(pipeline=2, passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
-    "TP2, probes": Case(tensor=2, micro_batches=2, probes=True),
-    "PP2, probes, kept": Case(pipeline=2, micro_batches=2, probes=True, recompute=False),
+    "TP2, probes": Case(tensor=2, probes=True),
+    "PP2, probes, kept": Case(pipeline=2, probes=True, recompute=False),
     "TP2xPP2+SP, probes, sliding, pads": Case(
-        tensor=2, pipeline=2, sequence=True, micro_batches=2, probes=True, pads=True, sleep=EVICTIONS["sliding"]
+        tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]
     ),
-    "DP2xPP2, probes, every other mixer": Case(
-        data=2, pipeline=2, micro_batches=2, probes=True, unequal=True, model=with_others()
-    ),
-    "DP2, unequal loss tokens": Case(data=2, micro_batches=2, unequal=True),
-    "TP2, unequal loss tokens": Case(tensor=2, micro_batches=2, unequal=True),
-    "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, micro_batches=2, unequal=True),
+    "DP2xPP2, probes, every other mixer": Case(data=2, pipeline=2, probes=True, unequal=True, model=with_others()),
+    "DP2, unequal loss tokens": Case(data=2, unequal=True),
+    "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
+    "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, unequal=True),
 }
 WIDE = {
     f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
@@ -128,22 +132,20 @@ WIDE = {
 BROKEN = {
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
-    "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, micro_batches=2, broken="shared gradients"),
-    "a mixer's heads of another rank, TP2": Case(tensor=2, micro_batches=2, broken="split of a mixer"),
-    "a probe's gradient lost, PP2": Case(pipeline=2, micro_batches=2, probes=True, broken="probe's gradient"),
-    "a probe remembered, TP2": Case(tensor=2, micro_batches=2, probes=True, broken="forgetting"),
+    "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),
+    "a mixer's heads of another rank, TP2": Case(tensor=2, broken="split of a mixer"),
+    "a probe's gradient lost, PP2": Case(pipeline=2, probes=True, broken="probe's gradient"),
+    "a probe remembered, TP2": Case(tensor=2, probes=True, broken="forgetting"),
     "tied gradients not summed, PP2": Case(pipeline=2, model=TIED, broken="shared gradients"),
-    "messages batched, PP2": Case(pipeline=2, broken="links"),
+    "messages batched, PP2": Case(pipeline=2, micro_batches=4, broken="links"),
     "nothing carried, PP2": Case(
         pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True), broken="carried fast weights"
     ),
-    "a mean of the ranks' means, DP2": Case(data=2, micro_batches=2, unequal=True, broken="global token mean, ranks"),
-    "a mean of the ranks' means, DP2xPP2": Case(
-        data=2, pipeline=2, micro_batches=2, unequal=True, broken="global token mean, ranks"
-    ),
+    "a mean of the ranks' means, DP2": Case(data=2, unequal=True, broken="global token mean, ranks"),
+    "a mean of the ranks' means, DP2xPP2": Case(data=2, pipeline=2, unequal=True, broken="global token mean, ranks"),
     "a mean of the micro-batches' means": Case(unequal=True, broken="global token mean, micro-batches"),
 }
-FREED = Case(pipeline=2, broken="memory of what is sent")
+FREED = Case(pipeline=2, micro_batches=4, broken="memory of what is sent")
 
 
 @pytest.fixture(scope="module")

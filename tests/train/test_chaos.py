@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.faults
+# Each kind has a test of its own in make test-faults: a frozen rank in test_watchdog.py, SIGHUP, a killed launcher and a
+# damaged file in test_stopping.py, a killed rank in test_local.py, a write cut short in test_writer.py.
+pytestmark = pytest.mark.wide
 
 ROOT = Path(__file__).parents[2]
 

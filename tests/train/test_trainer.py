@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import load_recipe
 from powernap.train.tracking.metrics import read_metrics
-from tests.helpers import runs, tiny
+from tests.helpers import runs, tiny, warm
 from tests.helpers.runs import weights
 
 # name: processes, overrides. Ten steps each.
 RUNS = {
     "one": (1, []),
-    "micro": (1, ["train.micro_batch_size=4", "train.recompute=false"]),
+    "micro": (1, ["train.micro_batch_size=4", "train.recompute=true"]),
     "half": (1, ["train.global_batch_size=8"]),
     "sliding": (1, ["sleep.eviction=sliding", "train.micro_batch_size=8"]),
     "muon": (1, ["optimizer.name=muon"]),
@@ -195,10 +196,7 @@ def test_mlflow_has_the_run(trained):
 
 
 def test_torchrun_may_start_the_processes(folder, trained):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=torchrun", "parallel.data=2"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -210,7 +208,7 @@ def test_thirty_seconds_of_training_beat_chance_and_what_was_learned_is_in_the_f
 ):
     sections = {"train": {"steps": 300, "global_batch_size": 64, "log_every": 50}, "checkpoint": {"every": 300}}
     runs.prepare(tmp_path, train_samples=8000, **sections)
-    overrides = ["parallel.data=2", "optimizer.lr=0.007", "optimizer.warmup_steps=30"]
+    overrides = ["optimizer.lr=0.007", "optimizer.warmup_steps=30"]
     result = runs.warm_powernap("train", "tiny.yaml", "run.name=learns", *overrides, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "learns"

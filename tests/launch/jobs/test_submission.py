@@ -4,7 +4,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -17,7 +16,7 @@ from powernap.launch.jobs.submission import status_of
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import format_duration, parse_duration, parse_size
 from powernap.train.recipe_file import RecipeError
-from tests.helpers import runs
+from tests.helpers import runs, warm
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_a_run_that_exists_is_not_taken_over(here, capfd):
 
 def test_two_that_submit_at_once_start_one(tmp_path):
     runs.prepare(tmp_path, train_samples=64, data={"lanes": 1}, train={"steps": 2})
-    command = [sys.executable, "-m", "powernap.launch.cli", "submit", "tiny.yaml", "--on", "local"]
+    command = [warm.python(), *runs.COMMAND[1:], "submit", "tiny.yaml", "--on", "local"]
     both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     ends = [(process.communicate()[1], process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 2, 2], ends

@@ -31,7 +31,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_samples(folder, t
     whole, _ = global_order(shards, 1, 0, 30, global_batch=12, **settings)
     found, state = [], None
     while len(found) < 20:
-        ranks, workers = int(random.randint(1, 5)), int(random.randint(4)) if trial % 5 == 0 else 0
+        ranks, workers = int(random.randint(1, 5)), int(random.randint(4)) if trial % 10 == 0 else 0
         steps = int(random.randint(1, 11))
         part, state = global_order(
             shards, ranks, workers, steps, global_batch=12, state=json.loads(json.dumps(state)), **settings

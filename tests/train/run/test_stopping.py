@@ -150,7 +150,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.mark.parametrize(
-    "launcher", [runs.COMMAND, [*TORCHRUN, "-m", "powernap.launch.cli"]], ids=["powernap", "torchrun"]
+    "launcher",
+    [
+        pytest.param(runs.COMMAND, id="powernap"),
+        pytest.param([*TORCHRUN, "-m", "powernap.launch.cli"], id="torchrun", marks=pytest.mark.wide),
+    ],
 )
 def test_ranks_whose_launcher_was_killed_save_and_leave(folder, launcher):
     name = "orphans" if launcher == runs.COMMAND else "torchrun-orphans"

@@ -1,0 +1,22 @@
+"""Process groups without CUDA."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from powernap.parallel import cpu
+
+
+def test_groups_of_the_same_ranks_are_one_and_no_others(monkeypatch):
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **_: object())
+    with cpu.one_group_for_each_set_of_ranks():
+        pair = dist.new_group([0, 1], backend="gloo")
+        assert dist.new_group(ranks=[0, 1]) is pair
+        assert dist.new_group([0]) is not pair
+    assert dist.new_group([0, 1]) is not pair
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL's groups are one for each kind of parallelism")
+def test_a_world_of_one_has_one_group(topology):
+    groups = topology.groups
+    assert groups.tp is groups.pp is groups.dp is groups.embd
