@@ -5,11 +5,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals
+from powernap.train.evaluation.tables import FLOOR_LABEL, Accuracy, Intervals, some_depths
 
 BLUE, ORANGE = "#08519c", "#d95f0e"
 GREEN = "#238b45"
 GREY = "#777777"  # for floors
+MOST_TICKS = 20
 DEPTH_LABEL = "depth (hops, steps, operations); bands: 95 %"
 
 
@@ -89,10 +90,14 @@ def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[s
         axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
     else:
         for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
-            axes.plot(depths, [values[d] for d in depths], "o-", color=color, label=f"N = {passes}", clip_on=False)
+            marker = "o" if len(depths) <= MOST_TICKS else "."
+            axes.plot(
+                depths, [values[d] for d in depths], marker + "-", color=color, label=f"N = {passes}", clip_on=False
+            )
             _band(axes, depths, intervals[passes], color)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label=FLOOR_LABEL)
         axes.set_xlabel(DEPTH_LABEL)
+        axes.set_xticks([depths.index(depth) for depth in some_depths(depths, MOST_TICKS)])
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)
 
