@@ -1,10 +1,10 @@
 """The studies: models, sizes, claims. Sizes and claims are fixed before seeds are drawn; what was found is written after."""
 
 from benchmarks.study import Claim, Model, Study
+from powernap.launch.commands.demo import WHOLE_CACHE
 
 N1 = ("sleep.passes=1",)
-# The transformer that keeps its whole cache: sliding eviction in a window longer than any sequence evicts nothing.
-ATTENTION = (*N1, "model.pattern=AAAA", "sleep.eviction=sliding", "model.window=1024")
+ATTENTION = (*N1, *WHOLE_CACHE)  # the transformer that keeps its whole cache
 RATES = ("5e-3", "2e-3", "7e-4")
 
 TRACK = Study(

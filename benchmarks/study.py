@@ -23,11 +23,9 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, write
+from powernap.launch.commands.demo import flops_of_step
 from powernap.model.parameters import parameters
 from powernap.parallel.planning.plan import in_units
-from powernap.parallel.planning.work import segments_of, step_flops
-from powernap.train.config import Recipe
-from powernap.train.data.check import predicting_windows
 from powernap.train.evaluation.pictures import GREY, new_figure, share_axis
 from powernap.train.evaluation.tables import FLOOR_LABEL, some_depths
 from powernap.train.recipe_file import load_recipe
@@ -200,10 +198,6 @@ def train(study: Study, home: Path, seed: int, model: Model, steps: int | None =
     log = run.parent / f"{model.folder}.log"
     powernap("train", study.recipe, *arguments, f"train.steps={steps}", *warm_up, *resume, log=log)
     powernap("eval", str(run), "--passes", str(max(recipe.sleep.pass_choices)), log=log)
-
-
-def flops_of_step(recipe: Recipe) -> int:
-    return step_flops(recipe, segments_of(recipe, *predicting_windows(recipe)))
 
 
 def powernap(*arguments: str, log: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from powernap.launch.torchrun import forwarding
+from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.parent import not_to_outlive_this
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -56,8 +57,11 @@ def powernap_side_by_side(
     shown.end()
     for name, code in failed.items():
         if not signals:
-            print((logs / f"{name}.log").read_text().strip().splitlines()[-1], file=sys.stderr)
+            lines = (logs / f"{name}.log").read_text().strip().splitlines()
+            print(lines[-1] if lines else f"{name}: exit code {code}, without a word", file=sys.stderr)
         _exit_unless(code)
+    if signals and waiting:  # those that ran were done just then
+        sys.exit(exit_codes.PREEMPTED)
 
 
 class _Progress:

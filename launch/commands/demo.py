@@ -42,9 +42,7 @@ class Demo:
     """What `powernap demo --task TASK` trains and shows."""
 
     recipe: str
-    shards: Mapping[
-        str, tuple[str, ...]
-    ]  # folder -> arguments of `powernap data build`; the first one's are trained on
+    shards: Mapping[str, tuple[str, ...]]  # folder -> arguments of `data build`; the first one's are trained on
     models: tuple[Model, ...]  # the first one sleeps
     equal_flops: bool  # the others get as many steps as the first one's training FLOPs allow; False: as many steps
     title: str  # of the picture
@@ -52,7 +50,8 @@ class Demo:
     depth: str
 
 
-WHOLE_CACHE = ("model.pattern=AAAA", "sleep.eviction=sliding", "model.window=1024")  # no sequence is that long
+# A transformer that keeps its whole cache: sliding eviction in a window longer than any sequence evicts nothing.
+WHOLE_CACHE = ("model.pattern=AAAA", "sleep.eviction=sliding", "model.window=1024")
 TRACK = ("asked=each", "--samples-per-shard", "6000")
 DEMOS = {
     "track": Demo(

@@ -4,6 +4,7 @@ A subclass says what is made of the documents: text.py cuts them into sequences,
 """
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -73,29 +74,30 @@ class Corpus(Section):
         return self.vocabulary.pad
 
     @property
+    @abstractmethod
     def sequence_length(self) -> int:
         """T."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def context_length(self) -> int | None:
         """As a task's (task.py)."""
-        raise NotImplementedError
 
     def token_name(self, token: int) -> str:
         return self.vocabulary.token_name(token)
 
     @property
+    @abstractmethod
     def reader(self) -> Reader:
-        raise NotImplementedError
+        """What reads the documents of a file."""
 
+    @abstractmethod
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
         """Split, key within the split and sample, of all documents in `parts`.
 
         Raises:
             DataError: naming the place of a document that cannot be used and is not to be skipped.
         """
-        raise NotImplementedError
 
     def tally(self) -> Tally:
         return Tally(self.skip_budget if self.on_error == "skip" else None)
