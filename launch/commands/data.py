@@ -53,8 +53,9 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
 
 
 def run_build(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.train.data.build import CorpusSource, build, build_task
+    from powernap.train.data.build import build, build_task
     from powernap.train.data.corpora import CORPORA
+    from powernap.train.data.sample_sources import CorpusSource
     from powernap.train.recipe_file import check, parse_overrides
     from powernap.train.tasks import task_kind
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
-from powernap.train.data.build import CorpusSource, build
+from powernap.train.data.build import build
+from powernap.train.data.sample_sources import CorpusSource
 from powernap.train.data.text import Text
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from powernap.launch import cli
 from powernap.train.config import Recipe
-from powernap.train.data.build import CorpusSource, build
+from powernap.train.data.build import build
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.gsm_infinite import GsmInfinite
 from powernap.train.data.inspect import inspect_shards
 from powernap.train.data.sample import DataError, decode
+from powernap.train.data.sample_sources import CorpusSource
 from powernap.train.data.shard import Shard
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.data.verify import verify

@@ -16,11 +16,12 @@ import tiktoken
 import tokenizers
 
 from powernap.train.data import documents as reading
-from powernap.train.data.build import CorpusSource, Job, build, make_shards
+from powernap.train.data.build import build, make_shards
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.documents import Document, Reader, Tally
 from powernap.train.data.inspect import inspect_shards
 from powernap.train.data.sample import DataError, decode
+from powernap.train.data.sample_sources import CorpusSource, Job
 from powernap.train.data.shard import Shard
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import load_tokenizer
