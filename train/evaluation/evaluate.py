@@ -44,7 +44,9 @@ class Evaluation:
     answers: dict[str, int]  # depth -> answers
     sequences: dict[str, int]  # depth -> sequences that hold them
     windows: int  # of a sequence, probes apart
-    lengths: "dict[str, Evaluation]" = field(default_factory=dict)  # other lengths than the training's, by windows
+    lengths: "dict[str, Evaluation]" = field(
+        default_factory=dict
+    )  # other lengths than the training's, by windows; where two have as many, by tokens, too
 
     def metrics(self, of_length: str = "") -> dict[str, float]:
         """Loss and accuracy under their names in metrics.jsonl and MLflow."""
@@ -67,11 +69,13 @@ def evaluate(
     An answer is right if each of its tokens is the likeliest one given the true tokens before it, which holds exactly
     when greedy decoding would produce it.
     """
-    own, *others = [
-        _evaluate(stage, recipe.model_copy(update={"data": data}), passes, samples, topology, floors)
-        for data in test_sets(recipe.data)
-    ]
-    return replace(own, lengths={str(other.windows): other for other in others})
+    found: dict[str, Evaluation] = {}
+    for data in test_sets(recipe.data):
+        of_length = _evaluate(stage, recipe.model_copy(update={"data": data}), passes, samples, topology, floors)
+        name = str(of_length.windows)
+        found[name if name not in found else f"{name}_of_{data.sequence_length}_tokens"] = of_length
+    own, *others = found
+    return replace(found[own], lengths={name: found[name] for name in others})
 
 
 def _evaluate(

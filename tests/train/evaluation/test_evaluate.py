@@ -202,6 +202,12 @@ def test_lengths_that_were_never_trained_on_are_evaluated_apart(topology, tmp_pa
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
         assert evaluate(stage, alone, [1, 2], 9, topology) == other
         assert result.metrics()[f"accuracy/N2/windows_{windows}/depth_1"] == other.accuracy["2"]["1"]
+    build_task(
+        "track", Track(asked="each", windows=3, min_windows=3, questions=2), tmp_path / "two", test_samples=5, **counts
+    )
+    data = recipe.data.model_copy(update={"test": [shards[0], "two/test-*.tar"]})  # as many windows, more tokens
+    result = evaluate(stage, recipe.model_copy(update={"data": data}), [1], 9, topology)
+    assert result.answers["1"] == 9 and result.lengths["3_of_18_tokens"].answers["1"] == 10
     first = recipe.data.model_copy(update={"test": shards[1:]})
     with pytest.raises(DataError, match="has 20 tokens, data.sequence_length=12"):
         evaluate(stage, recipe.model_copy(update={"data": first}), [1], 9, topology)
