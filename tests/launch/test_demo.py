@@ -183,5 +183,12 @@ def test_one_that_fails_ends_the_others_and_its_last_line_is_shown(tmp_path, cap
     assert psutil.Process().children() == before
 
 
+def test_one_that_fails_without_a_word_is_a_line_too(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("powernap.launch.side_by_side._start", lambda arguments, log: subprocess.Popen(["false"]))
+    with pytest.raises(SystemExit) as exit:
+        powernap_side_by_side({"quiet": ["train"]}, tmp_path, 1, lambda: "")
+    assert exit.value.code == 1 and capfd.readouterr().err == "quiet: exit code 1, without a word\n"
+
+
 def metrics(folder, name):
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
