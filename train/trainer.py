@@ -401,17 +401,24 @@ def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Ite
 
 def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Batch:
     """Broadcast `batch` from this model's first rank to all its ranks."""
-    shape = (2, recipe.sequences_per_rank, recipe.data.sequence_length)
+    rows = recipe.sequences_per_rank
+    shape = (2 * rows + 2, recipe.data.sequence_length)
     if batch is None:
         packed = torch.empty(shape, dtype=torch.int64)
     else:
         # The first token is never a target, so its slot in the loss mask carries is_document_start.
         loss_mask = torch.cat([batch.is_document_start[:, None], batch.loss_mask[:, 1:]], dim=1)
-        packed = torch.stack([batch.tokens, loss_mask.long()])
-    tokens, loss_mask = topology.broadcast_in_model(packed.to(topology.device)).cpu()
+        ends = torch.zeros(2, shape[1], dtype=torch.int64)  # set at the first and at the last token of each probe
+        for start, stop in batch.probes:
+            ends[0, start] = ends[1, stop - 1] = 1
+        packed = torch.cat([batch.tokens, loss_mask.long(), ends])
+    packed = topology.broadcast_in_model(packed.to(topology.device)).cpu()
+    tokens, loss_mask, ends = packed.split((rows, rows, 2))
     loss_mask, is_document_start = loss_mask.bool(), loss_mask[:, 0].bool()
     loss_mask[:, 0] = False
-    return Batch(tokens, loss_mask, is_document_start, [])
+    firsts, lasts = (row.nonzero().flatten().tolist() for row in ends)
+    probes = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+    return Batch(tokens, loss_mask, is_document_start, [], probes)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -11,12 +11,22 @@ import yaml
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.train.data.build import build_task
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import load_recipe
+from powernap.train.tasks import TASKS
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs, tiny, warm
 from tests.helpers.runs import weights
 
+# The batch of a model's first rank, which alone reads, tells the others where the probes are.
+PROBES = [
+    "data.train=probes/train-*.tar",
+    "data.test=null",
+    "data.sequence_length=16",
+    "model.window=2",
+    "model.vocab_size=10",
+]
 # name: processes, overrides. Ten steps each.
 RUNS = {
     "one": (1, []),
@@ -33,6 +43,9 @@ RUNS = {
     "muon_data": (2, ["parallel.data=2", "optimizer.name=muon"]),
     "muon_pipeline": (2, ["parallel.pipeline=2", "optimizer.name=muon"]),
     "bf16_data": (2, ["parallel.data=2", "train.precision=bf16"]),
+    "probes": (1, PROBES),
+    "probes_tensor": (2, [*PROBES, "parallel.tensor=2"]),
+    "probes_pipeline": (2, [*PROBES, "parallel.pipeline=2"]),
 }
 
 
@@ -40,6 +53,9 @@ RUNS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     runs.prepare(folder)
+    track = TASKS["track"](asked="each", windows=4, min_windows=4)
+    sizes = dict(train_samples=160, test_samples=8, samples_per_shard=80, seed=0, workers=1)
+    build_task("track", track, folder / "probes", **sizes)
     return folder
 
 
@@ -76,6 +92,11 @@ def test_two_processes_equal_one(trained):
 
 def test_micro_batches_and_recomputation_change_nothing(trained):
     assert_same_training(trained["micro"], trained["one"], 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["probes_tensor", "probes_pipeline"])
+def test_ranks_that_read_no_shards_know_the_probes(trained, layout):
+    assert_same_training(trained[layout], trained["probes"], 3e-5)
 
 
 def test_two_readers_change_nothing(trained):
