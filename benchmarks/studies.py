@@ -5,7 +5,7 @@ from powernap.launch.commands.demo import WHOLE_CACHE
 
 N1 = ("sleep.passes=1",)
 ATTENTION = (*N1, *WHOLE_CACHE)  # the transformer that keeps its whole cache
-RATES = ("5e-3", "2e-3", "7e-4")
+RATES = ("8e-3", "3e-3", "1e-3")
 
 TRACK = Study(
     name="track",
