@@ -138,10 +138,10 @@ def draw_demo(
         right.plot(places, smooth(losses[name]), color=colors[name], label=name)
     floor = next(iter(curves.values()))[2]
     left.plot(list(floor), list(floor.values()), ":", color=GREY)
-    lowest = min(floor, key=lambda depth: floor[depth])
+    free = max(floor, key=lambda depth: min(accuracy[depth] for accuracy, _, _ in curves.values()) - floor[depth])
     left.annotate(
         FLOOR_LABEL,
-        (lowest, floor[lowest]),
+        (free, floor[free]),
         xytext=(0, -12),
         textcoords="offset points",
         ha="center",
