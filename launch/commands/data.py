@@ -5,6 +5,9 @@ import sys
 
 from powernap.launch.commands.arguments import count, path, seed, shards, size, whole
 
+OF_TASKS = {"train_samples": 20_000, "test_samples": 1000, "samples_per_shard": 2500, "seed": 0}
+SHARD_SIZE = 64_000_000  # bytes
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("data", help="build token shards", description="Work with token shards.")
@@ -37,17 +40,18 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "fields", metavar="key=value", nargs="*", default=[], help="fields of the task, such as nodes=75 max_hop=16"
     )
-    parser.add_argument("--train-samples", type=whole(0), default=20000, help="(default: %(default)s)")
-    parser.add_argument("--test-samples", type=whole(0), default=1000, help="(default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=count, default=2500, help="(default: %(default)s)")
-    parser.add_argument(
+    of_tasks = parser.add_argument_group("options of tasks")
+    of_tasks.add_argument("--train-samples", type=whole(0), help=f"(default: {OF_TASKS['train_samples']})")
+    of_tasks.add_argument("--test-samples", type=whole(0), help=f"(default: {OF_TASKS['test_samples']})")
+    of_tasks.add_argument("--samples-per-shard", type=count, help=f"(default: {OF_TASKS['samples_per_shard']})")
+    of_tasks.add_argument("--seed", type=seed, help=f"(default: {OF_TASKS['seed']})")
+    of_text = parser.add_argument_group("options of text, gsm_infinite")
+    of_text.add_argument(
         "--shard-size",
         type=size,
-        default=64_000_000,
         metavar="SIZE",
-        help="size of the text in a shard (default: 64MB)",
+        help=f"size of the text in a shard (default: {SHARD_SIZE // 10**6}MB)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="(default: %(default)s)")
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
     parser.set_defaults(run=run_build)
 
@@ -55,22 +59,27 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
 def run_build(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.build import build, build_task
     from powernap.train.data.corpora import CORPORA
+    from powernap.train.data.sample import DataError
     from powernap.train.data.sample_sources import CorpusSource
     from powernap.train.recipe_file import check, parse_overrides
     from powernap.train.tasks import task_kind
 
     fields = parse_overrides(options.fields)
+    given = {name: value for name in OF_TASKS if (value := getattr(options, name)) is not None}
     if corpus := CORPORA.get(options.task):
-        build(CorpusSource(check(corpus, fields), options.shard_size), options.folder, options.workers)
+        for name in given:
+            raise DataError(
+                f"--{name.replace('_', '-')}: {options.task} is read whole; --shard-size divides it into shards"
+            )
+        build(CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE), options.folder, options.workers)
         return 0
+    if options.shard_size is not None:
+        raise DataError(f"--shard-size: {options.task} is drawn; --samples-per-shard divides it into shards")
     build_task(
         options.task,
         check(task_kind(options.task), fields),
         options.folder,
-        train_samples=options.train_samples,
-        test_samples=options.test_samples,
-        samples_per_shard=options.samples_per_shard,
-        seed=options.seed,
+        **OF_TASKS | given,
         workers=options.workers,
     )
     return 0

@@ -127,6 +127,11 @@ def test_mistakes_are_answered_in_one_line(folder, capfd, monkeypatch, overrides
         (["data", "build", "depot", "x"], ["no task 'depot'", "depo, gsm, program, rule110"]),
         (["data", "build", "depo", "x", "nods=8"], ["nods", "did you mean nodes?"]),
         (["data", "build", "depo", "x", "--seed", "1", "nods=8"], ["nods", "did you mean nodes?"]),
+        (
+            ["data", "build", "text", "x", "inputs=y", "--seed", "1"],
+            ["--seed: text is read whole; --shard-size divides"],
+        ),
+        (["data", "build", "depo", "x", "--shard-size", "1MB"], ["--shard-size: depo is drawn; --samples-per-shard"]),
         (["data", "inspect", "nowhere"], ["SHARDS=nowhere: no such file"]),
     ],
     ids=lambda value: " ".join(value[:3]),

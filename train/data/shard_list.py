@@ -56,7 +56,7 @@ def count_lanes(shards: int, lanes: int | None, field: str = "data.train") -> in
     if lanes is not None and shards < lanes:
         raise DataError(
             f"{field} has {shards} shards, fewer than data.lanes={lanes}: write data.lanes={shards} or null, "
-            f"or build at least {lanes} shards (a smaller --samples-per-shard)"
+            f"or build at least {lanes} shards (a smaller --samples-per-shard, of text --shard-size)"
         )
     return lanes or min(shards, MOST_LANES)
 
