@@ -23,6 +23,7 @@ class SleepOutput:
     predictions: (
         torch.Tensor | None
     )  # [B, T], the most likely token at each position of a prediction window, -1 elsewhere
+    token_losses: torch.Tensor | None  # [B, T], in nats; 0 where the loss mask is unset
     layer_states: LayerStates  # after the last window
 
 
@@ -43,7 +44,7 @@ def sleep_and_predict(
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
         layer_states: the sequences' initial states; None: zero fast weights.
         recompute: keep only each segment's inputs and recompute the rest in the backward pass.
-        predict: also return the predictions.
+        predict: also return the predictions and the loss of each token.
         health: watches norms and gates of the fast weights.
     """
     inputs, targets, loss_mask = tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
@@ -51,6 +52,7 @@ def sleep_and_predict(
     hidden_states = None
     loss = layer_states[0].new_zeros(()) if layer_states else torch.zeros((), device=tokens.device)
     predictions = torch.full_like(tokens, -1) if predict else None
+    token_losses = torch.zeros_like(tokens, dtype=loss.dtype) if predict else None
     for segment in segments:
         run = partial(_run, stage, segment, inputs, targets, loss_mask)
         with (
@@ -61,15 +63,16 @@ def sleep_and_predict(
                 results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
             else:
                 results = run(hidden_states, *layer_states)
-        hidden_states, segment_loss, *states = results
+        hidden_states, losses, *states = results
         layer_states = tuple(states)
         if health:
             health.record(segment, layer_states)
         if segment.predicts:
-            loss = loss + segment_loss
-        if segment.predicts and predictions is not None:
+            loss = loss + losses.sum()
+        if segment.predicts and predictions is not None and token_losses is not None:
             predictions[:, 1:][:, segment.where] = stage.predictions(hidden_states)
-    return SleepOutput(loss, predictions, layer_states)
+            token_losses[:, 1:][:, segment.where] = losses.detach()
+    return SleepOutput(loss, predictions, token_losses, layer_states)
 
 
 def _run(
@@ -81,9 +84,9 @@ def _run(
     hidden_states: torch.Tensor | None,
     *layer_states: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Run one segment; return its hidden states, its loss if it predicts, and each block's new state."""
+    """Run one segment; return its hidden states, its tokens' losses if it predicts, and each block's new state."""
     hidden_states, states = stage(segment, inputs, hidden_states, layer_states)
-    loss = None
+    losses = None
     if segment.predicts:
-        loss = stage.loss(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])
-    return hidden_states, loss, *states
+        losses = stage.token_losses(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])
+    return hidden_states, losses, *states

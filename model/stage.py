@@ -172,7 +172,11 @@ class HybridStage(MegatronModule):
         return self.decoder.decode(self._embed(tokens), caches, window)
 
     def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropy over the tokens in `loss_mask`; hidden_states [L, B, D], the others [B, L]."""
+        """The sum of `token_losses`."""
+        return self.token_losses(hidden_states, targets, loss_mask).sum()
+
+    def token_losses(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0: [B, L]; hidden_states [L, B, D]."""
         logits = self._logits(hidden_states)
         targets = targets.t()
         if self.tp_group.size() == 1:  # Megatron's is float32 only
@@ -180,7 +184,7 @@ class HybridStage(MegatronModule):
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         else:
             losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.contiguous())
-        return (losses * loss_mask.t()).sum()
+        return (losses * loss_mask.t()).t()
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The most likely next token at every position: hidden_states [L, B, D] -> [B, L]."""

@@ -76,7 +76,7 @@ def sum_shared_gradients(stage: HybridStage, topology: Topology, gradient_of=lam
 def predict(
     stage: HybridStage, batch: MicroBatch, topology: Topology
 ) -> tuple[torch.Tensor, torch.Tensor, LayerStates]:
-    """The most likely tokens [B, T] in prediction windows, -1 elsewhere; the summed loss; the final layer states.
+    """The most likely tokens [B, T] in prediction windows, -1 elsewhere; each token's loss [B, T]; the final layer states.
 
     The first two are the same on every stage, the layer states are each stage's own. One stage works at a time.
     """
@@ -86,10 +86,10 @@ def predict(
             output = sleep_and_predict(
                 stage, segments, tokens, loss_mask, layer_states=batch.layer_states, recompute=False, predict=True
             )
-        assert output.predictions is not None
-        return output.predictions, output.loss, output.layer_states
+        assert output.predictions is not None and output.token_losses is not None
+        return output.predictions, output.token_losses, output.layer_states
     inputs, predictions = tokens[:, :-1], torch.full_like(tokens, -1)
-    loss = torch.zeros((), dtype=torch.promote_types(stage.dtype, torch.float32), device=stage.device)
+    losses = torch.zeros(tokens.shape, dtype=torch.promote_types(stage.dtype, torch.float32), device=stage.device)
     ring = Ring(stage, topology, longest(segments), len(tokens))
     layer_states = stage.empty_layer_states(len(tokens)) if batch.layer_states is None else batch.layer_states
     with torch.no_grad():
@@ -100,13 +100,15 @@ def predict(
             if segment.predicts and stage.is_last:
                 where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
-                loss += stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
+                losses[:, 1:][:, where] = stage.token_losses(
+                    hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where]
+                )
             feeds_next_pass = index + 1 < len(segments) and not segments[index + 1].from_embeddings
             if not stage.is_last or feeds_next_pass:
                 ring.send(hidden_states)
-        for result in (predictions, loss):
+        for result in (predictions, losses):
             dist.broadcast(result, group=topology.groups.pp, group_src=topology.pp_size - 1)
-    return predictions, loss, layer_states
+    return predictions, losses, layer_states
 
 
 class StageStep:

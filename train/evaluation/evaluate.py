@@ -24,7 +24,8 @@ from powernap.train.data.test_sets import test_sets
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
-from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, some_depths, with_intervals
+from powernap.train.evaluation.places import PLACES, place_name, places_of, sum_by_place
+from powernap.train.evaluation.tables import FLOOR_LABEL, format_accuracy, format_rows, some_depths, with_intervals
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run.folder import RunFolder
@@ -44,13 +45,17 @@ class Evaluation:
     answers: dict[str, int]  # depth -> answers
     sequences: dict[str, int]  # depth -> sequences that hold them
     windows: int  # of a sequence, probes apart
-    lengths: "dict[str, Evaluation]" = field(
-        default_factory=dict
-    )  # other lengths than the training's, by windows; where two have as many, by tokens, too
+    # Of data without answers: N -> windows of the document, from 1, such as 5-8 -> mean over the loss tokens there.
+    loss_by_window: dict[str, dict[str, float]] = field(default_factory=dict)
+    tokens_by_window: dict[str, int] = field(default_factory=dict)  # loss tokens
+    # Other lengths than the training's, by windows; where two have as many, by tokens, too.
+    lengths: "dict[str, Evaluation]" = field(default_factory=dict)
 
     def metrics(self, of_length: str = "") -> dict[str, float]:
         """Loss and accuracy under their names in metrics.jsonl and MLflow."""
         found = {f"held_out_loss/N{passes}{of_length}": value for passes, value in self.loss.items()}
+        for passes, by_window in self.loss_by_window.items():
+            found |= {f"held_out_loss/N{passes}{of_length}/window_{which}": loss for which, loss in by_window.items()}
         for passes, by_depth in self.accuracy.items():
             found |= {f"accuracy/N{passes}{of_length}/depth_{depth}": value for depth, value in by_depth.items()}
         for windows, other in self.lengths.items():
@@ -86,7 +91,9 @@ def _evaluate(
     windows = 0
     asked: Counter[int] = Counter()  # depth -> answers
     by_sequence: Counter[tuple[int, int, str]] = Counter()  # (N, depth, field of Tally)
-    losses = torch.zeros(1 + len(passes), dtype=torch.float64, device=topology.device)  # loss tokens, loss sums by N
+    part = 0  # of each row's document
+    # Loss tokens, and for each N the sum of their losses, by their place in the document.
+    losses = torch.zeros(1 + len(passes), PLACES, dtype=torch.float64, device=topology.device)
     carried: dict[int, LayerStates | None] = {}  # N -> layer states after the previous batch, under sleep.carry
     batches = evaluation_batches(
         recipe.data,
@@ -98,30 +105,34 @@ def _evaluate(
     )
     for batch in batches:
         inputs = batch.tokens.shape[1] - 1
-        windows = sum(not window.probe for window in windows_of(inputs, recipe.model, recipe.sleep, batch.probes))
+        read = [w.tokens for w in windows_of(inputs, recipe.model, recipe.sleep, batch.probes) if not w.probe]
+        windows = len(read)
+        part = 0 if batch.is_document_start.all() else part + 1
+        places = places_of(batch.tokens.shape[1], read, part).to(topology.device)
         asked.update(depth for _, depth, _ in _answers(batch))
         if floor:
             floor.add_all(batch.tokens.numpy(), batch.answers, batch.probes)
-        losses[0] += batch.is_real * batch.loss_mask[:, 1:].sum()
+        losses[0] += batch.is_real * sum_by_place(batch.loss_mask.to(topology.device), places)
         for i, n in enumerate(passes, start=1):
-            before = None if batch.is_document_start.all() else carried[n]
-            predictions, loss, after = _predict(stage, recipe, batch, n, topology, before)
+            before = carried[n] if part else None
+            predictions, token_losses, after = _predict(stage, recipe, batch, n, topology, before)
             carried[n] = after if recipe.sleep.carry else None
-            losses[i] += batch.is_real * loss
+            losses[i] += batch.is_real * sum_by_place(token_losses, places)
             by_sequence.update(_tally(batch, predictions, n))
-    loss_tokens, *sums = topology.all_reduce_over_data(losses).tolist()
+    loss_tokens, *sums = topology.all_reduce_over_data(losses).cpu()
     answers, by_sequence = (
         topology.all_reduce_counter_over_data(asked),
         topology.all_reduce_counter_over_data(by_sequence),
     )
     depths = sorted(answers)
+    found_at = {} if answers else {place_name(place): place for place in loss_tokens.nonzero().flatten().tolist()}
     guesses = floor.shares(topology.all_reduce_counter_over_data(floor.counts)) if floor else {}
     tallies = {
         n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
         for n in passes
     }
     return Evaluation(
-        loss={str(n): loss / loss_tokens for n, loss in zip(passes, sums, strict=True)},
+        loss={str(n): float(of_n.sum() / loss_tokens.sum()) for n, of_n in zip(passes, sums, strict=True)},
         accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
         interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
         floor={str(depth): max(by_depth[depth] for by_depth in guesses.values()) for depth in depths if guesses},
@@ -129,6 +140,11 @@ def _evaluate(
         answers={str(depth): answers[depth] for depth in depths},
         sequences={str(depth): tallies[passes[0]][depth].sequences for depth in depths},
         windows=windows,
+        loss_by_window={
+            str(n): {name: float(of_n[place] / loss_tokens[place]) for name, place in found_at.items()}
+            for n, of_n in zip(passes, sums, strict=True)
+        },
+        tokens_by_window={name: int(loss_tokens[place]) for name, place in found_at.items()},
     )
 
 
@@ -173,7 +189,7 @@ def evaluate_run(
         others = {windows: (other.accuracy, other.interval, other.floor) for windows, other in result.lengths.items()}
         draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture, lengths=others)
     else:
-        draw_loss(result.loss, title=title, to=picture)
+        draw_loss(result.loss, result.loss_by_window, title=title, to=picture)
     tracker = Trackers.open(recipe, path, running=False)
     tracker.log_metrics(newest.step, result.metrics())
     for file in (table, picture):
@@ -205,6 +221,9 @@ def _described(result: Evaluation) -> list[str]:
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
         )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
+    if len(result.tokens_by_window) > 1:
+        rows = {f"N={n}": by_window for n, by_window in result.loss_by_window.items()}
+        lines += ["loss by window of the document:", format_rows(rows, "window", decimals=3)]
     return lines
 
 
@@ -239,16 +258,16 @@ def evaluation_passes(recipe: Recipe) -> list[int]:
 def _predict(
     stage: HybridStage, recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
 ) -> tuple[dict[tuple[int, int, int], tuple[int, ...]], torch.Tensor, LayerStates]:
-    """The prediction for each answer, (row, start, stop) -> tokens; the sum of the losses; the layer states."""
+    """The prediction for each answer, (row, start, stop) -> tokens; each token's loss [B, T]; the layer states."""
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     segments = plan_segments(
         tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards
     )
     micro_batch = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
-    predictions, loss, layer_states = predict(stage, micro_batch, topology)
+    predictions, losses, layer_states = predict(stage, micro_batch, topology)
     rows = predictions.tolist()
     answers = {span: tuple(rows[span[0]][slice(*span[1:])]) for span, _, _ in _answers(batch)}
-    return answers, loss, layer_states
+    return answers, losses, layer_states
 
 
 def _tally(

@@ -14,11 +14,17 @@ MOST_TICKS = 20
 DEPTH_LABEL = "depth (hops, steps, operations); bands: 95 %"
 
 
-def draw_loss(loss: Mapping[str, float], *, title: str, to: Path) -> None:
-    """Loss over N."""
+def draw_loss(loss: Mapping[str, float], by_window: Mapping[str, Mapping[str, float]], *, title: str, to: Path) -> None:
+    """Loss over the windows of a document, a line for each N; over N where all have one window."""
     figure, axes = new_figure()
-    axes.plot(list(loss), list(loss.values()), "o-", color=BLUE, clip_on=False)
-    axes.set_xlabel("N, passes of sleep")
+    if all(len(losses) > 1 for losses in by_window.values()) and by_window:
+        for (passes, losses), color in zip(by_window.items(), _from_light_to_dark(len(by_window)), strict=True):
+            axes.plot(list(losses), list(losses.values()), "o-", color=color, label=f"N = {passes}", clip_on=False)
+        axes.set_xlabel("window of the document")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.plot(list(loss), list(loss.values()), "o-", color=BLUE, clip_on=False)
+        axes.set_xlabel("N, passes of sleep")
     axes.set_ylabel("loss per token")
     axes.set_title(title, loc="left")
     figure.savefig(to)

@@ -9,16 +9,22 @@ Intervals = Mapping[str, Mapping[str, tuple[float, float]]]  # row -> depth -> (
 
 def format_accuracy(rows: Accuracy, depth_name: str = "depth") -> str:
     """A table with a column per depth, at most 80 characters wide: `rows` by name, shares with two decimals."""
-    depths = list(dict.fromkeys(depth for values in rows.values() for depth in values))
-    width = max(len(name) for name in [depth_name, *rows])
-    per_line = max(1, (80 - width) // 6)
+    return format_rows(rows, depth_name, decimals=2)
+
+
+def format_rows(rows: Mapping[str, Mapping[str, float]], name_of_columns: str, decimals: int) -> str:
+    """A table at most 80 characters wide: a column for each key of `rows`' values, in the order they appear."""
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+    first = max(len(name) for name in [name_of_columns, *rows])
+    width = max([decimals + 4, *(len(column) + 1 for column in columns)])
+    per_line = max(1, (80 - first) // width)
     lines = []
-    for start in range(0, len(depths), per_line):
-        part = depths[start : start + per_line]
-        lines.append(f"{depth_name:{width}}" + "".join(f"{depth:>6}" for depth in part))
+    for start in range(0, len(columns), per_line):
+        part = columns[start : start + per_line]
+        lines.append(f"{name_of_columns:{first}}" + "".join(f"{column:>{width}}" for column in part))
         for name, values in rows.items():
-            cells = (f"{values[depth]:6.2f}" if depth in values else f"{'-':>6}" for depth in part)
-            lines.append(f"{name:{width}}" + "".join(cells))
+            cells = (f"{values[c]:{width}.{decimals}f}" if c in values else f"{'-':>{width}}" for c in part)
+            lines.append(f"{name:{first}}" + "".join(cells))
     return "\n".join(lines)
 
 

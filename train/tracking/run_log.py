@@ -90,7 +90,10 @@ class RunLog:
             self._tracker.log_metrics(step, record)
             self._log_step(step, record)
         if loss:
-            logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n[14:]} {v:.4f}" for n, v in loss.items()))
+            whole = {
+                name[14:]: value for name, value in loss.items() if "/window_" not in name
+            }  # the rest is in MLflow
+            logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n} {v:.4f}" for n, v in whole.items()))
         if accuracy:
             logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
 

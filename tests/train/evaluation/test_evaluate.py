@@ -41,11 +41,11 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, topology, monk
         guess = batch.tokens.clone()
         passes = max(segment.pass_number for segment in batch.segments)
         guess[::2, 14] = 0
-        return (torch.zeros_like(guess) if passes == 3 else guess), loss_of(batch) * passes, ()
+        return (torch.zeros_like(guess) if passes == 3 else guess), losses_of(batch) * passes, ()
 
-    def loss_of(batch):
+    def losses_of(batch):
         """In no fixed proportion to the loss tokens."""
-        return batch.tokens.sum() * 0.5
+        return batch.tokens * 0.5
 
     monkeypatch.setattr("powernap.train.evaluation.evaluate.predict", predictions)
 
@@ -85,8 +85,8 @@ def test_an_answer_counts_when_every_token_of_it_is_right(folder, topology, monk
     assert all(result.floor[depth] >= share for depth, share in most.items())
     assert not evaluate(stage, recipe, [2], 40, topology, floors=False).floor
     # The last batch has fewer sequences: a mean of the batches' means is another number.
-    mean = float(sum(map(loss_of, batches)) / sum(batch.loss_mask[:, 1:].sum() for batch in batches))
-    means = [float(loss_of(batch) / batch.loss_mask[:, 1:].sum()) for batch in batches]
+    mean = float(sum(losses_of(b).sum() for b in batches) / sum(batch.loss_mask[:, 1:].sum() for batch in batches))
+    means = [float(losses_of(batch).sum() / batch.loss_mask[:, 1:].sum()) for batch in batches]
     assert abs(sum(means) / len(means) / mean - 1) > 1e-4
     assert result.loss == {"2": pytest.approx(2 * mean), "3": pytest.approx(3 * mean)}
 
