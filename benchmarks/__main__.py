@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import common
 
 ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint", "tracking"]
-ON_DEMAND = ["demo", "trend", "device"]  # a quarter of an hour; hours; a CUDA device
+ON_DEMAND = ["demo", "trend", "text", "device"]  # a quarter of an hour; hours; hours; a CUDA device
 STUDY = "study"  # study NAME ...: hours, see studies.py
 
 
@@ -27,10 +27,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
     parser.add_argument(
-        "--folder", type=Path, help="demo, trend: where runs are kept (default: runs/demos, runs/trend)"
+        "--folder", type=Path, help="demo, trend, text, study: where runs are kept (default: below runs/)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="study: models trained side by side (default: %(default)s)")
-    parser.add_argument("--page", action="store_true", help="study: write the page of what is done, train nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="study, text: models trained side by side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="study, text: write the page of what is done, train nothing"
+    )
     options = parser.parse_args()
     if options.names[:1] == [STUDY]:
         importlib.import_module("benchmarks.study").main(options, "")

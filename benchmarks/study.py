@@ -79,7 +79,7 @@ class Study:
     recipe: str
     task: str
     sizes: tuple[str, ...]  # of `powernap data build`
-    train_samples: int
+    train_samples: int | None  # None: a corpus, which is read whole
     test_samples: int  # of each length
     longer: tuple[tuple[str, ...], ...]  # sizes of further test sets, on top of `sizes`
     models: tuple[Model, ...]
@@ -156,11 +156,14 @@ def build(study: Study, home: Path, seed: int) -> None:
     """The shards of a seed: train and test, and a test set for each other length."""
     sizes = [study.sizes, *((*study.sizes, *longer) for longer in study.longer)]
     for number, of_set in enumerate(sizes):
-        train = study.train_samples if number == 0 else 0
+        options = []
+        if study.train_samples is not None:
+            train = study.train_samples if number == 0 else 0
+            options = ["--seed", seed, "--train-samples", train, "--samples-per-shard", -(-train // 8) or 10_000]
+            options += ["--test-samples", study.test_samples]
         powernap(
-            "data", "build", study.task, str(home / f"data-{seed}-{number}"), *_last(of_set), "--seed", str(seed),
-            "--train-samples", str(train), "--samples-per-shard", str(-(-train // 8) or 10_000),
-            "--test-samples", str(study.test_samples), log=home / f"data-{seed}.log",
+            "data", "build", study.task, str(home / f"data-{seed}-{number}"), *_last(of_set), *map(str, options),
+            log=home / f"data-{seed}.log",
         )  # fmt: skip
 
 
@@ -282,13 +285,13 @@ def claims_table(study: Study, trained: list[Trained]) -> list[str]:
     return ["## Claims", "", *table(columns, rows, left=1), ""]
 
 
-def interval_over_seeds(values: list[float]) -> str:
+def interval_over_seeds(values: list[float], decimals: int = 1) -> str:
     """Their mean with the 95 % interval of Student's t; with one seed there is none."""
     mean = statistics.fmean(values)
     if len(values) not in T_QUANTILE:
-        return f"{mean:.1f}"
+        return f"{mean:.{decimals}f}"
     half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
 def length_table(windows: str, depths: list[str], by_model: dict[str, list[Trained]], seeds: int) -> list[str]:

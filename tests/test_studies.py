@@ -6,9 +6,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import common
+from benchmarks import common, text
 from benchmarks.studies import STUDIES, TRACK
 from benchmarks.study import Trained, describe, interval_over_seeds
+from powernap.train.data.text import Text
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.tasks import TASKS
 
@@ -52,14 +53,44 @@ def test_the_interval_over_seeds_is_students():
     assert interval_over_seeds([1.0, 2.0, 3.0]) == "2.0 ± 2.5" and interval_over_seeds([4.0]) == "4.0"
 
 
+def test_the_models_of_text_are_valid():
+    for model in text.TEXT.models:
+        load_recipe(text.TEXT.recipe, list(model.overrides))
+    check(Text, parse_overrides(["inputs=x", *(size for size in text.TEXT.sizes if not size.startswith("-"))]))
+    names = {model.name for model in text.TEXT.models}
+    assert names >= {name for _, *pair in text.CLAIMS for name in pair}
+
+
+def test_a_claim_about_text_holds_only_in_every_seed(tmp_path):
+    bits = {(1, "N=2"): 2.0, (1, "N=1, as many bytes"): 2.125, (2, "N=2"): 2.5, (2, "N=1, as many bytes"): 2.25}
+    found = [
+        text.Trained(seed, name, 2, 10, 10, 10, 1e12, {"all": b, "1": b, "2": b}, "abc")
+        for (seed, name), b in bits.items()
+    ]
+    page = "\n".join(text.describe(found))
+    (row,) = [line for line in page.splitlines() if line.startswith("| N=2 is better than N=1 after as many bytes")]
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["+0.125, -0.250", "-0.062 ± 2.382", "NO"]
+    assert re.search(r"^\| N=2 +\| 2.250 \| 2.250 \| 2.250 \|", page, re.M)
+    text.draw(found, tmp_path / "text.png")
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_number_about_text_is_in_its_json():
+    path = common.RESULTS / "text.json"
+    if not path.exists():
+        pytest.skip("has not been run")
+    found = [text.Trained(**one) for one in json.loads(path.read_text())["trained"]]
+    assert path.with_suffix(".md").read_text().endswith("\n".join(text.describe(found)).rstrip() + "\n")
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_every_number_on_a_page_is_in_its_json(path):
     study = BY_NAME[path.stem.removeprefix("study_")]
     document = json.loads(path.read_text())
     found = [Trained(**one) for one in document["trained"]]
-    text = path.with_suffix(".md").read_text()
-    assert text.endswith("\n".join(describe(study, found)).rstrip() + "\n")
+    page = path.with_suffix(".md").read_text()
+    assert page.endswith("\n".join(describe(study, found)).rstrip() + "\n")
     assert path.with_suffix(".png").exists()
     changed = [replace(one, accuracy={w: dict.fromkeys(of, 0.123) for w, of in one.accuracy.items()}) for one in found]
-    assert "\n".join(describe(study, changed)) not in text
+    assert "\n".join(describe(study, changed)) not in page
     assert asdict(found[0]).keys() == document["trained"][0].keys()
