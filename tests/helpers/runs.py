@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from powernap.launch import cli
-from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.topology import Topology
 from powernap.train import trainer
 from powernap.train.data.build import build_task
@@ -44,9 +43,9 @@ RECIPE = {
 }  # fmt: skip
 
 
-def prepare(folder: Path, train_samples: int = 256, seed: int = 0, **sections: dict) -> Path:
+def prepare(folder: Path, train_samples: int = 256, seed: int = 0, max_hop: int = 2, **sections: dict) -> Path:
     """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
-    task = TASKS["depo"](nodes=6, max_hop=2, queries=4, names="ends")
+    task = TASKS["depo"](nodes=6, max_hop=max_hop, queries=4, names="ends")
     build_task(
         "depo",
         task,
@@ -124,9 +123,9 @@ def free_port() -> int:
             return port
 
 
-def weights(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
-    """The master weights in a run's checkpoint by name."""
-    checkpoint = Checkpoint.open(run / "checkpoints" / f"step_{step:08d}")
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The master weights in a run's newest checkpoint by name."""
+    checkpoint = RunFolder(run).newest_checkpoint()
     return {name: checkpoint.whole(name) for name in checkpoint.parameters}
 
 

@@ -1,7 +1,9 @@
 """Text from files to a held-out loss: whole documents, their fast weights carried from step to step, in several layouts."""
 
+import itertools
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import yaml
@@ -11,7 +13,10 @@ from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
 from powernap.train.data.build import build
+from powernap.train.data.cache import ShardCache
+from powernap.train.data.sample import decode
 from powernap.train.data.sample_sources import CorpusSource
+from powernap.train.data.shard import Shard
 from powernap.train.data.text import Text
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe
@@ -39,8 +44,8 @@ def folder(tmp_path_factory):
         "model": {**runs.RECIPE["model"], "window": 32, "vocab_size": 258, "pad_token_id": 257},
         "sleep": {"passes": 2, "every_window": True, "carry": True},
         "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 97, "lanes": 8},
-        "train": {"steps": 20, "global_batch_size": 8, "log_every": 10, "recompute": False},
-        "checkpoint": {"every": 10},
+        "train": {"steps": 12, "global_batch_size": 8, "log_every": 6, "recompute": False},
+        "checkpoint": {"every": 6},
         "optimizer": {"lr": 1e-2, "warmup_steps": 5},
         "evaluation": {"samples": 17, "passes": [1, 2]},
     }
@@ -71,14 +76,14 @@ def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
     """The lines of both are equal to the last digit; without the carried fast weights they are not."""
     (folder / "again").mkdir()
     again = shutil.copytree(trained["pipeline"], folder / "again" / "pipeline")
-    shutil.rmtree(again / "checkpoints" / "step_00000020")
+    shutil.rmtree(again / "checkpoints" / "step_00000012")
     runs.train_in_turn(folder, 2, {"pipeline": [*LAYOUTS["pipeline"], "run.root=again", "--resume"]})
     resumed, unbroken = (read_metrics(run / "metrics.jsonl") for run in (again, trained["pipeline"]))
-    assert [line["seconds"] for line in resumed[:10]] == [line["seconds"] for line in unbroken[:10]]
-    assert resumed[10]["seconds"] != unbroken[10]["seconds"]
+    assert [line["seconds"] for line in resumed[:6]] == [line["seconds"] for line in unbroken[:6]]
+    assert resumed[6]["seconds"] != unbroken[6]["seconds"]
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in resumed] == [line[key] for line in unbroken]
-    with safe_open(again / "checkpoints" / "step_00000010" / "rank-00001.safetensors", "pt") as saved:
+    with safe_open(again / "checkpoints" / "step_00000006" / "rank-00001.safetensors", "pt") as saved:
         state = saved.get_tensor("fast_weights/1")
     assert state.shape == (8, 2, 16, 16) and state.abs().amax((1, 2, 3)).min() > 0
 
@@ -89,9 +94,9 @@ def test_what_is_carried_goes_on_in_another_layout(folder, trained):
     copies, again = {}, {}
     for name in ("alone", "zero3", "forgotten"):
         copies[name] = shutil.copytree(trained["pipeline"], folder / f"elsewhere-{name}" / "pipeline")
-        shutil.rmtree(copies[name] / "checkpoints" / "step_00000020")
+        shutil.rmtree(copies[name] / "checkpoints" / "step_00000012")
         again[name] = ["run.name=pipeline", f"run.root=elsewhere-{name}", "--resume"]
-    forget(copies["forgotten"] / "checkpoints" / "step_00000010")
+    forget(copies["forgotten"] / "checkpoints" / "step_00000006")
     runs.train_in_turn(folder, 2, {"zero3": [*LAYOUTS["zero3"], *again.pop("zero3")]})
     runs.train_in_turn(folder, 1, again)
     unbroken = read_metrics(trained["pipeline"] / "metrics.jsonl")
@@ -99,9 +104,9 @@ def test_what_is_carried_goes_on_in_another_layout(folder, trained):
     for name in ("alone", "zero3"):
         assert [line["samples"] for line in found[name]] == [line["samples"] for line in unbroken]
         losses = [line["loss"] for line in found[name]]
-        assert losses[10:13] == pytest.approx([line["loss"] for line in unbroken][10:13], rel=1e-5)
-        assert losses[10:] == pytest.approx([line["loss"] for line in unbroken][10:], rel=5e-3)
-    assert abs(found["forgotten"][10]["loss"] / unbroken[10]["loss"] - 1) > 1e-4
+        assert losses[6:9] == pytest.approx([line["loss"] for line in unbroken][6:9], rel=1e-5)
+        assert losses[6:] == pytest.approx([line["loss"] for line in unbroken][6:], rel=5e-3)
+    assert abs(found["forgotten"][6]["loss"] / unbroken[6]["loss"] - 1) > 1e-4
 
 
 def forget(checkpoint):
@@ -112,8 +117,8 @@ def forget(checkpoint):
 
 
 def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topology):
-    """Held-out text in sequences of three windows, carried, against all windows in one sequence."""
-    losses = {}
+    """Held-out text in sequences of three windows, carried, against all windows in one sequence: in all, and by window."""
+    found = {}
     for name, changes in (
         ("carried", []),
         ("whole", ["data.test=long/test-*.tar", f"data.sequence_length={6 * WINDOWS * 32 + 1}"]),
@@ -124,15 +129,42 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
         recipe = load_recipe(str(folder / "tiny.yaml"), overrides)
         stage = HybridStage(recipe.model, recipe.sleep, topology.groups).double().to(topology.device)
         RunFolder(trained["one"]).newest_checkpoint().load_weights(stage)
-        losses[name] = evaluate(stage, recipe, [2], 1000, topology).loss["2"]
+        found[name] = evaluate(stage, recipe, [2], 1000, topology)
+    losses = {name: result.loss["2"] for name, result in found.items()}
     assert losses["carried"] == pytest.approx(losses["whole"], rel=1e-9)
     assert abs(losses["forgotten"] / losses["whole"] - 1) > 1e-3
+
+    tokens = Counter()
+    last_windows = {"1": 1, "2": 2, "3-4": 4, "5-8": 8, "9-16": 16}
+    shards = [
+        Shard.open(str(path), ShardCache(folder / "cache")) for path in sorted((folder / "long").glob("test-*.tar"))
+    ]
+    for members in itertools.chain.from_iterable(shards):  # a sample is a document
+        for token in decode(members).loss_mask.nonzero()[0].tolist():
+            window = (token - 1) // 32 + 1  # of the token before, which predicts it
+            tokens[next(name for name, last in last_windows.items() if window <= last)] += 1
+    carried, whole, forgotten = (found[name].loss_by_window["2"] for name in ("carried", "whole", "forgotten"))
+    assert found["carried"].tokens_by_window == found["whole"].tokens_by_window == tokens and len(tokens) == 5
+    assert carried == pytest.approx(whole, rel=1e-9)
+    assert sum(tokens[name] * loss for name, loss in carried.items()) / tokens.total() == pytest.approx(losses["whole"])
+    # Nothing is forgotten within the first sequence, of three windows.
+    assert [forgotten[name] == pytest.approx(whole[name], rel=1e-9) for name in tokens] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_eval_tells_the_loss(folder, trained):
     result = runs.warm_powernap("eval", "one", "--passes", "1,2,3", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "held-out loss after step 20" in result.stdout and "N=3" in result.stdout
+    assert "held-out loss after step 12" in result.stdout and "N=3" in result.stdout
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert ["window", "1", "2", "3-4", "5-8", "9-16"] in table and ["N=1", "N=2", "N=3"] == [
+        row[0] for row in table[4:7]
+    ]
     saved = json.loads((trained["one"] / "evaluation.json").read_text())
     assert saved["loss"]["2"] == pytest.approx(read_metrics(trained["one"] / "metrics.jsonl")[-1]["held_out_loss/N2"])
     assert (trained["one"] / "evaluation.png").read_bytes().startswith(b"\x89PNG")

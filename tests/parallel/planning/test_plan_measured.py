@@ -15,13 +15,14 @@ MODEL = dict(
     pattern="AGAG", window=32, vocab_size=128, hidden_size=64, mlp=dict(ffn_hidden_size=96), attention=dict(heads=2),
     gdn=dict(heads=2, key_dim=16, value_dim=24, conv_kernel=3),
 )  # fmt: skip
+AG = {"pattern": "AG"}
 LAYOUTS = {
     "one process": {},
-    "TP2+SP": dict(tensor=2, sequence=True),
+    "TP2+SP": dict(tensor=2, sequence=True, model=AG),
     "PP2": dict(pipeline=2),
-    "DP2, ZeRO 1": dict(data=2),
-    "DP2, ZeRO 2": dict(data=2, zero=2),
-    "DP2, ZeRO 3": dict(data=2, zero=3),
+    "DP2, ZeRO 1": dict(data=2, model=AG),
+    "DP2, ZeRO 2": dict(data=2, zero=2, model=AG),
+    "DP2, ZeRO 3": dict(data=2, zero=3, model=AG),
     "DP2xPP2": dict(data=2, pipeline=2),
     "TP2xPP2": dict(tensor=2, pipeline=2),
 }
