@@ -5,6 +5,7 @@ from powernap.launch.commands.demo import WHOLE_CACHE
 
 N1 = ("sleep.passes=1",)
 ATTENTION = (*N1, *WHOLE_CACHE)  # the transformer that keeps its whole cache
+BETA_TO_2 = (*N1, "model.gdn.allow_neg_eigval=true")  # a write may flip a sign: more than a decay at N=1, too
 RATES = ("8e-3", "3e-3", "1e-3")
 
 TRACK = Study(
@@ -23,7 +24,7 @@ TRACK = Study(
         Model("N=1", N1),
         Model("N=1, 3x", N1, cost=3),
         Model("N=1, AGAG", (*N1, "model.pattern=AGAG")),
-        Model("N=1, beta to 2", (*N1, "model.gdn.allow_neg_eigval=true")),
+        Model("N=1, beta to 2", BETA_TO_2),
         *(Model(f"attention, lr {rate}", (*ATTENTION, f"optimizer.lr={rate}")) for rate in RATES),
         *(Model(f"attention, 3x, lr {rate}", (*ATTENTION, f"optimizer.lr={rate}"), cost=3) for rate in RATES),
         Model("Mamba-2, N=1", (*N1, "model.pattern=AM")),
@@ -81,10 +82,12 @@ def program(statements: int) -> Study:
             Model("N=4", ("sleep.passes=4",), cost=None),
             Model("N=4, N=2's FLOPs", ("sleep.passes=4",)),
             Model("N=1, AGAG", (*N1, "model.pattern=AGAG")),
+            Model("N=1, beta to 2", BETA_TO_2),
             *(Model(f"attention, lr {rate}", (*ATTENTION, f"optimizer.lr={rate}")) for rate in rates),
         ),
         claims=(
             Claim("N=2 is above N=1 with the same FLOPs, chain 5", "N=2", ("N=1", "N=1, AGAG"), windows, 5, 40),
+            Claim("... and above N=1 with beta to 2", "N=2", ("N=1, beta to 2",), windows, 5, 40),
             Claim(
                 "N=2 is above attention with its cache, chain 5", "N=2",
                 tuple(f"attention, lr {rate}" for rate in rates), windows, 5, 40,
@@ -116,6 +119,7 @@ DEPO = Study(
         Model("N=1, as many steps", N1, cost=None),
         Model("N=1", N1),
         Model("N=1, AGAG", (*N1, "model.pattern=AGAG", "model.mlp.ffn_hidden_size=96")),
+        Model("N=1, beta to 2", BETA_TO_2),
         Model("N=4, embeddings again", ("sleep.pass_input=embeddings",)),
         Model("N=4, last write", ("sleep.write=last",)),
     ),
@@ -124,6 +128,7 @@ DEPO = Study(
         Claim("N=4 is above N=1 with as many steps", "N=4", ("N=1, as many steps",), 4, 4, 30),
         Claim("... and with as many FLOPs", "N=4", ("N=1",), 4, 4, 20),
         Claim("... and above twice the depth with as many FLOPs", "N=4", ("N=1, AGAG",), 4, 4, 20),
+        Claim("... and above beta to 2 with as many FLOPs", "N=4", ("N=1, beta to 2",), 4, 4, 20),
         Claim("repeated writing is enough: embeddings again are right", "N=4, embeddings again", (), 4, 4, 95),
         Claim("feedback alone is not: N=4 is above one write", "N=4", ("N=4, last write",), 4, 4, 20),
     ),
@@ -148,12 +153,13 @@ AUTOMATA = Study(
         Model("N=4, N=2's FLOPs", ("sleep.passes=4",)),
         Model("N=2, 3x", cost=3),
         Model("N=1, 3x", N1, cost=3),
+        Model("N=1, 3x, beta to 2", BETA_TO_2, cost=3),
         Model("N=4, 3x", ("sleep.passes=4",), cost=3),
         Model("attention, 3x", ATTENTION, cost=3),
     ),
     claims=(
         Claim("N=2 is above N=1 at four commands, equal FLOPs", "N=2", ("N=1",), 5, 4, 10),
-        Claim("... with three times the FLOPs", "N=2, 3x", ("N=1, 3x",), 5, 4, 10),
+        Claim("... with three times the FLOPs", "N=2, 3x", ("N=1, 3x", "N=1, 3x, beta to 2"), 5, 4, 10),
         Claim("gains grow with N: N=4 above N=2, 3x", "N=4, 3x", ("N=2, 3x",), 5, 4, 1),
         Claim("eight commands, never trained, N=2 3x above N=1 3x", "N=2, 3x", ("N=1, 3x",), 9, 8, 10),
     ),
