@@ -136,6 +136,13 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences per forward pass; null: all of a rank, in a pipeline one part a stage"
     )
+    start_from: SharedPath | None = Field(
+        None,
+        min_length=1,
+        description="weights to start from, in any layout: a run, by its name or folder, one of its checkpoints, or an "
+        "exported model; null: drawn weights",
+    )
+    start_optimizer: bool = Field(False, description="with start_from: its optimizer states, too")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
@@ -146,6 +153,14 @@ class TrainConfig(Section):
         10.0, gt=1, description="a norm this many times its recent median is logged with its layers; null: never"
     )
     deterministic: bool = Field(False, description="the same bits in every run, from slower kernels where need be")
+
+    @model_validator(mode="after")
+    def _states_have_a_source(self) -> Self:
+        if self.start_optimizer and self.start_from is None:
+            raise ValueError(
+                "start_optimizer=true: write train.start_from, the run whose optimizer states to start from"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -37,6 +37,7 @@ from powernap.train.run.folder import RunFolder, work_of
 from powernap.train.run.provenance import versions
 from powernap.train.run.secrets import mask_values
 from powernap.train.run.signals import Signals
+from powernap.train.run.start import Start, find_together
 from powernap.train.tracking.run_log import RunLog
 
 
@@ -81,14 +82,16 @@ class Trainer:
         self.recipe, self.topology = recipe, topology
         self.folder = folder = RunFolder(recipe.run_folder)
         start, self.passed_over = find_checkpoint(folder, topology) if resume else (None, [])
-        topology.raise_together(lambda: folder.create(recipe))
-        self.stage, self.zero = build(recipe, topology)
+        source = find_together(recipe, topology) if recipe.train.start_from and not start else None
+        topology.raise_together(lambda: folder.create(recipe, source.record() if source else None))
+        self.stage, self.zero = build(recipe, topology, Start(source, topology) if source else None)
         self.state, skipped_steps = self.restore(start) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
         resume_step = self.state.step if resume else None
         self.skipped_steps = SkippedSteps(recipe, folder, topology, skipped_steps, resume_step)
         self.spikes = Spikes(recipe.train.spike_factor, self.stage, topology)
         self.writer = checkpoint_writer(recipe, folder, topology)
+        self.started_from = source.describe(recipe) if source else []
         self.log = RunLog(recipe, folder, topology, resume_step)
 
     def restore(self, start: Checkpoint) -> tuple[TrainState, list[int]]:
@@ -102,7 +105,7 @@ class Trainer:
     def train(self, signals: Signals) -> bool:
         """Train until all steps are done or any rank is asked to stop; returns whether one was."""
         recipe, topology, state = self.recipe, self.topology, self.state
-        self.log.start(count_parameters(self.stage, topology), self.passed_over)
+        self.log.start(count_parameters(self.stage, topology), self.passed_over, self.started_from)
         batches = read_batches(recipe, topology, state.data)
         stop = agree_to_stop(signals, topology)
         while state.step < recipe.train.steps and not stop:
@@ -210,8 +213,11 @@ def agree_to_stop(signals: Signals, topology: Topology) -> bool:
     return bool(topology.all_reduce_max(signals.stop is not None))
 
 
-def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimizer]:
-    """This rank's part of the model with its initial weights, from the same seed on every rank, and its optimizer."""
+def build(recipe: Recipe, topology: Topology, start: Start | None = None) -> tuple[HybridStage, ZeroOptimizer]:
+    """This rank's part of the model with its initial weights, and its optimizer.
+
+    Weights are drawn from the same seed on every rank, but for those that `start` has.
+    """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for mixer in dict.fromkeys(recipe.model.mixers):
         mixer.check_kernels(dtype, topology.device)
@@ -220,6 +226,8 @@ def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimize
     stage = HybridStage(
         recipe.model, recipe.sleep, topology.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
     ).to(topology.device)
+    if start:
+        start.weights(stage)
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer),
@@ -230,6 +238,8 @@ def build(recipe: Recipe, topology: Topology) -> tuple[HybridStage, ZeroOptimize
         zero_stage=recipe.zero.stage,
         offload=recipe.zero.offload,
     )
+    if start and recipe.train.start_optimizer:
+        start.optimizer(stage, zero)
     return stage, zero
 
 

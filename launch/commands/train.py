@@ -58,11 +58,15 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         torchrun.check_world_size(processes, recipe.parallel.grid)
     else:
         torchrun.share_of_this_machine(processes)
+        from powernap.parallel.checkpoint.manifest import checkpoints
         from powernap.train.data.check import check_data
         from powernap.train.outputs import check_folder
+        from powernap.train.run.start import Source
 
         check_folder(folder.path, f"run.root={recipe.run.root}:")
         check_data(recipe)
+        if recipe.train.start_from and not (resume and checkpoints(folder.checkpoints)):
+            Source.find(recipe).check(recipe)
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:

@@ -87,6 +87,11 @@ class Checkpoint:
         shards = [self._read_shard(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
         return unshard(shards, split)
 
+    def shard(self, name: str, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
+        """The master weights of a parameter that tensor rank `rank` of `ranks` has, float32 on the CPU."""
+        shape = shard_shape(self.manifest["parameters"][name]["shape"], split, ranks)
+        return self._part(name, MASTER, split, rank, ranks, 0, prod(shape)).view(shape)
+
     def load(self, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:
         """Restore weights and optimizer states of this rank. All ranks call it."""
         self._check_model({stage.global_name(name): p for name, p in stage.named_parameters()}, stage)

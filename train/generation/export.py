@@ -7,6 +7,8 @@ tokenizer.json       if the vocabulary is a Hugging Face tokenizer
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from powernap.model.config import ModelConfig, SleepConfig, with_sections
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import parameters
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.shards import Split, shard
 from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
 from powernap.train.data.corpus import Corpus
@@ -41,6 +44,7 @@ class ExportError(PowernapError):
 @dataclass(frozen=True)
 class Exported:
     name: str
+    step: int
     model: ModelConfig
     sleep: SleepConfig
     vocabulary: Vocabulary
@@ -100,13 +104,43 @@ def read_exported(folder: Path) -> Exported:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         assert config["format"] == FORMAT
-        name, description = str(config["name"]), config["vocabulary"]
+        name, step, description = str(config["name"]), int(config["step"]), config["vocabulary"]
         model, sleep = check(ModelConfig, with_sections(config["model"])), check(SleepConfig, config["sleep"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         why = f" ({error})" if isinstance(error, RecipeError) else ""
         raise ExportError(f"{path}: not what powernap checkpoint export writes{why}") from None
-    _check_size(folder / WEIGHTS, model, sleep)
-    return Exported(name, model, sleep, _read_vocabulary(folder, description))
+    _check_size(folder, model, sleep)
+    return Exported(name, step, model, sleep, _read_vocabulary(folder, description))
+
+
+class ExportedWeights:
+    """The weights in an export, read one at a time.
+
+    Attributes:
+        shapes: of every parameter, whole.
+
+    Raises:
+        ExportError: if the file cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / WEIGHTS
+        with self._errors():
+            self._file = safe_open(self._path, framework="pt")
+            names = sorted(self._file.keys())
+            self.shapes = {name: list(self._file.get_slice(name).get_shape()) for name in names}
+
+    def shard(self, name: str, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
+        """The part of a parameter that tensor rank `rank` of `ranks` has; nothing else of it stays in memory."""
+        with self._errors():
+            return shard(self._file.get_tensor(name), split, rank, ranks)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{self._path}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def load_exported_weights(folder: Path, stage: HybridStage) -> None:
@@ -115,34 +149,23 @@ def load_exported_weights(folder: Path, stage: HybridStage) -> None:
     Raises:
         ExportError: if they do not fit the model.
     """
-    path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    targets = dict(stage.named_parameters())
-    wrong = [
-        n
-        for n in targets.keys() | weights.keys()
-        if n not in targets or n not in weights or targets[n].shape != weights[n].shape
-    ]
-    if wrong:
-        raise ExportError(f"{path}: not the weights of the model in {CONFIG}: {min(wrong)} differs")
+    weights, targets = ExportedWeights(folder), dict(stage.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
+    if wrong := [n for n in shapes.keys() | weights.shapes.keys() if shapes.get(n) != weights.shapes.get(n)]:
+        raise ExportError(f"{folder / WEIGHTS}: not the weights of the model in {CONFIG}: {min(wrong)} differs")
     with torch.no_grad():
         for name, parameter in targets.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights.shard(name, None, 0, 1))
 
 
-def _check_size(weights: Path, model: ModelConfig, sleep: SleepConfig) -> None:
+def _check_size(folder: Path, model: ModelConfig, sleep: SleepConfig) -> None:
     """Check that a model of these sizes has as many weights as the file, before memory is allocated."""
     expected = sum(weight.size() for weight in parameters(model, sleep, range(model.num_layers)))
-    try:
-        with safe_open(weights, framework="pt") as file:
-            stored = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{weights}: cannot be read ({' '.join(str(error).split())})") from None
+    stored = sum(map(prod, ExportedWeights(folder).shapes.values()))
     if stored != expected:
-        raise ExportError(f"{weights}: not the weights of the model in {CONFIG}: {stored:,} numbers, not {expected:,}")
+        raise ExportError(
+            f"{folder / WEIGHTS}: not the weights of the model in {CONFIG}: {stored:,} numbers, not {expected:,}"
+        )
 
 
 def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:

@@ -129,12 +129,15 @@ class RunFolder:
         finally:
             lock.release()
 
-    def create(self, recipe: Recipe) -> None:
-        """Create the folders; write the resolved recipe and the run's provenance."""
+    def create(self, recipe: Recipe, started_from: Mapping[str, Any] | None = None) -> None:
+        """Create the folders; write the resolved recipe and the run's provenance, with the source of its weights, if any."""
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.config)
-        self.origin.write_text(json.dumps(origin(), indent=2) + "\n")
+        if not started_from and self.origin.is_file():  # on --resume
+            started_from = json.loads(self.origin.read_text()).get("started_from")
+        about = origin() | ({"started_from": started_from} if started_from else {})
+        self.origin.write_text(json.dumps(about, indent=2) + "\n")
 
     def write_work(self, work: Mapping[str, Any]) -> None:
         """Raises OSError."""

@@ -1,0 +1,172 @@
+"""What a new run starts from in place of drawn weights: another run, one of its checkpoints, or an exported model.
+
+Finding and checking a source imports no torch: a mistake is answered before any process starts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from powernap.model.parameters import parameters
+from powernap.parallel.checkpoint import manifest
+from powernap.train.config import Recipe
+from powernap.train.recipe_file import RecipeError
+from powernap.train.run.folder import RunFolder, flatten
+
+if TYPE_CHECKING:
+    from powernap.model.stage import HybridStage
+    from powernap.parallel.checkpoint.shards import Split
+    from powernap.parallel.topology import Topology
+    from powernap.parallel.zero import ZeroOptimizer
+
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint or an export, of which only the description has been read."""
+
+    folder: Path
+    is_export: bool
+    step: int
+    shapes: dict[str, list[int]]  # of whole parameters
+    model: dict[str, Any]  # the model section of its recipe, in dotted keys
+    optimizer: str | None  # its name; None: an export, which has no states
+
+    @classmethod
+    def find(cls, recipe: Recipe) -> "Source":
+        """The source that `recipe` names; of a run the newest checkpoint.
+
+        Raises:
+            RecipeError, CheckpointError, ExportError: if there is none, or it cannot be read.
+        """
+        given = recipe.train.start_from
+        assert given is not None
+        folder = Path(given) if Path(given).exists() else Path(recipe.run.root) / given
+        if RunFolder(folder).config.is_file():
+            checkpoints = manifest.checkpoints(RunFolder(folder).checkpoints)
+            newest, content, passed_over = manifest.newest_valid(checkpoints, manifest.read_manifest)
+            if newest is None:
+                why = passed_over[0] if passed_over else "has no checkpoint yet"
+                raise RecipeError(f"train.start_from={given}: {why}")
+            return cls._of_checkpoint(newest, content)
+        if (folder / manifest.NAME).is_file():
+            return cls._of_checkpoint(folder, manifest.read_manifest(folder))
+        if (folder / "config.json").is_file():
+            from powernap.train.generation.export import ExportedWeights, read_exported  # late: it imports torch
+
+            exported = read_exported(folder)
+            model = flatten(exported.model.model_dump(mode="json"))
+            return cls(folder, True, exported.step, ExportedWeights(folder).shapes, model, None)
+        raise RecipeError(
+            f"train.start_from={given}: no run below run.root={recipe.run.root}, and no folder of a run (config.yaml), of a "
+            f"checkpoint ({manifest.NAME}) or of an exported model (config.json)"
+        )
+
+    @classmethod
+    def _of_checkpoint(cls, folder: Path, content: dict[str, Any]) -> "Source":
+        shapes = {name: entry["shape"] for name, entry in content["parameters"].items()}
+        config = content["config"]
+        return cls(folder, False, content["step"], shapes, flatten(config["model"]), config["optimizer"]["name"])
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError if the model of `recipe` cannot start from these weights, or not from these states."""
+        own = _shapes(recipe)
+        for name, shape in own.items():
+            if name in self.shapes and self.shapes[name] != shape:
+                raise RecipeError(f"{self._given(recipe)}: {name} is {self.shapes[name]} there, {shape} in this recipe")
+        if further := [name for name in self.shapes if name not in own]:
+            raise RecipeError(f"{self._given(recipe)}: has {_some(further)}, which the model of this recipe has not")
+        if not recipe.train.start_optimizer:
+            return
+        if self.optimizer is None:
+            raise RecipeError(
+                f"train.start_optimizer=true: {self.folder} is an exported model, without optimizer states"
+            )
+        if self.optimizer != recipe.optimizer.name:
+            raise RecipeError(
+                f"train.start_optimizer=true: the states in {self.folder} are of {self.optimizer}, not of "
+                f"{recipe.optimizer.name}"
+            )
+        if drawn := self.drawn(recipe):
+            raise RecipeError(f"train.start_optimizer=true: {self.folder} has no {_some(drawn)}")
+
+    def drawn(self, recipe: Recipe) -> list[str]:
+        """Parameters of the recipe's model that the source lacks, which are drawn."""
+        return [name for name in _shapes(recipe) if name not in self.shapes]
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        """Lines for the log: where the weights are from, what is drawn, what else is not as there."""
+        what = "weights and optimizer states" if recipe.train.start_optimizer else "weights"
+        lines = [f"{what} of {self.folder}, step {self.step:,}"]
+        if drawn := self.drawn(recipe):
+            lines.append(f"{len(drawn)} of {len(_shapes(recipe))} parameters are not there and drawn: {_some(drawn)}")
+        own = flatten(recipe.model.model_dump(mode="json"))
+        others = [
+            f"model.{key}={own[key]}, there {self.model[key]}"
+            for key in own
+            if self.model.get(key, own[key]) != own[key]
+        ]
+        return lines + ([f"not as there: {'; '.join(others)}"] if others else [])
+
+    def record(self) -> dict[str, Any]:
+        """For origin.json."""
+        return {"folder": str(self.folder), "step": self.step}
+
+    def _given(self, recipe: Recipe) -> str:
+        return f"train.start_from={recipe.train.start_from}"
+
+
+def find_together(recipe: Recipe, topology: "Topology") -> Source:
+    """The source, found and checked by the main rank: a run that is still trained may have a newer one a moment later."""
+    found: list[Source] = []
+
+    def find() -> None:
+        found.append(Source.find(recipe))
+        found[0].check(recipe)
+
+    topology.raise_together(find)
+    source = topology.broadcast_object(found[0] if found else None)
+    assert isinstance(source, Source)
+    return source
+
+
+class Start:
+    """A source that is open: `weights` before ZeRO takes the stage's parameters, `optimizer` after."""
+
+    def __init__(self, source: Source, topology: "Topology"):
+        from powernap.parallel.checkpoint.reader import Checkpoint, verify_together
+
+        self.source, self._topology = source, topology
+        self._checkpoint: Checkpoint | None = None
+        if not source.is_export:
+            self._checkpoint = Checkpoint(source.folder, verify_together(source.folder, topology))
+
+    def weights(self, stage: "HybridStage") -> None:
+        """Copy this rank's shards of all parameters that the source has."""
+        import torch
+
+        from powernap.parallel.checkpoint.shards import split_of
+        from powernap.train.generation.export import ExportedWeights
+
+        read: Callable[[str, Split | None, int, int], torch.Tensor]
+        read = self._checkpoint.shard if self._checkpoint else ExportedWeights(self.source.folder).shard
+        with torch.no_grad():
+            for name, parameter in stage.named_parameters():
+                if (whole := stage.global_name(name)) in self.source.shapes:
+                    parameter.copy_(read(whole, split_of(parameter), self._topology.tp_rank, self._topology.tp_size))
+
+    def optimizer(self, stage: "HybridStage", zero: "ZeroOptimizer") -> None:
+        """Copy this rank's part of the optimizer's states."""
+        assert self._checkpoint is not None
+        self._checkpoint.load(stage, zero, self._topology)
+
+
+def _shapes(recipe: Recipe) -> dict[str, list[int]]:
+    weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
+    return {weight.name: list(weight.shape) for weight in weights}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
