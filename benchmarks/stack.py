@@ -277,9 +277,7 @@ class Plain(nn.Module):
         model, length, states = self.model, tokens.shape[1], list(states)
         if length not in self._rotary:
             attention = model.attention
-            cos, sin = rotary_of(
-                Positions((0,), length), attention.head_dim(model), attention.rope_base, self.norm.weight
-            )
+            cos, sin = rotary_of(Positions((0,), length), attention.width(model), attention.rope_base, self.norm.weight)
             self._rotary[length] = cos.transpose(0, 1), sin.transpose(0, 1)  # [1, L, 1, 1, head_dim]
         x, place, last = self.embedding(tokens), 0, model.pattern.rfind("G")
         for index, block in enumerate(self.decoder):

@@ -20,8 +20,8 @@ class Attention(Mixer):
     """Multi-head attention. Under hard eviction it sees its own window only; under sliding eviction also the cached keys
     and values of earlier windows, as far back as L-1 tokens.
 
-    The fused projection is head-major, per head [q | k | v], so a tensor-parallel shard is a plain slice of rows and
-    the initial weights do not depend on the number of shards.
+    The fused projection has for each head of keys and values [q of its queries | their gates, if any | k | v], so a
+    tensor-parallel shard is a plain slice of rows and the initial weights do not depend on the number of shards.
     """
 
     letter: ClassVar[str] = "A"
@@ -29,59 +29,107 @@ class Attention(Mixer):
     section: ClassVar[str] = "attention"
     has_fast_weights: ClassVar[bool] = False
 
-    heads: int = Field(ge=1, description="heads; each is model.hidden_size / heads wide")
+    heads: int = Field(ge=1, description="heads of queries")
+    kv_heads: int | None = Field(
+        None,
+        ge=1,
+        description="heads of keys and values, each for heads / kv_heads queries (arXiv 2305.13245); null: heads",
+    )
+    head_dim: int | None = Field(None, ge=1, description="width of a head; null: model.hidden_size / heads")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary position embedding")
+    rotary_dims: int | None = Field(
+        None, ge=0, description="the first dimensions of a head, which are rotated; null: all; 0: none, no positions"
+    )
+    qk_norm: bool = Field(False, description="RMSNorm of each head's queries and keys, before they are rotated")
+    output_gate: bool = Field(
+        False, description="a gate for each dimension of each head's output, from the input (arXiv 2505.06708)"
+    )
 
     def check(self, model: ModelConfig) -> None:
-        if model.hidden_size % self.heads:
-            raise ValueError(f"attention.heads={self.heads} must divide hidden_size={model.hidden_size}")
-        if self.head_dim(model) % 2:
+        if self.head_dim is None and model.hidden_size % self.heads:
             raise ValueError(
-                f"hidden_size / attention.heads = {self.head_dim(model)} must be even (rotary embeddings turn pairs)"
+                f"attention.heads={self.heads} must divide hidden_size={model.hidden_size}, or write attention.head_dim"
             )
+        if self.heads % self.groups:
+            raise ValueError(f"attention.kv_heads={self.groups} must divide attention.heads={self.heads}")
+        width, rotated = self.width(model), self.rotated(model)
+        if rotated > width:
+            raise ValueError(f"attention.rotary_dims={rotated} must be at most the width of a head, {width}")
+        if rotated % 2:
+            what = "attention.rotary_dims" if self.rotary_dims else "the width of a head"
+            raise ValueError(f"{what} = {rotated} must be even (rotary embeddings turn pairs)")
 
-    def head_dim(self, model: ModelConfig) -> int:
-        return model.hidden_size // self.heads
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    def width(self, model: ModelConfig) -> int:
+        """Of a head."""
+        return self.head_dim or model.hidden_size // self.heads
+
+    def rotated(self, model: ModelConfig) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.width(model) if self.rotary_dims is None else self.rotary_dims
+
+    @property
+    def _rows(self) -> tuple[int, int, int, int]:
+        """Heads in a group's rows of the projection: queries, gates, key, value."""
+        queries = self.heads // self.groups
+        return queries, queries * self.output_gate, 1, 1
 
     def split_sizes(self) -> dict[str, int]:
-        return {"heads": self.heads}
+        return {"heads": self.heads} | ({"kv_heads": self.groups} if self.kv_heads else {})
 
     def weights(self, model: ModelConfig) -> list[Weight]:
-        width = model.hidden_size
+        width, inner = self.width(model), self.heads * self.width(model)
+        norms = [Weight(f"{name}_norm.weight", (width,)) for name in "qk"] if self.qk_norm else []
         return [
-            Weight("qkv_proj.weight", (3 * width, width), split=0),
-            Weight("out_proj.weight", (width, width), split=1),
+            Weight("qkv_proj.weight", (self.groups * sum(self._rows) * width, model.hidden_size), split=0),
+            Weight("out_proj.weight", (model.hidden_size, inner), split=1),
+            *norms,
         ]
 
     def flops(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
         """Projections, and scores and sum over the keys: (L + 1) / 2 of a causal window on average, L of a sliding one."""
-        projections = 6 * model.hidden_size**2
+        projections = 2 * model.hidden_size * self.groups * sum(self._rows) * self.width(model)
         if state_only:
             return projections
-        return projections + 2 * model.hidden_size**2 + self.flops_less(model, sleep, keys=0)
+        output = 2 * model.hidden_size * self.heads * self.width(model)
+        return projections + output + self.flops_less(model, sleep, keys=0)
 
     def flops_less(self, model: ModelConfig, sleep: SleepConfig, keys: float) -> int:
         full = model.window if sleep.eviction == "sliding" else (model.window + 1) / 2
-        return round(4 * model.hidden_size * (full - keys))
+        return round(4 * self.heads * self.width(model) * (full - keys))
 
     def has_state(self, sleep: SleepConfig) -> bool:
         return sleep.eviction == "sliding"
 
     def state_bytes(self, model: ModelConfig, number: int, cached: int) -> int:
-        return 2 * cached * model.hidden_size * number
+        return 2 * cached * self.groups * self.width(model) * number
 
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """q, k, v, the rotated q and k, the output; the log-sum-exp of each head's scores."""
+        """The projection, rotated q and k, the output; the log-sum-exp of each head's scores."""
         if state_only:
             return 0
-        kept = 6 if sleep.eviction == "hard" else 8  # ... keys and values concatenated with the cache
-        return kept * model.hidden_size * number + self.heads * FP32
+        queries, pairs = self.heads, self.groups  # in widths of a head
+        kept = sum(self._rows) * pairs + queries
+        if self.rotated(model) or self.qk_norm:
+            kept += queries + pairs
+        if self.output_gate:
+            kept += 2 * queries  # its sigmoid, the gated output
+        if sleep.eviction == "sliding":
+            kept += 2 * pairs  # keys and values, concatenated with the cache
+        normed = 0
+        if self.qk_norm:  # divided by their root mean square, in bf16 also as float32 before; and that
+            normed = (queries + pairs) * FP32 * (self.width(model) * (1 if number == FP32 else 2) + 1)
+        return kept * self.width(model) * number + self.heads * FP32 + normed
 
     def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
-        """An empty KV cache, [2, B, heads/TP, 0, head_dim], with the device and dtype of `like`."""
-        return like.new_zeros((2, batch, self.heads // layer.tp_size, 0, self.head_dim(layer.model)))
+        """An empty KV cache, [2, B, groups/TP, 0, width], with the device and dtype of `like`."""
+        return like.new_zeros((2, batch, self.groups // layer.tp_size, 0, self.width(layer.model)))
 
     def forward(
         self,
@@ -91,20 +139,20 @@ class Attention(Mixer):
         window: Window,
         need_output: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states [L, B, D], cache [2, B, heads/TP, n, head_dim] or None -> (output [L, B, D] or None, cache).
+        """hidden_states [L, B, D], cache [2, B, groups/TP, n, width] or None -> (output [L, B, D] or None, cache).
 
         The cache changes in the block's last pass over the window only: all passes see the same earlier tokens.
         """
         import torch
 
-        query, key, value = self._project(layer, hidden_states, window)
+        query, gate, key, value = self._project(layer, hidden_states, window)
         if state is None:
-            return self._attend(layer, query, key, value, window), None
+            return self._attend(layer, query, gate, key, value, window), None
         seen = torch.cat([state, torch.stack([key, value])], dim=3)
         output = None
         if need_output:
             keys, values = seen.unbind()
-            output = self._attend(layer, query, keys, values, window)
+            output = self._attend(layer, query, gate, keys, values, window)
         if layer.block in window.final_blocks:
             kept = min(layer.model.window - 1, seen.shape[3])
             state = seen[..., seen.shape[3] - kept :, :].contiguous()  # a view would keep the evicted ones alive
@@ -112,19 +160,19 @@ class Attention(Mixer):
 
     def init_cache(self, layer: MixerModule, batch: int, slots: int, like: torch.Tensor) -> Cache:
         """Room for `slots` tokens: the window's, and the earlier ones that it still sees."""
-        shape = (batch, 2, self.heads // layer.tp_size, slots, self.head_dim(layer.model))
+        shape = (batch, 2, self.groups // layer.tp_size, slots, self.width(layer.model))
         return {"keys_values": like.new_zeros(shape)}
 
     def decode(self, layer: MixerModule, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         import torch
 
         assert window.slots is not None and window.attention_mask is not None
-        query, key, value = self._project(layer, hidden_states, window)
+        query, gate, key, value = self._project(layer, hidden_states, window)
         keys_values = cache["keys_values"]
         new = torch.stack([key, value], dim=1)
         keys_values.scatter_(3, window.slots[:, None, None, :, None].expand_as(new), new)
         keys, values = keys_values[:, :, :, : window.attention_mask.shape[-1]].unbind(1)
-        return self._attend(layer, query, keys, values, window)
+        return self._attend(layer, query, gate, keys, values, window)
 
     def state_of(self, cache: Cache, rows: list[int], before: int) -> torch.Tensor:
         return cache["keys_values"][rows, :, :, :before].transpose(0, 1)
@@ -134,26 +182,55 @@ class Attention(Mixer):
 
     def _project(
         self, layer: MixerModule, hidden_states: torch.Tensor, window: Window
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys, both rotated, and values: [L, B, D] -> three [B, heads/TP, L, head_dim]."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Queries, their gates, keys, values; queries and keys are rotated. [L, B, D] -> [B, heads or groups/TP, L, width]."""
+        import torch
+
         from powernap.model.mixers.rotary import rotary_of, rotate
 
-        qkv, _ = layer.qkv_proj(hidden_states)
-        length, batch, _ = qkv.shape
-        head_dim = self.head_dim(layer.model)
-        qkv = qkv.view(length, batch, self.heads // layer.tp_size, 3 * head_dim)
-        queries_keys, value = qkv.split([2 * head_dim, head_dim], dim=-1)
-        cos, sin = window.once(self, lambda: rotary_of(window.positions, head_dim, self.rope_base, qkv))
-        query, key = rotate(queries_keys.unflatten(-1, (2, head_dim)), cos, sin).unbind(-2)
-        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        projected, _ = layer.qkv_proj(hidden_states)
+        length, batch, _ = projected.shape
+        queries, gates, *_ = self._rows
+        width, rotated = self.width(layer.model), self.rotated(layer.model)
+        projected = projected.view(length, batch, self.groups // layer.tp_size, sum(self._rows), width)
+        gate = projected[..., queries : queries + gates, :].flatten(2, 3) if gates else None
+        value = projected[..., -1, :]
+        if gates or self.qk_norm:
+            query, key = projected[..., :queries, :], projected[..., -2:-1, :]
+            if self.qk_norm:
+                query, key = layer.q_norm(query), layer.k_norm(key)
+            turned = torch.cat([query, key], dim=-2)
+        else:
+            turned = projected[..., :-1, :]
+        if rotated:
+            tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
+            if rotated == width:
+                turned = rotate(turned, *tables)
+            else:
+                turned = torch.cat([rotate(turned[..., :rotated], *tables), turned[..., rotated:]], dim=-1)
+        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return query, gate, key, value
 
     def _attend(
-        self, layer: MixerModule, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: Window
+        self,
+        layer: MixerModule,
+        query: torch.Tensor,
+        gate: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: Window,
     ) -> torch.Tensor:
-        """query [B, heads/TP, L, head_dim], keys and values [B, heads/TP, n+L, head_dim] -> [L, B, D]."""
+        """query [B, heads/TP, L, width], gate [L, B, heads/TP, width], keys and values [B, groups/TP, n+L, width] ->
+        [L, B, D]."""
         import torch.nn.functional as F
 
         mask = window.attention_mask
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
-        output, _ = layer.out_proj(context.permute(2, 0, 1, 3).flatten(2))
+        context = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups < self.heads
+        )
+        context = context.permute(2, 0, 1, 3)
+        if gate is not None:
+            context = context * gate.sigmoid()
+        output, _ = layer.out_proj(context.flatten(2))
         return output

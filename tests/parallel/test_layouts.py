@@ -23,6 +23,9 @@ LAYOUTS = {
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
 }
+GROUPED = {  # all of attention's choices
+    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4}
+}
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
 EVICTIONS = {"hard": {}, "sliding": {"eviction": "sliding"}}
@@ -100,6 +103,10 @@ CASES = {
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
     "TP2, probes": Case(tensor=2, recompute=True, probes=True),
+    "TP2+SP, grouped and gated heads, sliding": Case(
+        tensor=2, sequence=True, model=GROUPED, sleep=EVICTIONS["sliding"], recompute=True
+    ),
+    "PP2, grouped and gated heads": Case(pipeline=2, model=GROUPED),
     "PP2, probes, kept": Case(pipeline=2, probes=True),
     "TP2xPP2+SP, probes, sliding, pads": Case(
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]
