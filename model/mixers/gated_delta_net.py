@@ -32,20 +32,45 @@ FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
 class GatedDeltaNet(RecurrentMixer):
     """q, k, v, gate z, write strength beta and decay alpha from one head-major projection.
 
-    Per head the projection's rows are [q | k | v | z | beta | alpha], so a tensor-parallel shard is a plain slice of
-    rows: the same initial weights at every degree of tensor parallelism, no reordering in checkpoints.
+    Per head of keys the projection's rows are [q | k | v | z | beta | alpha], the last four of each of its heads of values,
+    so a tensor-parallel shard is a plain slice of rows: the same initial weights at every degree of tensor parallelism, no
+    reordering in checkpoints.
     """
 
     letter: ClassVar[str] = "G"
     title: ClassVar[str] = "gated delta net"
     section: ClassVar[str] = "gdn"
 
-    heads: int = Field(ge=1, description="heads")
+    heads: int = Field(ge=1, description="heads of values, each with fast weights of its own")
+    key_heads: int | None = Field(
+        None, ge=1, description="heads of queries and keys, each for heads / key_heads heads of values; null: heads"
+    )
     key_dim: int = Field(ge=1, description="d_k, rows of a head's fast weights")
     value_dim: int = Field(ge=1, description="d_v, columns of a head's fast weights")
     allow_neg_eigval: bool = Field(
         False, description="beta from 0 to 2, not 1: a write may flip the sign of what k recalls (arXiv 2411.12537)"
     )
+
+    scale_queries: bool = Field(
+        False, description="queries divided by sqrt(key_dim), as in open models: the norm after them has an epsilon"
+    )
+    l2_eps: float = Field(
+        0.0, ge=0, lt=1, description="epsilon of the L2 norm of queries and keys, inside the root; open models: 1e-6"
+    )
+
+    def check(self, model: ModelConfig) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"{self.section}.key_heads={self.groups} must divide {self.section}.heads={self.heads}")
+
+    @property
+    def groups(self) -> int:
+        """Heads of queries and keys."""
+        return self.key_heads or self.heads
+
+    @property
+    def _values(self) -> int:
+        """Heads of values for each head of keys."""
+        return self.heads // self.groups
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -53,12 +78,12 @@ class GatedDeltaNet(RecurrentMixer):
 
     @property
     def conv_shape(self) -> tuple[int, int]:
-        return self.heads, self._channels
+        return self.groups, self._channels
 
     @property
     def _channels(self) -> int:
-        """Channels of a head's q, k and v."""
-        return 2 * self.key_dim + self.value_dim
+        """Channels of q, k and v of a head of keys."""
+        return 2 * self.key_dim + self._values * self.value_dim
 
     @property
     def decays(self) -> int:
@@ -66,14 +91,14 @@ class GatedDeltaNet(RecurrentMixer):
         return 1
 
     def split_sizes(self) -> dict[str, int]:
-        return {"heads": self.heads}
+        return {"heads": self.heads} | ({"key_heads": self.groups} if self.key_heads else {})
 
     def weights(self, model: ModelConfig) -> list[Weight]:
-        rows = self.heads * (self._channels + self.value_dim + 1 + self.decays)
+        rows = self.groups * self._channels + self.heads * (self.value_dim + 1 + self.decays)
         return [
             Weight("in_proj.weight", (rows, model.hidden_size), split=0),
             Weight("out_proj.weight", (model.hidden_size, self.heads * self.value_dim), split=1),
-            Weight("conv_weight", (self.heads, self._channels, self.conv_kernel), split=0, draw=_draw_taps),
+            Weight("conv_weight", (*self.conv_shape, self.conv_kernel), split=0, draw=_draw_taps),
             Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
             Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
             Weight("norm.weight", (self.value_dim,)),
@@ -86,13 +111,13 @@ class GatedDeltaNet(RecurrentMixer):
         4 d_k d_v; and for its output q k^T 2 C d_k, scores times u 2 C d_v, one more product with the state 2 d_k d_v.
         """
         d_k, d_v, chunk = self.key_dim, self.value_dim, even_chunk(model.window, MAX_CHUNK)
-        projection = 2 * model.hidden_size * (self._channels + d_v + 2)
-        convolution = 2 * self.conv_kernel * self._channels
+        channels = self.groups * self._channels
+        before = 2 * model.hidden_size * (channels + self.heads * (d_v + 2)) + 2 * self.conv_kernel * channels
         write = 2 * chunk * d_k + chunk * (d_k + d_v) + 4 * d_k * d_v
         if state_only:
-            return self.heads * (projection + convolution + write)
+            return before + self.heads * write
         read = 2 * chunk * (d_k + d_v) + 2 * d_k * d_v
-        return self.heads * (projection + convolution + write + read + 2 * model.hidden_size * d_v)
+        return before + self.heads * (write + read + 2 * model.hidden_size * d_v)
 
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
@@ -103,16 +128,16 @@ class GatedDeltaNet(RecurrentMixer):
         of gated_delta_rule saves q, k, v, g, beta and a 64 x 64 matrix per chunk), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
-        projected = number * ((self._channels + d_v + 2) + 2 * self._channels)
+        projected = number * (3 * self.groups * self._channels + self.heads * (d_v + 2))
         if device == "cuda" and is_bf16:
-            rule = number * (self._channels + 2 * d_k + FLA_CHUNK) + 11 * FP32
-            return self.heads * (projected + rule + (0 if state_only else 5 * d_v * number))
+            rule = number * (4 * d_k + d_v + FLA_CHUNK) + 11 * FP32
+            return projected + self.heads * (rule + (0 if state_only else 5 * d_v * number))
         chunk = even_chunk(model.window, MAX_CHUNK)
         write = FP32 * (4 * chunk + 5 * d_k + 2 * d_v + d_k * d_v / chunk + 11) + (FP32 * d_v if is_bf16 else 0)
         if state_only:
-            return self.heads * (projected + write)
+            return projected + self.heads * write
         read = FP32 * (2 * chunk + 4 * d_k) + (14 if is_bf16 else 5 * FP32) * d_v
-        return self.heads * (projected + write + read)
+        return projected + self.heads * (write + read)
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         from powernap.model.mixers.fla import check_fla
@@ -131,14 +156,20 @@ class GatedDeltaNet(RecurrentMixer):
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state, seen)."""
         import torch.nn.functional as F
 
-        d_k, d_v = self.key_dim, self.value_dim
+        d_k, d_v, values = self.key_dim, self.value_dim, self._values
         projected, _ = layer.in_proj(hidden_states)
         length, batch, _ = projected.shape
-        projected = projected.view(length, batch, self.heads // layer.tp_size, -1)
-        qkv, z, beta, alpha = projected.split([self._channels, d_v, 1, self.decays], dim=-1)
+        projected = projected.view(length, batch, self.groups // layer.tp_size, -1)
+        sizes = [self._channels, values * d_v, values, values * self.decays]
+        qkv, z, beta, alpha = projected.split(sizes, dim=-1)
         convolved, seen = self.convolve(layer, qkv, window, conv_state)
-        q, k, v = F.silu(convolved).split([d_k, d_k, d_v], dim=-1)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k, v = F.silu(convolved).split([d_k, d_k, values * d_v], dim=-1)
+        q, k = self.normalize(q), self.normalize(k)
+        if self.scale_queries:
+            q = q * d_k**-0.5
+        if values > 1:
+            q, k = (x.repeat_interleave(values, dim=2) for x in (q, k))
+            v, z, beta, alpha = (x.unflatten(-1, (values, -1)).flatten(2, 3) for x in (v, z, beta, alpha))
         beta, g = beta.squeeze(-1).to(state.dtype).sigmoid(), self.log_decay(layer, alpha.to(state.dtype))
         if self.allow_neg_eigval:  # I - beta k k^T has the eigenvalue 1 - beta
             beta = 2 * beta
@@ -161,6 +192,15 @@ class GatedDeltaNet(RecurrentMixer):
 
         step = F.softplus(alpha.squeeze(-1) + layer.dt_bias.to(alpha.dtype))
         return -layer.A_log.to(alpha.dtype).exp() * step
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x / sqrt(|x|^2 + l2_eps) over the last dimension."""
+        import torch
+        import torch.nn.functional as F
+
+        if not self.l2_eps:
+            return F.normalize(x, dim=-1)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.l2_eps)
 
     def gate(self, z: torch.Tensor) -> torch.Tensor:
         import torch.nn.functional as F

@@ -34,6 +34,12 @@ class KimiDeltaAttention(GatedDeltaNet):
     title: ClassVar[str] = "Kimi Delta Attention"
     section: ClassVar[str] = "kda"
 
+    def check(self, model: ModelConfig) -> None:
+        if self.key_heads:
+            raise ValueError(
+                f"{self.section}.key_heads={self.key_heads}: each head has queries and keys of its own here"
+            )
+
     @property
     def decays(self) -> int:
         return self.key_dim

@@ -23,8 +23,9 @@ LAYOUTS = {
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
 }
-GROUPED = {  # all of attention's choices
-    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4}
+GROUPED = {  # the choices of attention and gated delta net
+    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
+    "gdn": {"heads": 4, "key_heads": 2, "scale_queries": True, "l2_eps": 1e-6},
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
