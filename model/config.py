@@ -29,6 +29,9 @@ class _ModelConfig(Section):
     pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
     hidden_size: int = Field(ge=1, description="width of the residual stream")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
+    zero_centred_norms: bool = Field(
+        False, description="norms multiply by 1 + weight, as in Qwen3.5; those of a recurrence's output by weight"
+    )
     embedding_std: float = Field(1.0, gt=0, description="standard deviation of the embeddings at the start")
     tie_embeddings: bool = Field(False, description="use the embedding matrix as the output head")
     mlp: SwiGLU = Field(description="the MLP of every block")

@@ -5,13 +5,33 @@ sequence parallelism needs.
 """
 
 import torch
+import torch.nn.functional as F
 
 from powernap.model.megatron import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467).
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
+    Args:
+        zero_centred: multiply by 1 + weight; None: as `config` says.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, zero_centred: bool | None = None, **_
+    ):
         super().__init__(hidden_size, eps=eps)
+        self.zero_centred = config.layernorm_zero_centered_gamma if zero_centred is None else zero_centred
+        if self.zero_centred:
+            torch.nn.init.zeros_(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(x, self.weight)
+
+    def scaled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The norm of x with this weight in the place of its own."""
+        if not self.zero_centred:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 1 + weight would round the weight away
+        return F.rms_norm(x.to(dtype), self.normalized_shape, 1 + weight.to(dtype), self.eps).to(x.dtype)

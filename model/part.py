@@ -94,6 +94,7 @@ class Mixer(Part):
     letter: ClassVar[str]  # in model.pattern
     title: ClassVar[str]
     has_fast_weights: ClassVar[bool] = True
+    norms_follow_the_model: ClassVar[bool] = False  # model.zero_centred_norms says how its norms keep their weights
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

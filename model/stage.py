@@ -261,6 +261,7 @@ def transformer_config(
         **model.mlp.transformer_config(),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.zero_centred_norms,
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,

@@ -28,6 +28,7 @@ class Attention(Mixer):
     title: ClassVar[str] = "attention"
     section: ClassVar[str] = "attention"
     has_fast_weights: ClassVar[bool] = False
+    norms_follow_the_model: ClassVar[bool] = True
 
     heads: int = Field(ge=1, description="heads of queries")
     kv_heads: int | None = Field(

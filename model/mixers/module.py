@@ -1,7 +1,6 @@
 """A mixer's parameters on one tensor rank, built from its section's list."""
 
 import torch
-import torch.nn.functional as F
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.megatron import (
@@ -74,7 +73,8 @@ class MixerModule(MegatronModule):
             self.register_parameter(name, self._parameter(weight))
         elif len(weight.shape) == 1:
             assert weight.split is None
-            self.add_module(name, HeadNorm(self.config, weight.shape[0], self.tp_group))
+            zero_centred = self.model.zero_centred_norms and self.mixer.norms_follow_the_model
+            self.add_module(name, HeadNorm(self.config, weight.shape[0], self.tp_group, zero_centred))
         else:
             self.add_module(name, self._projection(weight))
 
@@ -109,16 +109,15 @@ class MixerModule(MegatronModule):
 class HeadNorm(RMSNorm):
     """RMSNorm within each head; all heads on all shards share one weight."""
 
-    def __init__(self, config, head_dim, tp_group):
-        super().__init__(config, head_dim, eps=config.layernorm_epsilon)
+    def __init__(self, config, head_dim, tp_group, zero_centred):
+        super().__init__(config, head_dim, eps=config.layernorm_epsilon, zero_centred=zero_centred)
         self.tp_group = tp_group
         # Heads are split, not tokens.
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Each shard sees its own heads, so its gradient of this shared weight is a partial sum.
-        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return self.scaled(x, copy_to_tensor_model_parallel_region(self.weight, self.tp_group))
 
 
 def _mean_of_tokens(x: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

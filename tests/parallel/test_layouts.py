@@ -23,7 +23,8 @@ LAYOUTS = {
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
 }
-GROUPED = {  # the choices of attention and gated delta net
+GROUPED = {  # the choices of attention, gated delta net and norms
+    "zero_centred_norms": True,
     "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
     "gdn": {"heads": 4, "key_heads": 2, "scale_queries": True, "l2_eps": 1e-6},
 }
