@@ -139,8 +139,8 @@ class TrainConfig(Section):
     start_from: SharedPath | None = Field(
         None,
         min_length=1,
-        description="weights to start from, in any layout: a run, by its name or folder, one of its checkpoints, or an "
-        "exported model; null: drawn weights",
+        description="weights to start from, in any layout: a run, by its name or folder, one of its checkpoints, an exported "
+        "model, or a model in Hugging Face's format; null: drawn weights",
     )
     start_optimizer: bool = Field(False, description="with start_from: its optimizer states, too")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")

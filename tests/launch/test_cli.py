@@ -38,6 +38,7 @@ COMMANDS = [
     "eval",
     "report",
     "generate",
+    "import",
     "data",
     "data build",
     "data inspect",

@@ -1,16 +1,18 @@
-"""What a new run starts from in place of drawn weights: another run, one of its checkpoints, or an exported model.
+"""What a new run starts from in place of drawn weights: another run, one of its checkpoints, an exported model, or a model in
+Hugging Face's format.
 
-Finding and checking a source imports no torch: a mistake is answered before any process starts.
+A source is found and checked before any process starts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from powernap.model.parameters import parameters
 from powernap.parallel.checkpoint import manifest
 from powernap.train.config import Recipe
+from powernap.train.hugging_face.folder import HuggingFaceFolder, HuggingFaceShards, is_hugging_face
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run.folder import RunFolder, flatten
 
@@ -28,11 +30,11 @@ class Source:
     """A checkpoint or an export, of which only the description has been read."""
 
     folder: Path
-    is_export: bool
-    step: int
+    kind: Literal["checkpoint", "export", "hugging face"]
+    step: int  # 0: not known
     shapes: dict[str, list[int]]  # of whole parameters
-    model: dict[str, Any]  # the model section of its recipe, in dotted keys
-    optimizer: str | None  # its name; None: an export, which has no states
+    model: dict[str, Any]  # the model section of its recipe, or what is known of it, in dotted keys
+    optimizer: str | None  # its name; None: it has no states
 
     @classmethod
     def find(cls, recipe: Recipe) -> "Source":
@@ -53,22 +55,37 @@ class Source:
             return cls._of_checkpoint(newest, content)
         if (folder / manifest.NAME).is_file():
             return cls._of_checkpoint(folder, manifest.read_manifest(folder))
+        if is_hugging_face(folder):
+            return cls._of_hugging_face(HuggingFaceFolder.read(folder), recipe)
         if (folder / "config.json").is_file():
             from powernap.train.generation.export import ExportedWeights, read_exported  # late: it imports torch
 
             exported = read_exported(folder)
             model = flatten(exported.model.model_dump(mode="json"))
-            return cls(folder, True, exported.step, ExportedWeights(folder).shapes, model, None)
+            return cls(folder, "export", exported.step, ExportedWeights(folder).shapes, model, None)
         raise RecipeError(
             f"train.start_from={given}: no run below run.root={recipe.run.root}, and no folder of a run (config.yaml), of a "
-            f"checkpoint ({manifest.NAME}) or of an exported model (config.json)"
+            f"checkpoint ({manifest.NAME}) or of a model (config.json)"
         )
 
     @classmethod
     def _of_checkpoint(cls, folder: Path, content: dict[str, Any]) -> "Source":
         shapes = {name: entry["shape"] for name, entry in content["parameters"].items()}
         config = content["config"]
-        return cls(folder, False, content["step"], shapes, flatten(config["model"]), config["optimizer"]["name"])
+        return cls(folder, "checkpoint", content["step"], shapes, flatten(config["model"]), config["optimizer"]["name"])
+
+    @classmethod
+    def _of_hugging_face(cls, folder: HuggingFaceFolder, recipe: Recipe) -> "Source":
+        """The model must be the recipe's: fields that change no shape change what the weights compute."""
+        there, here = flatten(folder.section), flatten(recipe.model.model_dump(mode="json"))
+        for key, value in there.items():
+            if here.get(key) != value:
+                raise RecipeError(
+                    f"train.start_from={recipe.train.start_from}: model.{key} is {value} there, {here.get(key)} in this "
+                    "recipe: powernap import writes one that fits"
+                )
+        folder.check(recipe.model)
+        return cls(folder.path, "hugging face", 0, _shapes(recipe), there, None)
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the model of `recipe` cannot start from these weights, or not from these states."""
@@ -81,9 +98,7 @@ class Source:
         if not recipe.train.start_optimizer:
             return
         if self.optimizer is None:
-            raise RecipeError(
-                f"train.start_optimizer=true: {self.folder} is an exported model, without optimizer states"
-            )
+            raise RecipeError(f"train.start_optimizer=true: {self.folder} is a model without optimizer states")
         if self.optimizer != recipe.optimizer.name:
             raise RecipeError(
                 f"train.start_optimizer=true: the states in {self.folder} are of {self.optimizer}, not of "
@@ -99,7 +114,7 @@ class Source:
     def describe(self, recipe: Recipe) -> list[str]:
         """Lines for the log: where the weights are from, what is drawn, what else is not as there."""
         what = "weights and optimizer states" if recipe.train.start_optimizer else "weights"
-        lines = [f"{what} of {self.folder}, step {self.step:,}"]
+        lines = [f"{what} of {self.folder}" + (f", step {self.step:,}" if self.step else "")]
         if drawn := self.drawn(recipe):
             lines.append(f"{len(drawn)} of {len(_shapes(recipe))} parameters are not there and drawn: {_some(drawn)}")
         own = flatten(recipe.model.model_dump(mode="json"))
@@ -140,7 +155,7 @@ class Start:
 
         self.source, self._topology = source, topology
         self._checkpoint: Checkpoint | None = None
-        if not source.is_export:
+        if source.kind == "checkpoint":
             self._checkpoint = Checkpoint(source.folder, verify_together(source.folder, topology))
 
     def weights(self, stage: "HybridStage") -> None:
@@ -151,7 +166,12 @@ class Start:
         from powernap.train.generation.export import ExportedWeights
 
         read: Callable[[str, Split | None, int, int], torch.Tensor]
-        read = self._checkpoint.shard if self._checkpoint else ExportedWeights(self.source.folder).shard
+        if self._checkpoint:
+            read = self._checkpoint.shard
+        elif self.source.kind == "export":
+            read = ExportedWeights(self.source.folder).shard
+        else:
+            read = HuggingFaceShards(HuggingFaceFolder.read(self.source.folder), stage.model).shard
         with torch.no_grad():
             for name, parameter in stage.named_parameters():
                 if (whole := stage.global_name(name)) in self.source.shapes:

@@ -142,7 +142,7 @@ def test_a_resumed_run_does_not_read_its_source_again(folder, started):
             ["train.start_from=one", "model.tie_embeddings=true"],
             "has output_layer.weight, which the model of this recipe",
         ),
-        (["train.start_from=exported", "train.start_optimizer=true"], "is an exported model, without optimizer states"),
+        (["train.start_from=exported", "train.start_optimizer=true"], "is a model without optimizer states"),
         (["train.start_from=muon", "train.start_optimizer=true"], "are of muon, not of adamw"),
         (["train.start_optimizer=true"], "write train.start_from"),
         (

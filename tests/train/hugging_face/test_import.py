@@ -1,0 +1,271 @@
+"""Models in Hugging Face's format against transformers: logits, gradients, decoding; files that do not fit are named.
+
+Tiny random models that transformers itself makes and saves: its code is the reference, and no weights can be downloaded here.
+"""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from powernap.launch import cli
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.decoder import Decoder
+from powernap.model.stage import HybridStage
+from powernap.train.hugging_face.folder import HuggingFaceFolder, HuggingFaceShards
+from powernap.train.hugging_face.rules import rules
+from powernap.train.recipe_file import load_recipe
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.metrics import read_metrics
+from tests.helpers import runs
+from tests.helpers.mixers import training_logits
+
+WINDOW = 24
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+LINEAR = dict(
+    linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+)  # fmt: skip
+# name: transformers' class and config, fields
+MODELS = {
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", SIZES | LINEAR),
+    "qwen3_5, tied": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", SIZES | LINEAR | {"tie_word_embeddings": True}),
+    "qwen3_5, shared keys": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", SIZES | LINEAR | {"linear_num_key_heads": 2}),
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", SIZES | LINEAR | {"linear_num_key_heads": 2, "num_experts": 0}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """name -> (transformers' model, the folder it was saved in)."""
+    import transformers
+
+    made = {}
+    for name, (model_class, config_class, fields) in MODELS.items():
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval()
+        with torch.no_grad():  # norms and gates away from their initial values, projections larger than 0.02
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp("hf") / name.replace(", ", "-").replace(" ", "-")
+        model.save_pretrained(folder)
+        made[name] = (model, folder)
+    return made
+
+
+def ours(folder, topology, dtype=torch.float32) -> HybridStage:
+    read = HuggingFaceFolder.read(folder)
+    model = ModelConfig(window=WINDOW, **read.section)
+    read.check(model)
+    stage = HybridStage(model, SleepConfig(), topology.groups).to(dtype)
+    shards = HuggingFaceShards(read, model)
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(shards.shard(name, None, 0, 1))
+    return stage
+
+
+def some_tokens(length=20):
+    return torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_those_of_transformers(models, topology, name):
+    reference, folder = models[name]
+    stage, tokens = ours(folder, topology), some_tokens()
+    found = training_logits(stage, tokens, 1)
+    expected = reference(tokens).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+    targets, loss_mask = some_tokens(21), torch.ones(2, 21, dtype=torch.bool)
+    (segment,) = segments(stage, targets, loss_mask)
+    hidden_states, _ = stage(segment, targets[:, :-1], None, stage.empty_layer_states(2))
+    stage.loss(hidden_states, targets[:, 1:], loss_mask[:, 1:]).backward()
+    reference.zero_grad()
+    logits = reference(targets[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum").backward()
+    read, theirs = HuggingFaceFolder.read(folder), dict(reference.named_parameters())
+    gradients = dict(stage.named_parameters())
+    for rule in rules(stage.model, family(read)):
+        expected = rule.join([theirs[read.name_of(tensor)].grad for tensor in rule.theirs])
+        torch.testing.assert_close(
+            gradients[rule.ours].grad, expected, rtol=1e-4, atol=2e-4 * float(expected.abs().max())
+        )
+
+
+def segments(stage, tokens, loss_mask):
+    from powernap.model.batch import plan_segments
+
+    return plan_segments(tokens, loss_mask, stage.model, stage.sleep, 1)
+
+
+def family(read):
+    from powernap.train.hugging_face.families import find_family
+
+    return find_family(read.config)[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_in_float64(models, topology, name):
+    """Transformers computes norms and angles in float32 whatever it is given: its rounding is what is left."""
+    reference, folder = models[name]
+    found = training_logits(ours(folder, topology, torch.float64), some_tokens(), 1)
+    torch.testing.assert_close(found, copy.deepcopy(reference).double()(some_tokens()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5, shared keys", "qwen3"])
+def test_decoding_token_by_token(models, topology, name):
+    reference, folder = models[name]
+    decoder = Decoder(ours(folder, topology), 1, 2)
+    found = torch.cat(
+        [torch.stack(decoder.feed_with_logits(part.tolist())) for part in some_tokens().split(1, 1)], dim=1
+    )
+    torch.testing.assert_close(found, reference(some_tokens()).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_every_bit(models, name):
+    read = HuggingFaceFolder.read(models[name][1])
+    for rule in rules(ModelConfig(window=8, **read.section), family(read)):
+        tensors = [read.tensor(read.name_of(tensor)) for tensor in rule.theirs]
+        back = rule.part(rule.join(tensors))
+        assert [tuple(t.shape) for t in back] == list(rule.theirs.values())
+        assert all(torch.equal(one, other) for one, other in zip(back, tensors, strict=True))
+
+
+@pytest.fixture
+def nested(models, tmp_path):
+    """As released: the text model inside one that sees, two files with an index, bfloat16, further heads."""
+    source = models["qwen3_5"][1]
+    weights = {
+        name.replace("model.", "model.language_model.", 1): t.bfloat16()
+        for name, t in load_file(source / "model.safetensors").items()
+    }
+    weights |= {"model.visual.patch.weight": torch.ones(3, 4), "mtp.fc.weight": torch.ones(2, 2)}
+    names = sorted(weights)
+    files = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    for file, part in files.items():
+        save_file({name: weights[name].contiguous() for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    return tmp_path  # fmt: skip
+
+
+def test_a_text_model_inside_a_larger_one(nested, models, topology, capsys):
+    found = training_logits(ours(nested, topology), some_tokens(), 1)
+    assert (found - models["qwen3_5"][0](some_tokens()).logits).abs().max() < 0.5  # weights rounded to bfloat16
+    assert cli.main(["import", str(nested)]) == 0
+    said = capsys.readouterr().out
+    assert "qwen3_5_text, 53.2k numbers in 2 files" in said
+    assert "not read: 1 tensors model.visual.*" in said and "not read: 1 tensors mtp.*" in said
+
+
+LAYOUTS = {"one": (1, []), "tensor": (2, ["parallel.tensor=2"]), "pipeline": (2, ["parallel.pipeline=2"]),
+           "zero3": (2, ["parallel.data=2", "zero.stage=3"])}  # fmt: skip
+
+
+def test_training_starts_from_it_in_every_layout_and_sleeps(models, tmp_path):
+    """The first loss at N=2 over two windows is the same in each, and near what the next steps have."""
+    folder = shutil.copytree(models["qwen3_5, shared keys"][1], tmp_path / "base")
+    assert cli.main(["import", str(folder), "--recipe", str(tmp_path / "tiny.yaml"), "--window", "12"]) == 0
+    runs.prepare(tmp_path / "shards")
+    changes = [
+        "data.train=shards/data/train-*.tar", "data.sequence_length=24", "model.pad_token_id=0", "train.precision=fp32",
+        "train.steps=2", "train.global_batch_size=8", "optimizer.warmup_steps=1", "sleep.every_window=false",
+    ]  # fmt: skip
+    found = {}
+    for processes in (1, 2):
+        chosen = {name: [*changes, *overrides] for name, (needs, overrides) in LAYOUTS.items() if needs == processes}
+        found |= runs.train_in_turn(tmp_path, processes, chosen)
+    losses = {name: [line["loss"] for line in read_metrics(run / "metrics.jsonl")] for name, run in found.items()}
+    for name in LAYOUTS:
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
+    assert f"weights of {folder}" in (found["one"] / "logs" / "train.log").read_text()
+    assert RunFolder(found["one"]).recipe().train.start_from == str(folder)
+
+
+def damage(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+
+
+Q, MISSING = "model.layers.3.self_attn.q_proj.weight", "model.layers.0.linear_attn.A_log"
+WRONG = {
+    "missing": (lambda folder: damage(folder, lambda w: w.pop(MISSING)), f"has no {MISSING}"),
+    "transposed": (lambda folder: damage(folder, lambda w: w.update({Q: w[Q].T})), f"{Q} is [32, 128], not [128, 32]"),
+    "one more": (
+        lambda folder: damage(folder, lambda w: w.update({"model.layers.0.bias": w[MISSING] + 1})),
+        "has model.layers.0.bias, which no rule reads",
+    ),
+    "cut off": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900]),
+        "model.safetensors: cannot be read",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
+    "another family": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+        "config.json: model_type=gpt2: computed are qwen3_5_text, qwen3_next, qwen3, llama",
+    ),
+    "half a config": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
+        "config.json: num_attention_heads is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_folder_that_does_not_fit_is_one_line(models, tmp_path, capfd, wrong):
+    folder = shutil.copytree(models["qwen3_5"][1], tmp_path / "base")
+    change, message = WRONG[wrong]
+    change(folder)
+    runs.assert_refused(["import", str(folder)], capfd, message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_act", "gelu", "hidden_act=gelu: only silu is computed"),
+        ("attention_bias", True, "attention_bias=true is not computed"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope_type=yarn: only plain rotary"),
+        ("num_experts", 8, "num_experts=8: mixtures of experts"),
+        ("layer_types", ["sliding_attention"] * 4, "layer_types: sliding_attention is not computed"),
+    ],
+)
+def test_what_is_not_computed_is_refused(models, tmp_path, capfd, field, value, message):
+    folder = shutil.copytree(models["qwen3_5"][1], tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    runs.assert_refused(["import", str(folder)], capfd, message)
+
+
+def test_a_recipe_of_another_function_is_refused(models, tmp_path, capfd, monkeypatch):
+    """No shape tells that the base of the rotation differs."""
+    monkeypatch.chdir(tmp_path)
+    folder = models["qwen3_5"][1]
+    assert cli.main(["import", str(folder), "--recipe", "base.yaml", "--window", "12"]) == 0
+    runs.prepare(tmp_path)
+    changes = [
+        "data.train=data/train-*.tar",
+        "data.sequence_length=24",
+        "model.pad_token_id=0",
+        "sleep.every_window=false",
+    ]
+    load_recipe("base.yaml", changes)
+    runs.assert_refused(
+        ["train", "base.yaml", *changes, "model.attention.rope_base=500"],
+        capfd,
+        "attention.rope_base is 10000.0 there, 500.0",
+    )
+    runs.assert_refused(["import", str(folder), "--recipe", "base.yaml"], capfd, "base.yaml exists")

@@ -1,0 +1,136 @@
+"""Families of models in Hugging Face's format that Powernap computes: their config.json as a recipe's model section.
+
+Nothing here imports torch, and nothing needs transformers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from powernap.model.errors import PowernapError
+
+L2_EPS = 1e-6  # of the L2 norm in transformers' gated delta nets, which no config holds
+LETTERS = {"full_attention": "A", "linear_attention": "G"}
+
+
+class HuggingFaceError(PowernapError):
+    """A folder that cannot be read as a model, in one line."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model_type.
+
+    Attributes:
+        model_type: in config.json, or in its text_config.
+        section: config -> fields of the model section that decide what the weights compute.
+        keys_first: whether a gated delta net's projections are [q | k | v] and z, b, a over all heads; else they are grouped
+            by heads of keys, [q | k | v | z] and [b | a].
+    """
+
+    model_type: str
+    section: Callable[[Mapping[str, Any]], dict[str, Any]]
+    keys_first: bool = True
+
+
+def _common(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **(config.get("rope_scaling") or {}),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require(kind == "default", f"rope_type={kind}: only plain rotary embeddings are computed")
+    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        _require(not config.get(field), f"{field}=true is not computed")
+    _require(
+        config.get("hidden_act", "silu") == "silu", f"hidden_act={config.get('hidden_act')}: only silu is computed"
+    )
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
+        "mlp": {"ffn_hidden_size": config["intermediate_size"]},
+        "attention": {
+            "heads": heads,
+            "kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": width,
+            "rope_base": float(rope["rope_theta"]),
+            "rotary_dims": round(width * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))),
+        },
+    }  # fmt: skip
+
+
+def _plain(qk_norm: bool) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    def section(config: Mapping[str, Any]) -> dict[str, Any]:
+        found = _common(config)
+        found["attention"] |= {"qk_norm": qk_norm, "output_gate": False}
+        return found | {"pattern": "A" * config["num_hidden_layers"], "zero_centred_norms": False}
+
+    return section
+
+
+def _qwen_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
+    _require(
+        not config.get("num_experts"), f"num_experts={config.get('num_experts')}: mixtures of experts are not computed"
+    )
+    found = _common(config)
+    found["attention"] |= {"qk_norm": True, "output_gate": True}
+    gdn = {
+        "heads": config["linear_num_value_heads"],
+        "key_heads": config["linear_num_key_heads"],
+        "key_dim": config["linear_key_head_dim"],
+        "value_dim": config["linear_value_head_dim"],
+        "conv_kernel": config["linear_conv_kernel_dim"],
+        "scale_queries": True,
+        "l2_eps": L2_EPS,
+        "allow_neg_eigval": False,
+    }
+    kinds = config["layer_types"]
+    unknown = [kind for kind in kinds if kind not in LETTERS]
+    _require(not unknown, f"layer_types: {', '.join(unknown[:1])} is not computed")
+    return found | {"pattern": "".join(LETTERS[kind] for kind in kinds), "gdn": gdn, "zero_centred_norms": True}
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen3_5_text", _qwen_hybrid),
+        Family("qwen3_next", _qwen_hybrid, keys_first=False),
+        Family("qwen3", _plain(qk_norm=True)),
+        Family("llama", _plain(qk_norm=False)),
+    )
+}
+
+
+def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a config.json, and the part of it that describes the text model.
+
+    Raises:
+        HuggingFaceError: if it is of another family.
+    """
+    text = config.get("text_config", config)  # in models of several modalities the text model is a part
+    kind = text.get("model_type")
+    if kind not in FAMILIES:
+        raise HuggingFaceError(f"model_type={kind}: computed are {', '.join(FAMILIES)}")
+    return FAMILIES[kind], text
+
+
+def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe's model section that a config.json fixes.
+
+    Raises:
+        HuggingFaceError: naming the field that is missing or has a value that Powernap does not compute.
+    """
+    family, text = find_family(config)
+    try:
+        return family.section(text)
+    except KeyError as error:
+        raise HuggingFaceError(f"{error.args[0]} is missing") from None
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise HuggingFaceError(message)

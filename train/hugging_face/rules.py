@@ -1,0 +1,143 @@
+"""Parameters in Hugging Face's files and ours: one table, used both ways.
+
+Ours are fused and grouped by heads, so that a tensor rank's part is a slice of rows; theirs are apart.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from powernap.model.config import ModelConfig
+from powernap.model.mixers.attention import Attention
+from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.train.hugging_face.families import Family
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of ours.
+
+    Attributes:
+        ours: its name.
+        theirs: names, without what precedes "layers.", and shapes of the tensors that it is made of.
+        join, part: from theirs to ours, and back; views or copies, no arithmetic.
+    """
+
+    ours: str
+    theirs: Mapping[str, tuple[int, ...]]
+    join: Callable[[Tensors], torch.Tensor]
+    part: Callable[[torch.Tensor], Tensors]
+
+
+def rules(model: ModelConfig, family: Family) -> list[Rule]:
+    """A rule for every parameter of `model`."""
+    width, found = model.hidden_size, []
+    found.append(_same("embedding.weight", "embed_tokens.weight", model.vocab_size, width))
+    for number, mixer in enumerate(model.mixers):
+        ours, theirs = f"decoder.layers.{number}.", f"layers.{number}."
+        found += [
+            _same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", width),
+            _same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", width),
+            *_mlp(f"{ours}mlp.", f"{theirs}mlp.", model),
+        ]
+        if isinstance(mixer, Attention):
+            found += _attention(f"{ours}self_attention.", f"{theirs}self_attn.", model, mixer)
+        else:
+            assert isinstance(mixer, GatedDeltaNet)
+            found += _gated_delta_net(
+                f"{ours}self_attention.", f"{theirs}linear_attn.", model, mixer, family.keys_first
+            )
+    found.append(_same("decoder.final_layernorm.weight", "norm.weight", width))
+    if not model.tie_embeddings:
+        found.append(_same("output_layer.weight", "lm_head.weight", model.vocab_size, width))
+    return found
+
+
+def _same(ours: str, theirs: str, *shape: int) -> Rule:
+    return Rule(ours, {theirs: shape}, lambda tensors: tensors[0], lambda tensor: [tensor])
+
+
+def _mlp(ours: str, theirs: str, model: ModelConfig) -> list[Rule]:
+    inner, width = model.mlp.ffn_hidden_size, model.hidden_size
+    gate_and_up = {f"{theirs}{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+    return [
+        Rule(f"{ours}linear_fc1.weight", gate_and_up, torch.cat, lambda tensor: list(tensor.chunk(2))),
+        _same(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", width, inner),
+    ]
+
+
+def _attention(ours: str, theirs: str, model: ModelConfig, mixer: Attention) -> list[Rule]:
+    """Ours: for each head of keys [q of its queries | their gates | k | v]; theirs: q_proj has [q | gate] for each query."""
+    groups, width, hidden = mixer.groups, mixer.width(model), model.hidden_size
+    queries, kinds = mixer.heads // groups, 1 + mixer.output_gate
+
+    def join(tensors: Tensors) -> torch.Tensor:
+        q, k, v = tensors
+        q = q.view(groups, queries, kinds, width, hidden).transpose(1, 2).flatten(1, 3)
+        return torch.cat([q, k.view(groups, width, hidden), v.view(groups, width, hidden)], dim=1).flatten(0, 1)
+
+    def part(tensor: torch.Tensor) -> Tensors:
+        q, k, v = tensor.view(groups, -1, hidden).split([queries * kinds * width, width, width], dim=1)
+        q = q.unflatten(1, (kinds, queries, width)).transpose(1, 2)
+        return [q.flatten(0, 3), k.flatten(0, 1), v.flatten(0, 1)]
+
+    pairs = (groups * width, hidden)
+    projections = {"q": (mixer.heads * kinds * width, hidden), "k": pairs, "v": pairs}
+    found = [
+        Rule(f"{ours}qkv_proj.weight", {f"{theirs}{n}_proj.weight": s for n, s in projections.items()}, join, part),
+        _same(f"{ours}out_proj.weight", f"{theirs}o_proj.weight", hidden, mixer.heads * width),
+    ]
+    norms = ("q_norm.weight", "k_norm.weight") if mixer.qk_norm else ()
+    return found + [_same(ours + norm, theirs + norm, width) for norm in norms]
+
+
+def _gated_delta_net(ours: str, theirs: str, model: ModelConfig, mixer: GatedDeltaNet, keys_first: bool) -> list[Rule]:
+    """Ours: for each head of keys [q | k | v | z | beta | alpha], the last four of all its heads of values."""
+    groups, values, hidden = mixer.groups, mixer.heads // mixer.groups, model.hidden_size
+    d_k, all_v, taps = mixer.key_dim, values * mixer.value_dim, mixer.conv_kernel
+    sizes = [d_k, d_k, all_v, all_v, values, values]  # rows of a head of keys: q, k, v, z, beta, alpha
+
+    def by_head(tensor: torch.Tensor, *rows: int) -> Tensors:
+        """Rows of all heads of the first part, of the second, ... -> each [groups, rows, ...]."""
+        return [x.unflatten(0, (groups, -1)) for x in tensor.split([groups * n for n in rows])]
+
+    def join(tensors: Tensors) -> torch.Tensor:
+        if keys_first:
+            qkv, *others = tensors
+            parts = [*by_head(qkv, *sizes[:3]), *(x.unflatten(0, (groups, -1)) for x in others)]
+        else:
+            parts = [x.unflatten(0, (groups, -1)) for x in tensors]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def part(tensor: torch.Tensor) -> Tensors:
+        rows = tensor.unflatten(0, (groups, -1))
+        if keys_first:
+            q, k, v, *others = (x.flatten(0, 1) for x in rows.split(sizes, dim=1))
+            return [torch.cat([q, k, v]), *others]
+        return [x.flatten(0, 1) for x in rows.split([sum(sizes[:4]), sum(sizes[4:])], dim=1)]
+
+    def join_taps(tensors: Tensors) -> torch.Tensor:
+        return torch.cat(by_head(tensors[0].squeeze(1), *sizes[:3]), dim=1)
+
+    def part_taps(tensor: torch.Tensor) -> Tensors:
+        return [torch.cat([x.flatten(0, 1) for x in tensor.split(sizes[:3], dim=1)]).unsqueeze(1)]
+
+    if keys_first:
+        rows = {"qkv": groups * sum(sizes[:3]), "z": groups * all_v, "b": mixer.heads, "a": mixer.heads}
+    else:
+        rows = {"qkvz": groups * sum(sizes[:4]), "ba": 2 * mixer.heads}
+    return [
+        Rule(
+            f"{ours}in_proj.weight", {f"{theirs}in_proj_{n}.weight": (r, hidden) for n, r in rows.items()}, join, part
+        ),
+        Rule(
+            f"{ours}conv_weight", {f"{theirs}conv1d.weight": (groups * sum(sizes[:3]), 1, taps)}, join_taps, part_taps
+        ),
+        _same(f"{ours}A_log", f"{theirs}A_log", mixer.heads),
+        _same(f"{ours}dt_bias", f"{theirs}dt_bias", mixer.heads),
+        _same(f"{ours}norm.weight", f"{theirs}norm.weight", mixer.value_dim),
+        _same(f"{ours}out_proj.weight", f"{theirs}out_proj.weight", hidden, mixer.heads * mixer.value_dim),
+    ]
