@@ -26,6 +26,18 @@ def add(commands: argparse._SubParsersAction) -> None:
         action.add_argument("--step", type=count, metavar="N", help="only the checkpoint of this step")
         if name == "export":
             action.add_argument("to", metavar="FOLDER", type=path, help="a new folder")
+            action.add_argument(
+                "--format",
+                choices=("powernap", "hf"),
+                default="powernap",
+                help="hf: a folder that transformers, vLLM and others load; they do not sleep (default: %(default)s)",
+            )
+            action.add_argument(
+                "--like",
+                metavar="SOURCE",
+                type=path,
+                help="with hf: the folder that training started from: keep its config, tokenizer, precision, other tensors",
+            )
         action.set_defaults(run=run)
 
 
@@ -74,14 +86,21 @@ def verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def export(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.checkpoint.reader import Checkpoint
-    from powernap.train.generation.export import check_new_folder
+    from powernap.train.generation.export import ExportError, check_new_folder
     from powernap.train.generation.export import export as write
     from powernap.train.run.folder import RunFolder
 
     folder = RunFolder(run_folder(options.run_name))
     check_new_folder(options.to)
+    if options.like and options.format != "hf":
+        raise ExportError("--like is for --format hf")
     checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
-    write(checkpoint, folder.recipe(), options.to)
+    if options.format == "hf":
+        from powernap.train.hugging_face.export import export_hugging_face
+
+        export_hugging_face(checkpoint, folder.recipe(), options.to, options.like)
+    else:
+        write(checkpoint, folder.recipe(), options.to)
     size = sum(file.stat().st_size for file in options.to.iterdir())
     print(f"{options.to}: the model after step {checkpoint.step:,}, {size:,} bytes")
     return 0

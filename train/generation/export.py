@@ -56,12 +56,8 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     Raises:
         ExportError, OutputError: if `to` exists or cannot be created.
     """
-    check_new_folder(to)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    unfinished = to.with_name(f"{to.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with new_folder(to) as unfinished:
         weights = {name: checkpoint.whole(name).to(dtype).contiguous() for name in checkpoint.parameters}
         save_file(weights, unfinished / WEIGHTS, {"format": "pt"})
         (unfinished / WEIGHTS).chmod(FILE_MODE)
@@ -75,12 +71,27 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
             "vocabulary": _export_vocabulary(recipe, unfinished),
         }
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return to
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `to` if nothing fails.
+
+    Raises:
+        ExportError, OutputError: if `to` exists or cannot be created, or a file of weights cannot be written.
+    """
+    check_new_folder(to)
+    unfinished = to.with_name(f"{to.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
         unfinished.rename(to)
     except SafetensorError as error:
-        raise ExportError(f"{unfinished / WEIGHTS}: {' '.join(str(error).split())}") from None
+        raise ExportError(f"{unfinished}: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return to
 
 
 def check_new_folder(to: Path) -> None:
