@@ -58,6 +58,22 @@ TRACK = Study(
         "a test word; all words of up to five generators are trained. FLOPs are those of N=2 in the recipe's steps, three",
         "times that where it says 3x; the steps of each model follow from that.",
     ),
+    found=(
+        "N=2 is right at the trained length and at twice that in every seed; at eight times that it depends on the seed. One write",
+        "of two passes is as good; two passes that both see the embeddings are at the floor from five windows on: feedback is needed.",
+        "",
+        "**Refuted: that only sleep does it.** N=1 with write strengths up to two, which may flip a sign (negative eigenvalues,",
+        "arXiv 2411.12537), solves it as well, at every length. With strengths up to one N=1 does not, with three times the FLOPs or",
+        "twice the depth either; nor does Mamba-2 at N=1, nor attention with its whole cache, three times the FLOPs and any of",
+        "three learning rates. What tells sleep from a linear recurrence must be a step that no product of such matrices makes:",
+        "the study `program` asks that, with the same baseline.",
+        "",
+        "Mamba-2 gains from a second pass and does not solve it in these steps.",
+    ),
+    not_tried=(
+        "- Learning rates of their own for the hybrids at N=1: all hybrids have the recipe's, which was chosen for N=2.",
+        "- A5, a group that is not solvable; more than one generator a window; N=4; strengths up to two with sleep.",
+    ),
 )
 
 
