@@ -1,6 +1,7 @@
 """powernap import: what a model in Hugging Face's format is, and a recipe that starts from it."""
 
 import argparse
+import math
 from pathlib import Path
 
 from powernap.launch.commands.arguments import count, path
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     recipe, values = recipe_of(folder, options.window)
     folder.check(recipe.model)
     ignored = {name for names in folder.ignored.values() for name in names}
-    numbers = sum(_size(shape) for name, shape in folder.shapes.items() if name not in ignored)
+    numbers = sum(math.prod(shape) for name, shape in folder.shapes.items() if name not in ignored)
     files = len(set(folder.files.values()))
     print(f"{options.folder}: {folder.model_type}, {in_units(numbers)} numbers in {files} file{'s' * (files > 1)}")
     for mark, names in folder.ignored.items():
@@ -50,9 +51,3 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         target.write_text(text)
         print(f"{target}: a recipe that starts from it; set data.train, window, steps and optimizer")
     return 0
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    from math import prod
-
-    return prod(shape)

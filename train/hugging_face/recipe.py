@@ -1,5 +1,6 @@
 """A recipe that starts from a model in Hugging Face's format."""
 
+import re
 from typing import Any
 
 from powernap.train.config import Recipe
@@ -13,9 +14,10 @@ def recipe_of(folder: HuggingFaceFolder, window: int) -> tuple[Recipe, dict[str,
     """The recipe, and the fields of it that are written down. Data, steps and optimizer are for the user to set."""
     model = folder.section
     text = folder.text_config
-    pad = next((text[name] for name in ("pad_token_id", "eos_token_id") if isinstance(text.get(name), int)), None)
+    # A pad leaves no trace in the fast weights: where it is the end of a document, too, that must leave one.
+    pad = None if text.get("pad_token_id") == text.get("eos_token_id") else text.get("pad_token_id")
     values = {
-        "run": {"name": "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.path.resolve().name).lstrip(".-")[:60]},
+        "run": {"name": re.sub(r"[^\w.-]", "-", folder.path.resolve().name).lstrip(".-")[:60]},
         "model": {"pattern": model.pop("pattern"), "window": window, "pad_token_id": pad, **model},
         # Attention alone has nothing to write into.
         "sleep": {"passes": 2 if "gdn" in model else 1, "every_window": True},

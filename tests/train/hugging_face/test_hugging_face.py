@@ -20,6 +20,7 @@ from powernap.model.stage import HybridStage
 from powernap.train.hugging_face.export import export_hugging_face, family_of
 from powernap.train.hugging_face.families import HuggingFaceError, find_family
 from powernap.train.hugging_face.folder import HuggingFaceFolder, HuggingFaceShards
+from powernap.train.hugging_face.recipe import recipe_of
 from powernap.train.hugging_face.rules import rules
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
@@ -169,6 +170,14 @@ def test_a_text_model_inside_a_larger_one(nested, models, topology, capsys):
     said = capsys.readouterr().out
     assert "qwen3_5_text, 53.2k numbers in 2 files" in said
     assert "not read: 1 tensors model.visual.*" in said and "not read: 1 tensors mtp.*" in said
+
+
+@pytest.mark.parametrize(("pad", "end", "expected"), [(5, 6, 5), (6, 6, None), (None, 6, None)])
+def test_the_end_of_a_document_is_no_pad(models, tmp_path, pad, end, expected):
+    folder = shutil.copytree(models["llama"][1], tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": pad, "eos_token_id": end}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert recipe_of(HuggingFaceFolder.read(folder), 12)[0].model.pad_token_id == expected
 
 
 LAYOUTS = {"one": (1, []), "tensor": (2, ["parallel.tensor=2"]), "pipeline": (2, ["parallel.pipeline=2"]),
