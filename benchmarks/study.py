@@ -15,11 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, table, write
@@ -89,9 +90,9 @@ class Study:
     not_tried: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A model of a seed, trained and evaluated at its own N."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model of a seed, trained and evaluated at its own N: what it is and what it cost."""
 
     seed: int
     model: str
@@ -99,12 +100,18 @@ class Trained:
     parameters: int
     steps: int
     flops: float  # of the whole training
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Run):
+    """And what it answers."""
+
     loss: float  # held out
     accuracy: dict[str, dict[str, float]]  # windows -> depth -> share of right answers
     interval: dict[str, dict[str, tuple[float, float]]]  # 95 %, of this model alone
     floor: dict[str, dict[str, float]]
     answers: dict[str, dict[str, int]]
-    commit: str
 
     def at(self, windows: int, depth: int) -> float:
         return self.accuracy[str(windows)][str(depth)]
@@ -142,8 +149,44 @@ def measure(study: Study, home: Path, seeds: int, jobs: int, steps: int | None =
     return finished(study, home)
 
 
-def finished(study: Study, home: Path) -> list[Trained]:
-    """Every evaluated run, by seed in the order of the study's models."""
+Result = TypeVar("Result", bound=Run)
+
+
+def run_of(path: Path, seed: int, model: Model) -> tuple[Run, dict[str, Any]]:
+    """A finished run's folder, and its evaluation."""
+    folder = RunFolder(path)
+    recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
+    passes = max(recipe.sleep.pass_choices)
+    work = json.loads((path / "work.json").read_text())
+    run = Run(
+        seed=seed,
+        model=model.name,
+        passes=passes,
+        parameters=sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))),
+        steps=evaluation["step"],
+        flops=float(evaluation["step"] * work["flops_per_step"][str(passes)]),
+        commit=json.loads(folder.origin.read_text())["commit"][:10],
+    )
+    return run, evaluation
+
+
+def read(path: Path, seed: int, model: Model) -> Trained:
+    """The results in a finished run's folder."""
+    run, evaluation = run_of(path, seed, model)
+    passes = str(run.passes)
+    lengths = {str(evaluation["windows"]): evaluation, **evaluation["lengths"]}
+    return Trained(
+        **asdict(run),
+        loss=evaluation["loss"][passes],
+        accuracy={windows: of["accuracy"][passes] for windows, of in lengths.items()},
+        interval={windows: of["interval"][passes] for windows, of in lengths.items()},
+        floor={windows: of["floor"] for windows, of in lengths.items()},
+        answers={windows: of["answers"] for windows, of in lengths.items()},
+    )
+
+
+def finished(study: Study, home: Path, read: Callable[[Path, int, Model], Result] = read) -> list[Result]:
+    """Every evaluated run, as `read` has it, by seed in the order of the study's models."""
     return [
         read(home / str(seed) / model.folder, seed, model)
         for seed in draw_seeds(home, SEEDS)
@@ -214,29 +257,6 @@ def powernap(*arguments: str, log: Path) -> None:
         )
     if done.returncode:
         sys.exit(f"powernap {' '.join(arguments)}: exit code {done.returncode}, see {log}")
-
-
-def read(path: Path, seed: int, model: Model) -> Trained:
-    """The results in a finished run's folder."""
-    folder = RunFolder(path)
-    recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
-    work = json.loads((path / "work.json").read_text())
-    passes = str(max(recipe.sleep.pass_choices))
-    lengths = {str(evaluation["windows"]): evaluation, **evaluation["lengths"]}
-    return Trained(
-        seed=seed,
-        model=model.name,
-        passes=int(passes),
-        parameters=sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))),
-        steps=evaluation["step"],
-        flops=float(evaluation["step"] * work["flops_per_step"][passes]),
-        loss=evaluation["loss"][passes],
-        accuracy={windows: of["accuracy"][passes] for windows, of in lengths.items()},
-        interval={windows: of["interval"][passes] for windows, of in lengths.items()},
-        floor={windows: of["floor"] for windows, of in lengths.items()},
-        answers={windows: of["answers"] for windows, of in lengths.items()},
-        commit=json.loads(folder.origin.read_text())["commit"][:10],
-    )
 
 
 def describe(study: Study, trained: list[Trained]) -> list[str]:

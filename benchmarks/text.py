@@ -6,7 +6,6 @@ the seeds that are done so far can be written at any time with --page.
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -17,9 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks import common, study
-from benchmarks.common import ROOT, draw_seeds, table, write
-from benchmarks.study import Model, Study, interval_over_seeds
-from powernap.model.parameters import parameters
+from benchmarks.common import ROOT, table, write
+from benchmarks.study import Model, Run, Study, interval_over_seeds
 from powernap.parallel.planning.plan import in_units
 from powernap.train.evaluation.pictures import new_figure
 from powernap.train.run.folder import RunFolder
@@ -59,19 +57,12 @@ CLAIMS = (  # sentence, the better model, the other
 WHOLE = "all"  # windows
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, kw_only=True)
+class Trained(Run):
     """A model of a seed, trained and evaluated at its own N."""
 
-    seed: int
-    model: str
-    passes: int
-    parameters: int
-    steps: int
     bytes: int  # read in training
-    flops: float  # of the whole training
     bits: dict[str, float]  # windows of the document -> bits per byte
-    commit: str
 
 
 def main(options: argparse.Namespace, command: str) -> None:
@@ -80,7 +71,7 @@ def main(options: argparse.Namespace, command: str) -> None:
             gather((ROOT / "train").rglob("*.py"), Path(folder))
             small = of_folder(Path(folder), "--shard-size=0.005MB")
             study.measure(small, Path(folder), seeds=1, jobs=options.jobs, steps=2)
-            print("\n".join(describe(finished(Path(folder)))))
+            print("\n".join(describe(study.finished(TEXT, Path(folder), read))))
         return
     home = (options.folder or study.FOLDER) / TEXT.name
     if not options.page:
@@ -89,7 +80,7 @@ def main(options: argparse.Namespace, command: str) -> None:
             sys.exit(f"no {PROSE}/*/pod/*.pod: apt-get install perl-doc")
         gather(files, home)
         study.measure(of_folder(home), home, study.SEEDS, options.jobs)
-    trained = finished(home)
+    trained = study.finished(TEXT, home, read)
     draw(trained, common.RESULTS / "text.png")
     write("text", command, {"trained": [asdict(one) for one in trained]}, describe(trained), clock="no times")
 
@@ -107,30 +98,15 @@ def of_folder(home: Path, *sizes: str) -> Study:
     return replace(TEXT, sizes=(f"inputs={home}/prose", *TEXT.sizes, *sizes))
 
 
-def finished(home: Path) -> list[Trained]:
-    """Every evaluated run, by seed in the order of the models."""
-    runs = [(seed, model) for seed in draw_seeds(home, study.SEEDS) for model in TEXT.models]
-    paths = [home / str(seed) / model.folder for seed, model in runs]
-    return [read(path, *run) for path, run in zip(paths, runs, strict=True) if (path / "evaluation.json").exists()]
-
-
 def read(path: Path, seed: int, model: Model) -> Trained:
     """The results in a finished run's folder."""
-    folder = RunFolder(path)
-    recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
-    passes = str(max(recipe.sleep.pass_choices))
-    flops = json.loads((path / "work.json").read_text())["flops_per_step"][passes]
+    run, evaluation = study.run_of(path, seed, model)
+    recipe, passes = RunFolder(path).recipe(), str(run.passes)
     losses = {WHOLE: evaluation["loss"][passes], **evaluation["loss_by_window"][passes]}
     return Trained(
-        seed=seed,
-        model=model.name,
-        passes=int(passes),
-        parameters=sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))),
-        steps=evaluation["step"],
-        bytes=evaluation["step"] * recipe.train.global_batch_size * (recipe.data.sequence_length - 1),
-        flops=float(evaluation["step"] * flops),
+        **asdict(run),
+        bytes=run.steps * recipe.train.global_batch_size * (recipe.data.sequence_length - 1),
         bits={windows: loss / math.log(2) for windows, loss in losses.items()},
-        commit=json.loads(folder.origin.read_text())["commit"][:10],
     )
 
 

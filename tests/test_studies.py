@@ -35,7 +35,8 @@ def trained(seed: int, model: str, share: float) -> Trained:
     interval = {w: {d: (s, s) for d, s in of.items()} for w, of in at.items()}
     answers = {w: dict.fromkeys(of, 10) for w, of in at.items()}
     floor = {w: dict.fromkeys(of, 0.33) for w, of in at.items()}
-    return Trained(seed, model, 2, 1000, 10, 1e12, 0.1, at, interval, floor, answers, "abc")
+    run = dict(seed=seed, model=model, passes=2, parameters=1000, steps=10, flops=1e12, commit="abc")
+    return Trained(**run, loss=0.1, accuracy=at, interval=interval, floor=floor, answers=answers)
 
 
 def test_a_claim_holds_only_in_every_seed():
@@ -63,8 +64,9 @@ def test_the_models_of_text_are_valid():
 
 def test_a_claim_about_text_holds_only_in_every_seed(tmp_path):
     bits = {(1, "N=2"): 2.0, (1, "N=1, as many bytes"): 2.125, (2, "N=2"): 2.5, (2, "N=1, as many bytes"): 2.25}
+    run = dict(passes=2, parameters=10, steps=10, flops=1e12, commit="abc", bytes=10)
     found = [
-        text.Trained(seed, name, 2, 10, 10, 10, 1e12, {"all": b, "1": b, "2": b}, "abc")
+        text.Trained(seed=seed, model=name, **run, bits=dict.fromkeys(("all", "1", "2"), b))
         for (seed, name), b in bits.items()
     ]
     page = "\n".join(text.describe(found))
