@@ -36,12 +36,12 @@ def main() -> None:
         "--page", action="store_true", help="study, text: write the page of what is done, train nothing"
     )
     options = parser.parse_args()
+    common.RESULTS = options.results
     if options.names[:1] == [STUDY]:
         importlib.import_module("benchmarks.study").main(options, "")
         return
     if unknown := set(options.names) - {*ON_CPU, *ON_DEMAND}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join([*ON_CPU, *ON_DEMAND])}")
-    common.RESULTS = options.results
     for name in options.names or ON_CPU:
         flags = [f"--{flag}" for flag in ("quick", "tiny") if getattr(options, flag)]
         importlib.import_module(f"benchmarks.{name}").main(options, " ".join(["python -m benchmarks", name, *flags]))
