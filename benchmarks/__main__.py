@@ -37,6 +37,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     common.RESULTS = options.results
+    common.RESULTS.mkdir(parents=True, exist_ok=True)
     if options.names[:1] == [STUDY]:
         importlib.import_module("benchmarks.study").main(options, "")
         return
