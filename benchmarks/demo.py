@@ -29,7 +29,6 @@ def main(options: argparse.Namespace, command: str) -> None:
         return
     folder = options.folder or FOLDER
     results = measure(folder, SEEDS, [])
-    common.RESULTS.mkdir(exist_ok=True)
     shutil.copy(folder / str(next(iter(results))) / "demo.png", common.RESULTS / "demo.png")
     judged, report = describe(results)
     write("demo", command, {"results": results, "targets": judged}, report, clock="times are not measured")
