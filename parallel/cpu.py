@@ -4,6 +4,7 @@ Everything else is the same code as on CUDA, with gloo in place of NCCL.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -24,11 +25,28 @@ def prepare() -> None:
     # Megatron-core asks for the current CUDA device where it makes a buffer: sequence-parallel gathers, pipeline links.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 
-    import deepspeed.ops
+    with without_mlflow():
+        import deepspeed.ops
 
     # On CPUs DeepSpeed compiles a shared-memory all-reduce when it starts: a minute and a C++ compiler, for collectives
     # that gloo already has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def without_mlflow() -> Iterator[None]:
+    """Inside, DeepSpeed is imported without MLflow, which only its autotuner uses: a third of all that a rank imports.
+
+    The rank that tracks imports MLflow itself.
+    """
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
 
 
 def in_place_of_cuda() -> AbstractContextManager:

@@ -154,6 +154,8 @@ def init_distributed(
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     cpu.prepare()
+    with cpu.without_mlflow():
+        import deepspeed  # noqa: F401  # late: it reads LOCAL_RANK
     loopback.prepare(int(os.environ.get("WORLD_SIZE", 1)), local_world)
     # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"

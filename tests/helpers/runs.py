@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import torch
 import yaml
 
@@ -64,6 +65,20 @@ def prepare(folder: Path, train_samples: int = 256, seed: int = 0, max_hop: int 
 
 # In a process of its own.
 COMMAND = [sys.executable, "-m", "powernap.launch.cli"]
+
+
+def warm_command() -> list[str]:
+    """The same, its libraries imported. Its processes are not children of the one started: see tests/helpers/warm.py."""
+    return [warm.python(), *COMMAND[1:]]
+
+
+def rank_of(argument: str, rank: int) -> psutil.Process:
+    """The rank of a command with such an argument, whoever started it; of a warm one, the process that stands for it."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(argument in one for one in process.cmdline()) and process.environ().get("RANK") == str(rank):
+                return process
+    raise LookupError(f"rank {rank} of {argument}")
 
 
 def wait_for(condition, seconds: float = 90):

@@ -1,10 +1,22 @@
 """Process groups without CUDA."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from powernap.parallel import cpu
+
+
+def test_deepspeed_is_imported_without_mlflow(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    with cpu.without_mlflow(), pytest.raises(ModuleNotFoundError):
+        import mlflow
+    import mlflow  # afterwards it can be  # noqa: F811
+
+    with cpu.without_mlflow():  # nothing is taken from a process that has it
+        assert sys.modules["mlflow"] is mlflow
 
 
 def test_groups_of_the_same_ranks_are_one_and_no_others(monkeypatch):

@@ -54,9 +54,9 @@ def _nothing_is_left_running():
                 process.kill()
 
 
-def start(folder, name, *overrides, watch=None, launcher=runs.COMMAND, **options):
-    """The command, when its run has come to its third step."""
-    command = [*launcher, "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
+def start(folder, name, *overrides, watch=None, launcher=None, **options):
+    """The command, when its run has come to its third step; by default a warm one, without children."""
+    command = [*(launcher or runs.warm_command()), "train", "tiny.yaml", f"run.name={name}", *LONG, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
     options = {"stderr": subprocess.PIPE, "start_new_session": True} | options
     process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **options)
@@ -76,7 +76,7 @@ def end(process, timeout=60):
 
 
 def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(folder):
-    process = start(folder, "asked", "parallel.data=2", "data.workers=1")
+    process = start(folder, "asked", "parallel.data=2", "data.workers=1", launcher=runs.COMMAND)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: launcher, ranks and readers
     code, errors = end(process)
     assert code == exit_codes.PREEMPTED == 75, errors
@@ -87,7 +87,7 @@ def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(f
         range(1, step + 1)
     )
     assert f"asked to stop: stopped after step {step} of 100000; go on with --resume" in errors
-    resumed = runs.powernap(
+    resumed = runs.warm_powernap(
         "train", "tiny.yaml", "run.name=asked", *LONG[1:], f"train.steps={step + 2}", "--resume", cwd=folder
     )
     assert (
@@ -98,7 +98,7 @@ def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(f
 @pytest.mark.parametrize(("name", "number"), [("usr1", signal.SIGUSR1), ("hup", signal.SIGHUP)])
 def test_a_signal_to_one_rank_is_enough(folder, name, number):
     process = start(folder, name, "parallel.pipeline=2")
-    psutil.Process(process.pid).children()[1].send_signal(number)
+    runs.rank_of(f"run.name={name}", 1).send_signal(number)
     code, errors = end(process)
     assert code == 75, errors
     assert len(checkpoints(folder / "runs" / name / "checkpoints")) == 1
@@ -116,7 +116,8 @@ def test_a_terminal_that_closes_costs_nothing(folder):
     """Its processes get SIGHUP, and cannot write to it any more."""
     terminal, end_of_it = pty.openpty()
     take_over = partial(fcntl.ioctl, end_of_it, termios.TIOCSCTTY, 0)
-    process = start(folder, "closed", "data.workers=1", stderr=end_of_it, stdout=end_of_it, preexec_fn=take_over)
+    streams = {"stderr": end_of_it, "stdout": end_of_it}
+    process = start(folder, "closed", "data.workers=1", launcher=runs.COMMAND, preexec_fn=take_over, **streams)
     os.close(end_of_it)
     os.close(terminal)
     assert process.wait(60) == 75
@@ -132,7 +133,8 @@ def test_what_nohup_and_a_script_have_ignored_stays_ignored(folder):
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 
-    process = start(folder, "nohup", "parallel.data=2", "data.workers=1", preexec_fn=ignore)
+    options = {"launcher": runs.COMMAND, "preexec_fn": ignore}
+    process = start(folder, "nohup", "parallel.data=2", "data.workers=1", **options)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         for number in ignored:
@@ -181,7 +183,7 @@ def test_copies_of_a_signal_do_not_hurry_it(folder):
 
 def test_a_run_that_is_training_is_not_started_again(folder):
     process = start(folder, "twice")
-    second = runs.powernap("train", "tiny.yaml", "run.name=twice", *LONG, "--resume", cwd=folder)
+    second = runs.warm_powernap("train", "tiny.yaml", "run.name=twice", *LONG, "--resume", cwd=folder)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 75
@@ -190,7 +192,7 @@ def test_a_run_that_is_training_is_not_started_again(folder):
 
 def test_a_killed_rank_is_named_and_nothing_is_left_running(folder):
     process = start(folder, "killed", "parallel.data=2")
-    ranks = psutil.Process(process.pid).children()
+    ranks = [runs.rank_of("run.name=killed", rank) for rank in (0, 1)]
     ranks[1].kill()
     code, errors = end(process)
     assert code not in (0, 75)
@@ -217,7 +219,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(folder, trained):
     broken = shutil.copytree(trained, folder / "broken" / "one")
     for checkpoint in checkpoints(broken / "checkpoints"):
         (checkpoint / "manifest.json").unlink()
-    result = runs.powernap("train", "tiny.yaml", "run.name=one", "run.root=broken", "--resume", cwd=folder)
+    result = runs.warm_powernap("train", "tiny.yaml", "run.name=one", "run.root=broken", "--resume", cwd=folder)
     runs.assert_one_line(result, "no checkpoint of broken/one is whole", "manifest.json: missing", "start a new run")
 
 
@@ -267,7 +269,7 @@ def test_a_run_folder_that_is_deleted_is_told_at_the_next_step_and_in_the_end(fo
 
 def test_a_run_cannot_start_on_a_read_only_disk(folder):
     with small_disk(folder / "fixed", "ro,size=4m"):
-        result = runs.powernap("train", "tiny.yaml", "run.root=fixed", cwd=folder)
+        result = runs.warm_powernap("train", "tiny.yaml", "run.root=fixed", cwd=folder)
     runs.assert_one_line(result, "Read-only file system", "fixed/tiny")
 
 

@@ -24,9 +24,9 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def submitted(folder: Path, name: str, *overrides: str):
-    """A job, ended with all its processes whatever happens."""
-    done = runs.powernap("submit", "tiny.yaml", "--on", "local", f"run.name={name}", *overrides, "--json", cwd=folder)
+def submitted(folder: Path, name: str, *overrides: str, submit=runs.powernap):
+    """A job, ended with all its processes whatever happens. By runs.warm_powernap its ranks have their libraries."""
+    done = submit("submit", "tiny.yaml", "--on", "local", f"run.name={name}", *overrides, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (job,) = json.loads(done.stdout)
     assert job["run"] == name
@@ -49,15 +49,15 @@ def steps(folder: Path, name: str) -> list[dict]:
 
 
 def test_a_killed_rank_costs_a_retry_and_the_losses_are_those_of_an_unbroken_run(folder):
-    with submitted(folder, "broken", "parallel.data=2") as supervisor:
+    options = ["parallel.data=2", "train.steps=30"]  # warm ranks would end 12 before they are killed
+    with submitted(folder, "broken", *options, submit=runs.warm_powernap):
         wait_for(lambda: len(steps(folder, "broken")) > 2)
-        ranks = [p for p in supervisor.children(recursive=True) if p.environ().get("RANK") == "1"]
-        ranks[0].kill()
+        runs.rank_of("runs/broken/", 1).kill()
         assert runs.powernap("wait", "broken", "--timeout", "2m", cwd=folder).returncode == 0
     row = status(folder, "broken")
-    assert (row["state"], row["restarts"], row["step"]) == ("succeeded", 1, STEPS)
+    assert (row["state"], row["restarts"], row["step"]) == ("succeeded", 1, 30)
     assert "was ended by SIGKILL" in runs.powernap("logs", "broken", cwd=folder).stdout
-    plain = runs.powernap("train", "tiny.yaml", "run.name=plain", "parallel.data=2", cwd=folder)
+    plain = runs.warm_powernap("train", "tiny.yaml", "run.name=plain", *options, cwd=folder)
     assert plain.returncode == 0
     losses = {record["step"]: record["loss"] for record in steps(folder, "broken")}
     assert losses == {record["step"]: record["loss"] for record in steps(folder, "plain")}
@@ -79,7 +79,7 @@ def test_cancel_saves_leaves_no_process_and_the_same_submit_goes_on(folder):
         assert "go on with --resume" in follower.communicate(timeout=10)[0]
     assert status(folder, "stopped")["exit_code"] == 75
     reached = len(steps(folder, "stopped"))
-    with submitted(folder, "stopped", "parallel.data=2", "train.steps=100000"):
+    with submitted(folder, "stopped", "parallel.data=2", "train.steps=100000", submit=runs.warm_powernap):
         wait_for(lambda: len(steps(folder, "stopped")) > reached)
         assert status(folder, "stopped")["attempt"] == 2
         assert [r["step"] for r in steps(folder, "stopped")][: reached + 1] == list(range(1, reached + 2))
@@ -121,7 +121,7 @@ def test_a_launcher_that_was_killed_is_started_again_when_its_ranks_have_left(fo
 
 def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     sweep = ["submit", "tiny.yaml", "--on", "local", "run.name=sweep", "sleep.passes=1,2", "train.steps=2"]
-    assert runs.powernap(*sweep, cwd=folder).returncode == 0
+    assert runs.warm_powernap(*sweep, cwd=folder).returncode == 0
     rows = json.loads(runs.powernap("status", "sweep", "--json", cwd=folder).stdout)
     assert sum(row["state"] == "running" for row in rows) <= 1
     assert runs.powernap("wait", "sweep", "--timeout", "3m", cwd=folder).returncode == 0
