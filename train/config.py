@@ -143,6 +143,12 @@ class TrainConfig(Section):
         "model, or a model in Hugging Face's format; null: drawn weights",
     )
     start_optimizer: bool = Field(False, description="with start_from: its optimizer states, too")
+    branch_from: SharedPath | None = Field(
+        None,
+        min_length=1,
+        description="a run, or one of its checkpoints, that this new run continues as --resume would: with its step, optimizer "
+        "states and place in the data, such as another decay of the learning rate from one plateau",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
@@ -156,6 +162,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _states_have_a_source(self) -> Self:
+        if self.branch_from is not None and self.start_from is not None:
+            raise ValueError(
+                "branch_from and start_from are both given: branch_from continues a run, start_from begins with its weights"
+            )
         if self.start_optimizer and self.start_from is None:
             raise ValueError(
                 "start_optimizer=true: write train.start_from, the run whose optimizer states to start from"

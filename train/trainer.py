@@ -28,16 +28,19 @@ from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
 from powernap.train.data.sample import DataError
 from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
+from powernap.train.lr_schedule import lr_factor
 from powernap.train.numerics.anomaly import anomalies_detected
 from powernap.train.numerics.deterministic import deterministic
 from powernap.train.numerics.skipped_steps import SkippedSteps
 from powernap.train.numerics.spikes import Spikes
-from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from powernap.train.optimizer import build_optimizer, set_lr
+from powernap.train.run import branch
 from powernap.train.run.folder import RunFolder, work_of
 from powernap.train.run.provenance import versions
+from powernap.train.run.resume import Past
 from powernap.train.run.secrets import mask_values
 from powernap.train.run.signals import Signals
-from powernap.train.run.start import Start, find_together
+from powernap.train.run.start import Source, Start, find_together
 from powernap.train.tracking.run_log import RunLog
 
 
@@ -83,29 +86,49 @@ class Trainer:
         self.folder = folder = RunFolder(recipe.run_folder)
         start, self.passed_over = find_checkpoint(folder, topology) if resume else (None, [])
         source = find_together(recipe, topology) if recipe.train.start_from and not start else None
-        topology.raise_together(lambda: folder.create(recipe, source.record() if source else None))
+        branches = recipe.train.branch_from is not None and not start
+        if branches:
+            start = branch.open_together(recipe, topology)
+        self.notes = source.describe(recipe) if source else []  # what the log says of the start
+        topology.raise_together(partial(self.begin, start, source, resume, branches))
         self.stage, self.zero = build(recipe, topology, Start(source, topology) if source else None)
-        self.state, skipped_steps = self.restore(start) if start else (TrainState(), [])
+        self.state, skipped_steps = self.restore(start, branches) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
-        resume_step = self.state.step if resume else None
+        resume_step = self.state.step if resume or branches else None
         self.skipped_steps = SkippedSteps(recipe, folder, topology, skipped_steps, resume_step)
         self.spikes = Spikes(recipe.train.spike_factor, self.stage, topology)
         self.writer = checkpoint_writer(recipe, folder, topology)
-        self.started_from = source.describe(recipe) if source else []
         self.log = RunLog(recipe, folder, topology, resume_step)
 
-    def restore(self, start: Checkpoint) -> tuple[TrainState, list[int]]:
+    def begin(self, start: Checkpoint | None, source: Source | None, resume: bool, branches: bool) -> None:
+        """On the main rank: make the run's folder, and record in its history what it starts from and what has changed."""
+        folder, recipe = self.folder, self.recipe
+        origin = source.record() if source else None
+        changes = folder.past().changes(recipe) if resume else {}
+        if branches:
+            assert start is not None
+            branch.copy_records(start.folder, folder)
+            changes = Past.of_checkpoint(start.folder, start.manifest).changes(recipe, branch.OWN)
+            origin = {"folder": str(start.folder), "step": start.step, "branch": True}
+            self.notes.append(f"branch of {start.folder}: continues after step {start.step:,}")
+        folder.create(recipe, origin)
+        about = ({"started_from": origin} if origin else {}) | ({"changes": changes} if changes else {})
+        folder.record(start.step if start else 0, **about)
+        self.notes += [f"changed: {field}={now}, was {before}" for field, (before, now) in changes.items()]
+
+    def restore(self, start: Checkpoint, branches: bool) -> tuple[TrainState, list[int]]:
         """Load weights and optimizer states; returns the rest of the checkpoint, and the steps skipped before it."""
         start.load(self.stage, self.zero, self.topology)
         saved = start.state
-        self.topology.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
+        if not branches:  # a branch is a run of its own in MLflow
+            self.topology.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
         layer_states = start.load_layer_states(self.stage, self.topology) if self.recipe.sleep.carry else None
         return TrainState(start.step, saved["data"], saved["skipped"], layer_states), saved["skipped_steps"]
 
     def train(self, signals: Signals) -> bool:
         """Train until all steps are done or any rank is asked to stop; returns whether one was."""
         recipe, topology, state = self.recipe, self.topology, self.state
-        self.log.start(count_parameters(self.stage, topology), self.passed_over, self.started_from)
+        self.log.start(count_parameters(self.stage, topology), self.passed_over, self.notes)
         batches = read_batches(recipe, topology, state.data)
         stop = agree_to_stop(signals, topology)
         while state.step < recipe.train.steps and not stop:

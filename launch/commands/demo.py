@@ -255,8 +255,7 @@ def training_loss(run: Path) -> list[float]:
 def check_overrides(recipe: str, overrides: list[str]) -> None:
     """Raise RecipeError, before anything is built, for overrides that would fail later or move runs out of the demo's folder."""
     from powernap.train.config import Recipe
-    from powernap.train.recipe_file import RecipeError, load_recipe, parse_overrides
-    from powernap.train.run.folder import flatten
+    from powernap.train.recipe_file import RecipeError, flatten, load_recipe, parse_overrides
     from powernap.train.yaml_core import settle
 
     for key in flatten(settle(parse_overrides(overrides), Recipe)):

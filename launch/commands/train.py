@@ -61,12 +61,16 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         from powernap.parallel.checkpoint.manifest import checkpoints
         from powernap.train.data.check import check_data
         from powernap.train.outputs import check_folder
+        from powernap.train.run import branch
         from powernap.train.run.start import Source
 
         check_folder(folder.path, f"run.root={recipe.run.root}:")
         check_data(recipe)
-        if recipe.train.start_from and not (resume and checkpoints(folder.checkpoints)):
-            Source.find(recipe).check(recipe)
+        if not (resume and checkpoints(folder.checkpoints)):
+            if recipe.train.start_from:
+                Source.find(recipe).check(recipe)
+            if recipe.train.branch_from:
+                branch.find(recipe)
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from powernap.launch.jobs.description import JobError
 from powernap.train.config import Recipe
 from powernap.train.paths import expanded_path
-from powernap.train.run.folder import flatten
+from powernap.train.recipe_file import flatten
 from powernap.train.run.secrets import MASK, mask_values
 
 _REFERENCE = re.compile(r"\$\w+|\$\{\w+\}")  # in a command, which reads its environment

@@ -22,7 +22,8 @@ from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.data.loader import Batch
-from powernap.train.optimizer import build_optimizer, lr_factor
+from powernap.train.lr_schedule import lr_factor
+from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny
 from tests.helpers.processes import single_rank_groups
 

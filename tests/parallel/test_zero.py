@@ -5,7 +5,8 @@ import torch
 
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
-from powernap.train.optimizer import build_optimizer, lr_factor, set_lr
+from powernap.train.lr_schedule import lr_factor
+from powernap.train.optimizer import build_optimizer, set_lr
 from tests.helpers import tiny
 from tests.helpers.training_step import peak_bytes, training_step
 

@@ -20,7 +20,7 @@ from powernap.train.generation.export import new_folder
 from powernap.train.hugging_face.families import FAMILIES, LETTERS, Family, HuggingFaceError, find_family, model_section
 from powernap.train.hugging_face.folder import CONFIG, INDEX, ONE_FILE, HuggingFaceFolder
 from powernap.train.hugging_face.rules import rules
-from powernap.train.run.folder import flatten
+from powernap.train.recipe_file import flatten
 
 FILE_BYTES = 5 * 10**9  # of a file, at most
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # a tokenizer's and the generation's files

@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from powernap.train.run.folder import RunFolder, flatten
+from powernap.train.recipe_file import flatten
+from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 
 # Metrics that depend on the clock or the machine, not on the run.

@@ -16,11 +16,13 @@ from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows
 from powernap.train.data.sample import DataError
-from powernap.train.run.folder import FREE_ON_RESUME, RunFolder, first_manifest, flatten
+from powernap.train.recipe_file import flatten
+from powernap.train.run.folder import RunFolder, first_manifest
+from powernap.train.run.resume import FREE
 from powernap.train.tracking.metrics import read_metrics
 
 # Fields in which the runs of a group may differ: names and paths, the seed, and fields that change no number.
-OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE_ON_RESUME - {"train.micro_batch_size"}
+OF_ONE_RUN = {"run.name", "run.seed", "data.train", "data.test"} | FREE - {"train.micro_batch_size"}
 
 
 class ReportError(PowernapError):

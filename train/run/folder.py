@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, logs/ and the results of evaluation."""
+"""A run's folder: config.yaml, history.jsonl, metrics.jsonl, checkpoints/, logs/ and the results of evaluation."""
 
 import json
 import logging
@@ -19,6 +19,7 @@ from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
 from powernap.train.run.lock import RUN_LOCK, ProcessLock
 from powernap.train.run.provenance import origin
+from powernap.train.run.resume import Past
 from powernap.train.run.secrets import mask_values
 from powernap.train.yaml_core import dump
 
@@ -29,32 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id"  # a resumed run continues in the same MLflow run
-
-# Fields and sections that may change on resume: they change the numbers of later steps by no more than rounding.
-FREE_ON_RESUME = {
-    "data.workers",
-    "data.on_error",
-    "data.skip_budget",
-    "data.cache",
-    "data.cache_limit_gb",
-    "data.retries",
-    "data.timeout_seconds",
-    "train.micro_batch_size",
-    "run.root",
-    "run.experiment",
-    "run.trackers",
-    "train.log_every",
-    "train.recompute",
-    "checkpoint",
-    "parallel",
-    "zero",
-    "train.skip_budget",
-    "train.spike_factor",
-    "train.deterministic",
-    "evaluation.every",
-    "evaluation.passes",
-    "evaluation.samples",
-}
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -101,6 +76,11 @@ class RunFolder:
         return self.path / "origin.json"
 
     @property
+    def history(self) -> Path:
+        """A line for each start: date, commit, the step it goes on from, what has changed."""
+        return self.path / "history.jsonl"
+
+    @property
     def work(self) -> Path:
         """The work of a step, computed from the first batch: see work_of."""
         return self.path / "work.json"
@@ -138,6 +118,13 @@ class RunFolder:
             started_from = json.loads(self.origin.read_text()).get("started_from")
         about = origin() | ({"started_from": started_from} if started_from else {})
         self.origin.write_text(json.dumps(about, indent=2) + "\n")
+
+    def record(self, step: int, **about: Any) -> None:
+        """Append a line to the history: the run starts, or goes on after `step`."""
+        code = origin()
+        line = {"date": code["date"], "commit": code["commit"], "step": step, **about}
+        with self.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def write_work(self, work: Mapping[str, Any]) -> None:
         """Raises OSError."""
@@ -181,12 +168,11 @@ class RunFolder:
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
-        # A renewed secret, as in a signed URL, is no change.
-        before, now = (flatten(mask_values(one.model_dump(mode="json"))) for one in (self.recipe(), recipe))
-        changed = [key for key in now if now[key] != before.get(key) and not _is_free(key)]
-        if changed:
-            key = changed[0]
-            raise RecipeError(f"{key}={now[key]} cannot change on --resume: {self.path} has {key}={before.get(key)}")
+        self.past().check(recipe, "on --resume")
+
+    def past(self) -> Past:
+        """This run up to its newest checkpoint."""
+        return Past.of_run(self.path, self.recipe())
 
 
 def work_of(recipe: Recipe, predicts: Sequence[bool], probes: Sequence[Probe]) -> dict[str, Any]:
@@ -220,18 +206,3 @@ def first_manifest(recipe: Recipe) -> dict[str, Any] | None:
     except DataError:
         return None
     return manifest if manifest.get("task") else None
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE_ON_RESUME or key.split(".")[0] in FREE_ON_RESUME
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

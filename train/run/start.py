@@ -13,8 +13,8 @@ from powernap.model.parameters import parameters
 from powernap.parallel.checkpoint import manifest
 from powernap.train.config import Recipe
 from powernap.train.hugging_face.folder import HuggingFaceFolder, HuggingFaceShards, is_hugging_face
-from powernap.train.recipe_file import RecipeError
-from powernap.train.run.folder import RunFolder, flatten
+from powernap.train.recipe_file import RecipeError, flatten
+from powernap.train.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from powernap.model.stage import HybridStage
@@ -45,16 +45,9 @@ class Source:
         """
         given = recipe.train.start_from
         assert given is not None
-        folder = Path(given) if Path(given).exists() else Path(recipe.run.root) / given
-        if RunFolder(folder).config.is_file():
-            checkpoints = manifest.checkpoints(RunFolder(folder).checkpoints)
-            newest, content, passed_over = manifest.newest_valid(checkpoints, manifest.read_manifest)
-            if newest is None:
-                why = passed_over[0] if passed_over else "has no checkpoint yet"
-                raise RecipeError(f"train.start_from={given}: {why}")
-            return cls._of_checkpoint(newest, content)
-        if (folder / manifest.NAME).is_file():
-            return cls._of_checkpoint(folder, manifest.read_manifest(folder))
+        folder = folder_of(given, recipe)
+        if checkpoint := checkpoint_in(folder, f"train.start_from={given}"):
+            return cls._of_checkpoint(*checkpoint)
         if is_hugging_face(folder):
             return cls._of_hugging_face(HuggingFaceFolder.read(folder), recipe)
         if (folder / "config.json").is_file():
@@ -131,6 +124,29 @@ class Source:
 
     def _given(self, recipe: Recipe) -> str:
         return f"train.start_from={recipe.train.start_from}"
+
+
+def folder_of(given: str, recipe: Recipe) -> Path:
+    """The folder that a field names: a path, or a run of the recipe's root."""
+    return Path(given) if Path(given).exists() else Path(recipe.run.root) / given
+
+
+def checkpoint_in(folder: Path, given: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `folder` is, or the newest of the run that it is, and its manifest; None: neither.
+
+    Raises:
+        RecipeError: if a run has none.
+    """
+    if (folder / manifest.NAME).is_file():
+        return folder, manifest.read_manifest(folder)
+    if not RunFolder(folder).config.is_file():
+        return None
+    checkpoints = manifest.checkpoints(RunFolder(folder).checkpoints)
+    newest, content, passed_over = manifest.newest_valid(checkpoints, manifest.read_manifest)
+    if newest is None:
+        raise RecipeError(f"{given}: {passed_over[0] if passed_over else 'has no checkpoint yet'}")
+    assert content is not None
+    return newest, content
 
 
 def find_together(recipe: Recipe, topology: "Topology") -> Source:

@@ -54,8 +54,8 @@ class RunLog:
         self._start = time.monotonic()
         return self
 
-    def start(self, num_parameters: int, passed_over: list[str], started_from: list[str]) -> None:
-        """Log what is about to run, which checkpoints were passed over, what the weights are from."""
+    def start(self, num_parameters: int, passed_over: list[str], notes: list[str]) -> None:
+        """Log what is about to run, which checkpoints were passed over, and `notes`: what it starts from, what has changed."""
         if not self._enabled:
             return
         recipe, topology = self._recipe, self._topology
@@ -70,7 +70,7 @@ class RunLog:
         )
         processes = f"{topology.world_size} process{'es' if topology.world_size > 1 else ''}"
         logger.info("%s on %s, %s, into %s", processes, topology.device.type, recipe.train.precision, self._folder.path)
-        for line in started_from:
+        for line in notes:
             logger.info("%s", line)
         for reason in passed_over:
             logger.warning("passed over a checkpoint: %s", reason)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from powernap.model.errors import PowernapError
 from powernap.parallel import loopback
-from powernap.train.run.folder import flatten
+from powernap.train.recipe_file import flatten
 from powernap.train.run.secrets import mask_values
 from powernap.train.tracking.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.tracking.metrics import to_json

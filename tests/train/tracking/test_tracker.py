@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from powernap.launch import cli
-from powernap.train.run.folder import flatten
+from powernap.train.recipe_file import flatten
 from powernap.train.tracking.delivery import sync_run
 from powernap.train.tracking.tracker import Tracker
 from powernap.train.tracking.trackers import Trackers
