@@ -33,6 +33,11 @@ def add(commands: argparse._SubParsersAction) -> None:
                 help="hf: a folder that transformers, vLLM and others load; they do not sleep (default: %(default)s)",
             )
             action.add_argument(
+                "--remote-code",
+                action="store_true",
+                help="with hf: any model, with code for trust_remote_code=True, so that it sleeps in transformers, too",
+            )
+            action.add_argument(
                 "--like",
                 metavar="SOURCE",
                 type=path,
@@ -92,10 +97,17 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
 
     folder = RunFolder(run_folder(options.run_name))
     check_new_folder(options.to)
-    if options.like and options.format != "hf":
-        raise ExportError("--like is for --format hf")
+    for option, given in (("--like", options.like), ("--remote-code", options.remote_code)):
+        if given and options.format != "hf":
+            raise ExportError(f"{option} is for --format hf")
+    if options.like and options.remote_code:
+        raise ExportError("--like keeps the source's class, which does not sleep: leave out --like or --remote-code")
     checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
-    if options.format == "hf":
+    if options.remote_code:
+        from powernap.train.hugging_face.with_code import export_with_code
+
+        export_with_code(checkpoint, folder.recipe(), options.to)
+    elif options.format == "hf":
         from powernap.train.hugging_face.export import export_hugging_face
 
         export_hugging_face(checkpoint, folder.recipe(), options.to, options.like)

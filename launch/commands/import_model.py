@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.planning.plan import in_units
     from powernap.train.hugging_face.folder import HuggingFaceFolder
-    from powernap.train.hugging_face.recipe import recipe_of
+    from powernap.train.hugging_face.recipe import WINDOWS, recipe_of
     from powernap.train.recipe_file import RecipeError
     from powernap.train.yaml_core import dump
 
@@ -49,5 +49,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         print(f"a recipe that starts from it:\n\n{text}", end="")
     else:
         target.write_text(text)
-        print(f"{target}: a recipe that starts from it; set data.train, window, steps and optimizer")
+        print(f"{target}: a recipe that starts from it; set data.train, steps and optimizer")
+    if folder.tokenizer:
+        build = f"powernap data build text data/text inputs=FILES tokenizer={folder.tokenizer}"
+        print(f"text for it:\n  {build} window={options.window} windows={WINDOWS}")
     return 0

@@ -1,6 +1,6 @@
 """Export a trained model: weights, sizes and vocabulary, in a folder that needs no run and no shards.
 
-model.safetensors    every parameter, unsharded, in its training precision
+model.safetensors    every parameter, unsharded, in its training precision; several files and an index above 5 GB
 config.json          {"format", "name", "step", "precision", "model", "sleep", "vocabulary": {"task", "fields", ...} or null}
 tokenizer.json       if the vocabulary is a Hugging Face tokenizer
 """
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from powernap.model.config import ModelConfig, SleepConfig, with_sections
 from powernap.model.errors import PowernapError
@@ -32,9 +31,10 @@ from powernap.train.data.vocabulary import Numbers, Vocabulary, described_by, fi
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import task_name
+from powernap.train.weights_folder import ONE_FILE, WeightsFolder, write_weights
 
 FORMAT = "powernap-model-1"
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", ONE_FILE, "tokenizer.json"
 
 
 class ExportError(PowernapError):
@@ -56,22 +56,26 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     Raises:
         ExportError, OutputError: if `to` exists or cannot be created.
     """
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with new_folder(to) as unfinished:
-        weights = {name: checkpoint.whole(name).to(dtype).contiguous() for name in checkpoint.parameters}
-        save_file(weights, unfinished / WEIGHTS, {"format": "pt"})
-        (unfinished / WEIGHTS).chmod(FILE_MODE)
-        config = {
-            "format": FORMAT,
-            "name": recipe.run.name,
-            "step": checkpoint.step,
-            "precision": recipe.train.precision,
-            "model": recipe.model.model_dump(mode="json"),
-            "sleep": recipe.sleep.model_dump(mode="json"),
-            "vocabulary": _export_vocabulary(recipe, unfinished),
-        }
+        config = write_model(checkpoint, recipe, unfinished)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return to
+
+
+def write_model(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Write weights and tokenizer into `folder`; returns what config.json says."""
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    tensors = ((name, checkpoint.whole(name).to(dtype).contiguous()) for name in checkpoint.parameters)
+    write_weights(folder, tensors, FILE_MODE)
+    return {
+        "format": FORMAT,
+        "name": recipe.run.name,
+        "step": checkpoint.step,
+        "precision": recipe.train.precision,
+        "model": recipe.model.model_dump(mode="json"),
+        "sleep": recipe.sleep.model_dump(mode="json"),
+        "vocabulary": _export_vocabulary(recipe, folder),
+    }
 
 
 @contextmanager
@@ -135,23 +139,12 @@ class ExportedWeights:
     """
 
     def __init__(self, folder: Path):
-        self._path = folder / WEIGHTS
-        with self._errors():
-            self._file = safe_open(self._path, framework="pt")
-            names = sorted(self._file.keys())
-            self.shapes = {name: list(self._file.get_slice(name).get_shape()) for name in names}
+        self._weights = WeightsFolder(folder, ExportError)
+        self.shapes = {name: list(shape) for name, shape in sorted(self._weights.shapes.items())}
 
     def shard(self, name: str, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
         """The part of a parameter that tensor rank `rank` of `ranks` has; nothing else of it stays in memory."""
-        with self._errors():
-            return shard(self._file.get_tensor(name), split, rank, ranks)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{self._path}: cannot be read ({' '.join(str(error).split())})") from None
+        return shard(self._weights.tensor(name), split, rank, ranks)
 
 
 def load_exported_weights(folder: Path, stage: HybridStage) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from powernap.model.config import ModelConfig
 from powernap.parallel.checkpoint.reader import Checkpoint
@@ -18,11 +17,11 @@ from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
 from powernap.train.generation.export import new_folder
 from powernap.train.hugging_face.families import FAMILIES, LETTERS, Family, HuggingFaceError, find_family, model_section
-from powernap.train.hugging_face.folder import CONFIG, INDEX, ONE_FILE, HuggingFaceFolder
+from powernap.train.hugging_face.folder import CONFIG, HuggingFaceFolder
 from powernap.train.hugging_face.rules import rules
 from powernap.train.recipe_file import flatten
+from powernap.train.weights_folder import INDEX, write_weights
 
-FILE_BYTES = 5 * 10**9  # of a file, at most
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # a tokenizer's and the generation's files
 CLASSES = {
     "qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -60,7 +59,7 @@ def export_hugging_face(checkpoint: Checkpoint, recipe: Recipe, to: Path, like: 
             **config_of(recipe.model, family),
         }
     with new_folder(to) as unfinished:
-        _write_weights(unfinished, _tensors(checkpoint, recipe, family, source))
+        write_weights(unfinished, _tensors(checkpoint, recipe, family, source), FILE_MODE)
         if source:
             for pattern in COPIED:
                 for file in sorted(source.path.glob(pattern)):
@@ -88,7 +87,7 @@ def family_of(model: ModelConfig) -> Family:
         family = FAMILIES["qwen3_5_text"]
     else:
         raise HuggingFaceError(
-            f"model.pattern={model.pattern}: no class of transformers has its blocks; export without --format"
+            f"model.pattern={model.pattern}: no class of transformers has its blocks; export with --remote-code"
         )
     try:
         section = model_section(config_of(model, family))
@@ -176,37 +175,6 @@ def _tensors(
         if name not in written:
             assert source is not None
             yield name, source.tensor(name)
-
-
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """As model.safetensors, or as several files of at most FILE_BYTES and an index."""
-    places: dict[str, str] = {}
-    parts: list[Path] = []
-    held: dict[str, torch.Tensor] = {}
-
-    def write() -> None:
-        part = folder / f"part-{len(parts)}"
-        save_file(held, part, {"format": "pt"})
-        part.chmod(FILE_MODE)
-        places.update(dict.fromkeys(held, part.name))
-        parts.append(part)
-        held.clear()
-
-    total = 0
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
-            write()
-        held[name] = tensor
-        total += tensor.nbytes
-    write()
-    if len(parts) == 1:
-        parts[0].rename(folder / ONE_FILE)
-        return
-    names = {part.name: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, part in enumerate(parts, start=1)}
-    for part in parts:
-        part.rename(folder / names[part.name])
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in places.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _dtype_name(recipe: Recipe) -> str:

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from powernap.train.hugging_face.families import HuggingFaceError, find_family, model_section
+from powernap.train.weights_folder import WeightsFolder, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from powernap.model.config import ModelConfig
     from powernap.parallel.checkpoint.shards import Split
 
-CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # what precedes "layers."
 IGNORED = ("model.visual.", "visual.", "mtp.", "model.mtp.")  # pictures; heads that predict several tokens
 IGNORED_ENDS = (".rotary_emb.inv_freq",)  # tables that are computed
@@ -27,17 +26,13 @@ class HuggingFaceFolder:
     """What is in it; weights are read one at a time.
 
     Attributes:
-        files: tensor -> its file.
-        shapes: tensor -> its shape.
         prefix: what precedes "layers." in the names of the text model.
     """
 
     path: Path
     config: Mapping[str, Any]
-    files: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
+    weights: WeightsFolder
     prefix: str
-    _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> "HuggingFaceFolder":
@@ -46,25 +41,26 @@ class HuggingFaceFolder:
         Raises:
             HuggingFaceError: naming the file that is missing or cannot be read.
         """
-        config = _json(path / CONFIG)
-        if (path / INDEX).is_file():
-            names = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
-        else:
-            names = [ONE_FILE]
-        files, shapes = {}, {}
-        for name in names:
-            if Path(name).name != name:  # nothing outside the folder is read
-                raise HuggingFaceError(f"{path / INDEX}: names a file '{name[:80]}' that is not in the folder")
-            try:
-                with safe_open(path / name, framework="numpy") as file:
-                    for tensor in file.keys():
-                        files[tensor], shapes[tensor] = name, tuple(file.get_slice(tensor).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise HuggingFaceError(f"{path / name}: cannot be read ({' '.join(str(error).split())})") from None
-        prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in files), None)
+        config, weights = read_object(path / CONFIG, HuggingFaceError), WeightsFolder(path, HuggingFaceError)
+        prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in weights.files), None)
         if prefix is None:
             raise HuggingFaceError(f"{path}: has no {PREFIXES[-1]}embed_tokens.weight")
-        return cls(path, config, files, shapes, prefix)
+        return cls(path, config, weights, prefix)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Tensor -> its file."""
+        return self.weights.files
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.weights.shapes
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Its tokenizer.json, if there is one."""
+        path = self.path / TOKENIZER
+        return path if path.is_file() else None
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -116,13 +112,7 @@ class HuggingFaceFolder:
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by its name in the files."""
-        file = self.files[name]
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            return self._open[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise HuggingFaceError(f"{self.path / file}: cannot be read ({' '.join(str(error).split())})") from None
+        return self.weights.tensor(name)
 
 
 class HuggingFaceShards:
@@ -144,19 +134,9 @@ class HuggingFaceShards:
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a folder's config.json names a model_type."""
+    """Whether a folder's config.json names a model_type, and is not of an export of ours that has one, too."""
     try:
-        return "model_type" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return "model_type" in content and "format" not in content
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-        return content
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise HuggingFaceError(f"{path}: cannot be read ({reason})") from None

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from powernap.train.config import Recipe
+from powernap.train.data.tokenizer import HuggingFace
 from powernap.train.hugging_face.folder import HuggingFaceFolder
 from powernap.train.recipe_file import check
 
@@ -16,8 +17,11 @@ def recipe_of(folder: HuggingFaceFolder, window: int) -> tuple[Recipe, dict[str,
     text = folder.text_config
     # A pad leaves no trace in the fast weights: where it is the end of a document, too, that must leave one.
     pad = None if text.get("pad_token_id") == text.get("eos_token_id") else text.get("pad_token_id")
+    if folder.tokenizer and (own := HuggingFace(folder.tokenizer).pad) < model["vocab_size"]:
+        pad = own  # what `data build` pads with
+    name = re.sub(r"[^\w.-]", "-", folder.path.resolve().name).lstrip(".-")[:50]
     values = {
-        "run": {"name": re.sub(r"[^\w.-]", "-", folder.path.resolve().name).lstrip(".-")[:60]},
+        "run": {"name": f"{name}-sleeps"},
         "model": {"pattern": model.pop("pattern"), "window": window, "pad_token_id": pad, **model},
         # Attention alone has nothing to write into.
         "sleep": {"passes": 2 if "gdn" in model else 1, "every_window": True},

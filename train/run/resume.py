@@ -122,7 +122,9 @@ class Past:
     def _refusal(self, key: str, changes: dict[str, list[Any]], how: str, why: str = "") -> RecipeError:
         before, now = changes[key]
         why = why or f"{self.place} has {key}={before}"
-        return RecipeError(f"{key}={now} cannot change {how}: {why}; start a new run with train.start_from={self.place}")
+        return RecipeError(
+            f"{key}={now} cannot change {how}: {why}; start a new run with train.start_from={self.place}"
+        )
 
 
 def _fingerprints(content: dict[str, Any] | None) -> dict[str, str]:

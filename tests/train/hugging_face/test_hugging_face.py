@@ -327,8 +327,7 @@ def test_out_again_every_bit(models, untouched, tmp_path, name):
 
 
 def test_like_keeps_precision_and_what_is_no_text_model(nested, models, untouched, tmp_path, monkeypatch):
-    monkeypatch.setattr("powernap.train.hugging_face.export.FILE_BYTES", 40_000)
-    (nested / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("powernap.train.weights_folder.FILE_BYTES", 40_000)
     run = shutil.copytree(untouched["qwen3_5, shared keys"], tmp_path / "run")  # of another model
     with pytest.raises(HuggingFaceError, match="gdn.key_heads is 4 there, 2 here"):
         export_hugging_face(RunFolder(run).newest_checkpoint(), RunFolder(run).recipe(), tmp_path / "other", nested)
@@ -338,6 +337,7 @@ def test_like_keeps_precision_and_what_is_no_text_model(nested, models, untouche
     place.mkdir()
     runs.prepare(place)
     assert cli.main(["import", str(nested), "--recipe", str(place / "again.yaml"), "--window", "12"]) == 0
+    (nested / "tokenizer.json").write_text("{}")  # any file: it is copied
     shutil.copy(place / "again.yaml", place / "tiny.yaml")
     changes = [
         "data.train=data/train-*.tar",
