@@ -21,13 +21,17 @@ from powernap.model.window import Window
 class HybridLayer(TransformerLayer):
     """Megatron-core's layer (construction, numbering, checkpoint names) around a mixer that may carry a state."""
 
-    def __init__(self, *args, block: int, **kwargs):
-        """`block` counts from 0 over the whole model; Megatron's layer_number counts over this stage."""
+    def __init__(self, config, *args, block: int, norms: tuple[str, ...], **kwargs):
+        """`block` counts from 0 over the whole model; Megatron's layer_number counts over this stage. norms: as
+        `ModelConfig.block_norms` names them."""
         with seeded_init(f"block {block}"):
-            super().__init__(*args, **kwargs)
+            super().__init__(config, *args, **kwargs)
+        for name in ("post_mixer_layernorm", "post_mlp_layernorm"):
+            norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon) if name in norms else None
+            self.add_module(name, norm)
 
     def forward(self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window):
-        """norm -> mixer -> residual, norm -> MLP -> residual.
+        """norm -> mixer -> residual, norm -> MLP -> residual; norms after mixer and MLP in place of these, or besides.
 
         Args:
             hidden_states: [L, B, D].
@@ -44,9 +48,11 @@ class HybridLayer(TransformerLayer):
         return self._add(hidden_states, self.self_attention.decode(self.input_layernorm(hidden_states), cache, window))
 
     def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + (self.post_mixer_layernorm(mixed) if self.post_mixer_layernorm else mixed)
+        if isinstance(self.mlp, IdentityOp):
+            return hidden_states
         output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + output
+        return hidden_states + (self.post_mlp_layernorm(output) if self.post_mlp_layernorm else output)
 
     def write(self, hidden_states: torch.Tensor, state: torch.Tensor, window: Window) -> torch.Tensor:
         """Compute only the new state, for a layer whose output is unused."""
@@ -106,14 +112,15 @@ def block_submodules(model: ModelConfig, sleep: SleepConfig, blocks: range) -> T
 
 
 def _layer_spec(model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
+    norms = model.block_norms(block)
+    before = {name: RMSNorm if name in norms else IdentityOp for name in ("input_layernorm", "pre_mlp_layernorm")}
     return ModuleSpec(
         module=HybridLayer,
-        params={"block": block},
+        params={"block": block, "norms": norms},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
             self_attention=model.mixers[block].module_spec(model, sleep, block),
             pre_cross_attn_layernorm=IdentityOp,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=model.mlp.module_spec(model, sleep, block),
+            mlp=model.mlp.module_spec(model, sleep, block) if model.has_mlp(block) else IdentityOp,
+            **before,
         ),
     )

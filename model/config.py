@@ -22,7 +22,9 @@ class _ModelConfig(Section):
         "AGAG",
         min_length=1,
         max_length=256,
-        description="one letter a block: " + ", ".join(f"{letter} {kind.title}" for letter, kind in MIXERS.items()),
+        description="one letter a block: "
+        + ", ".join(f"{letter} {kind.title}" for letter, kind in MIXERS.items())
+        + "; a small letter: the block has no MLP",
     )
     window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each")
     vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
@@ -47,13 +49,13 @@ class _ModelConfig(Section):
     @field_validator("pattern")
     @classmethod
     def _only_known_blocks(cls, pattern: str) -> str:
-        if set(pattern) - MIXERS.keys():
-            raise ValueError(f"use only the letters {', '.join(MIXERS)}")
+        if set(pattern.upper()) - MIXERS.keys():
+            raise ValueError(f"use only the letters {', '.join(MIXERS)}, small ones for blocks without an MLP")
         return pattern
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        for kind in dict.fromkeys(MIXERS[letter] for letter in self.pattern):
+        for kind in dict.fromkeys(MIXERS[letter] for letter in self.pattern.upper()):
             if getattr(self, kind.section) is None:
                 fields = [name for name, field in kind.model_fields.items() if field.is_required()]
                 required = ", ".join(f"{kind.section}.{name}" for name in fields)
@@ -71,7 +73,18 @@ class _ModelConfig(Section):
     @property
     def mixers(self) -> tuple[Mixer, ...]:
         """The mixer of each block."""
-        return tuple(getattr(self, MIXERS[letter].section) for letter in self.pattern)
+        return tuple(getattr(self, MIXERS[letter].section) for letter in self.pattern.upper())
+
+    def has_mlp(self, block: int) -> bool:
+        return self.pattern[block].isupper()
+
+    def block_norms(self, block: int) -> tuple[str, ...]:
+        """Names of the RMSNorms around the mixer and the MLP of a block, in the order in which they run."""
+        before, after = ("input_layernorm", "pre_mlp_layernorm"), ("post_mixer_layernorm", "post_mlp_layernorm")
+        where, names = self.mixers[block].norms, []
+        for norm_before, norm_after in zip(before, after, strict=True):
+            names += [norm_before] * (where != "post") + [norm_after] * (where != "pre")
+        return tuple(name for name in names if self.has_mlp(block) or "mlp" not in name)
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -26,10 +26,9 @@ def _block_parameters(model: ModelConfig, block: int) -> list[Weight]:
     def inside(module: str, weights: list[Weight]) -> list[Weight]:
         return [w._replace(name=f"{module}.{w.name}") for w in weights]
 
-    norm = [Weight("weight", (model.hidden_size,))]
+    norms = [Weight(f"{name}.weight", (model.hidden_size,)) for name in model.block_norms(block)]
     return [
-        *inside("input_layernorm", norm),
         *inside("self_attention", model.mixers[block].weights(model)),
-        *inside("pre_mlp_layernorm", norm),
-        *inside("mlp", model.mlp.weights(model)),
+        *(inside("mlp", model.mlp.weights(model)) if model.has_mlp(block) else []),
+        *norms,
     ]

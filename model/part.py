@@ -15,6 +15,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
+
 from powernap.model.section import Section
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ class Weight(NamedTuple):
     """One parameter, before tensor ranks split it.
 
     Its name tells MixerModule what to build: "x.weight" with two dimensions is a projection, column-parallel if its
-    rows are split, row-parallel if its columns are; with one dimension an RMSNorm that all heads share; a name without
-    a dot is a plain parameter, whose unsplit value `draw` returns.
+    rows are split, row-parallel if its columns are, with a bias if there is an "x.bias" of as many numbers; with one
+    dimension an RMSNorm, over each head if all ranks share it, over all heads together if it is split; a name without a
+    dot is a plain parameter, whose unsplit value `draw` returns.
     """
 
     name: str
@@ -95,6 +98,15 @@ class Mixer(Part):
     title: ClassVar[str]
     has_fast_weights: ClassVar[bool] = True
     norms_follow_the_model: ClassVar[bool] = False  # model.zero_centred_norms says how its norms keep their weights
+
+    norms: Literal["pre", "post", "sandwich"] = Field(
+        "pre",
+        description="where its blocks have RMSNorms: before mixer and MLP, after them (arXiv 2501.00656), or both",
+    )
+
+    def norm_epsilon(self, model: ModelConfig) -> float:
+        """Of the norms inside the mixer."""
+        return model.norm_eps
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -88,7 +88,7 @@ class HybridStage(MegatronModule):
     @property
     def like(self) -> torch.Tensor:
         """A tensor with the dtype and device of the weights, for new_zeros and the like."""
-        return self.decoder.layers[0].input_layernorm.weight.data
+        return next(self.decoder.layers[0].parameters()).data
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,8 +26,10 @@ def _registry() -> dict[str, type[Mixer]]:
             missing.append("state_shape, which has_fast_weights needs")
         if missing:
             raise PluginError(f"{label}: {kind.__name__} lacks {', '.join(missing)}")
-        if len(kind.letter) != 1 or not kind.letter.isalpha() or not kind.section.isidentifier():
-            raise PluginError(f"{label}: letter={kind.letter!r} must be one letter, section={kind.section!r} a name")
+        if len(kind.letter) != 1 or not kind.letter.isupper() or not kind.section.isidentifier():
+            raise PluginError(
+                f"{label}: letter={kind.letter!r} must be one capital letter, section={kind.section!r} a name"
+            )
         for other in mixers.values():
             if kind.letter == other.letter or kind.section == other.section:
                 raise PluginError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,11 @@ class Attention(Mixer):
     rotary_dims: int | None = Field(
         None, ge=0, description="the first dimensions of a head, which are rotated; null: all; 0: none, no positions"
     )
-    qk_norm: bool = Field(False, description="RMSNorm of each head's queries and keys, before they are rotated")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, before they are rotated")
+    qk_norm_over: Literal["head", "width"] = Field(
+        "head", description="qk_norm over each head, with one weight for all, or over all heads together, as in OLMo"
+    )
+    qkv_bias: bool = Field(False, description="biases of queries, keys and values, as in Qwen2")
     output_gate: bool = Field(
         False, description="a gate for each dimension of each head's output, from the input (arXiv 2505.06708)"
     )
@@ -84,9 +88,16 @@ class Attention(Mixer):
 
     def weights(self, model: ModelConfig) -> list[Weight]:
         width, inner = self.width(model), self.heads * self.width(model)
-        norms = [Weight(f"{name}_norm.weight", (width,)) for name in "qk"] if self.qk_norm else []
+        norms = []
+        if self.qk_norm and self.qk_norm_over == "head":
+            norms = [Weight(f"{name}_norm.weight", (width,)) for name in "qk"]
+        elif self.qk_norm:
+            heads = {"q": self.heads, "k": self.groups}
+            norms = [Weight(f"{name}_norm.weight", (n * width,), split=0) for name, n in heads.items()]
+        rows = self.groups * sum(self._rows) * width
         return [
-            Weight("qkv_proj.weight", (self.groups * sum(self._rows) * width, model.hidden_size), split=0),
+            Weight("qkv_proj.weight", (rows, model.hidden_size), split=0),
+            *([Weight("qkv_proj.bias", (rows,), split=0)] if self.qkv_bias else []),
             Weight("out_proj.weight", (model.hidden_size, inner), split=1),
             *norms,
         ]

@@ -58,6 +58,11 @@ class GatedDeltaNet(RecurrentMixer):
         0.0, ge=0, lt=1, description="epsilon of the L2 norm of queries and keys, inside the root; open models: 1e-6"
     )
 
+    norm_eps: float | None = Field(None, gt=0, description="epsilon of the output's norm; null: model.norm_eps")
+
+    def norm_epsilon(self, model: ModelConfig) -> float:
+        return self.norm_eps or model.norm_eps
+
     def check(self, model: ModelConfig) -> None:
         if self.heads % self.groups:
             raise ValueError(f"{self.section}.key_heads={self.groups} must divide {self.section}.heads={self.heads}")

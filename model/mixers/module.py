@@ -8,6 +8,7 @@ from powernap.model.megatron import (
     MegatronModule,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from powernap.model.norm import RMSNorm
@@ -68,19 +69,25 @@ class MixerModule(MegatronModule):
             self.gates.append({name: _mean_of_tokens(gate, window.padding_mask) for name, gate in gates.items()})
 
     def _add(self, weight: Weight) -> None:
-        name, dot, _ = weight.name.partition(".")
+        name, dot, kind = weight.name.partition(".")
         if not dot:
             self.register_parameter(name, self._parameter(weight))
+        elif kind == "bias":
+            assert getattr(self, name).bias is not None  # built with the projection
         elif len(weight.shape) == 1:
-            assert weight.split is None
             zero_centred = self.model.zero_centred_norms and self.mixer.norms_follow_the_model
-            self.add_module(name, HeadNorm(self.config, weight.shape[0], self.tp_group, zero_centred))
+            norm = HeadNorm if weight.split is None else WidthNorm
+            eps = self.mixer.norm_epsilon(self.model)
+            self.add_module(name, norm(self.config, weight.shape[0], eps, self.tp_group, zero_centred))
         else:
             self.add_module(name, self._projection(weight))
 
     def _projection(self, weight: Weight) -> torch.nn.Module:
         rows, columns = weight.shape
-        common = dict(config=self.config, bias=False, tp_group=self.tp_group)
+        bias = weight.name.removesuffix("weight") + "bias"
+        has_bias = any(other.name == bias for other in self.mixer.weights(self.model))
+        assert not has_bias or weight.split == 0
+        common = dict(config=self.config, bias=has_bias, tp_group=self.tp_group)
         # Hidden states are whole between mixers: only the inner dimension is split.
         assert weight.split in (0, 1) and weight.shape[1 - weight.split] == self.config.hidden_size
         if weight.split == 0:
@@ -109,8 +116,8 @@ class MixerModule(MegatronModule):
 class HeadNorm(RMSNorm):
     """RMSNorm within each head; all heads on all shards share one weight."""
 
-    def __init__(self, config, head_dim, tp_group, zero_centred):
-        super().__init__(config, head_dim, eps=config.layernorm_epsilon, zero_centred=zero_centred)
+    def __init__(self, config, head_dim, eps, tp_group, zero_centred):
+        super().__init__(config, head_dim, eps=eps, zero_centred=zero_centred)
         self.tp_group = tp_group
         # Heads are split, not tokens.
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
@@ -118,6 +125,29 @@ class HeadNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Each shard sees its own heads, so its gradient of this shared weight is a partial sum.
         return self.scaled(x, copy_to_tensor_model_parallel_region(self.weight, self.tp_group))
+
+
+class WidthNorm(RMSNorm):
+    """RMSNorm over all heads together, of which each tensor rank has a part, and that part of the weight."""
+
+    def __init__(self, config, width, eps, tp_group, zero_centred):
+        super().__init__(config, width // tp_group.size(), eps=eps, zero_centred=zero_centred)
+        self.width, self.tp_group = width, tp_group
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [L, B, groups/TP, heads in a group, width of a head]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(dtype)
+        # Contiguous: Megatron-core reduces a copy of what is not, and returns the original.
+        squares = wide.square().sum((-3, -2, -1), keepdim=True).contiguous()
+        # The sum over ranks, and in backward again: each rank's output depends on the whole sum.
+        squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        weight = self.weight.to(dtype).view(x.shape[-3:])
+        weight = 1 + weight if self.zero_centred else weight
+        return (wide * torch.rsqrt(squares / self.width + self.eps) * weight).to(x.dtype)
 
 
 def _mean_of_tokens(x: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

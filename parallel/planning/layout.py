@@ -96,7 +96,8 @@ def consolidation_flops(model: ModelConfig, sleep: SleepConfig, passes: int) -> 
 
 def prediction_flops(model: ModelConfig, sleep: SleepConfig) -> list[int]:
     """Forward FLOPs per token of every block, mixer and MLP, in the one pass over a prediction window."""
-    return [mixer.flops(model, sleep) + model.mlp.flops(model, sleep) for mixer in model.mixers]
+    mlp = model.mlp.flops(model, sleep)
+    return [mixer.flops(model, sleep) + mlp * model.has_mlp(block) for block, mixer in enumerate(model.mixers)]
 
 
 def head_flops(model: ModelConfig) -> int:

@@ -232,8 +232,15 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
     """
     model, norm = recipe.model, _norm(recipe, device)
     arguments = (model, recipe.sleep, bytes_per_number(recipe), device, state_only)
-    inside = model.mixers[block].activation_bytes(*arguments) + model.mlp.activation_bytes(*arguments)
-    return norm * (1 if state_only else 2) + inside / recipe.parallel.tensor
+    inside = model.mixers[block].activation_bytes(*arguments)
+    if model.has_mlp(block):
+        inside += model.mlp.activation_bytes(*arguments)
+    norms = [name for name in model.block_norms(block) if not state_only or name == "input_layernorm"]
+    # What a norm after a mixer or MLP returns is added to the residual stream, which is kept only where no norm follows it.
+    added = 0.0
+    if model.mixers[block].norms == "sandwich" and not state_only:
+        added = len(norms) / 2 * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
+    return norm * len(norms) - added + inside / recipe.parallel.tensor
 
 
 def _norm(recipe: Recipe, device: Device) -> float:

@@ -235,9 +235,11 @@ def build(model, sleep, groups, blocks=None, sequence_parallel=False) -> HybridS
     torch.manual_seed(0)
     stage = HybridStage(model, sleep, groups, blocks=blocks, sequence_parallel=sequence_parallel).double()
     for name, parameter in stage.named_parameters():  # norms away from one, the same on every rank
-        if "norm" in name and parameter.ndim == 1:  # the others are split
+        if "norm" in name and parameter.ndim == 1:
+            first = groups.tp.rank() * parameter.numel() if getattr(parameter, "tensor_model_parallel", False) else 0
+            numbers = torch.arange(first, first + parameter.numel())
             with torch.no_grad():
-                parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + float(len(stage.global_name(name))))
+                parameter += 0.1 * torch.sin(numbers + float(len(stage.global_name(name))))
     return stage
 
 

@@ -33,7 +33,7 @@ FURTHER: dict[str, dict] = {}  # letter -> fields of its section, for a mixer th
 
 
 def model_of(letter: str, **changes):
-    section = MIXERS[letter].section
+    section = MIXERS[letter.upper()].section
     changes[section] = {**changes.get(section, {}), **FURTHER.get(letter, {})}
     return tiny.model_config(pattern=letter, vocab_size=18, **changes)
 
@@ -69,10 +69,12 @@ def flops_are_those_computed(topology, letter: str) -> None:
     """Against torch's own count, within 2.5 %: it counts the keys that a causal mask leaves out."""
     large = {"heads": 4, "groups": 2}
     section = {
-        name: large.get(name, 32) for name, f in MIXERS[letter].model_fields.items() if f.is_required() or name in large
+        name: large.get(name, 32)
+        for name, f in MIXERS[letter.upper()].model_fields.items()
+        if f.is_required() or name in large
     }
     model = model_of(
-        letter, window=32, hidden_size=512, mlp=dict(ffn_hidden_size=64), **{MIXERS[letter].section: section}
+        letter, window=32, hidden_size=512, mlp=dict(ffn_hidden_size=64), **{MIXERS[letter.upper()].section: section}
     )
     stage = tiny.build_stage(topology, model, dtype=torch.float32)
     for predicts in (True, False):
@@ -91,7 +93,7 @@ def activations_are_about_those_kept(topology, letter: str) -> None:
     """Against the tensors that autograd saves on a CPU."""
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for predicts in (True, False):
-            if not predicts and not MIXERS[letter].has_fast_weights:
+            if not predicts and not MIXERS[letter.upper()].has_fast_weights:
                 continue
             check_activations(topology, letter, precision, dtype, predicts)
 
@@ -99,15 +101,15 @@ def activations_are_about_those_kept(topology, letter: str) -> None:
 def check_activations(topology, pattern: str, precision: str, dtype: torch.dtype, predicts: bool) -> None:
     sizes = {"heads": 4, "groups": 2}
     sections = {
-        MIXERS[letter].section: {
+        MIXERS[letter.upper()].section: {
             name: sizes.get(name, 16)
-            for name, f in MIXERS[letter].model_fields.items()
+            for name, f in MIXERS[letter.upper()].model_fields.items()
             if f.is_required() or name in sizes
         }
         for letter in set(pattern)
     }
     for letter in set(pattern):
-        sections[MIXERS[letter].section] |= FURTHER.get(letter, {})
+        sections[MIXERS[letter.upper()].section] |= FURTHER.get(letter, {})
     model = tiny.model_config(
         pattern=pattern, window=64, vocab_size=97, pad_token_id=None, hidden_size=64, mlp=dict(ffn_hidden_size=96),
         **sections,
@@ -148,7 +150,7 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
 
 def gradients_are_right(topology, letter: str) -> None:
     """Of three passes over two windows, against finite differences: through the state, too."""
-    passes = 3 if MIXERS[letter].has_fast_weights else 1
+    passes = 3 if MIXERS[letter.upper()].has_fast_weights else 1
     tokens, loss_mask = tiny.batch()
     for sleep in (HARD, SLIDING):
         stage = tiny.build_stage(topology, model_of(letter), sleep)
@@ -177,7 +179,7 @@ def a_pad_leaves_no_trace(topology, letter: str) -> None:
     loss_mask[0, 8] = False  # what a pad predicts is its own
     losses, states = [], []
     for _ in range(2):
-        output = tiny.run(stage, tokens, loss_mask, 2 if MIXERS[letter].has_fast_weights else 1)
+        output = tiny.run(stage, tokens, loss_mask, 2 if MIXERS[letter.upper()].has_fast_weights else 1)
         losses.append(output.loss.item())
         states.append([state.clone() for state in output.layer_states])
         with torch.no_grad():
@@ -188,7 +190,7 @@ def a_pad_leaves_no_trace(topology, letter: str) -> None:
 
 
 def writing_alone_writes_the_same(topology, letter: str) -> None:
-    if not MIXERS[letter].has_fast_weights:
+    if not MIXERS[letter.upper()].has_fast_weights:
         return
     stage = tiny.build_stage(topology, model_of(letter))
     tokens, loss_mask = tiny.batch(windows=1, predicting=(0,))

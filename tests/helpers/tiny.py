@@ -136,11 +136,11 @@ def assert_finite_differences_agree(stage, loss: Callable[[], torch.Tensor]) -> 
     for name, parameter in stage.named_parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
         sides = []
-        for step in (1e-5, -2e-5):
+        for step in (1e-6, -2e-6):
             with torch.no_grad():
                 parameter += step * direction
                 sides.append(loss().item())
         with torch.no_grad():
-            parameter += 1e-5 * direction
-        expected = (sides[0] - sides[1]) / 2e-5
+            parameter += 1e-6 * direction
+        expected = (sides[0] - sides[1]) / 2e-6
         assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name

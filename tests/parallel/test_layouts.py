@@ -23,6 +23,18 @@ LAYOUTS = {
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
 }
+OLMO = {
+    "pattern": "AgG",
+    "attention": {
+        "heads": 4,
+        "kv_heads": 2,
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "qkv_bias": True,
+        "norms": "post",
+    },
+    "gdn": {"norms": "sandwich", "norm_eps": 1e-5},
+}
 GROUPED = {  # the choices of attention, gated delta net and norms
     "zero_centred_norms": True,
     "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
@@ -109,6 +121,7 @@ CASES = {
         tensor=2, sequence=True, model=GROUPED, sleep=EVICTIONS["sliding"], recompute=True
     ),
     "PP2, grouped and gated heads": Case(pipeline=2, model=GROUPED),
+    "TP2+SP, norms over the width and after": Case(tensor=2, sequence=True, model=OLMO),
     "PP2, probes, kept": Case(pipeline=2, probes=True),
     "TP2xPP2+SP, probes, sliding, pads": Case(
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]

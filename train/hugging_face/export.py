@@ -17,15 +17,15 @@ from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
 from powernap.train.generation.export import new_folder
 from powernap.train.hugging_face.families import FAMILIES, LETTERS, Family, HuggingFaceError, find_family, model_section
-from powernap.train.hugging_face.folder import CONFIG, HuggingFaceFolder
+from powernap.train.hugging_face.folder import CONFIG, HuggingFaceFolder, disk_name
 from powernap.train.hugging_face.rules import rules
 from powernap.train.recipe_file import flatten
 from powernap.train.weights_folder import INDEX, write_weights
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # a tokenizer's and the generation's files
 CLASSES = {
-    "qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM", "olmo_hybrid": "OlmoHybridForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "olmo2": "Olmo2ForCausalLM", "llama": "LlamaForCausalLM",
 }  # fmt: skip
 CARD = """# {name}
 
@@ -80,11 +80,12 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         HuggingFaceError: naming the first field that none does.
     """
+    fields = next((m.model_dump() for m in model.mixers if m.section == "attention"), {})
     if set(model.pattern) == {"A"}:
-        attention = model.mixers[0].model_dump()
-        family = FAMILIES["qwen3" if attention["qk_norm"] else "llama"]
+        kind = "qwen2" if fields["qkv_bias"] else "qwen3" if fields["qk_norm"] else "llama"
+        family = FAMILIES["olmo2" if fields["norms"] == "post" else kind]
     elif set(model.pattern) <= {"A", "G"}:
-        family = FAMILIES["qwen3_5_text"]
+        family = FAMILIES["olmo_hybrid" if fields.get("norms") == "post" else "qwen3_5_text"]
     else:
         raise HuggingFaceError(
             f"model.pattern={model.pattern}: no class of transformers has its blocks; export with --remote-code"
@@ -114,9 +115,10 @@ def config_of(model: ModelConfig, family: Family) -> dict[str, Any]:
     if attention := sections.get("attention"):
         width = attention.width(model)  # type: ignore[attr-defined]
         fields = attention.model_dump()
-        rope = {"rope_type": "default", "rope_theta": fields["rope_base"]}
-        if family.model_type not in ("qwen3", "llama"):
-            rope["partial_rotary_factor"] = attention.rotated(model) / width  # type: ignore[attr-defined]
+        rotated = attention.rotated(model)  # type: ignore[attr-defined]
+        rope = {"rope_type": "default", "rope_theta": fields["rope_base"] if rotated else None}
+        if family.model_type in ("qwen3_5_text", "qwen3_next"):
+            rope = {"rope_type": "default", "rope_theta": fields["rope_base"], "partial_rotary_factor": rotated / width}
         found |= {
             "num_attention_heads": fields["heads"],
             "num_key_value_heads": fields["kv_heads"] or fields["heads"],
@@ -133,6 +135,7 @@ def config_of(model: ModelConfig, family: Family) -> dict[str, Any]:
             "linear_key_head_dim": fields["key_dim"],
             "linear_value_head_dim": fields["value_dim"],
             "linear_conv_kernel_dim": fields["conv_kernel"],
+            **({"linear_allow_neg_eigval": fields["allow_neg_eigval"]} if family.model_type == "olmo_hybrid" else {}),
             "layer_types": [kinds[letter] for letter in model.pattern],
         }
     return found
@@ -167,7 +170,7 @@ def _tensors(
                 name = source.name_of(name)
                 tensor = tensor.to(source.tensor(name).dtype)
             else:
-                name = name if name.startswith("lm_head.") else f"model.{name}"
+                name = disk_name(name if name.startswith("lm_head.") else f"model.{name}", family)
                 tensor = tensor.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
             written.add(name)
             yield name, tensor.contiguous()

@@ -4,12 +4,13 @@ Nothing here imports torch, and nothing needs transformers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from powernap.model.errors import PowernapError
 
 L2_EPS = 1e-6  # of the L2 norm in transformers' gated delta nets, which no config holds
+OLMO_NORM_EPS = 1e-5  # of the output's norm in OLMo-Hybrid's, FLA's default
 LETTERS = {"full_attention": "A", "linear_attention": "G"}
 
 
@@ -24,26 +25,30 @@ class Family:
     Attributes:
         model_type: in config.json, or in its text_config.
         section: config -> fields of the model section that decide what the weights compute.
-        keys_first: whether a gated delta net's projections are [q | k | v] and z, b, a over all heads; else they are grouped
-            by heads of keys, [q | k | v | z] and [b | a].
+        projections: of a gated delta net: "keys first", [q | k | v] and z, b, a over all heads; "grouped" by heads of keys,
+            [q | k | v | z] and [b | a]; or all six "apart".
+        on_disk: parts of names in files -> those in memory, where both are found; exports have the former.
     """
 
     model_type: str
     section: Callable[[Mapping[str, Any]], dict[str, Any]]
-    keys_first: bool = True
+    projections: Literal["keys first", "grouped", "apart"] = "keys first"
+    on_disk: Mapping[str, str] = field(default_factory=dict)
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_theta": config.get("rope_theta", None if config.get("model_type") == "olmo_hybrid" else 10000.0),
         **(config.get("rope_scaling") or {}),
     }
+    has_positions = rope.get("rope_theta") is not None
+    rotated = round(width * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(kind == "default", f"rope_type={kind}: only plain rotary embeddings are computed")
-    for field in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        _require(not config.get(field), f"{field}=true is not computed")
+    for switch in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        _require(not config.get(switch), f"{switch}=true is not computed")
     _require(
         config.get("hidden_act", "silu") == "silu", f"hidden_act={config.get('hidden_act')}: only silu is computed"
     )
@@ -57,27 +62,47 @@ def _common(config: Mapping[str, Any]) -> dict[str, Any]:
             "heads": heads,
             "kv_heads": config.get("num_key_value_heads") or heads,
             "head_dim": width,
-            "rope_base": float(rope["rope_theta"]),
-            "rotary_dims": round(width * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))),
+            **({"rope_base": float(rope["rope_theta"])} if has_positions else {}),
+            "rotary_dims": rotated if has_positions else 0,
+            "qk_norm": False, "output_gate": False, "qkv_bias": False, "norms": "pre",
         },
     }  # fmt: skip
 
 
-def _plain(qk_norm: bool) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+NORMED = {"qk_norm": True, "qk_norm_over": "head"}
+OLMO = {"qk_norm": True, "qk_norm_over": "width", "norms": "post"}
+
+
+def _plain(**attention: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Attention alone, with these fields."""
+
     def section(config: Mapping[str, Any]) -> dict[str, Any]:
         found = _common(config)
-        found["attention"] |= {"qk_norm": qk_norm, "output_gate": False}
+        found["attention"] |= attention
         return found | {"pattern": "A" * config["num_hidden_layers"], "zero_centred_norms": False}
 
     return section
 
 
 def _qwen_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = _hybrid(config)
+    found["attention"] |= {**NORMED, "output_gate": True}
+    found["gdn"] |= {"allow_neg_eigval": False}
+    return found | {"zero_centred_norms": True}
+
+
+def _olmo_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = _hybrid(config)
+    found["attention"] |= OLMO
+    found["gdn"] |= {"allow_neg_eigval": config["linear_allow_neg_eigval"], "norm_eps": OLMO_NORM_EPS}
+    return found | {"zero_centred_norms": False}
+
+
+def _hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     _require(
         not config.get("num_experts"), f"num_experts={config.get('num_experts')}: mixtures of experts are not computed"
     )
     found = _common(config)
-    found["attention"] |= {"qk_norm": True, "output_gate": True}
     gdn = {
         "heads": config["linear_num_value_heads"],
         "key_heads": config["linear_num_key_heads"],
@@ -86,21 +111,29 @@ def _qwen_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
         "conv_kernel": config["linear_conv_kernel_dim"],
         "scale_queries": True,
         "l2_eps": L2_EPS,
-        "allow_neg_eigval": False,
+        "norms": "pre",
     }
     kinds = config["layer_types"]
     unknown = [kind for kind in kinds if kind not in LETTERS]
     _require(not unknown, f"layer_types: {', '.join(unknown[:1])} is not computed")
-    return found | {"pattern": "".join(LETTERS[kind] for kind in kinds), "gdn": gdn, "zero_centred_norms": True}
+    return found | {"pattern": "".join(LETTERS[kind] for kind in kinds), "gdn": gdn}
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("qwen3_5_text", _qwen_hybrid),
-        Family("qwen3_next", _qwen_hybrid, keys_first=False),
-        Family("qwen3", _plain(qk_norm=True)),
-        Family("llama", _plain(qk_norm=False)),
+        Family("qwen3_next", _qwen_hybrid, projections="grouped"),
+        Family(
+            "olmo_hybrid",
+            _olmo_hybrid,
+            projections="apart",
+            on_disk={"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"},
+        ),
+        Family("qwen3", _plain(**NORMED)),
+        Family("qwen2", _plain(qkv_bias=True)),
+        Family("olmo2", _plain(**OLMO)),
+        Family("llama", _plain()),
     )
 }
 

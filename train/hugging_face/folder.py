@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from powernap.train.hugging_face.families import HuggingFaceError, find_family, model_section
+from powernap.train.hugging_face.families import Family, HuggingFaceError, find_family, model_section
 from powernap.train.weights_folder import WeightsFolder, read_object
 
 if TYPE_CHECKING:
@@ -90,29 +90,41 @@ class HuggingFaceFolder:
 
     def name_of(self, tensor: str) -> str:
         """The name in the files of a tensor that a rule names."""
-        return tensor if tensor.startswith("lm_head.") else self.prefix + tensor
+        name = tensor if tensor.startswith("lm_head.") else self.prefix + tensor
+        other = disk_name(name, find_family(self.config)[0])
+        return other if other in self.files else name
 
     def check(self, model: "ModelConfig") -> None:
         """Raise HuggingFaceError unless the files have what `model` needs, in these shapes, and nothing else."""
         from powernap.train.hugging_face.rules import rules
 
-        wanted = {
-            self.name_of(n): s for rule in rules(model, find_family(self.config)[0]) for n, s in rule.theirs.items()
-        }
-        for name, shape in wanted.items():
-            if name not in self.shapes:
-                raise HuggingFaceError(f"{self.path}: has no {name}")
-            if self.shapes[name] != shape:
-                raise HuggingFaceError(f"{self.path}: {name} is {list(self.shapes[name])}, not {list(shape)}")
+        wanted: set[str] = set()
+        for rule in rules(model, find_family(self.config)[0]):
+            shapes = {self.name_of(name): shape for name, shape in rule.theirs.items()}
+            wanted |= shapes.keys()
+            if missing := [name for name in shapes if name not in self.shapes]:
+                raise HuggingFaceError(f"{self.path}: has no {missing[0]}")
+            rows = [sum(shape[0] for shape in of.values()) for of in (shapes, {n: self.shapes[n] for n in shapes})]
+            for name, shape in shapes.items():
+                found = self.shapes[name]
+                if found != shape and not (rule.added_up and rows[0] == rows[1] and found[1:] == shape[1:]):
+                    raise HuggingFaceError(f"{self.path}: {name} is {list(found)}, not {list(shape)}")
         ignored = {name for names in self.ignored.values() for name in names}
         if model.tie_embeddings:
             ignored.add("lm_head.weight")  # some files have the copy
-        if others := sorted(self.files.keys() - wanted.keys() - ignored):
+        if others := sorted(self.files.keys() - wanted - ignored):
             raise HuggingFaceError(f"{self.path}: has {others[0]}, which no rule reads")
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by its name in the files."""
         return self.weights.tensor(name)
+
+
+def disk_name(name: str, family: Family) -> str:
+    """A tensor's name as the family's files have it."""
+    for there, here in family.on_disk.items():
+        name = name.replace(f".{here}.", f".{there}.")
+    return name
 
 
 class HuggingFaceShards:

@@ -39,7 +39,7 @@ def export_with_code(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     Raises:
         HuggingFaceError: if a block is another package's.
     """
-    if unknown := sorted(set(recipe.model.pattern) - set(LETTERS)):
+    if unknown := sorted(set(recipe.model.pattern.upper()) - set(LETTERS)):
         raise HuggingFaceError(
             f"model.pattern={recipe.model.pattern}: {unknown[0]} is another package's: export without --format"
         )

@@ -14,6 +14,7 @@ CHOICES = {
     "gated": {"output_gate": True},
     "partly rotated": {"rotary_dims": 4},
     "without positions": {"rotary_dims": 0},
+    "normed over the width, biased": {"kv_heads": 1, "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True},
     "all": {"kv_heads": 1, "head_dim": 12, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
 }
 
@@ -25,25 +26,51 @@ def test_holds(topology, monkeypatch, check, choice):
     check(topology, "A")
 
 
-def reference(module, x, heads, kv_heads, width, qk_norm, output_gate, rotary_dims, base=10000.0):
+def reference(
+    module,
+    x,
+    heads,
+    kv_heads,
+    width,
+    qk_norm,
+    output_gate,
+    rotary_dims,
+    qk_norm_over="head",
+    qkv_bias=False,
+    base=10000.0,
+):
     """One window of x [B, L, D] a head at a time, from projections that are apart."""
     queries, length = heads // kv_heads, x.shape[1]
     rows = module.qkv_proj.weight.view(kv_heads, -1, width, x.shape[-1])
     places, half = torch.arange(length, dtype=x.dtype), rotary_dims // 2
     angles = places[:, None] * base ** (-torch.arange(half, dtype=x.dtype) / max(1, half))
 
-    def normed(y, norm):
-        return y / (y.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight if qk_norm else y
+    biases = module.qkv_proj.bias.view(kv_heads, -1, width) if qkv_bias else torch.zeros(kv_heads, queries + 2, width)
+
+    def row(group, which):
+        return x @ rows[group][which].T + biases[group][which]
+
+    def normed(y, norm, head, everyone):
+        """everyone: where all heads' rows are."""
+        if not qk_norm:
+            return y
+        weight, squares = norm.weight, y.pow(2).mean(-1, keepdim=True)
+        if qk_norm_over == "width":
+            weight = weight[head * width : (head + 1) * width]
+            squares = torch.cat([row(*place) for place in everyone], -1).pow(2).mean(-1, keepdim=True)
+        return y / (squares + norm.eps).sqrt() * weight
 
     def rotated(y):
         a, b, rest = y[..., :half], y[..., half:rotary_dims], y[..., rotary_dims:]
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
 
+    all_q, all_k = [(h // queries, h % queries) for h in range(heads)], [(group, -2) for group in range(kv_heads)]
     outputs = []
     for head in range(heads):
-        group = rows[head // queries]
-        q, k, v = x @ group[head % queries].T, x @ group[-2].T, x @ group[-1].T
-        q, k = rotated(normed(q, getattr(module, "q_norm", None))), rotated(normed(k, getattr(module, "k_norm", None)))
+        group, number = rows[head // queries], head // queries
+        q, k, v = row(number, head % queries), row(number, -2), row(number, -1)
+        q = rotated(normed(q, getattr(module, "q_norm", None), head, all_q))
+        k = rotated(normed(k, getattr(module, "k_norm", None), number, all_k))
         scores = (q @ k.transpose(1, 2) / width**0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         outputs.append(scores.softmax(-1) @ v)
         if output_gate:

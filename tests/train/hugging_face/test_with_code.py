@@ -23,11 +23,19 @@ GROUPED = {
     "gdn": {"heads": 4, "key_heads": 2, "scale_queries": True, "l2_eps": 1e-6, "allow_neg_eigval": True},
     "zero_centred_norms": True,
 }
+OLMO = {
+    "pattern": "AgGa",
+    "attention": {
+        "heads": 4, "kv_heads": 2, "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True, "norms": "post",
+    },
+    "gdn": {"norms": "sandwich", "norm_eps": 1e-3},
+}  # fmt: skip
 # name: fields of the model, of sleep
 CASES = {
     **{f"AGAG, {name}": ({}, sleep) for name, sleep in SLEEPS.items()},
     **{f"{kind}{other}": ({"pattern": f"A{kind}{other}"}, {}) for kind, other in ("GA", "KM", "MG")},
     "sliding, K": ({"pattern": "AKA"}, {"eviction": "sliding", "every_window": True}),
+    "norms over the width and after": (OLMO, {"every_window": True}),
     "grouped": (GROUPED, {"every_window": True}),
     "tied, a long window": ({"tie_embeddings": True, "window": 70, "pattern": "GA"}, {}),
 }

@@ -89,7 +89,7 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Letter A. Rows of the projection, for each head of keys: [queries | their gates | key | value]."""
 
-    has_fast_weights = False
+    section, has_fast_weights = "attention", False
 
     def __init__(self, model: dict):
         super().__init__()
@@ -103,11 +103,13 @@ class Attention(nn.Module):
         self.gated = own.get("output_gate", False)
         self.queries = self.heads // self.groups
         rows = self.groups * (self.queries * (1 + self.gated) + 2) * self.width
-        self.qkv_proj = nn.Linear(hidden, rows, bias=False)
+        self.qkv_proj = nn.Linear(hidden, rows, bias=own.get("qkv_bias", False))
         self.out_proj = nn.Linear(self.heads * self.width, hidden, bias=False)
+        self.norms_width = own.get("qk_norm_over") == "width"
         if own.get("qk_norm"):
-            for name in ("q_norm", "k_norm"):
-                norm = Norm(self.width, model.get("norm_eps", 1e-6), model.get("zero_centred_norms", False))
+            for name, heads in (("q_norm", self.heads), ("k_norm", self.groups)):
+                width = heads * self.width if self.norms_width else self.width
+                norm = Norm(width, model.get("norm_eps", 1e-6), model.get("zero_centred_norms", False))
                 self.add_module(name, norm)
 
     def empty(self, batch: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         rows = self.qkv_proj(x).view(batch, length, self.groups, -1, self.width)
         q, gate, k, v = rows.split([self.queries, self.queries * self.gated, 1, 1], dim=3)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
         q, k = self.rotate(q, position), self.rotate(k, position)
         new = torch.stack([k.squeeze(3), v.squeeze(3)]).transpose(2, 3)
         keys_values = torch.cat([keys_values, new], dim=3)
@@ -129,6 +131,10 @@ class Attention(nn.Module):
         if self.gated:
             output = output * gate.flatten(2, 3).sigmoid()
         return self.out_proj(output.flatten(2)), keys_values
+
+    def normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """Each head, or all heads together."""
+        return norm(x.flatten(2)).view(x.shape) if self.norms_width else norm(x)
 
     def rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """Turn the pairs (i, i + rotated/2) of x [B, n, ..., width] by their position's angle."""
@@ -190,7 +196,7 @@ class GatedDeltaNet(Recurrent):
         self.dt_bias = nn.Parameter(
             torch.zeros(self.heads, self.d_k) if self.decay_per_channel else torch.zeros(self.heads)
         )
-        self.norm = Norm(self.d_v, model.get("norm_eps", 1e-6))
+        self.norm = Norm(self.d_v, own.get("norm_eps") or model.get("norm_eps", 1e-6))
 
     def forward(self, x, state, conv_state, real):
         batch, length, _ = x.shape
@@ -239,6 +245,8 @@ class KimiDeltaAttention(GatedDeltaNet):
 
 class Mamba2(Recurrent):
     """Letter M (arXiv 2405.21060). Rows of the projection, for each group of heads: [x | B | C | gate z | step dt]."""
+
+    section = "mamba2"
 
     def __init__(self, model: dict):
         super().__init__()
@@ -319,13 +327,30 @@ MIXERS = {"A": Attention, "G": GatedDeltaNet, "K": KimiDeltaAttention, "M": Mamb
 
 
 class Layer(nn.Module):
+    """A mixer and an MLP, with norms before them, after them or both; a small letter has no MLP."""
+
     def __init__(self, model: dict, letter: str):
         super().__init__()
+        kind = MIXERS[letter.upper()]
+        where = model[kind.section].get("norms", "pre")
         eps, zero_centred = model.get("norm_eps", 1e-6), model.get("zero_centred_norms", False)
-        self.input_layernorm = Norm(model["hidden_size"], eps, zero_centred)
-        self.self_attention = MIXERS[letter](model)
-        self.pre_mlp_layernorm = Norm(model["hidden_size"], eps, zero_centred)
-        self.mlp = MLP(model)
+
+        def norm(is_there: bool) -> nn.Module:
+            return Norm(model["hidden_size"], eps, zero_centred) if is_there else nn.Identity()
+
+        has_mlp = letter.isupper()
+        self.input_layernorm, self.post_mixer_layernorm = norm(where != "post"), norm(where != "pre")
+        self.self_attention = kind(model)
+        self.pre_mlp_layernorm, self.post_mlp_layernorm = (
+            norm(has_mlp and where != "post"),
+            norm(has_mlp and where != "pre"),
+        )
+        self.mlp = MLP(model) if has_mlp else None
+
+    def add(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The mixer's output and the MLP's on top of x."""
+        x = x + self.post_mixer_layernorm(mixed)
+        return x if self.mlp is None else x + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(x)))
 
 
 class Decoder(nn.Module):
@@ -430,8 +455,7 @@ class PowernapForCausalLM(PreTrainedModel, GenerationMixin):
                 mixed, held["state"], held["conv_state"] = mixer(normed, held["state"], held["conv_state"], real)
             else:
                 mixed, held["keys_values"] = mixer(normed, held["keys_values"], position, mask)
-            x = x + mixed
-            x = x + layer.mlp(layer.pre_mlp_layernorm(x))
+            x = layer.add(x, mixed)
         cache.seen += tokens.shape[1]
         return x
 
@@ -464,8 +488,7 @@ class PowernapForCausalLM(PreTrainedModel, GenerationMixin):
                 else:
                     mixed, seen = mixer(normed, before[index], position, mask)
                     left[index] = seen if is_final else left[index]
-                x = x + mixed
-                x = x + layer.mlp(layer.pre_mlp_layernorm(x))
+                x = layer.add(x, mixed)
         stays = self.config.model["window"] - 1 if sleep.get("eviction") == "sliding" else 0
         stays = min(stays, cache.tokens.shape[1])
         for index, (layer, held) in enumerate(zip(self.decoder.layers, cache.layers, strict=True)):
