@@ -1,5 +1,7 @@
 """The block stack on Megatron-core: layers that take and return fast weights and caches."""
 
+from collections.abc import Callable
+
 import torch
 
 from powernap.model.config import ModelConfig, SleepConfig
@@ -21,14 +23,15 @@ from powernap.model.window import Window
 class HybridLayer(TransformerLayer):
     """Megatron-core's layer (construction, numbering, checkpoint names) around a mixer that may carry a state."""
 
-    def __init__(self, config, *args, block: int, norms: tuple[str, ...], **kwargs):
+    def __init__(self, config, *args, block: int, norms: tuple[str, ...], built: Callable[..., None], **kwargs):
         """`block` counts from 0 over the whole model; Megatron's layer_number counts over this stage. norms: as
-        `ModelConfig.block_norms` names them."""
+        `ModelConfig.block_norms` names them; built: as in HybridStage."""
         with seeded_init(f"block {block}"):
             super().__init__(config, *args, **kwargs)
         for name in ("post_mixer_layernorm", "post_mlp_layernorm"):
             norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon) if name in norms else None
             self.add_module(name, norm)
+        built(f"decoder.layers.{block}", self)
 
     def forward(self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window):
         """norm -> mixer -> residual, norm -> MLP -> residual; norms after mixer and MLP in place of these, or besides.
@@ -104,19 +107,21 @@ class HybridBlock(TransformerBlock):
         return [i for i, layer in enumerate(self.layers) if layer.self_attention.has_state]
 
 
-def block_submodules(model: ModelConfig, sleep: SleepConfig, blocks: range) -> TransformerBlockSubmodules:
+def block_submodules(
+    model: ModelConfig, sleep: SleepConfig, blocks: range, built: Callable[..., None]
+) -> TransformerBlockSubmodules:
     """Megatron-core's description of the layers `blocks` of `model`."""
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, sleep, block) for block in blocks], layer_norm=RMSNorm
+        layer_specs=[_layer_spec(model, sleep, block, built) for block in blocks], layer_norm=RMSNorm
     )
 
 
-def _layer_spec(model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, sleep: SleepConfig, block: int, built: Callable[..., None]) -> ModuleSpec:
     norms = model.block_norms(block)
     before = {name: RMSNorm if name in norms else IdentityOp for name in ("input_layernorm", "pre_mlp_layernorm")}
     return ModuleSpec(
         module=HybridLayer,
-        params={"block": block, "norms": norms},
+        params={"block": block, "norms": norms, "built": built},
         submodules=TransformerLayerSubmodules(
             self_attention=model.mixers[block].module_spec(model, sleep, block),
             pre_cross_attn_layernorm=IdentityOp,

@@ -1,6 +1,7 @@
 """HybridStage: the part of the model one pipeline stage owns. Embedding first, blocks, output head last."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ class HybridStage(MegatronModule):
             the embedding, the stage with the last one final norm and output head.
         sequence_parallel: hidden states [L/TP, B, D] in place of [L, B, D] outside the mixers and MLPs (arXiv
             2205.05198).
+        draw: False: matrices are left as memory has them, for weights from elsewhere.
+        built: called with the name, in the whole model, and module of each part as soon as it is there: embedding, each block,
+            norms, head. What it frees is never held together.
     """
 
     def __init__(
@@ -43,8 +47,10 @@ class HybridStage(MegatronModule):
         dtype: torch.dtype = torch.float32,
         blocks: range | None = None,
         sequence_parallel: bool = False,
+        draw: bool = True,
+        built: Callable[[str, torch.nn.Module], None] = lambda name, module: None,
     ):
-        config = transformer_config(model, groups.tp.size(), dtype, sequence_parallel)
+        config = transformer_config(model, groups.tp.size(), dtype, sequence_parallel, draw)
         super().__init__(config)
         self.model = model
         self.sleep = sleep
@@ -61,16 +67,19 @@ class HybridStage(MegatronModule):
                 self.embedding = VocabParallelEmbedding(
                     model.vocab_size,
                     model.hidden_size,
-                    init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, model.embedding_std),
+                    init_method=lambda weight: draw_normal(weight, model.embedding_std, draw),
                     config=config,
                     reduce_scatter_embeddings=sequence_parallel,
                     tp_group=groups.tp,
                 )
+            built("embedding", self.embedding)
         if self.is_first and sleep.pass_norm:
             self.pass_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
-        self.decoder = HybridBlock(
-            config, block_submodules(model, sleep, self.blocks), post_process=self.is_last, pg_collection=groups
-        )
+            built("pass_norm", self.pass_norm)
+        submodules = block_submodules(model, sleep, self.blocks, built)
+        self.decoder = HybridBlock(config, submodules, post_process=self.is_last, pg_collection=groups)
+        if self.is_last:
+            built("decoder.final_layernorm", self.decoder.final_layernorm)
         if self.is_last:
             with seeded_init("output_layer"):
                 self.output_layer = ColumnParallelLinear(
@@ -83,6 +92,7 @@ class HybridStage(MegatronModule):
                     skip_weight_param_allocation=model.tie_embeddings,
                     tp_group=groups.tp,
                 )
+            built("output_layer", self.output_layer)
         self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
 
     @property
@@ -244,12 +254,16 @@ class HybridStage(MegatronModule):
 
 
 def transformer_config(
-    model: ModelConfig, tensor_parallel_size: int, dtype: torch.dtype, sequence_parallel: bool = False
+    model: ModelConfig,
+    tensor_parallel_size: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
+    draw: bool = True,
 ) -> TransformerConfig:
     """Megatron-core's config for `model`."""
 
     def fan_in(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        return torch.nn.init.normal_(weight, 0.0, gain / math.sqrt(weight.shape[1]))
+        return draw_normal(weight, gain / math.sqrt(weight.shape[1]), draw)
 
     def residual_branch(weight: torch.Tensor) -> torch.Tensor:  # two branches a block add up in the residual stream
         return fan_in(weight, 1 / math.sqrt(2 * model.num_layers))
@@ -278,3 +292,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )
+
+
+def draw_normal(weight: torch.Tensor, std: float, draw: bool) -> torch.Tensor:
+    """In place; not `draw`: nothing. Without any initialisation Megatron-core would not mark the weight as split."""
+    return torch.nn.init.normal_(weight, 0.0, std) if draw else weight

@@ -22,7 +22,7 @@ import contextlib
 import gc
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class Fragment(NamedTuple):
 
 def _bucket_size(stage: torch.nn.Module) -> int:
     """No more than the model needs: DeepSpeed allocates a whole bucket in every step, 2 GB to page in for a tiny model."""
-    return min(REDUCE_BUCKET, sum(p.numel() for p in stage.parameters()))
+    return min(REDUCE_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in stage.parameters()))
 
 
 class ModelParallelUnit:
@@ -133,6 +133,32 @@ def _config(
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"  # the sum over data-parallel ranks too
     return config
+
+
+class EarlyPartition:
+    """ZeRO 3 from the start: of each module that is built, this rank keeps its part alone, on the device.
+
+    DeepSpeed would split a whole model that every rank holds when its engine starts.
+    """
+
+    def __init__(self, topology: Topology, precision: Literal["fp32", "bf16"]):
+        self._group, self._dtype = topology.groups.dp, torch.bfloat16 if precision == "bf16" else torch.float32
+        self._convert: Callable[..., None] | None = None
+
+    def __call__(self, module: torch.nn.Module) -> None:
+        module.to(self._dtype)
+        parameters = list(module.parameters())
+        if not parameters:
+            return
+        if self._convert:
+            self._convert(param_list=parameters)
+            return
+        import deepspeed
+
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        deepspeed.zero.Init(module, data_parallel_group=self._group, config_dict_or_path=config, dtype=self._dtype)
+        self._convert = parameters[0].convert_to_zero_parameters  # type: ignore[attr-defined]  # DeepSpeed's
 
 
 class _Gradients:

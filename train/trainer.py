@@ -21,9 +21,10 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
+from powernap.parallel.malloc import freed_memory_returned
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology, distributed_session
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero import EarlyPartition, ZeroOptimizer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, State, merge_states, training_batches
 from powernap.train.data.sample import DataError
@@ -91,7 +92,7 @@ class Trainer:
             start = branch.open_together(recipe, topology)
         self.notes = source.describe(recipe) if source else []  # what the log says of the start
         topology.raise_together(partial(self.begin, start, source, resume, branches))
-        self.stage, self.zero = build(recipe, topology, Start(source, topology) if source else None)
+        self.stage, self.zero = build(recipe, topology, Start(source, recipe, topology) if source else None)
         self.state, skipped_steps = self.restore(start, branches) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
         resume_step = self.state.step if resume or branches else None
@@ -239,18 +240,31 @@ def agree_to_stop(signals: Signals, topology: Topology) -> bool:
 def build(recipe: Recipe, topology: Topology, start: Start | None = None) -> tuple[HybridStage, ZeroOptimizer]:
     """This rank's part of the model with its initial weights, and its optimizer.
 
-    Weights are drawn from the same seed on every rank, but for those that `start` has.
+    Weights are drawn from the same seed on every rank, but for those that `start` has. A rank never holds more than its part
+    of the weights and one block, which is drawn or read before ZeRO 3 splits it.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for mixer in dict.fromkeys(recipe.model.mixers):
         mixer.check_kernels(dtype, topology.device)
     torch.manual_seed(recipe.run.seed)
-    blocks = recipe.stage_blocks[topology.pp_rank]
-    stage = HybridStage(
-        recipe.model, recipe.sleep, topology.groups, blocks=blocks, sequence_parallel=recipe.parallel.sequence
-    ).to(topology.device)
-    if start:
-        start.weights(stage)
+    partition = EarlyPartition(topology, recipe.train.precision) if recipe.zero.stage == 3 else None
+
+    def built(name: str, module: torch.nn.Module) -> None:
+        if start:
+            start.weights(name, module)
+        if partition:
+            partition(module)
+
+    with freed_memory_returned():
+        stage = HybridStage(
+            recipe.model,
+            recipe.sleep,
+            topology.groups,
+            blocks=recipe.stage_blocks[topology.pp_rank],
+            sequence_parallel=recipe.parallel.sequence,
+            draw=not start or bool(start.source.drawn(recipe)),
+            built=built,
+        ).to(topology.device)
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer),

@@ -175,7 +175,7 @@ def evaluate_run(
         check_folder(path, "")
     newest = folder.newest_checkpoint()
     with distributed_session() as topology:
-        stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device)
+        stage = HybridStage(recipe.model, recipe.sleep, topology.groups, draw=False).to(topology.device)
         newest.load_weights(stage, recipe.train.precision)
         result = evaluate(
             stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, topology

@@ -71,7 +71,7 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
     topology = init_distributed(**options)
     if topology.world_size > 1:
         raise GenerateError(f"generation runs in one process, {topology.world_size} were started: start one")
-    stage = HybridStage(model, sleep, topology.groups).to(topology.device)
+    stage = HybridStage(model, sleep, topology.groups, draw=False).to(topology.device)
     if is_exported(path):
         load_exported_weights(path, stage)
         vocabulary = exported.vocabulary

@@ -17,6 +17,8 @@ from powernap.train.recipe_file import RecipeError, flatten
 from powernap.train.run.folder import RunFolder
 
 if TYPE_CHECKING:
+    import torch
+
     from powernap.model.stage import HybridStage
     from powernap.parallel.checkpoint.shards import Split
     from powernap.parallel.topology import Topology
@@ -166,32 +168,32 @@ def find_together(recipe: Recipe, topology: "Topology") -> Source:
 class Start:
     """A source that is open: `weights` before ZeRO takes the stage's parameters, `optimizer` after."""
 
-    def __init__(self, source: Source, topology: "Topology"):
+    def __init__(self, source: Source, recipe: Recipe, topology: "Topology"):
         from powernap.parallel.checkpoint.reader import Checkpoint, verify_together
+        from powernap.train.generation.export import ExportedWeights
 
         self.source, self._topology = source, topology
         self._checkpoint: Checkpoint | None = None
+        self._read: Callable[[str, Split | None, int, int], torch.Tensor]
         if source.kind == "checkpoint":
             self._checkpoint = Checkpoint(source.folder, verify_together(source.folder, topology))
+            self._read = self._checkpoint.shard
+        elif source.kind == "export":
+            self._read = ExportedWeights(source.folder).shard
+        else:
+            self._read = HuggingFaceShards(HuggingFaceFolder.read(source.folder), recipe.model).shard
 
-    def weights(self, stage: "HybridStage") -> None:
-        """Copy this rank's shards of all parameters that the source has."""
+    def weights(self, name: str, module: "torch.nn.Module") -> None:
+        """Copy this rank's shards of all parameters of a module that the source has; name: in the whole model."""
         import torch
 
         from powernap.parallel.checkpoint.shards import split_of
-        from powernap.train.generation.export import ExportedWeights
 
-        read: Callable[[str, Split | None, int, int], torch.Tensor]
-        if self._checkpoint:
-            read = self._checkpoint.shard
-        elif self.source.kind == "export":
-            read = ExportedWeights(self.source.folder).shard
-        else:
-            read = HuggingFaceShards(HuggingFaceFolder.read(self.source.folder), stage.model).shard
         with torch.no_grad():
-            for name, parameter in stage.named_parameters():
-                if (whole := stage.global_name(name)) in self.source.shapes:
-                    parameter.copy_(read(whole, split_of(parameter), self._topology.tp_rank, self._topology.tp_size))
+            for inside, parameter in module.named_parameters(name):
+                if inside in self.source.shapes:
+                    shard = self._read(inside, split_of(parameter), self._topology.tp_rank, self._topology.tp_size)
+                    parameter.copy_(shard)
 
     def optimizer(self, stage: "HybridStage", zero: "ZeroOptimizer") -> None:
         """Copy this rank's part of the optimizer's states."""
