@@ -275,8 +275,8 @@ def describe(study: Study, trained: list[Trained]) -> list[str]:
     if study.found:
         lines += ["## What was found", "", *study.found, ""]
     lines += [*claims_table(study, trained), f"![Accuracy by depth, a line for each model](study_{study.name}.png)", ""]
-    for windows, floors in next(iter(by_model.values()))[0].floor.items():
-        lines += length_table(windows, some_depths(floors, MOST_COLUMNS), by_model, len(seeds))
+    for windows in trained[0].floor:
+        lines += length_table(windows, some_depths(depths_of(trained, windows), MOST_COLUMNS), by_model, len(seeds))
     costs = [
         [name, same[0].passes, in_units(same[0].parameters), same[0].steps, f"{same[0].flops / 1e12:.2f}"]
         for name, same in by_model.items()
@@ -314,6 +314,12 @@ def interval_over_seeds(values: list[float], decimals: int = 1) -> str:
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
+def depths_of(trained: Iterable[Trained], windows: str) -> list[str]:
+    """Those that the test sets of all seeds have: the longest chains are rare."""
+    floors = [one.floor[windows] for one in trained]
+    return [depth for depth in floors[0] if all(depth in floor for floor in floors)]
+
+
 def length_table(windows: str, depths: list[str], by_model: dict[str, list[Trained]], seeds: int) -> list[str]:
     """Percent right by depth, a row for each model."""
     rows = []
@@ -347,7 +353,7 @@ def draw(study: Study, trained: list[Trained], to: Path) -> None:
     figure, axes = new_figure(columns=len(lengths))
     panels = [axes] if len(lengths) == 1 else list(axes)
     for windows, panel in zip(lengths, panels, strict=True):
-        depths = [int(depth) for depth in trained[0].floor[windows]]
+        depths = [int(depth) for depth in depths_of(trained, windows)]
         for number, name in enumerate(names):
             same = [one for one in trained if one.model == name]
             shares = [[one.at(int(windows), depth) for one in same] for depth in depths]

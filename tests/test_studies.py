@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import common, text
 from benchmarks.studies import STUDIES, TRACK
-from benchmarks.study import Trained, describe, interval_over_seeds
+from benchmarks.study import Trained, describe, draw, interval_over_seeds
 from powernap.train.data.text import Text
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.tasks import TASKS
@@ -48,6 +48,16 @@ def test_a_claim_holds_only_in_every_seed():
     assert cells[1:] == ["+59.0, +37.0", "48.0 ± 139.8", "40", "NO"]
     assert "| N=2 is right at the trained length" in page and "attention with its cache is not" not in page
     assert "98.0 (97–99)" in page and re.search(r"^\| surface guess +\| +33.0 \|", page, re.M)
+
+
+def test_a_depth_that_one_seed_lacks_is_no_column(tmp_path):
+    one, other = trained(1, "N=2", 0.9), trained(2, "N=2", 0.8)
+    for part in (other.accuracy, other.interval, other.floor, other.answers):
+        del part["64"]["64"]
+    page = "\n".join(describe(TRACK, [one, other]))
+    header = page[page.index("## 64 windows") :].splitlines()[4]
+    assert header.strip("| ").split("|")[-1].strip() == "63"
+    draw(TRACK, [one, other], tmp_path / "page.png")
 
 
 def test_the_interval_over_seeds_is_students():
