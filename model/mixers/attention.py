@@ -53,15 +53,16 @@ class Attention(Mixer):
     def check(self, model: ModelConfig) -> None:
         if self.head_dim is None and model.hidden_size % self.heads:
             raise ValueError(
-                f"attention.heads={self.heads} must divide hidden_size={model.hidden_size}, or write attention.head_dim"
+                f"{self.section}.heads={self.heads} must divide hidden_size={model.hidden_size}, or write "
+                f"{self.section}.head_dim"
             )
         if self.heads % self.groups:
-            raise ValueError(f"attention.kv_heads={self.groups} must divide attention.heads={self.heads}")
+            raise ValueError(f"{self.section}.kv_heads={self.groups} must divide {self.section}.heads={self.heads}")
         width, rotated = self.width(model), self.rotated(model)
         if rotated > width:
-            raise ValueError(f"attention.rotary_dims={rotated} must be at most the width of a head, {width}")
+            raise ValueError(f"{self.section}.rotary_dims={rotated} must be at most the width of a head, {width}")
         if rotated % 2:
-            what = "attention.rotary_dims" if self.rotary_dims else "the width of a head"
+            what = f"{self.section}.rotary_dims" if self.rotary_dims else "the width of a head"
             raise ValueError(f"{what} = {rotated} must be even (rotary embeddings turn pairs)")
 
     @property
@@ -111,8 +112,12 @@ class Attention(Mixer):
         return projections + output + self.flops_less(model, sleep, keys=0)
 
     def flops_less(self, model: ModelConfig, sleep: SleepConfig, keys: float) -> int:
-        full = model.window if sleep.eviction == "sliding" else (model.window + 1) / 2
-        return round(4 * self.heads * self.width(model) * (full - keys))
+        full = self.keys_seen(model, sleep)
+        return round(4 * self.heads * self.width(model) * (full - min(keys, full)))
+
+    def keys_seen(self, model: ModelConfig, sleep: SleepConfig) -> float:
+        """By a token of a full window, the mean."""
+        return model.window if sleep.eviction == "sliding" else (model.window + 1) / 2
 
     def has_state(self, sleep: SleepConfig) -> bool:
         return sleep.eviction == "sliding"
@@ -224,6 +229,10 @@ class Attention(Mixer):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return query, gate, key, value
 
+    def mask(self, window: Window, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+        """Which of the keys each query sees, the last of them being its own; None: causal, all keys are the queries'."""
+        return window.attention_mask
+
     def _attend(
         self,
         layer: MixerModule,
@@ -237,7 +246,7 @@ class Attention(Mixer):
         [L, B, D]."""
         import torch.nn.functional as F
 
-        mask = window.attention_mask
+        mask = self.mask(window, query.shape[2], keys.shape[2], query.device)
         context = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups < self.heads
         )

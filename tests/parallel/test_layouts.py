@@ -24,7 +24,8 @@ LAYOUTS = {
     "DP2xTP2": dict(data=2, tensor=2),
 }
 OLMO = {
-    "pattern": "AgG",
+    "pattern": "AgGS",
+    "sliding_attention": {"heads": 2, "reach": 4},
     "attention": {
         "heads": 4,
         "kv_heads": 2,

@@ -34,6 +34,8 @@ OLMO = {
 CASES = {
     **{f"AGAG, {name}": ({}, sleep) for name, sleep in SLEEPS.items()},
     **{f"{kind}{other}": ({"pattern": f"A{kind}{other}"}, {}) for kind, other in ("GA", "KM", "MG")},
+    "SG": ({"pattern": "SGAS", "sliding_attention": {"reach": 4}}, {}),
+    "sliding, S": ({"pattern": "SGAS", "sliding_attention": {"reach": 4}}, {"eviction": "sliding"}),
     "sliding, K": ({"pattern": "AKA"}, {"eviction": "sliding", "every_window": True}),
     "norms over the width and after": (OLMO, {"every_window": True}),
     "grouped": (GROUPED, {"every_window": True}),

@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: dict):
         super().__init__()
-        own, hidden = model["attention"], model["hidden_size"]
+        own, hidden = model[self.section], model["hidden_size"]
         self.heads = own["heads"]
         self.groups = own.get("kv_heads") or self.heads
         self.width = own.get("head_dim") or hidden // self.heads
@@ -126,11 +126,17 @@ class Attention(nn.Module):
         new = torch.stack([k.squeeze(3), v.squeeze(3)]).transpose(2, 3)
         keys_values = torch.cat([keys_values, new], dim=3)
         keys, values = keys_values.repeat_interleave(self.queries, dim=2)
-        output = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), keys, values, attn_mask=mask)
+        output = F.scaled_dot_product_attention(
+            q.flatten(2, 3).transpose(1, 2), keys, values, attn_mask=self.seen(mask)
+        )
         output = output.transpose(1, 2)
         if self.gated:
             output = output * gate.flatten(2, 3).sigmoid()
         return self.out_proj(output.flatten(2)), keys_values
+
+    def seen(self, mask: torch.Tensor) -> torch.Tensor:
+        """What of the tokens that the model's windows allow."""
+        return mask
 
     def normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Each head, or all heads together."""
@@ -323,7 +329,24 @@ def delta_rule_by_chunk(q, k, v, g, beta, state):
     return torch.cat(outputs, dim=2).transpose(1, 2), state
 
 
-MIXERS = {"A": Attention, "G": GatedDeltaNet, "K": KimiDeltaAttention, "M": Mamba2}
+class SlidingAttention(Attention):
+    """Letter S: a token sees itself and the reach - 1 tokens before it."""
+
+    section = "sliding_attention"
+
+    def __init__(self, model: dict):
+        super().__init__(model)
+        self.reach = model[self.section]["reach"]
+
+    def seen(self, mask: torch.Tensor) -> torch.Tensor:
+        queries, keys = mask.shape[-2:]
+        distance = torch.arange(keys - queries, keys, device=mask.device)[:, None] - torch.arange(
+            keys, device=mask.device
+        )
+        return mask & (distance < self.reach)
+
+
+MIXERS = {"A": Attention, "S": SlidingAttention, "G": GatedDeltaNet, "K": KimiDeltaAttention, "M": Mamba2}
 
 
 class Layer(nn.Module):
