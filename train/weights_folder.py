@@ -23,6 +23,7 @@ class WeightsFolder:
     Attributes:
         files: tensor -> its file.
         shapes: tensor -> its shape.
+        dtypes: tensor -> its type, as safetensors names it.
 
     Args:
         error: raised, in one line with the file's path, for what is missing or cannot be read.
@@ -33,12 +34,15 @@ class WeightsFolder:
         self._open: dict[str, Any] = {}
         self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for name in self._names():
             if Path(name).name != name:  # nothing outside the folder is read
                 raise error(f"{path / INDEX}: names a file '{name[:80]}' that is not in the folder")
             with self._reading(name), safe_open(path / name, framework="numpy") as file:
                 for tensor in file.keys():
-                    self.files[tensor], self.shapes[tensor] = name, tuple(file.get_slice(tensor).get_shape())
+                    part = file.get_slice(tensor)
+                    self.files[tensor], self.shapes[tensor] = name, tuple(part.get_shape())
+                    self.dtypes[tensor] = part.get_dtype()
 
     def tensor(self, name: str) -> "torch.Tensor":
         file = self.files[name]

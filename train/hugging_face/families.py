@@ -133,6 +133,7 @@ FAMILIES = {
         Family("qwen3", _plain(**NORMED)),
         Family("qwen2", _plain(qkv_bias=True)),
         Family("olmo2", _plain(**OLMO)),
+        Family("ouro", _plain(norms="sandwich")),
         Family("llama", _plain()),
     )
 }

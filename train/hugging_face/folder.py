@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from powernap.parallel.checkpoint.shards import Split
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+FLOATS = ("BF16", "F16", "F32", "F64")
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # what precedes "layers."
-IGNORED = ("model.visual.", "visual.", "mtp.", "model.mtp.")  # pictures; heads that predict several tokens
+# Pictures; heads that predict several tokens; Ouro's gate that ends its loops.
+IGNORED = ("model.visual.", "visual.", "mtp.", "model.mtp.", "model.early_exit_gate.")
 IGNORED_ENDS = (".rotary_emb.inv_freq",)  # tables that are computed
 
 
@@ -99,6 +101,10 @@ class HuggingFaceFolder:
         from powernap.train.hugging_face.rules import rules
 
         wanted: set[str] = set()
+        if number := next((n for n, dtype in self.weights.dtypes.items() if dtype not in FLOATS), None):
+            raise HuggingFaceError(
+                f"{self.path}: {number} is {self.weights.dtypes[number]}: weights are read as {', '.join(FLOATS)}"
+            )
         for rule in rules(model, find_family(self.config)[0]):
             shapes = {self.name_of(name): shape for name, shape in rule.theirs.items()}
             wanted |= shapes.keys()
@@ -135,6 +141,8 @@ class HuggingFaceShards:
 
         self._folder = folder
         self._rules = {rule.ours: rule for rule in rules(model, find_family(folder.config)[0])}
+        # Between passes as after the last one: Ouro's loop.
+        self._rules["pass_norm.weight"] = self._rules["decoder.final_layernorm.weight"]
 
     def shard(self, name: str, split: "Split | None", rank: int, ranks: int) -> "torch.Tensor":
         """The part of a parameter that tensor rank `rank` of `ranks` has; nothing else of it stays in memory."""

@@ -34,11 +34,15 @@ class Rule:
     added_up: bool = False
 
 
-NORMS = {  # of a block
-    "input_layernorm": "input_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-    "post_mixer_layernorm": "post_attention_layernorm",
-    "post_mlp_layernorm": "post_feedforward_layernorm",
+NORMS = {  # of a block, by where they are; around both as in Ouro
+    "pre": {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+    "post": {"post_mixer_layernorm": "post_attention_layernorm", "post_mlp_layernorm": "post_feedforward_layernorm"},
+    "sandwich": {
+        "input_layernorm": "input_layernorm",
+        "post_mixer_layernorm": "input_layernorm_2",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "post_mlp_layernorm": "post_attention_layernorm_2",
+    },
 }
 
 
@@ -48,8 +52,9 @@ def rules(model: ModelConfig, family: Family) -> list[Rule]:
     found.append(_same("embedding.weight", "embed_tokens.weight", model.vocab_size, width))
     for number, mixer in enumerate(model.mixers):
         ours, theirs = f"decoder.layers.{number}.", f"layers.{number}."
+        names = NORMS[mixer.norms]
         norms = model.block_norms(number)
-        found += [_same(f"{ours}{norm}.weight", f"{theirs}{NORMS[norm]}.weight", width) for norm in norms]
+        found += [_same(f"{ours}{norm}.weight", f"{theirs}{names[norm]}.weight", width) for norm in norms]
         found += _mlp(f"{ours}mlp.", f"{theirs}mlp.", model)
         if isinstance(mixer, Attention):
             found += _attention(f"{ours}self_attention.", f"{theirs}self_attn.", model, mixer)

@@ -115,6 +115,126 @@ def test_logits_and_gradients_are_those_of_transformers(models, topology, name):
         )
 
 
+MUTATIONS = {  # what an importer may get wrong -> the model, fields that are so
+    "epsilon of the norms": ("qwen3", {"norm_eps": 1e-4}),
+    "scale of the queries": ("qwen3_5", {"gdn": {"scale_queries": False}}),
+    "epsilon of the L2 norm": ("qwen3_5", {"gdn": {"l2_eps": 0.0}}),
+    "epsilon of the output's norm": ("olmo_hybrid", {"gdn": {"norm_eps": 1e-6}}),
+    "write strength to 1": ("olmo_hybrid", {"gdn": {"allow_neg_eigval": False}}),
+    "rotated dimensions": ("qwen3_5", {"attention": {"rotary_dims": 16}}),
+    "base of the rotation": ("llama", {"attention": {"rope_base": 1e5}}),
+    "1 + w": ("qwen3_5", {"zero_centred_norms": False}),
+    "norms over heads": ("olmo2", "q_norm of each head"),
+    "gate and query exchanged": ("qwen3_5", "gate before query"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_sees(models, topology, mutation):
+    name, fields = MUTATIONS[mutation]
+    reference, folder = models[name]
+    stage = ours(folder, topology)
+    if isinstance(fields, dict):
+        section = stage.model.model_dump()
+        changed = {k: section[k] | v if isinstance(v, dict) else v for k, v in fields.items()}
+        model = ModelConfig(**{k: v for k, v in section.items() if v is not None} | changed)
+        mutated = HybridStage(model, SleepConfig(), topology.groups)
+        mutated.load_state_dict(stage.state_dict())
+        stage = mutated
+    for layer in stage.decoder.layers:
+        mixer = layer.self_attention
+        if fields == "q_norm of each head":
+            mixer.q_norm.forward = lambda x, norm=mixer.q_norm: torch.nn.functional.rms_norm(
+                x, x.shape[-1:], eps=norm.eps
+            )
+        elif fields == "gate before query" and hasattr(mixer, "q_norm"):
+            rows = mixer.qkv_proj.weight.data.view(2, -1, 16, 32)  # groups, [two queries | two gates | k | v]
+            rows[:, :4] = rows[:, [2, 3, 0, 1]]
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(
+            training_logits(stage, some_tokens(), 1), reference(some_tokens()).logits, rtol=0, atol=2e-5
+        )
+
+
+def ouro(weights, config, tokens):
+    """Ouro's block (arXiv 2510.25741) written out: a norm before and after attention and MLP; one step of its loop."""
+
+    def norm(x, name):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weights[f"model.{name}.weight"], config["rms_norm_eps"])
+
+    heads, length = config["num_attention_heads"], tokens.shape[1]
+    x = weights["model.embed_tokens.weight"][tokens]
+    width = x.shape[-1] // heads
+    angles = torch.arange(length)[:, None] * config["rope_theta"] ** (-torch.arange(0, width, 2) / width)
+    for block in range(config["num_hidden_layers"]):
+        prefix = f"layers.{block}."
+
+        def project(y, name, prefix=prefix):
+            return y @ weights[f"model.{prefix}{name}.weight"].T
+
+        y = norm(x, f"{prefix}input_layernorm")
+        q, k, v = (project(y, f"self_attn.{n}_proj").unflatten(-1, (heads, width)).transpose(1, 2) for n in "qkv")
+        q, k = (
+            torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+            for a, b in (t.chunk(2, -1) for t in (q, k))
+        )
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + norm(project(attended, "self_attn.o_proj"), f"{prefix}input_layernorm_2")
+        y = norm(x, f"{prefix}post_attention_layernorm")
+        y = project(torch.nn.functional.silu(project(y, "mlp.gate_proj")) * project(y, "mlp.up_proj"), "mlp.down_proj")
+        x = x + norm(y, f"{prefix}post_attention_layernorm_2")
+    return norm(x, "norm") @ weights["lm_head.weight"].T
+
+
+def test_ouro(topology, tmp_path, monkeypatch):
+    """Random weights of its shape: its own are not to be had here, nor is a class of transformers."""
+    config = {
+        "model_type": "ouro", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "total_ut_steps": 4,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder = tmp_path / "ouro"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(window=WINDOW, **find_family(config)[0].section(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {n: s for rule in rules(model, find_family(config)[0]) for n, s in rule.theirs.items()}
+    weights = {
+        n if n.startswith("lm_head.") else f"model.{n}": torch.randn(s, generator=generator)
+        / (s[-1] ** 0.5 if len(s) == 2 else 1)
+        for n, s in shapes.items()
+    }
+    save_file(weights | {"model.early_exit_gate.weight": torch.ones(1, 32)}, folder / "model.safetensors")
+    assert {n for n in weights if "layers.0." in n and "norm" in n} == {
+        f"model.layers.0.{n}.weight"
+        for side in ("input_layernorm", "post_attention_layernorm")
+        for n in (side, f"{side}_2")
+    }
+    found = training_logits(ours(folder, topology), some_tokens(), 1)
+    torch.testing.assert_close(found, ouro(weights, config, some_tokens()), rtol=0, atol=2e-5)
+
+    # Its loop norms between steps with the last norm: so does a run whose passes have one.
+    monkeypatch.chdir(tmp_path)
+    runs.prepare(tmp_path)
+    assert cli.main(["import", str(folder), "--recipe", "ouro.yaml", "--window", "12"]) == 0
+    shutil.copyfile("ouro.yaml", "tiny.yaml")
+    changes = [
+        "sleep.pass_norm=true",
+        "sleep.every_window=false",
+        "data.train=data/train-*.tar",
+        "data.sequence_length=24",
+    ]
+    small = [
+        "train.steps=1",
+        "optimizer.lr=1e-30",
+        "optimizer.warmup_steps=1",
+        "train.global_batch_size=4",
+        "model.pad_token_id=0",
+    ]
+    run = runs.train_in_turn(tmp_path, 1, {"looped": [*changes, *small, "train.precision=fp32"]})["looped"]
+    assert torch.equal(runs.weights(run)["pass_norm.weight"], weights["model.norm.weight"])
+
+
 def gradients_of(rule, parameters):
     """Of the tensors of a rule, from transformers' parameters: OLMo-Hybrid's convolution is three in files, one in memory."""
     names = [name if name.startswith("lm_head.") else f"model.{name}" for name in rule.theirs]
@@ -233,6 +353,10 @@ Q, MISSING = "model.layers.3.self_attn.q_proj.weight", "model.layers.0.linear_at
 WRONG = {
     "missing": (lambda folder: damage(folder, lambda w: w.pop(MISSING)), f"has no {MISSING}"),
     "transposed": (lambda folder: damage(folder, lambda w: w.update({Q: w[Q].T})), f"{Q} is [32, 128], not [128, 32]"),
+    "of another type": (
+        lambda folder: damage(folder, lambda w: w.update({Q: w[Q].to(torch.int8)})),
+        f"{Q} is I8: weights are read as BF16, F16, F32, F64",
+    ),
     "one more": (
         lambda folder: damage(folder, lambda w: w.update({"model.layers.0.bias": w[MISSING] + 1})),
         "has model.layers.0.bias, which no rule reads",
@@ -244,7 +368,7 @@ WRONG = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
     "another family": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
-        "config.json: model_type=gpt2: computed are qwen3_5_text, qwen3_next, olmo_hybrid, qwen3, qwen2, olmo2, llama",
+        "config.json: model_type=gpt2: computed are qwen3_5_text, qwen3_next, olmo_hybrid, qwen3, qwen2, olmo2, ouro, llama",
     ),
     "half a config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
@@ -302,7 +426,8 @@ def test_a_recipe_of_another_function_is_refused(models, tmp_path, capfd, monkey
 EXPORTED = {"qwen3_5, tied": ["parallel.tensor=2"], "qwen3_5, shared keys": ["parallel.tensor=2", "parallel.pipeline=1"],
             "qwen3_next": ["parallel.pipeline=2"], "llama": ["parallel.data=2", "zero.stage=3"],
             "qwen2": ["parallel.tensor=2"], "olmo2": ["parallel.tensor=2", "parallel.sequence=true"],
-            "olmo_hybrid, no positions": ["parallel.tensor=2"]}  # fmt: skip
+            "olmo_hybrid, no positions": ["parallel.tensor=2"],
+            "qwen3_5": ["parallel.tensor=2", "parallel.pipeline=2"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +445,8 @@ def untouched(models, tmp_path_factory):
             "train.steps=1", "train.global_batch_size=8", "optimizer.warmup_steps=1", "optimizer.lr=1e-30",
             "sleep.every_window=false", *layout,
         ]  # fmt: skip
-        found[name] = runs.train_in_turn(place, 2, {f"run{number}": changes})[f"run{number}"]
+        processes = 4 if {"parallel.tensor=2", "parallel.pipeline=2"} <= {*layout} else 2
+        found[name] = runs.train_in_turn(place, processes, {f"run{number}": changes})[f"run{number}"]
     return found
 
 

@@ -36,6 +36,7 @@ STARTED = {
     "zero3": (2, "one", ["parallel.data=2", "zero.stage=3"]),
     "zero3_states": (2, "one", ["parallel.data=2", "zero.stage=3", "train.start_optimizer=true"]),
     "bf16": (2, "one", ["parallel.data=2", "train.precision=bf16"]),
+    "tensor_pipeline": (4, "tensor", ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 
 
@@ -54,7 +55,7 @@ def started(folder):
     for processes in (1, 2):
         found |= runs.train_in_turn(folder, processes, {n: o for n, (p, o) in SOURCES.items() if p == processes})
     export(RunFolder(found["one"]).newest_checkpoint(), RunFolder(found["one"]).recipe(), folder / "exported")
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         chosen = {
             name: [f"train.start_from={source}", *overrides, *ALONE]
             for name, (needs, source, overrides) in STARTED.items()
