@@ -31,6 +31,7 @@ try:
         RowParallelLinear,
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
+        gather_from_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
         set_tensor_model_parallel_attributes,
     )
@@ -61,6 +62,7 @@ __all__ = [
     "TransformerLayerSubmodules",
     "VocabParallelEmbedding",
     "copy_to_tensor_model_parallel_region",
+    "gather_from_tensor_model_parallel_region",
     "reduce_from_tensor_model_parallel_region",
     "interleaved_1f1b",
     "one_f_one_b",

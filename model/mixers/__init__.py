@@ -4,13 +4,14 @@ import inspect
 
 from powernap.model.mixers.attention import Attention
 from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.model.mixers.jet_block import JetBlock
 from powernap.model.mixers.kimi_delta_attention import KimiDeltaAttention
 from powernap.model.mixers.mamba2 import Mamba2
 from powernap.model.mixers.sliding_attention import SlidingAttention
 from powernap.model.part import Mixer
 from powernap.model.plugins import PluginError, plugins
 
-BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet, Mamba2, KimiDeltaAttention, SlidingAttention)
+BUILT_IN: tuple[type[Mixer], ...] = (Attention, GatedDeltaNet, Mamba2, KimiDeltaAttention, SlidingAttention, JetBlock)
 
 
 def _registry() -> dict[str, type[Mixer]]:

@@ -133,7 +133,7 @@ class GatedDeltaNet(RecurrentMixer):
         of gated_delta_rule saves q, k, v, g, beta and a 64 x 64 matrix per chunk), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
-        projected = number * (3 * self.groups * self._channels + self.heads * (d_v + 2))
+        projected = number * self.numbers_projected(model)
         if device == "cuda" and is_bf16:
             rule = number * (4 * d_k + d_v + FLA_CHUNK) + 11 * FP32
             return projected + self.heads * (rule + (0 if state_only else 5 * d_v * number))
@@ -143,6 +143,10 @@ class GatedDeltaNet(RecurrentMixer):
             return projected + self.heads * write
         read = FP32 * (2 * chunk + 4 * d_k) + (14 if is_bf16 else 5 * FP32) * d_v
         return projected + self.heads * (write + read)
+
+    def numbers_projected(self, model: ModelConfig) -> int:
+        """Per token: the projection, the convolution before and after SiLU."""
+        return 3 * self.groups * self._channels + self.heads * (self.value_dim + 2)
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         from powernap.model.mixers.fla import check_fla
@@ -159,7 +163,6 @@ class GatedDeltaNet(RecurrentMixer):
         conv_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """hidden_states [L, B, D], state [B, heads/TP, d_k, d_v] -> (output [L, B, D] or None, new state, seen)."""
-        import torch.nn.functional as F
 
         d_k, d_v, values = self.key_dim, self.value_dim, self._values
         projected, _ = layer.in_proj(hidden_states)
@@ -167,8 +170,7 @@ class GatedDeltaNet(RecurrentMixer):
         projected = projected.view(length, batch, self.groups // layer.tp_size, -1)
         sizes = [self._channels, values * d_v, values, values * self.decays]
         qkv, z, beta, alpha = projected.split(sizes, dim=-1)
-        convolved, seen = self.convolve(layer, qkv, window, conv_state)
-        q, k, v = F.silu(convolved).split([d_k, d_k, values * d_v], dim=-1)
+        (q, k, v), seen = self.features(layer, hidden_states, qkv, window, conv_state)
         q, k = self.normalize(q), self.normalize(k)
         if self.scale_queries:
             q = q * d_k**-0.5
@@ -190,6 +192,21 @@ class GatedDeltaNet(RecurrentMixer):
         output = layer.norm(output.transpose(0, 1)) * self.gate(z)
         output, _ = layer.out_proj(output.reshape(length, batch, -1))
         return output, state, seen
+
+    def features(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        qkv: torch.Tensor,
+        window: Window,
+        conv_state: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """qkv [L, B, groups/TP, channels] -> (q, k, v of each head of keys, [conv_state, inputs] of the convolution)."""
+        import torch.nn.functional as F
+
+        convolved, seen = self.convolve(layer, qkv, window, conv_state)
+        sizes = [self.key_dim, self.key_dim, self._values * self.value_dim]
+        return list(F.silu(convolved).split(sizes, dim=-1)), seen
 
     def log_decay(self, layer: MixerModule, alpha: torch.Tensor) -> torch.Tensor:
         """g = -exp(A_log) softplus(alpha + dt_bias); alpha [L, B, heads/TP, decays] -> [L, B, heads/TP]."""

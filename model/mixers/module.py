@@ -8,6 +8,7 @@ from powernap.model.megatron import (
     MegatronModule,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
@@ -60,6 +61,11 @@ class MixerModule(MegatronModule):
 
     def decode(self, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         return self.mixer.decode(self, hidden_states, cache, window)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's part of the last dimension, for each rank to use in its own way: gradients are summed."""
+        gathered = gather_from_tensor_model_parallel_region(x, self.tp_group)
+        return copy_to_tensor_model_parallel_region(gathered, self.tp_group)
 
     def watch_gates(self, window: Window, log_alpha: torch.Tensor, beta: torch.Tensor) -> None:
         """Record the means, without pads, of alpha, the share of the old state that a token keeps, and beta, its write

@@ -64,5 +64,7 @@ def test_small_letters_have_no_mlp():
         2,
     ]
     assert recipe.model.fast_weight_blocks == (1, 3)
-    with pytest.raises(RecipeError, match="use only the letters A, G, M, K, S, small ones for blocks without an MLP"):
+    with pytest.raises(
+        RecipeError, match="use only the letters A, G, M, K, S, J, small ones for blocks without an MLP"
+    ):
         load_recipe("depo", ["model.pattern=Ax"])

@@ -23,8 +23,8 @@ LAYOUTS = {
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
 }
-OLMO = {
-    "pattern": "AgGS",
+FURTHER = {  # OLMo-Hybrid's norms, a block without an MLP, and the letters that no other case has
+    "pattern": "AgGSJ",
     "sliding_attention": {"heads": 2, "reach": 4},
     "attention": {
         "heads": 4,
@@ -122,7 +122,7 @@ CASES = {
         tensor=2, sequence=True, model=GROUPED, sleep=EVICTIONS["sliding"], recompute=True
     ),
     "PP2, grouped and gated heads": Case(pipeline=2, model=GROUPED),
-    "TP2+SP, norms over the width and after": Case(tensor=2, sequence=True, model=OLMO),
+    "TP2+SP, further choices and letters": Case(tensor=2, sequence=True, model=FURTHER),
     "PP2, probes, kept": Case(pipeline=2, probes=True),
     "TP2xPP2+SP, probes, sliding, pads": Case(
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]

@@ -19,7 +19,7 @@ CLASSES = {
     "AutoConfig": "configuration_powernap.PowernapConfig",
     "AutoModelForCausalLM": "modeling_powernap.PowernapForCausalLM",
 }
-LETTERS = "AGKMS"  # that it computes: another package's mixer it does not know
+LETTERS = "AGJKMS"  # that it computes: another package's mixer it does not know
 CARD = """# {name}
 
 Trained with Powernap, exported after step {step:,}: pattern {pattern}, windows of {window} tokens, N={passes}. It sleeps here, too:

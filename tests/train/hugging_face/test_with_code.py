@@ -33,7 +33,7 @@ OLMO = {
 # name: fields of the model, of sleep
 CASES = {
     **{f"AGAG, {name}": ({}, sleep) for name, sleep in SLEEPS.items()},
-    **{f"{kind}{other}": ({"pattern": f"A{kind}{other}"}, {}) for kind, other in ("GA", "KM", "MG")},
+    **{f"{kind}{other}": ({"pattern": f"A{kind}{other}"}, {}) for kind, other in ("GA", "KM", "MG", "JA")},
     "SG": ({"pattern": "SGAS", "sliding_attention": {"reach": 4}}, {}),
     "sliding, S": ({"pattern": "SGAS", "sliding_attention": {"reach": 4}}, {"eviction": "sliding"}),
     "sliding, K": ({"pattern": "AKA"}, {"eviction": "sliding", "every_window": True}),

@@ -209,8 +209,7 @@ class GatedDeltaNet(Recurrent):
         rows = self.in_proj(x).view(batch, length, self.groups, -1)
         sizes = [self.channels, self.values * self.d_v, self.values, self.values * self.decays]
         qkv, z, beta, alpha = rows.split(sizes, dim=-1)
-        qkv, conv_state = self.convolve(qkv, conv_state, real)
-        q, k, v = F.silu(qkv).split([self.d_k, self.d_k, self.values * self.d_v], dim=-1)
+        q, k, v, conv_state = self.features(x, qkv, conv_state, real)
         q, k = self.normalize(q) * self.scale, self.normalize(k)
         q, k = (t.repeat_interleave(self.values, dim=2) for t in (q, k))
         v, z, beta, alpha = (t.reshape(batch, length, self.heads, -1) for t in (v, z, beta, alpha))
@@ -223,6 +222,10 @@ class GatedDeltaNet(Recurrent):
         output, state = read(*(t.to(state.dtype) for t in (q, k, v)), g, beta, state)
         output = self.norm(output.to(x.dtype)) * self.gate(z)
         return self.out_proj(output.flatten(2)), state, conv_state
+
+    def features(self, x, qkv, conv_state, real):
+        qkv, conv_state = self.convolve(qkv, conv_state, real)
+        return *F.silu(qkv).split([self.d_k, self.d_k, self.values * self.d_v], dim=-1), conv_state
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.l2_eps:
@@ -247,6 +250,34 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     def gate(self, z: torch.Tensor) -> torch.Tensor:
         return z.sigmoid()
+
+
+class JetBlock(GatedDeltaNet):
+    """Letter J (arXiv 2508.15884): the convolution is on v alone, with taps made from the input of each token."""
+
+    section = "jet"
+
+    def __init__(self, model: dict):
+        super().__init__(model)
+        own, width = model["jet"], self.values * self.d_v
+        self.taps = own.get("conv_kernel", 4)
+        del self.conv_weight
+        self.generator_in = nn.Linear(model["hidden_size"], own["generator_dim"], bias=False)
+        self.generator_out = nn.Parameter(torch.zeros(self.groups, width * self.taps, own["generator_dim"]))
+
+    def empty(self, batch: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        state = torch.zeros((batch, *self.state_shape), dtype=dtype, device=like.device)
+        conv_state = like.new_zeros((batch, self.taps - 1, self.groups, self.values * self.d_v))
+        return {"state": state, "conv_state": conv_state, "at_start": state}
+
+    def features(self, x, qkv, conv_state, real):
+        q, k, v = qkv.split([self.d_k, self.d_k, self.values * self.d_v], dim=-1)
+        v = v if real is None else v * real[..., None, None]
+        kernels = torch.einsum("blr,gcr->blgc", F.silu(self.generator_in(x)), self.generator_out.to(x.dtype))
+        kernels, seen = kernels.unflatten(-1, (-1, self.taps)), torch.cat([conv_state, v], dim=1)
+        v = sum(seen[:, i : i + x.shape[1]] * kernels[..., i] for i in range(self.taps))
+        return F.silu(q), F.silu(k), F.silu(v), seen[:, seen.shape[1] - (self.taps - 1) :]
 
 
 class Mamba2(Recurrent):
@@ -346,7 +377,14 @@ class SlidingAttention(Attention):
         return mask & (distance < self.reach)
 
 
-MIXERS = {"A": Attention, "S": SlidingAttention, "G": GatedDeltaNet, "K": KimiDeltaAttention, "M": Mamba2}
+MIXERS = {
+    "A": Attention,
+    "S": SlidingAttention,
+    "G": GatedDeltaNet,
+    "J": JetBlock,
+    "K": KimiDeltaAttention,
+    "M": Mamba2,
+}
 
 
 class Layer(nn.Module):
