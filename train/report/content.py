@@ -264,7 +264,22 @@ def _origin(runs: list[ReportedRun]) -> Section:
             Cell(origin.get("date", "-")), Cell(commit), Cell(_machine(origin.get("machine"))),
         ])  # fmt: skip
     sentence = "Losses, times and memory are from each run's metrics.jsonl, accuracy from its evaluation.json."
-    return Section("Where the numbers come from", [sentence], tables=[Table(columns, rows, left=len(columns))])
+    sentences = [sentence, *(event for run in runs for event in _history(run))]
+    return Section("Where the numbers come from", sentences, tables=[Table(columns, rows, left=len(columns))])
+
+
+def _history(run: ReportedRun) -> list[str]:
+    """What a run began with, and what was changed while it went on."""
+    sentences = []
+    if source := run.origin.get("started_from"):
+        what = "continues" if source.get("branch") else "began with the weights of"
+        step = f", step {source['step']:,}" if source["step"] else ""
+        sentences.append(f"{run.path} {what} {source['folder']}{step}.")
+    for line in run.history:
+        if changes := line.get("changes"):
+            fields = "; ".join(f"{field}: {before} to {now}" for field, (before, now) in changes.items())
+            sentences.append(f"{run.path} after step {line['step']:,}: {fields}.")
+    return sentences
 
 
 def _asked(evaluation: dict) -> str:

@@ -47,6 +47,7 @@ class ReportedRun:
         self.recipe: Recipe = folder.recipe()
         self.metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         self.origin = _read_json(folder.origin) or {}
+        self.history = folder.read_history()
         self.work = _read_json(folder.work) or {}
         self.manifest = self.work if self.work.get("task") else first_manifest(self.recipe)
         self.evaluation = _read_json(folder.evaluation)

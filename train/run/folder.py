@@ -126,6 +126,10 @@ class RunFolder:
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def read_history(self) -> list[dict[str, Any]]:
+        """Its lines; none of runs that began before there was one."""
+        return [json.loads(line) for line in self.history.read_text().splitlines()] if self.history.is_file() else []
+
     def write_work(self, work: Mapping[str, Any]) -> None:
         """Raises OSError."""
         self.work.write_text(json.dumps(work, indent=2) + "\n")

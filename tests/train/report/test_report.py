@@ -290,3 +290,22 @@ def test_where_a_report_goes_is_checked_before_the_runs_are_read(tmp_path, monke
     for to in (tmp_path / "file", tmp_path / "file" / "report", Path("/proc/report")):
         with pytest.raises(OutputError, match=f"--to {to}: .*: choose another"):
             write_report([], to)
+
+
+def test_what_a_run_began_with_and_what_changed(tmp_path):
+    folder = make_run(tmp_path, "later", evaluated=False)
+    origin = json.loads((folder / "origin.json").read_text())
+    started = {"folder": "runs/n1/checkpoints/step_00000010", "step": 10}
+    (folder / "origin.json").write_text(json.dumps(origin | {"started_from": started}))
+    lines = [{"step": 0, "started_from": started}, {"step": 20, "changes": {"train.steps": [30, 40]}}]
+    (folder / "history.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    write_report([folder], tmp_path / "report", "One")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert f"{folder} began with the weights of runs/n1/checkpoints/step_00000010, step 10." in page
+    assert f"{folder} after step 20: train.steps: 30 to 40." in page
+    (folder / "origin.json").write_text(json.dumps(origin | {"started_from": started | {"branch": True}}))
+    write_report([folder], tmp_path / "again", "One")
+    assert (
+        f"{folder} continues runs/n1/checkpoints/step_00000010, step 10."
+        in (tmp_path / "again" / "report.md").read_text()
+    )
