@@ -21,6 +21,7 @@ from powernap.launch.commands import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     import_model,
@@ -59,6 +60,7 @@ COMMANDS = (
     compare,
     sync,
     ui,
+    doctor,
     demo,
 )
 
