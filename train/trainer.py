@@ -92,7 +92,8 @@ class Trainer:
             start = branch.open_together(recipe, topology)
         self.notes = source.describe(recipe) if source else []  # what the log says of the start
         topology.raise_together(partial(self.begin, start, source, resume, branches))
-        self.stage, self.zero = build(recipe, topology, Start(source, recipe, topology) if source else None)
+        opened = Start(source, recipe, topology) if source else None
+        self.stage, self.zero = build(recipe, topology, opened, draw=start is None)
         self.state, skipped_steps = self.restore(start, branches) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
         resume_step = self.state.step if resume or branches else None
@@ -237,11 +238,16 @@ def agree_to_stop(signals: Signals, topology: Topology) -> bool:
     return bool(topology.all_reduce_max(signals.stop is not None))
 
 
-def build(recipe: Recipe, topology: Topology, start: Start | None = None) -> tuple[HybridStage, ZeroOptimizer]:
+def build(
+    recipe: Recipe, topology: Topology, start: Start | None = None, draw: bool = True
+) -> tuple[HybridStage, ZeroOptimizer]:
     """This rank's part of the model with its initial weights, and its optimizer.
 
     Weights are drawn from the same seed on every rank, but for those that `start` has. A rank never holds more than its part
     of the weights and one block, which is drawn or read before ZeRO 3 splits it.
+
+    Args:
+        draw: False: weights and states come from a checkpoint next.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     for mixer in dict.fromkeys(recipe.model.mixers):
@@ -262,7 +268,7 @@ def build(recipe: Recipe, topology: Topology, start: Start | None = None) -> tup
             topology.groups,
             blocks=recipe.stage_blocks[topology.pp_rank],
             sequence_parallel=recipe.parallel.sequence,
-            draw=not start or bool(start.source.drawn(recipe)),
+            draw=draw and (not start or bool(start.source.drawn(recipe))),
             built=built,
         ).to(topology.device)
     zero = ZeroOptimizer(

@@ -18,12 +18,8 @@ if TYPE_CHECKING:
     from powernap.parallel.checkpoint.reader import Checkpoint
     from powernap.parallel.topology import Topology
 
-OWN = {
-    "run.name",
-    "train.branch_from",
-    "train.start_from",
-    "train.start_optimizer",
-}  # fields that need not be the source's
+# Fields that need not be the source's.
+OWN = {"run.name", "train.branch_from", "train.start_from", "train.start_optimizer"}
 
 
 def find(recipe: Recipe) -> Past:
