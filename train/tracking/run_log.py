@@ -20,6 +20,26 @@ logger = logging.getLogger("powernap")  # the parent of every module's logger he
 step_logger = logging.getLogger("powernap.step")  # too many lines for a terminal, which has the bar
 
 
+def slow_on_gpus(recipe: Recipe, topology: Topology) -> list[str]:
+    """What would make a run on GPUs many times slower than need be."""
+    if topology.device.type != "cuda":
+        return []
+    import torch.distributed as dist
+    from torch.cuda import device_count
+
+    found = []
+    if recipe.train.precision == "fp32":
+        found.append(
+            "train.precision=fp32 on GPUs: no tensor cores, none of FLA's kernels; bf16 is several times faster"
+        )
+    if topology.world_size > 1 and dist.get_backend() == "gloo":
+        found.append(
+            f"{topology.world_size} ranks talk by gloo, through the processors' memory, since those of a machine see {device_count()} of "
+            "its GPUs: let every rank see all of them (SLURM: --gpus-per-node in place of --gpus-per-task)"
+        )
+    return found
+
+
 class RunLog:
     """Everything rank 0 writes during a run; on the other ranks every method does nothing.
 
@@ -70,6 +90,8 @@ class RunLog:
         )
         processes = f"{topology.world_size} process{'es' if topology.world_size > 1 else ''}"
         logger.info("%s on %s, %s, into %s", processes, topology.device.type, recipe.train.precision, self._folder.path)
+        for line in slow_on_gpus(recipe, topology):
+            logger.warning("%s", line)
         for line in notes:
             logger.info("%s", line)
         for reason in passed_over:

@@ -9,7 +9,7 @@ import pytest
 
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
-from powernap.train.tracking.run_log import RunLog
+from powernap.train.tracking.run_log import RunLog, slow_on_gpus
 from powernap.train.tracking.trackers import Trackers
 from tests.helpers import runs, warm
 
@@ -93,3 +93,17 @@ def test_a_diverged_run_stops_with_one_line_and_is_marked_failed(folder):
     assert "DivergedError" in (run / "logs" / "train.log").read_text()
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     assert client.get_run((run / "mlflow_run_id").read_text().strip()).info.status == "FAILED"
+
+
+def test_what_slows_a_run_on_gpus_is_said(monkeypatch):
+    import torch
+
+    recipe = load_recipe("depo", ["train.precision=fp32"])
+    fast = load_recipe("depo", ["train.precision=bf16"])
+    place = SimpleNamespace(device=torch.device("cuda", 0), world_size=8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    precision, gloo = slow_on_gpus(recipe, place)
+    assert "fp32" in precision and "8 ranks talk by gloo" in gloo and "see 1 of its GPUs" in gloo
+    assert slow_on_gpus(fast, SimpleNamespace(device=torch.device("cuda", 0), world_size=1)) == []
+    assert slow_on_gpus(recipe, SimpleNamespace(device=torch.device("cpu"), world_size=8)) == []
