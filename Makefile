@@ -18,7 +18,7 @@ check: install  ## lint, types, and the tests that start no process (within a mi
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO) --quick -q -r fE
 
-test: install  ## lint, types, and the test suite
+test: install .venv/kernels  ## lint, types, and the test suite
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO)
 
@@ -62,6 +62,11 @@ install: .venv/installed  ## the virtual environment alone
 	$(BIN)/python -m pip install --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[text,test]'
 	@touch $@
+
+# FLA's kernels for tests that interpret them; apart, since transformers would call them where no GPU is. Where there is no wheel of
+# Triton the tests are skipped.
+.venv/kernels: constraints.txt
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps --upgrade --target $@ triton fla-core || echo "no Triton here"
 
 clean:  ## remove the virtual environment (runs/ and data/ stay)
 	rm -rf .venv

@@ -62,7 +62,7 @@ def test_the_commit_of_an_image_is_the_one_it_was_built_from(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("base_torch", "extras", "wanted", "torch"),
     [
-        ("2.13.0+cu130", "cuda, text", "flash-linear-attention", "torch==2.13.0+cu130"),
+        ("2.13.0+cu130", "cuda, text", "fla-core", "torch==2.13.0+cu130"),
         (None, "text,test", "pytest", "torch==2.13.0"),
     ],
 )

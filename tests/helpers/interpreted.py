@@ -1,0 +1,174 @@
+"""FLA's Triton kernels, interpreted on the CPU: a process of its own, started with TRITON_INTERPRET=1, that writes errors as JSON.
+
+python -m tests.helpers.interpreted CASES OUT      CASES: names of test_kernels_interpreted.py, separated by |
+
+The interpreter runs a kernel's program block by block in NumPy. It shows whether arguments, layouts, masks and gradients are
+right; not tiles, TF32, races, or what a compiler makes of it. Triton 3.7.1's needs repairs, made below.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def repair_triton() -> None:
+    """Before FLA is imported."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.autotuner import Autotuner
+
+    tune = Autotuner.__init__
+
+    def without_tuning(self, function, names, configs, *options, **further):
+        """The first configuration: to compare several a driver is asked, and there is none."""
+        tune(self, function, names, configs[:1], *options, **further)
+
+    Autotuner.__init__ = without_tuning
+
+    def is_bf16(handle) -> bool:
+        return handle.dtype.scalar == tl.bfloat16
+
+    def wide(handle):
+        """bfloat16 is kept as 16-bit integers: the interpreter computes with these where it should with their values."""
+        return interpreter.TensorHandle(from_bf16(handle.data), tl.float32) if is_bf16(handle) else handle
+
+    builder = interpreter.InterpreterBuilder
+    dot, binary = builder.create_dot, builder.binary_op
+    builder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+
+    def binary_op(self, left, right, operation):
+        if not is_bf16(left):
+            return binary(self, left, right, operation)
+        found = operation(from_bf16(left.data), from_bf16(right.data))
+        if found.dtype == np.float32:
+            return interpreter.TensorHandle(to_bf16(found), tl.bfloat16)
+        return interpreter.TensorHandle(found, left.dtype.scalar)  # a comparison
+
+    builder.binary_op = binary_op
+    builder.get_bf16 = lambda self, value: interpreter.TensorHandle(to_bf16(np.array([value])), tl.bfloat16)
+    apply = interpreter.ReduceScanOpInterface.apply
+
+    def reduce_or_scan(self, given):
+        if isinstance(given, tuple) or given.dtype.scalar != tl.bfloat16:
+            return apply(self, given)
+        found = apply(self, self.to_tensor(from_bf16(given.handle.data), tl.float32))
+        return self.to_tensor(to_bf16(found.handle.data), tl.bfloat16)
+
+    interpreter.ReduceScanOpInterface.apply = reduce_or_scan
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return from_bf16(data).view(np.uint32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return to_bf16(data.view(np.float32) if data.dtype != np.float32 else data)
+        return convert(data, source, target, rounding)
+
+    interpreter._convert_float = convert_float
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(numbers: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even, as a GPU rounds."""
+    bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded)
+
+
+class Counter(int):
+    """A loop's variable, which compiled code may convert."""
+
+    def to(self, dtype):
+        return self
+
+
+def repair_fla() -> None:
+    import importlib
+
+    for name in ("chunk_delta_h", "chunk_h"):
+        module = importlib.import_module(f"fla.ops.common.{name}")
+        module.range = lambda *bounds: map(Counter, range(*bounds))  # type: ignore[attr-defined]
+
+
+def errors(rule, case) -> dict[str, float]:
+    """The largest difference of each output and gradient, relative to the largest value, from float64 token by token."""
+    inputs = case.inputs()
+    generator = torch.Generator().manual_seed(7)
+    along = {}
+
+    def run(form, dtype):
+        given = {name: t.detach().to(dtype(name)).requires_grad_() for name, t in inputs.items()}
+        arguments = [given[name] for name in ("q", "k", "v", "g", "beta", "state")]
+        if case.transposed:  # as a mixer gives them: tokens before the batch in memory
+            arguments = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in arguments[:5]] + arguments[5:]
+        output, state = form(*arguments)
+        for name, found in (("o", output), ("S", state)):
+            along.setdefault(name, torch.randn(found.shape, generator=generator, dtype=torch.float64))
+        total = sum((found.double() * along[name]).sum() for name, found in (("o", output), ("S", state)))
+        total.backward()
+        return {"o": output, "S": state} | {f"d{name}": t.grad for name, t in given.items()}
+
+    exact = run(rule.sequential, lambda name: torch.float64)
+    found = run(rule.kernel, lambda name: case.dtype if name in "qkv" else torch.float32)
+    return {
+        name: float((found[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-6))
+        for name, value in exact.items()
+    }
+
+
+def state_errors(passes: int, length: int) -> dict[str, float]:
+    """The state's relative error in bfloat16 and float32 after 1, 2, 4, ... passes over one window, each from the state before."""
+    from tests.model.mixers.test_kernels_interpreted import Case
+
+    case, found = Case("G", length, decay=0.004, d_k=32, d_v=32), {}
+    inputs = {name: t.detach() for name, t in case.inputs().items()}
+    arguments = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+    rule = case.rule()
+    exact, states = inputs["state"].double(), {t: inputs["state"].float() for t in (torch.bfloat16, torch.float32)}
+    for number in range(1, passes + 1):
+        _, exact = rule.sequential(*(t.double() for t in arguments), exact)
+        for dtype in states:
+            narrow = [t.to(dtype) for t in arguments[:3]] + [t.float() for t in arguments[3:]]
+            _, states[dtype] = rule.kernel(*narrow, states[dtype])
+            error = float((states[dtype].double() - exact).norm() / exact.norm())
+            found[f"{str(dtype).removeprefix('torch.')}, {number}"] = error
+    return found
+
+
+def planted() -> dict[str, float]:
+    """Of a kernel that is called with decays a tenth too strong."""
+    from powernap.model.mixers.recurrent import Recurrence
+    from tests.model.mixers.test_kernels_interpreted import CASES
+
+    case = CASES["G, short"]
+    rule = case.rule()
+
+    def wrong(q, k, v, g, beta, state):
+        return rule.kernel(q, k, v, 1.1 * g, beta, state)
+
+    return errors(Recurrence(rule.sequential, rule.chunked, wrong), case)
+
+
+def main() -> None:
+    repair_triton()
+    from tests.model.mixers.test_kernels_interpreted import CASES, PASSES, PLANTED, STAGE, stage_errors
+
+    repair_fla()
+    found = {}
+    for name in sys.argv[1].split("|"):
+        if name in CASES:
+            found[name] = errors(CASES[name].rule(), CASES[name])
+        else:
+            further = {STAGE: stage_errors, PASSES: lambda: state_errors(passes=12, length=70), PLANTED: planted}
+            found[name] = further[name]()
+    Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
