@@ -19,6 +19,10 @@ MOST_SEGMENTS = 2**16  # per sequence: windows times passes
 
 def _one_of(built_in: list[str], group: str, name: str) -> str:
     """`name`, if it is built in or an entry point of `powernap.<group>`; else raises ValueError."""
+    if name in built_in and name in offered_by(group):
+        raise ValueError(
+            f"{name} is built in, and an installed package has {group} of that name: rename its entry point"
+        )
     if name in built_in or name in offered_by(group):
         return name
     raise ValueError(f"no {group[:-1]} '{name}': installed are {', '.join([*built_in, *offered_by(group)])}")
@@ -200,17 +204,23 @@ class OptimizerConfig(Section):
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     schedule: str = Field(
-        "wsd", description="learning rate: wsd (warm-up, constant, linear decay), or an installed package's schedule"
+        "wsd",
+        description="learning rate after the warm-up: wsd (constant, then a decay), cosine, linear, inverse_sqrt, or an installed "
+        "package's schedule",
     )
-    hold: float = Field(0.6, ge=0, le=1, description="fraction of all steps at the peak before the linear decay")
+    hold: float = Field(0.6, ge=0, le=1, description="of wsd: fraction of all steps before the decay")
+    decay: Literal["linear", "sqrt"] = Field(
+        "linear", description="of wsd: linear, or one minus the root of the part that is done (arXiv 2405.18392)"
+    )
     final_lr: float = Field(0.02, ge=0, le=1, description="where the decay ends, as a fraction of the peak")
 
     @field_validator("name", "schedule")
     @classmethod
     def _is_installed(cls, name: str, info: ValidationInfo) -> str:
-        group, built_in = {"name": ("optimizers", ["adamw", "muon"]), "schedule": ("schedules", ["wsd"])}[
-            info.field_name or ""
-        ]
+        group, built_in = {
+            "name": ("optimizers", ["adamw", "muon"]),
+            "schedule": ("schedules", ["wsd", "cosine", "linear", "inverse_sqrt"]),
+        }[info.field_name or ""]
         return _one_of(built_in, group, name)
 
     @field_validator("betas", mode="before")

@@ -1,17 +1,35 @@
 """The learning rate of every step. Nothing here imports torch."""
 
+import math
+
 from powernap.model.plugins import plugins
 from powernap.train.config import OptimizerConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of `step` (from 1) as a fraction of the peak: linear warm-up, constant, linear decay, or another
-    package's schedule."""
-    if config.schedule != "wsd":
-        return plugins("schedules")[config.schedule](step, steps, config)
-    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    """The learning rate of `step` (from 1) as a fraction of the peak: a linear warm-up, then config.schedule, which ends at
+    config.final_lr; or another package's schedule."""
+    warmup_steps = config.warmup_steps
+    warmup = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    left = max(0.0, (steps - step) / max(1, steps - warmup_steps)) if step > warmup_steps else 1.0
+    match config.schedule:
+        case "wsd":
+            return warmup * _plateau(step, steps, config)
+        case "cosine":
+            shape = (1 - math.cos(math.pi * left)) / 2
+        case "linear":
+            shape = left
+        case "inverse_sqrt":
+            return warmup * max(config.final_lr, math.sqrt(max(1, warmup_steps) / max(1, warmup_steps, step)))
+        case other:
+            return plugins("schedules")[other](step, steps, config)
+    return warmup * (config.final_lr + (1 - config.final_lr) * shape)
+
+
+def _plateau(step: int, steps: int, config: OptimizerConfig) -> float:
     progress = (step - 1) / steps
     if progress < config.hold:
-        return warmup
-    decay = (1.0 - progress) / (1.0 - config.hold)
-    return warmup * max(config.final_lr, decay)
+        return 1.0
+    if config.decay == "sqrt":
+        return max(config.final_lr, 1.0 - math.sqrt((progress - config.hold) / (1.0 - config.hold)))
+    return max(config.final_lr, (1.0 - progress) / (1.0 - config.hold))

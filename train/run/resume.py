@@ -45,7 +45,14 @@ FREE = {
 }
 TEST = {"data.test"}  # no step depends on it
 # May change as long as every step that is done has the learning rate it had.
-SCHEDULE = {"train.steps", "optimizer.schedule", "optimizer.hold", "optimizer.final_lr", "optimizer.warmup_steps"}
+SCHEDULE = {
+    "train.steps",
+    "optimizer.schedule",
+    "optimizer.hold",
+    "optimizer.decay",
+    "optimizer.final_lr",
+    "optimizer.warmup_steps",
+}
 
 
 @dataclass(frozen=True)
