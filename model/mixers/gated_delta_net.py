@@ -103,7 +103,7 @@ class GatedDeltaNet(RecurrentMixer):
         return [
             Weight("in_proj.weight", (rows, model.hidden_size), split=0),
             Weight("out_proj.weight", (model.hidden_size, self.heads * self.value_dim), split=1),
-            Weight("conv_weight", (*self.conv_shape, self.conv_kernel), split=0, draw=_draw_taps),
+            Weight("conv_weight", (*self.conv_shape, self.conv_kernel), split=0, draw=draw_taps),
             Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
             Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
             Weight("norm.weight", (self.value_dim,)),
@@ -236,7 +236,7 @@ class GatedDeltaNet(RecurrentMixer):
         return gated_delta_rule
 
 
-def _draw_taps(shape: tuple[int, ...]) -> torch.Tensor:
+def draw_taps(shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     taps = torch.randn(shape) / (2 * math.sqrt(shape[-1]))

@@ -3,9 +3,9 @@ the input draws up for every token.
 
 With x_t the block's input, per channel c of the values and tap i:
 
-    K_t = W_2 SiLU(W_1 x_t)        v'_{t,c} = SiLU(sum_i K_{t,c,i} v_{t-taps+1+i,c})
+    K_t = W_2 SiLU(W_1 x_t) + b    v'_{t,c} = SiLU(sum_i K_{t,c,i} v_{t-taps+1+i,c})
 
-Queries and keys pass a SiLU and no convolution.
+b is an ordinary convolution's kernel. Queries and keys pass a SiLU and no convolution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.model.mixers.gated_delta_net import GatedDeltaNet, draw_taps
 from powernap.model.part import Weight
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class JetBlock(GatedDeltaNet):
     title: ClassVar[str] = "Jet-Nemotron's block"
     section: ClassVar[str] = "jet"
 
-    generator_dim: int = Field(ge=1, description="width between W_1 and W_2, which make the taps; Jet: hidden_size / 8")
+    generator_dim: int = Field(
+        ge=1, description="width between W_1 and W_2, which make the taps; Jet: heads * value_dim / 8"
+    )
 
     @property
     def conv_shape(self) -> tuple[int, int]:
@@ -46,7 +48,8 @@ class JetBlock(GatedDeltaNet):
         rows, columns = self._values * self.value_dim * self.conv_kernel, self.generator_dim
         generator = [
             Weight("generator_in.weight", (self.generator_dim, model.hidden_size), split=0),
-            Weight("generator_out", (self.groups, rows, columns), split=0, draw=_draw_taps),
+            Weight("generator_out", (self.groups, rows, columns), split=0, draw=_draw_generator),
+            Weight("generator_bias", (self.groups, rows), split=0, draw=self._draw_kernel),
         ]
         return [w for w in super().weights(model) if w.name != "conv_weight"] + generator
 
@@ -80,15 +83,20 @@ class JetBlock(GatedDeltaNet):
             v = v * window.padding_mask[..., None, None]
         narrow, _ = layer.generator_in(hidden_states)
         kernels = torch.einsum("lbr,gcr->lbgc", layer.whole(F.silu(narrow)), layer.generator_out.to(v.dtype))
-        kernels = kernels.unflatten(-1, (d_v, taps))
+        kernels = (kernels + layer.generator_bias.to(v.dtype)).unflatten(-1, (d_v, taps))
         seen = v if conv_state is None else torch.cat([conv_state, v])
         padded = F.pad(seen, (0, 0) * 3 + (max(0, taps - 1 - (len(seen) - len(v))), 0))[-(len(v) + taps - 1) :]
         convolved = sum(padded[i : i + len(v)] * kernels[..., i] for i in range(taps))
         assert torch.is_tensor(convolved)
         return [F.silu(q), F.silu(k), F.silu(convolved)], seen
 
+    def _draw_kernel(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """As a gated delta net's convolution begins."""
+        return draw_taps((*shape[:-1], shape[-1] // self.conv_kernel, self.conv_kernel)).flatten(-2)
 
-def _draw_taps(shape: tuple[int, ...]) -> torch.Tensor:
+
+def _draw_generator(shape: tuple[int, ...]) -> torch.Tensor:
+    """Small: at the start the taps are those of the bias, nearly."""
     import torch
 
-    return torch.randn(shape) / math.sqrt(shape[-1])
+    return torch.randn(shape) / (10 * math.sqrt(shape[-1]))

@@ -98,6 +98,37 @@ def _olmo_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"zero_centred_norms": False}
 
 
+JET_LETTERS = {"attn": "A", "swa": "S", "jet": "J"}
+
+
+def _jet_nemotron(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Attention with biases, the same with a reach, and Jet blocks (jetai/modeling/hf of its repository)."""
+    found, kinds, own = _common(config), config["layer_types"], config["efficient_attention_config"]
+    unknown = [kind for kind in kinds if kind not in JET_LETTERS]
+    _require(not unknown, f"layer_types: {', '.join(unknown[:1])} is not computed")
+    found["attention"] |= {"qkv_bias": True}
+    if "swa" in kinds:
+        found["sliding_attention"] = {**found["attention"], "reach": own["swa"]["window_size"]}
+    if "jet" in kinds:
+        jet = {
+            "expand_v": 2.0,
+            "num_heads": 6,
+            "head_dim": 256,
+            "norm_eps": 1e-5,
+            "conv_size": 4,
+            "dconv_generator_reduction": 8,
+        }
+        jet |= own["jet"]
+        d_v = int(jet["head_dim"] * jet["expand_v"])
+        found["jet"] = {
+            "heads": jet["num_heads"], "key_dim": jet["head_dim"], "value_dim": d_v, "conv_kernel": jet["conv_size"],
+            "generator_dim": jet["num_heads"] * d_v // jet["dconv_generator_reduction"],
+            "norm_eps": float(jet["norm_eps"]), "scale_queries": True, "l2_eps": L2_EPS, "norms": "pre",
+            "allow_neg_eigval": False,
+        }  # fmt: skip
+    return found | {"pattern": "".join(JET_LETTERS[kind] for kind in kinds), "zero_centred_norms": False}
+
+
 def _hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
     _require(
         not config.get("num_experts"), f"num_experts={config.get('num_experts')}: mixtures of experts are not computed"
@@ -134,6 +165,7 @@ FAMILIES = {
         Family("qwen2", _plain(qkv_bias=True)),
         Family("olmo2", _plain(**OLMO)),
         Family("ouro", _plain(norms="sandwich")),
+        Family("jet_nemotron", _jet_nemotron, projections="apart"),
         Family("llama", _plain()),
     )
 }

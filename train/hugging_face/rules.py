@@ -11,6 +11,7 @@ import torch
 from powernap.model.config import ModelConfig
 from powernap.model.mixers.attention import Attention
 from powernap.model.mixers.gated_delta_net import GatedDeltaNet
+from powernap.model.mixers.jet_block import JetBlock
 from powernap.train.hugging_face.families import Family
 
 Tensors = list[torch.Tensor]
@@ -58,6 +59,8 @@ def rules(model: ModelConfig, family: Family) -> list[Rule]:
         found += _mlp(f"{ours}mlp.", f"{theirs}mlp.", model)
         if isinstance(mixer, Attention):
             found += _attention(f"{ours}self_attention.", f"{theirs}self_attn.", model, mixer)
+        elif isinstance(mixer, JetBlock):
+            found += _jet_block(f"{ours}self_attention.", f"{theirs}self_attn.", model, mixer, family)
         else:
             assert isinstance(mixer, GatedDeltaNet)
             found += _gated_delta_net(f"{ours}self_attention.", f"{theirs}linear_attn.", model, mixer, family)
@@ -167,4 +170,24 @@ def _gated_delta_net(ours: str, theirs: str, model: ModelConfig, mixer: GatedDel
         _same(f"{ours}dt_bias", f"{theirs}dt_bias", mixer.heads),
         _same(f"{ours}norm.weight", f"{theirs}{norm}.weight", mixer.value_dim),
         _same(f"{ours}out_proj.weight", f"{theirs}{out}.weight", hidden, mixer.heads * mixer.value_dim),
+    ]
+
+
+def _jet_block(ours: str, theirs: str, model: ModelConfig, mixer: JetBlock, family: Family) -> list[Rule]:
+    """A gated delta net's, but for the convolution: W_1, W_2 and its bias."""
+    width, taps, narrow = mixer.heads * mixer.value_dim, mixer.conv_kernel, mixer.generator_dim
+    generator, groups = f"{theirs}dynamic_conv1d.kernel_generator.", mixer.groups
+
+    def join(tensors: Tensors) -> torch.Tensor:
+        return tensors[0].unflatten(0, (groups, -1))
+
+    def part(tensor: torch.Tensor) -> Tensors:
+        return [tensor.flatten(0, 1)]
+
+    others = [r for r in _gated_delta_net(ours, theirs, model, mixer, family) if r.ours != f"{ours}conv_weight"]
+    return [
+        *others,
+        _same(f"{ours}generator_in.weight", f"{generator}w1.weight", narrow, model.hidden_size),
+        Rule(f"{ours}generator_out", {f"{generator}w2.weight": (width * taps, narrow)}, join, part),
+        Rule(f"{ours}generator_bias", {f"{generator}w2.bias": (width * taps,)}, join, part),
     ]

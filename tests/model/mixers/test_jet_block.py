@@ -23,6 +23,7 @@ def reference(module, x, jet):
     parts = rows.split([d_k, d_k, values * d_v, values * d_v, values, values], dim=1)
     q, k, v, z, beta, alpha = (torch.einsum("btd,grd->btgr", x, part) for part in parts)
     kernels = F.silu(x @ module.generator_in.weight.T) @ module.generator_out.flatten(0, 1).T
+    kernels = kernels + module.generator_bias.flatten()
     kernels = kernels.view(batch, length, groups, values * d_v, taps)
     mixed = torch.zeros_like(v)
     for t in range(length):

@@ -264,6 +264,7 @@ class JetBlock(GatedDeltaNet):
         del self.conv_weight
         self.generator_in = nn.Linear(model["hidden_size"], own["generator_dim"], bias=False)
         self.generator_out = nn.Parameter(torch.zeros(self.groups, width * self.taps, own["generator_dim"]))
+        self.generator_bias = nn.Parameter(torch.zeros(self.groups, width * self.taps))
 
     def empty(self, batch: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -275,7 +276,8 @@ class JetBlock(GatedDeltaNet):
         q, k, v = qkv.split([self.d_k, self.d_k, self.values * self.d_v], dim=-1)
         v = v if real is None else v * real[..., None, None]
         kernels = torch.einsum("blr,gcr->blgc", F.silu(self.generator_in(x)), self.generator_out.to(x.dtype))
-        kernels, seen = kernels.unflatten(-1, (-1, self.taps)), torch.cat([conv_state, v], dim=1)
+        kernels = (kernels + self.generator_bias.to(x.dtype)).unflatten(-1, (-1, self.taps))
+        seen = torch.cat([conv_state, v], dim=1)
         v = sum(seen[:, i : i + x.shape[1]] * kernels[..., i] for i in range(self.taps))
         return F.silu(q), F.silu(k), F.silu(v), seen[:, seen.shape[1] - (self.taps - 1) :]
 
