@@ -4,7 +4,6 @@ is named.
 Tiny random models that transformers itself makes and saves: its code is the reference, and no weights can be downloaded here.
 """
 
-import copy
 import json
 import shutil
 from functools import partial
@@ -12,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from powernap.launch import cli
 from powernap.model.batch import plan_segments
@@ -343,12 +343,55 @@ def family(read):
     return find_family(read.config)[0]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
+class InFloat64(TorchFunctionMode):
+    """Inside, float64 where transformers asks for float32, as in its norms, angles and delta rule."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value in (torch.float32, torch.float) else value
+
+        if function is torch.Tensor.float:
+            return args[0].double()
+        kwargs = {
+            name: wide(value) if isinstance(value, torch.dtype) else value for name, value in (kwargs or {}).items()
+        }
+        return function(*(wide(v) if isinstance(v, torch.dtype) else v for v in args), **kwargs)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_in_float64(models, topology, name):
-    """Transformers computes norms and angles in float32 whatever it is given: its rounding is what is left."""
+    """Logits and all gradients of both, with nothing in float32: what is left is not rounding that hides a difference."""
+    import transformers
+
     reference, folder = models[name]
-    found = training_logits(ours(folder, topology, torch.float64), some_tokens(), 1)
-    torch.testing.assert_close(found, copy.deepcopy(reference).double()(some_tokens()).logits, rtol=0, atol=1e-6)
+    stage, tokens = ours(folder, topology, torch.float64), some_tokens(21)
+    model_class, config_class, fields = MODELS[name]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # tables that it makes when it is built
+    try:
+        with InFloat64():
+            exact = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).double().eval()
+            exact.load_state_dict(reference.state_dict())
+            exact.config._attn_implementation = "eager"
+            logits = exact(tokens[:, :-1]).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    finally:
+        torch.set_default_dtype(default)
+    assert logits.dtype == torch.float64
+    found = training_logits(stage, tokens[:, :-1], 1)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-12)
+    loss_mask = torch.ones(2, 21, dtype=torch.bool)
+    (segment,) = segments(stage, tokens, loss_mask)
+    hidden_states, _ = stage(segment, tokens[:, :-1], None, stage.empty_layer_states(2))
+    stage.loss(hidden_states, tokens[:, 1:], loss_mask[:, 1:]).backward()
+    read, theirs, gradients = (
+        HuggingFaceFolder.read(folder),
+        dict(exact.named_parameters()),
+        dict(stage.named_parameters()),
+    )
+    for rule in rules(stage.model, family(read)):
+        expected = rule.join(gradients_of(rule, theirs))
+        torch.testing.assert_close(gradients[rule.ours].grad, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5, shared keys", "qwen3", "olmo_hybrid"])
