@@ -74,7 +74,7 @@ def write_model(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> dict[st
         "precision": recipe.train.precision,
         "model": recipe.model.model_dump(mode="json"),
         "sleep": recipe.sleep.model_dump(mode="json"),
-        "vocabulary": _export_vocabulary(recipe, folder),
+        "vocabulary": export_vocabulary(recipe, folder),
     }
 
 
@@ -172,7 +172,8 @@ def _check_size(folder: Path, model: ModelConfig, sleep: SleepConfig) -> None:
         )
 
 
-def _export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+def export_vocabulary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """What the tokens stand for, for config.json; a Hugging Face tokenizer is copied into `folder`."""
     try:
         task = find_task(recipe.data)
     except DataError:

@@ -15,10 +15,11 @@ from powernap.model.config import ModelConfig
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
-from powernap.train.generation.export import new_folder
+from powernap.train.generation.export import export_vocabulary, new_folder
 from powernap.train.hugging_face.families import FAMILIES, LETTERS, Family, HuggingFaceError, find_family, model_section
 from powernap.train.hugging_face.folder import CONFIG, HuggingFaceFolder, disk_name
 from powernap.train.hugging_face.rules import rules
+from powernap.train.hugging_face.token_files import write_tokens
 from powernap.train.recipe_file import flatten
 from powernap.train.weights_folder import INDEX, write_weights
 
@@ -65,6 +66,8 @@ def export_hugging_face(checkpoint: Checkpoint, recipe: Recipe, to: Path, like: 
                 for file in sorted(source.path.glob(pattern)):
                     if file.name not in (CONFIG, INDEX):
                         shutil.copyfile(file, unfinished / file.name)
+        else:
+            config |= write_tokens(unfinished, export_vocabulary(recipe, unfinished) or {}, recipe.model.pad_token_id)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         card = CARD.format(
             name=recipe.run.name, step=checkpoint.step, kind=family.model_type, window=recipe.model.window,

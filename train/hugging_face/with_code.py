@@ -7,12 +7,12 @@ that needs no Powernap.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.config import Recipe
-from powernap.train.generation.export import CONFIG, TOKENIZER, new_folder, write_model
+from powernap.train.generation.export import CONFIG, new_folder, write_model
 from powernap.train.hugging_face.families import HuggingFaceError
+from powernap.train.hugging_face.token_files import write_tokens
 
 CODE = Path(__file__).with_name("remote_code")
 CLASSES = {
@@ -46,7 +46,7 @@ def export_with_code(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
     with new_folder(to) as unfinished:
         ours = write_model(checkpoint, recipe, unfinished)
         vocabulary = ours["vocabulary"] or {}
-        ids = {"eos_token_id": vocabulary.get("end_token_id"), "pad_token_id": recipe.model.pad_token_id}
+        ids = write_tokens(unfinished, vocabulary, recipe.model.pad_token_id)
         config = {
             "model_type": "powernap",
             "architectures": [CLASSES["AutoModelForCausalLM"].split(".")[1]],
@@ -57,8 +57,6 @@ def export_with_code(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
             **ours,
         }
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (unfinished / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        write_tokenizer_config(unfinished, ids)
         for file in sorted(CODE.glob("*.py")):
             shutil.copyfile(file, unfinished / file.name)
         card = CARD.format(
@@ -67,17 +65,3 @@ def export_with_code(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
         )  # fmt: skip
         (unfinished / "README.md").write_text(card)
     return to
-
-
-def write_tokenizer_config(folder: Path, ids: dict[str, Any]) -> None:
-    """Beside a tokenizer.json: the names of its end and pad. A task's words and bytes have no such file."""
-    if not (folder / TOKENIZER).is_file():
-        return
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    names = {
-        key.removesuffix("_id"): tokenizer.id_to_token(number) for key, number in ids.items() if number is not None
-    }
-    content = {"tokenizer_class": "PreTrainedTokenizerFast", **{key: name for key, name in names.items() if name}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")

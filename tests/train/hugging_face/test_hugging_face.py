@@ -391,7 +391,9 @@ def test_in_float64(models, topology, name):
     )
     for rule in rules(stage.model, family(read)):
         expected = rule.join(gradients_of(rule, theirs))
-        torch.testing.assert_close(gradients[rule.ours].grad, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            gradients[rule.ours].grad, expected, rtol=0, atol=1e-12 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("name", ["qwen3_5, shared keys", "qwen3", "olmo_hybrid"])

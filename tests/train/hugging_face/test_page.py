@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from powernap.launch import cli
 from powernap.train.recipe_file import load_recipe
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import warm
@@ -93,6 +94,20 @@ def test_every_command_of_the_page(place, outputs):
         in built
     )
     assert "|story|" in next(out for c, out in outputs.items() if "lm_eval" in c).replace(" ", "")
+
+
+def test_a_stock_export_without_the_source_has_the_tokenizer(place, outputs, monkeypatch):
+    import transformers
+
+    monkeypatch.chdir(place)
+    assert cli.main(["checkpoint", "export", "Qwen3.5-0.8B-sleeps", "alone", "--format", "hf"]) == 0
+    theirs, own = (transformers.AutoTokenizer.from_pretrained(place / name) for name in ("Qwen3.5-0.8B", "alone"))
+    assert own(STORY).input_ids == theirs(STORY).input_ids
+    assert (own.eos_token, own.pad_token) == ("<|endoftext|>", "<|pad|>")
+    generation = json.loads((place / "alone" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 0, "pad_token_id": 1}
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "alone")
+    assert model.config.eos_token_id == 0
 
 
 def test_the_answer_asleep_is_the_same_everywhere(outputs):
