@@ -84,7 +84,7 @@ def write(name: str, command: str, numbers: dict, report: list[str], clock: str 
     RESULTS.mkdir(exist_ok=True)
     about = machine(clock)
     document = {**header, "machine": about, **numbers}
-    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(document), indent=1) + "\n")
     hardware = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; {clock}"
     commit = header["commit"] + (" with uncommitted changes" if header["uncommitted_changes"] else "")
     heading = [f"{hardware}; torch {about['torch']};", f"{header['date']}, commit {commit}."]
@@ -122,10 +122,10 @@ def _show(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """Floats with six significant digits: the rest is noise and makes every diff unreadable."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {str(key): _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
+        return {str(key): rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import common
-from benchmarks.common import ROOT, draw_seeds, table, write
+from benchmarks.common import ROOT, draw_seeds, rounded, table, write
 from powernap.launch.commands.demo import flops_of_step
 from powernap.model.parameters import parameters
 from powernap.parallel.planning.plan import in_units
@@ -186,13 +186,14 @@ def read(path: Path, seed: int, model: Model) -> Trained:
 
 
 def finished(study: Study, home: Path, read: Callable[[Path, int, Model], Result] = read) -> list[Result]:
-    """Every evaluated run, as `read` has it, by seed in the order of the study's models."""
-    return [
+    """Every evaluated run, as `read` has it and its JSON will, by seed in the order of the study's models."""
+    found = [
         read(home / str(seed) / model.folder, seed, model)
         for seed in draw_seeds(home, SEEDS)
         for model in study.models
         if (home / str(seed) / model.folder / "evaluation.json").exists()
     ]
+    return [type(one)(**rounded(asdict(one))) for one in found]
 
 
 def build(study: Study, home: Path, seed: int) -> None:
