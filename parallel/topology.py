@@ -193,6 +193,14 @@ def init_distributed(
     )
 
 
+def alone() -> Topology:
+    """This process as a world of one, or the groups that it is in already; they stay until it ends."""
+    process_group: dict[str, Any] = {}
+    if not dist.is_initialized():
+        process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    return init_distributed(**process_group)
+
+
 class RankLostError(PowernapError):
     """Another rank went away while this one waited for it, in one line."""
 

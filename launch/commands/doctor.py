@@ -20,12 +20,10 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
     import torch
 
-    from powernap.launch import torchrun
-    from powernap.parallel.topology import distributed_session
+    from powernap.parallel.topology import alone
     from powernap.train.numerics.doctor import BOUNDS, examine
     from powernap.train.run.provenance import machine, versions
 
-    torchrun.run_alone()
     found = versions()
     for package in ("triton", "fla-core", "mlflow", "transformers"):
         try:
@@ -48,12 +46,11 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         print(f"{'GPU':16} none: ranks talk by gloo and compute on the CPU")
     print(f"\n{'mixer':6} {'precision':10} {'computed by':17} {'error':>8}  at most")
     wrong = 0
-    with distributed_session() as topology:
-        for finding in examine(topology):
-            dtype = str(finding.dtype).removeprefix("torch.")
-            error = "-" if finding.error is None else f"{finding.error:.1e}"
-            verdict = "" if finding.is_right else f"  {finding.problem or 'WRONG'}"
-            wrong += not finding.is_right
-            print(f"{finding.letter:6} {dtype:10} {finding.how:17} {error:>8}  {BOUNDS[finding.dtype]:g}{verdict}")
+    for finding in examine(alone()):
+        dtype = str(finding.dtype).removeprefix("torch.")
+        error = "-" if finding.error is None else f"{finding.error:.1e}"
+        verdict = "" if finding.is_right else f"  {finding.problem or 'WRONG'}"
+        wrong += not finding.is_right
+        print(f"{finding.letter:6} {dtype:10} {finding.how:17} {error:>8}  {BOUNDS[finding.dtype]:g}{verdict}")
     print(f"\n{'all is well' if not wrong else f'{wrong} of these would not train right here'}")
     return 1 if wrong else 0

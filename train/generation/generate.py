@@ -13,15 +13,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from powernap.model.decoder import Decoder
 from powernap.model.errors import PowernapError
 from powernap.model.stage import HybridStage
-from powernap.parallel.topology import init_distributed
+from powernap.parallel.topology import alone
 from powernap.train.data.vocabulary import Vocabulary, find_vocabulary
 from powernap.train.generation.export import is_exported, load_exported_weights, read_exported
 from powernap.train.generation.sampling import draw, token_probabilities
@@ -67,8 +66,7 @@ def load_run(path: Path | str, passes: int | None = None) -> "RunModel":
         recipe = folder.recipe()
         newest = folder.newest_checkpoint()
         model, sleep, name = recipe.model, recipe.sleep, recipe.run.name
-    options: dict[str, Any] = {} if dist.is_initialized() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    topology = init_distributed(**options)
+    topology = alone()
     if topology.world_size > 1:
         raise GenerateError(f"generation runs in one process, {topology.world_size} were started: start one")
     stage = HybridStage(model, sleep, topology.groups, draw=False).to(topology.device)
