@@ -13,6 +13,7 @@ from powernap.model.errors import PowernapError
 if TYPE_CHECKING:
     import torch
 
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9  # of a file, at most
 

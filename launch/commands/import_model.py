@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from powernap.launch.commands.arguments import count, path
+from powernap.train.hugging_face.families import FAMILIES
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -14,7 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Read the description of a model in Hugging Face's format (config.json, safetensors) and check that "
         "every tensor has its place. Prints what it is and a recipe that starts from it, or writes the recipe. No weight is "
         "copied: training reads them where they are, each rank its own.",
-        epilog="models: Qwen3.5 (dense), Qwen3-Next (without experts), OLMo-Hybrid, Qwen3, Qwen2, OLMo-2, Ouro, Jet-Nemotron, Llama. example: powernap import Qwen3.5-0.8B "
+        epilog=f"model_type in config.json: one of {', '.join(FAMILIES)}. example: powernap import Qwen3.5-0.8B "
         "--recipe retrofit.yaml && powernap train retrofit.yaml data.train='data/text/train-*.tar'",
     )
     parser.add_argument("folder", metavar="FOLDER", type=path, help="a folder with config.json and .safetensors files")

@@ -29,6 +29,24 @@ from tests.helpers.processes import single_rank_groups
 
 DATA_RANKS = 2  # at most
 ANSWERS: dict[str, tuple] = {}  # one process's by problem, on rank 0: shared by all layouts of a problem
+FURTHER = {  # OLMo-Hybrid's norms, a block without an MLP, and the letters that no other case has
+    "pattern": "AgGSJ",
+    "sliding_attention": {"heads": 2, "reach": 4},
+    "attention": {
+        "heads": 4,
+        "kv_heads": 2,
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "qkv_bias": True,
+        "norms": "post",
+    },
+    "gdn": {"norms": "sandwich", "norm_eps": 1e-5},
+}
+GROUPED = {  # the choices of attention, gated delta net and norms
+    "zero_centred_norms": True,
+    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
+    "gdn": {"heads": 4, "key_heads": 2, "scale_queries": True, "l2_eps": 1e-6},
+}
 
 
 @dataclass(frozen=True)

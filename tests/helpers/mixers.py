@@ -29,6 +29,12 @@ UNCOUNTED = {
 HARD, SLIDING = SleepConfig(), SleepConfig(eviction="sliding")
 
 
+def assert_same_gradients(found: torch.Tensor, expected: torch.Tensor, weights, atol: float) -> None:
+    """Of two scalars that are the same, by every weight."""
+    for one, other in zip(*(torch.autograd.grad(total, weights) for total in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
 FURTHER: dict[str, dict] = {}  # letter -> fields of its section, for a mixer that has choices
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from powernap.model.mixers import MIXERS
 from tests.helpers import layouts
-from tests.helpers.layouts import Case
+from tests.helpers.layouts import FURTHER, GROUPED, Case
 from tests.helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
@@ -22,24 +22,6 @@ LAYOUTS = {
     "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
     "DP2xPP2": dict(data=2, pipeline=2),
     "DP2xTP2": dict(data=2, tensor=2),
-}
-FURTHER = {  # OLMo-Hybrid's norms, a block without an MLP, and the letters that no other case has
-    "pattern": "AgGSJ",
-    "sliding_attention": {"heads": 2, "reach": 4},
-    "attention": {
-        "heads": 4,
-        "kv_heads": 2,
-        "qk_norm": True,
-        "qk_norm_over": "width",
-        "qkv_bias": True,
-        "norms": "post",
-    },
-    "gdn": {"norms": "sandwich", "norm_eps": 1e-5},
-}
-GROUPED = {  # the choices of attention, gated delta net and norms
-    "zero_centred_norms": True,
-    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "output_gate": True, "rotary_dims": 4},
-    "gdn": {"heads": 4, "key_heads": 2, "scale_queries": True, "l2_eps": 1e-6},
 }
 ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
@@ -123,6 +105,8 @@ CASES = {
     ),
     "PP2, grouped and gated heads": Case(pipeline=2, model=GROUPED),
     "TP2+SP, further choices and letters": Case(tensor=2, sequence=True, model=FURTHER),
+    "PP2, further choices and letters, sliding": Case(pipeline=2, model=FURTHER, sleep=EVICTIONS["sliding"]),
+    "DP2xTP2, further choices and letters": Case(data=2, tensor=2, recompute=True, model=FURTHER),
     "PP2, probes, kept": Case(pipeline=2, probes=True),
     "TP2xPP2+SP, probes, sliding, pads": Case(
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]

@@ -16,9 +16,10 @@ from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.data.vocabulary import Numbers
-from powernap.train.generation.export import CONFIG, FORMAT, WEIGHTS, ExportError, load_exported_weights, read_exported
+from powernap.train.generation.export import FORMAT, ExportError, load_exported_weights, read_exported
 from powernap.train.generation.generate import GenerateError, RunModel, load_run
 from powernap.train.tracking.tracker import ui_command
+from powernap.train.weights_folder import CONFIG, ONE_FILE
 from tests.helpers import tiny
 from tests.helpers.fuzzing import Touching, fuzz, no_longer_than
 
@@ -93,7 +94,7 @@ def test_a_saved_stream_with_other_bytes(model, saved, place, new):
 def exported(topology, tmp_path):
     """A folder as `powernap checkpoint export` writes it."""
     stage = tiny.build_stage(topology, dtype=torch.float32)
-    save_file({name: weight.detach().clone() for name, weight in stage.named_parameters()}, tmp_path / WEIGHTS)
+    save_file({name: weight.detach().clone() for name, weight in stage.named_parameters()}, tmp_path / ONE_FILE)
     config = {
         "format": FORMAT, "name": "tiny", "step": 1, "precision": "fp32", "model": tiny.model_config().model_dump(),
         "sleep": SleepConfig().model_dump(), "vocabulary": None,

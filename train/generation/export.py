@@ -31,10 +31,9 @@ from powernap.train.data.vocabulary import Numbers, Vocabulary, described_by, fi
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError, check
 from powernap.train.tasks import task_name
-from powernap.train.weights_folder import ONE_FILE, WeightsFolder, write_weights
+from powernap.train.weights_folder import CONFIG, ONE_FILE, TOKENIZER, WeightsFolder, write_weights
 
 FORMAT = "powernap-model-1"
-CONFIG, WEIGHTS, TOKENIZER = "config.json", ONE_FILE, "tokenizer.json"
 
 
 class ExportError(PowernapError):
@@ -156,7 +155,7 @@ def load_exported_weights(folder: Path, stage: HybridStage) -> None:
     weights, targets = ExportedWeights(folder), dict(stage.named_parameters())
     shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
     if wrong := [n for n in shapes.keys() | weights.shapes.keys() if shapes.get(n) != weights.shapes.get(n)]:
-        raise ExportError(f"{folder / WEIGHTS}: not the weights of the model in {CONFIG}: {min(wrong)} differs")
+        raise ExportError(f"{folder / ONE_FILE}: not the weights of the model in {CONFIG}: {min(wrong)} differs")
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights.shard(name, None, 0, 1))
@@ -168,7 +167,7 @@ def _check_size(folder: Path, model: ModelConfig, sleep: SleepConfig) -> None:
     stored = sum(map(prod, ExportedWeights(folder).shapes.values()))
     if stored != expected:
         raise ExportError(
-            f"{folder / WEIGHTS}: not the weights of the model in {CONFIG}: {stored:,} numbers, not {expected:,}"
+            f"{folder / ONE_FILE}: not the weights of the model in {CONFIG}: {stored:,} numbers, not {expected:,}"
         )
 
 

@@ -17,11 +17,11 @@ from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
 from powernap.train.generation.export import export_vocabulary, new_folder
 from powernap.train.hugging_face.families import FAMILIES, LETTERS, Family, HuggingFaceError, find_family, model_section
-from powernap.train.hugging_face.folder import CONFIG, HuggingFaceFolder, disk_name
+from powernap.train.hugging_face.folder import HuggingFaceFolder, disk_name
 from powernap.train.hugging_face.rules import rules
 from powernap.train.hugging_face.token_files import write_tokens
 from powernap.train.recipe_file import flatten
-from powernap.train.weights_folder import INDEX, write_weights
+from powernap.train.weights_folder import CONFIG, INDEX, write_weights
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # a tokenizer's and the generation's files
 CLASSES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powernap.train.hugging_face.families import Family, HuggingFaceError, find_family, model_section
-from powernap.train.weights_folder import WeightsFolder, read_object
+from powernap.train.weights_folder import CONFIG, TOKENIZER, WeightsFolder, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from powernap.model.config import ModelConfig
     from powernap.parallel.checkpoint.shards import Split
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # what precedes "layers."
 # Pictures; heads that predict several tokens; Ouro's gate that ends its loops.
@@ -101,9 +100,9 @@ class HuggingFaceFolder:
         from powernap.train.hugging_face.rules import rules
 
         wanted: set[str] = set()
-        if number := next((n for n, dtype in self.weights.dtypes.items() if dtype not in FLOATS), None):
+        if tensor := next((n for n, dtype in self.weights.dtypes.items() if dtype not in FLOATS), None):
             raise HuggingFaceError(
-                f"{self.path}: {number} is {self.weights.dtypes[number]}: weights are read as {', '.join(FLOATS)}"
+                f"{self.path}: {tensor} is {self.weights.dtypes[tensor]}: weights are read as {', '.join(FLOATS)}"
             )
         for rule in rules(model, find_family(self.config)[0]):
             shapes = {self.name_of(name): shape for name, shape in rule.theirs.items()}

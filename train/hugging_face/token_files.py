@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from powernap.train.generation.export import TOKENIZER
+from powernap.train.weights_folder import TOKENIZER
 
 
 def write_tokens(folder: Path, vocabulary: Mapping[str, Any], pad: int | None) -> dict[str, int | None]:

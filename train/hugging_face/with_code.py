@@ -10,9 +10,10 @@ from pathlib import Path
 
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.train.config import Recipe
-from powernap.train.generation.export import CONFIG, new_folder, write_model
+from powernap.train.generation.export import new_folder, write_model
 from powernap.train.hugging_face.families import HuggingFaceError
 from powernap.train.hugging_face.token_files import write_tokens
+from powernap.train.weights_folder import CONFIG
 
 CODE = Path(__file__).with_name("remote_code")
 CLASSES = {

@@ -15,6 +15,7 @@ from powernap.train.config import Recipe
 from powernap.train.hugging_face.folder import HuggingFaceFolder, HuggingFaceShards, is_hugging_face
 from powernap.train.recipe_file import RecipeError, flatten
 from powernap.train.run.folder import RunFolder
+from powernap.train.weights_folder import CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class Source:
             return cls._of_checkpoint(*checkpoint)
         if is_hugging_face(folder):
             return cls._of_hugging_face(HuggingFaceFolder.read(folder), recipe)
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             from powernap.train.generation.export import ExportedWeights, read_exported  # late: it imports torch
 
             exported = read_exported(folder)
@@ -60,7 +61,7 @@ class Source:
             return cls(folder, "export", exported.step, ExportedWeights(folder).shapes, model, None)
         raise RecipeError(
             f"train.start_from={given}: no run below run.root={recipe.run.root}, and no folder of a run (config.yaml), of a "
-            f"checkpoint ({manifest.NAME}) or of a model (config.json)"
+            f"checkpoint ({manifest.NAME}) or of a model ({CONFIG})"
         )
 
     @classmethod

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+ITS_PAST = ("origin.json", "history.jsonl")  # commit, machine, what it started from; each start and what changed
 FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow takes a small share of the process's time
 # The first and the longest delay before a retry, when a server did not answer; each delay is twice the last.
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
@@ -37,8 +38,8 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 class Tracker:
     """One run's connection to MLflow. Rank 0 only.
 
-    run_folder: `runs/NAME`; NAME becomes the run's name, and its config.yaml an artifact. experiment: MLflow's name for a
-    group of runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step:
+    run_folder: `runs/NAME`; NAME becomes the run's name; its config.yaml, origin.json and history.jsonl are artifacts.
+    experiment: MLflow's name for a group of runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step:
     the step that a run resumes after. running: whether the run is training now; its evaluation does not change its
     status.
 
@@ -76,6 +77,9 @@ class Tracker:
             running=running,
         )
         self.log_artifact(self._folder / "config.yaml")
+        for name in ITS_PAST:
+            if (self._folder / name).is_file():
+                self.log_artifact(self._folder / name)
         # Import here, not in the thread: data workers forked in the middle of an import can deadlock.
         prepare_mlflow()
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)

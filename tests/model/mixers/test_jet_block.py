@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from powernap.model.mixers.delta_rule import sequential_delta_rule
 from powernap.train.recipe_file import RecipeError, load_recipe
-from tests.helpers import tiny
+from tests.helpers import mixers, tiny
 
 CHOICES = {
     "plain": {},
@@ -57,10 +57,8 @@ def test_against_its_formulas(topology, choice):
     expected = reference(module, x, jet)
     torch.testing.assert_close(found[0].transpose(0, 1), expected[0], rtol=0, atol=1e-11)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-11)
-    weights = list(module.parameters())
     sums = [output.square().sum() + state.square().sum() for output, state in (found, expected)]
-    for one, other in zip(*(torch.autograd.grad(total, weights) for total in sums), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    mixers.assert_same_gradients(*sums, list(module.parameters()), 1e-10)
 
 
 def test_the_taps_differ_from_token_to_token(topology):

@@ -14,7 +14,7 @@ from powernap.launch import cli
 from powernap.train.recipe_file import load_recipe
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import warm
-from tests.train.hugging_face.test_hugging_face import LINEAR, SIZES
+from tests.helpers.hugging_face import LINEAR, SIZES
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "hugging-face.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]

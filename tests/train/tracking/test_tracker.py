@@ -33,6 +33,7 @@ def run_folder(tmp_path, monkeypatch, whole_database):
     folder.mkdir(parents=True)
     shutil.copy(whole_database, folder.parent)
     (folder / "config.yaml").write_text("train:\n  steps: 100\n")
+    (folder / "origin.json").write_text("{}")
     return folder
 
 
@@ -65,6 +66,7 @@ def test_a_run_arrives_and_a_resumed_one_goes_on_in_it(run_folder, monkeypatch):
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 0.1), (2, 0.2), (3, 0.1 * 3)]
     artifacts = run_folder.parent / "mlartifacts" / run_id / "artifacts"
     assert (artifacts / "config.yaml").read_text() == "train:\n  steps: 100\n"
+    assert (artifacts / "origin.json").read_text() == "{}"
     assert (artifacts / "plots" / "plot.png").read_bytes() == b"a picture"
 
     monkeypatch.chdir(run_folder.parent)  # a relative folder names the same store
@@ -203,12 +205,12 @@ def test_a_server_that_does_not_answer_neither_slows_nor_stops(run_folder, monke
         time.sleep(0.001)
     assert slowest < 0.01
     start = time.perf_counter()
-    assert tracker.close(timeout=1.0) == 203  # the parameters, config.yaml, 200 steps and the status
+    assert tracker.close(timeout=1.0) == 204  # the parameters, config.yaml, origin.json, 200 steps and the status
     assert time.perf_counter() - start < 1.5
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     failures = [line for line in warnings if "tracking to MLflow failed" in line]
     assert len(failures) == (1 if server is dead_server else 0)  # the silent one has not failed yet
-    assert "203 records of this run wait for MLflow: `powernap sync " in warnings[-1]
+    assert "204 records of this run wait for MLflow: `powernap sync " in warnings[-1]
     assert len(warnings) == len(failures) + 1  # nothing from the HTTP library
     assert "secret" not in caplog.text
     assert "\n" not in "".join(warnings)
