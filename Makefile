@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
 
-.PHONY: help demo check test test-faults test-clusters test-all chaos bench ui image test-image install clean
+.PHONY: help demo check test test-faults test-clusters test-vllm test-all chaos bench ui image test-image install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -29,6 +29,10 @@ test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server
 	.ci/install-slurm
 	.ci/build-kube-apiserver
 	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest $(TWO) -m clusters tests/launch
+
+test-vllm: install  ## exports in Hugging Face's format, served by vLLM on the CPU; gets vLLM (3.5 GB)
+	.ci/install-vllm
+	$(BIN)/python -m pytest tests/train/hugging_face/test_vllm.py
 
 test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"

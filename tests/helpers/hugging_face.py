@@ -39,11 +39,12 @@ MODELS = {
 }  # fmt: skip
 
 
-def make(name: str, folder: Path):
-    """transformers' model of that name, saved in `folder`."""
+def make(name: str, folder: Path, **changes):
+    """transformers' model of that name, saved in `folder`; changes: of the fields that it has."""
     import transformers
 
     model_class, config_class, fields = MODELS[name]
+    fields = fields | {field: value for field, value in changes.items() if field in fields}
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval()
     with torch.no_grad():  # norms and gates away from their initial values, projections larger than 0.02
