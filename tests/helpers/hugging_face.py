@@ -37,6 +37,7 @@ MODELS = {
         "OlmoHybridForCausalLM", "OlmoHybridConfig", SIZES_OF_HEADS | LINEAR | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}},
     ),
 }  # fmt: skip
+HYBRIDS = [name for name, (_, _, fields) in MODELS.items() if fields.keys() >= LINEAR.keys()]
 
 
 def make(name: str, folder: Path, **changes):

@@ -1,7 +1,11 @@
 """Models in Hugging Face's format against transformers: logits, gradients, decoding, every bit; what does not fit is named."""
 
+import itertools
 import json
 import shutil
+import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from powernap.launch import cli
+from powernap.model.batch import plan_segments
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.decoder import Decoder
 from powernap.model.parameters import parameters
+from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.planning.plan import in_units
 from powernap.train.hugging_face.families import find_family
@@ -22,7 +28,7 @@ from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
-from tests.helpers.hugging_face import MODELS, family, gradients_of, ours, segments, some_tokens
+from tests.helpers.hugging_face import HYBRIDS, MODELS, WINDOW, family, gradients_of, ours, segments, some_tokens
 from tests.helpers.mixers import training_logits
 
 
@@ -140,13 +146,11 @@ class InFloat64(TorchFunctionMode):
         return function(*(wide(v) if isinstance(v, torch.dtype) else v for v in args), **kwargs)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_in_float64(models, topology, name):
-    """Logits and all gradients of both, with nothing in float32: what is left is not rounding that hides a difference."""
+@contextmanager
+def in_float64(name, reference):
+    """The model of transformers with nothing in float32: what is left is not rounding that hides a difference."""
     import transformers
 
-    reference, folder = models[name]
-    stage, tokens = ours(folder, topology, torch.float64), some_tokens(21)
     model_class, config_class, fields = MODELS[name]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # tables that it makes when it is built
@@ -155,27 +159,76 @@ def test_in_float64(models, topology, name):
             exact = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).double().eval()
             exact.load_state_dict(reference.state_dict())
             exact.config._attn_implementation = "eager"
-            logits = exact(tokens[:, :-1]).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+            yield exact
     finally:
         torch.set_default_dtype(default)
+
+
+def assert_gradients_are(exact, stage, folder):
+    """All of them, to 1e-12 of the largest of each parameter."""
+    theirs, found = dict(exact.named_parameters()), dict(stage.named_parameters())
+    for rule in rules(stage.model, family(HuggingFaceFolder.read(folder))):
+        expected = rule.join(gradients_of(rule, theirs))
+        torch.testing.assert_close(found[rule.ours].grad, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_float64(models, topology, name):
+    """Logits and all gradients."""
+    reference, folder = models[name]
+    stage, tokens = ours(folder, topology, torch.float64), some_tokens(21)
+    with in_float64(name, reference) as exact:
+        logits = exact(tokens[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     assert logits.dtype == torch.float64
-    found = training_logits(stage, tokens[:, :-1], 1)
-    torch.testing.assert_close(found, logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(training_logits(stage, tokens[:, :-1], 1), logits, rtol=0, atol=1e-12)
     loss_mask = torch.ones(2, 21, dtype=torch.bool)
     (segment,) = segments(stage, tokens, loss_mask)
     hidden_states, _ = stage(segment, tokens[:, :-1], None, stage.empty_layer_states(2))
     stage.loss(hidden_states, tokens[:, 1:], loss_mask[:, 1:]).backward()
-    read, theirs, gradients = (
-        HuggingFaceFolder.read(folder),
-        dict(exact.named_parameters()),
-        dict(stage.named_parameters()),
-    )
-    for rule in rules(stage.model, family(read)):
-        expected = rule.join(gradients_of(rule, theirs))
-        torch.testing.assert_close(
-            gradients[rule.ours].grad, expected, rtol=0, atol=1e-12 * float(expected.abs().max())
+    assert_gradients_are(exact, stage, folder)
+
+
+def asleep_by_hand(model, tokens, passes):
+    """Logits of the second of two windows, by transformers' own layers: the first is read `passes` times, each pass from the hidden
+    states of the one before; every gated delta net goes on from the state that it had last, attention sees the window alone."""
+    code, inner = sys.modules[type(model).__module__], model.model
+    its_rule, states, called = code.torch_chunk_gated_delta_rule, {}, itertools.count()
+
+    def rule(*arguments, **options):
+        net = next(called) % inner.config.layer_types.count("linear_attention")
+        options |= {"initial_state": states.get(net), "output_final_state": True}
+        output, states[net] = its_rule(*arguments, **options)
+        return output, states[net]
+
+    with mock.patch.object(code, "torch_chunk_gated_delta_rule", rule):
+        with mock.patch.object(inner.norm, "forward", lambda x: x):
+            x = inner.embed_tokens(tokens[:, :WINDOW])
+            for _ in range(passes):
+                x = inner(inputs_embeds=x).last_hidden_state
+        return model(tokens[:, WINDOW:]).logits
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_asleep_in_float64(models, topology, name):
+    """Two windows, the first with a sleep of two passes: the loss and all gradients."""
+    reference, folder = models[name]
+    stage, tokens = ours(folder, topology, torch.float64), some_tokens(2 * WINDOW + 1)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    loss_mask[:, WINDOW + 1 :] = True
+    with in_float64(name, reference) as exact:
+        logits = asleep_by_hand(exact, tokens[:, :-1], passes=2)
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, WINDOW + 1 :].flatten(), reduction="sum"
         )
+        awake = asleep_by_hand(exact, tokens[:, :-1], passes=1)
+        expected.backward()
+    assert (awake - logits).abs().max() > 1e-3  # the second pass matters
+    planned = plan_segments(tokens, loss_mask, stage.model, stage.sleep, 2)
+    found = sleep_and_predict(stage, planned, tokens, loss_mask, recompute=True).loss
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    found.backward()
+    assert_gradients_are(exact, stage, folder)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5, shared keys", "qwen3", "olmo_hybrid"])

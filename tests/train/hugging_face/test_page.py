@@ -115,3 +115,35 @@ def test_the_answer_asleep_is_the_same_everywhere(outputs):
     awake, asleep = re.fullmatch(r"awake (.*)\nasleep (.*)\n", outputs["python -m out"], re.S).groups()
     assert len(asleep) >= 40 and own.rstrip("\n").endswith(asleep), (own, asleep)
     assert awake  # the stock class loads it and answers; over several windows it is another model
+
+
+def test_both_exports_in_the_harness_of_others(place, outputs, topology, monkeypatch):
+    """lm-evaluation-harness's own `hf` model loads them; asleep it has the log probabilities of `--model powernap`, over windows."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    import transformers
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from powernap.train.evaluation.harness import PowernapLM
+
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    texts = [((STORY * 4).rstrip(), " Once upon a time"), ("Once upon a", " zebra")]
+    asked = [Instance("loglikelihood", {}, text, number) for number, text in enumerate(texts)]
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+    awake = HFLM(pretrained="awake", **options).loglikelihood(asked)
+    asleep = HFLM(pretrained="asleep", trust_remote_code=True, **options).loglikelihood(asked)
+    own = PowernapLM(run="Qwen3.5-0.8B-sleeps", batch_size=1).loglikelihood(asked)
+    assert [score for score, _ in asleep] == pytest.approx([score for score, _ in own], rel=1e-4)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained("awake")
+    model = transformers.AutoModelForCausalLM.from_pretrained("awake", dtype=torch.float32)
+    for (context, continuation), (score, _) in zip(texts, awake, strict=True):
+        before, tokens = (tokenizer(text, return_tensors="pt").input_ids for text in (context, context + continuation))
+        assert torch.equal(before[0], tokens[0, : before.shape[1]]) and before.shape[1] != tokens.shape[1]
+        with torch.no_grad():
+            log_probabilities = model(tokens).logits[0, before.shape[1] - 1 : -1].log_softmax(-1)
+        expected = log_probabilities.gather(1, tokens[0, before.shape[1] :, None]).sum()
+        assert score == pytest.approx(float(expected), rel=1e-4)
+    assert abs(awake[0][0] - asleep[0][0]) > 1e-3  # over several windows it is another model
+    assert awake[1][0] == pytest.approx(asleep[1][0], rel=1e-4)  # within one it is the same
