@@ -52,6 +52,11 @@ def plan_segments(
     return cut(windows, reads, [_has_pads(tokens, window, model) for window in windows], model, sleep, passes)
 
 
+def find_loss_tokens(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Where a window's loss tokens are among its L * B hidden states: [B, L] -> [n]. On a GPU it waits for it."""
+    return loss_mask.t().flatten().nonzero().squeeze(1)
+
+
 def window_tokens(tokens: torch.Tensor, window: TokenWindow | Segment) -> torch.Tensor:
     """The tokens that attention sees in a window: [B, T] -> [B, n + L], the cached ones first."""
     return torch.cat([tokens[:, part.start : part.stop] for part in (*window.cached, window.tokens)], dim=1)

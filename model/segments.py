@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.errors import PowernapError
 
+HEAD_NUMBERS = 2**26  # logits that are computed at once: 256 MB in float32
 Probe = tuple[int, int]  # the first token of a probe, and the first after it
 
 

@@ -54,7 +54,7 @@ def sleep_and_predict(
     predictions = torch.full_like(tokens, -1) if predict else None
     token_losses = torch.zeros_like(tokens, dtype=loss.dtype) if predict else None
     for segment in segments:
-        run = partial(_run, stage, segment, inputs, targets, loss_mask)
+        run = partial(_run, stage, segment, inputs)
         with (
             nullcontext() if segment.with_grad else torch.no_grad(),
             health.watch(segment) if health else nullcontext(),
@@ -63,15 +63,18 @@ def sleep_and_predict(
                 results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
             else:
                 results = run(hidden_states, *layer_states)
-        hidden_states, losses, *states = results
+        hidden_states, *states = results
         layer_states = tuple(states)
         if health:
             health.record(segment, layer_states)
-        if segment.predicts:
-            loss = loss + losses.sum()
-        if segment.predicts and predictions is not None and token_losses is not None:
-            predictions[:, 1:][:, segment.where] = stage.predictions(hidden_states)
-            token_losses[:, 1:][:, segment.where] = losses.detach()
+        if not segment.predicts:
+            continue
+        where = segment.where
+        losses = stage.token_losses(hidden_states, targets[:, where], loss_mask[:, where], recompute=recompute)
+        loss = loss + losses.sum()
+        if predictions is not None and token_losses is not None:
+            predictions[:, 1:][:, where] = stage.predictions(hidden_states)
+            token_losses[:, 1:][:, where] = losses.detach()
     return SleepOutput(loss, predictions, token_losses, layer_states)
 
 
@@ -79,14 +82,9 @@ def _run(
     stage: HybridStage,
     segment: Segment,
     inputs: torch.Tensor,
-    targets: torch.Tensor,
-    loss_mask: torch.Tensor,
     hidden_states: torch.Tensor | None,
     *layer_states: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Run one segment; return its hidden states, its tokens' losses if it predicts, and each block's new state."""
+    """Run one segment; return its hidden states, and each block's new state."""
     hidden_states, states = stage(segment, inputs, hidden_states, layer_states)
-    losses = None
-    if segment.predicts:
-        losses = stage.token_losses(hidden_states, targets[:, segment.where], loss_mask[:, segment.where])
-    return hidden_states, losses, *states
+    return hidden_states, *states

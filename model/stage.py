@@ -1,12 +1,15 @@
 """HybridStage: the part of the model one pipeline stage owns. Embedding first, blocks, output head last."""
 
+import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from powernap.model.batch import window_tokens
+from powernap.model.batch import find_loss_tokens, window_tokens
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.fast_weights import LayerStates
@@ -22,7 +25,7 @@ from powernap.model.megatron import (
 from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
-from powernap.model.segments import Segment
+from powernap.model.segments import HEAD_NUMBERS, Segment
 from powernap.model.window import Positions, Window, mask_padding, sliding_mask
 
 
@@ -85,7 +88,7 @@ class HybridStage(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     model.hidden_size,
                     model.vocab_size,
-                    config=config,
+                    config=_without_sequence_parallel(config),  # it gets some tokens of the whole window
                     init_method=config.init_method,
                     bias=False,
                     gather_output=False,
@@ -181,20 +184,70 @@ class HybridStage(MegatronModule):
         assert self.is_first and self.is_last and self.tp_group.size() == 1
         return self.decoder.decode(self._embed(tokens), caches, window)
 
-    def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        loss_mask: torch.Tensor,
+        loss_tokens: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
         """The sum of `token_losses`."""
-        return self.token_losses(hidden_states, targets, loss_mask).sum()
+        return self.token_losses(hidden_states, targets, loss_mask, loss_tokens, recompute).sum()
 
-    def token_losses(self, hidden_states: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0: [B, L]; hidden_states [L, B, D]."""
-        logits = self._logits(hidden_states)
-        targets = targets.t()
+    def token_losses(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        loss_mask: torch.Tensor,
+        loss_tokens: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0.
+
+        The head runs on these tokens alone, in chunks of at most HEAD_NUMBERS logits.
+
+        Args:
+            hidden_states: [L, B, D], or [L/TP, B, D] with sequence parallelism.
+            targets, loss_mask: [B, L].
+            loss_tokens: of `find_loss_tokens`, on this device; None: found here, where a GPU has to be waited for.
+            recompute: keep no logits, compute them again in the backward pass. So it is with several chunks, too.
+
+        Returns:
+            [B, L]
+        """
+        length, batch = targets.shape[1], targets.shape[0]
+        if loss_tokens is None:
+            loss_tokens = find_loss_tokens(loss_mask)
+        if not len(loss_tokens):  # nothing bears loss: the head runs all the same, as on the other ranks
+            loss_tokens = loss_tokens.new_zeros(1)
+        rows = self._rows(hidden_states).index_select(0, loss_tokens)
+        row_targets = targets.t().flatten().index_select(0, loss_tokens)
+        # Not from the number of loss tokens: under ZeRO-3 all data ranks run the head as often.
+        chunks = math.ceil(length * batch * self.model.vocab_size / self.tp_group.size() / HEAD_NUMBERS)
+        run = self._row_losses
+        if torch.is_grad_enabled() and (recompute or chunks > 1):
+            run = partial(checkpoint, self._row_losses, use_reentrant=False, preserve_rng_state=False)
+        pairs = zip(rows.tensor_split(chunks), row_targets.tensor_split(chunks), strict=True)
+        losses = torch.cat([run(*pair) for pair in pairs])
+        placed = losses.new_zeros(length * batch).index_copy(0, loss_tokens, losses)
+        return placed.view(length, batch).t() * loss_mask
+
+    def _rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states of all tokens of the window, [L * B, D]; with sequence parallelism normed."""
+        if self.config.sequence_parallel:  # the norm's gradient is a sum over tensor ranks
+            hidden_states = self._gathered(self.decoder.final_layernorm(hidden_states))
+        return hidden_states.flatten(0, 1)
+
+    def _row_losses(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """rows [n, D] of `_rows`, targets [n] -> cross-entropy [n]."""
+        if not self.config.sequence_parallel:
+            rows = self.decoder.final_layernorm(rows)
+        logits = self._head(rows.unsqueeze(1))
         if self.tp_group.size() == 1:  # Megatron's is float32 only
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        else:
-            losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.contiguous())
-        return (losses * loss_mask.t()).t()
+            return F.cross_entropy(logits.squeeze(1), targets, reduction="none")
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets.unsqueeze(1)).squeeze(1)
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The most likely next token at every position: hidden_states [L, B, D] -> [B, L]."""
@@ -205,12 +258,23 @@ class HybridStage(MegatronModule):
         return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.decoder.final_layernorm(hidden_states)
+        return self._head(self._gathered(normed) if self.config.sequence_parallel else normed)
+
+    def _gathered(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[L/TP, B, D] -> [L, B, D]; what comes back for it is whole on every tensor rank."""
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+
+    def _head(self, normed: torch.Tensor) -> torch.Tensor:
+        """[n, B, D] -> logits [n, B, vocabulary/TP]."""
         assert self.output_layer is not None
         weight = None
         if self.model.tie_embeddings:
             assert self.embedding is not None
             weight = self.embedding.weight
-        logits, _ = self.output_layer(self.decoder.final_layernorm(hidden_states), weight=weight)
+        logits, _ = self.output_layer(normed, weight=weight)
         return logits
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -292,6 +356,12 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )
+
+
+def _without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    config = copy.copy(config)
+    config.sequence_parallel = False
+    return config
 
 
 def draw_normal(weight: torch.Tensor, std: float, draw: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from powernap.model.batch import find_loss_tokens
 from powernap.model.fast_weights import LayerStates, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
@@ -33,7 +34,25 @@ class MicroBatch:
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
     layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: zero fast weights
+    loss_tokens: list[torch.Tensor | None] | None = (
+        None  # of each segment that predicts; None: found when they are needed
+    )
     left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: the final states, detached
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        segments: list[Segment],
+        tokens: torch.Tensor,
+        loss_mask: torch.Tensor,
+        layer_states: LayerStates | None,
+    ) -> "MicroBatch":
+        """From tokens and loss mask on the CPU, where finding the loss tokens waits for no GPU."""
+        found = [find_loss_tokens(loss_mask[:, 1:][:, s.where]) if s.predicts else None for s in segments]
+        loss_tokens = [None if where is None else where.to(device, non_blocking=True) for where in found]
+        tokens, loss_mask = (x.to(device, non_blocking=True) for x in (tokens, loss_mask))
+        return cls(segments, tokens, loss_mask, layer_states, loss_tokens)
 
 
 def forward_backward(
@@ -164,7 +183,7 @@ class StageStep:
         layer_states = batch.layer_states if index == 0 else self._carried.pop(number)
         if layer_states is None:
             layer_states = self.stage.empty_layer_states(len(batch.tokens))
-        hidden_states, loss, *layer_states = self._run(number, segment, hidden_states, layer_states)
+        hidden_states, loss, *layer_states = self._run(number, index, hidden_states, layer_states)
 
         if loss is not None:
             self.loss += loss.detach()
@@ -195,18 +214,15 @@ class StageStep:
         """
         self._sent.append(output.detach())
 
-    def _run(self, number, segment, hidden_states, layer_states):
+    def _run(self, number, index, hidden_states, layer_states):
         stage, batch = self.stage, self.micro_batches[number]
-        where = segment.where
-        inputs, targets, loss_mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+        segment = batch.segments[index]
+        inputs = batch.tokens[:, :-1]
 
         def run(hidden_states, *layer_states):
             with cpu.as_it_is():
                 hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
-                loss = None
-                if segment.predicts and stage.is_last:
-                    loss = stage.loss(hidden_states, targets[:, where], loss_mask[:, where])
-                return hidden_states, loss, *layer_states
+                return hidden_states, *layer_states
 
         health = self.health if number == 0 else None
         with (
@@ -217,9 +233,16 @@ class StageStep:
                 results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
             else:
                 results = run(hidden_states, *layer_states)
+        hidden_states, *layer_states = results
         if health:
-            health.record(segment, results[2:])
-        return results
+            health.record(segment, layer_states)
+        loss = None
+        if segment.predicts and stage.is_last:
+            targets, loss_mask = batch.tokens[:, 1:][:, segment.where], batch.loss_mask[:, 1:][:, segment.where]
+            loss_tokens = None if batch.loss_tokens is None else batch.loss_tokens[index]
+            with cpu.as_it_is():
+                loss = stage.loss(hidden_states, targets, loss_mask, loss_tokens, self.recompute)
+        return hidden_states, loss, *layer_states
 
     def _note(self, *step) -> None:
         del self._sent[:-1]

@@ -388,10 +388,11 @@ def cut_batch(
             reset_rows(layer_states, batch.is_document_start.to(topology.device)), len(batch.tokens), size
         )
     return [
-        MicroBatch(
+        MicroBatch.on(
+            topology.device,
             plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards),
-            tokens.to(topology.device, non_blocking=True),
-            loss_mask.to(topology.device, non_blocking=True),
+            tokens,
+            loss_mask,
             part,
         )
         for tokens, loss_mask, part in zip(tokens, loss_mask, parts, strict=True)

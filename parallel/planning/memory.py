@@ -13,7 +13,7 @@ from typing import NamedTuple
 from powernap.model.parameters import parameters
 from powernap.model.part import FP32, Device, Weight
 from powernap.model.plugins import plugins
-from powernap.model.segments import Segment
+from powernap.model.segments import HEAD_NUMBERS, Segment
 from powernap.parallel.planning.timeline import FORWARD, schedule
 from powernap.parallel.planning.work import Recipe, micro_batches, round_up
 
@@ -125,6 +125,7 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
     blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
     handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
     computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
+    heads = [head_bytes(recipe, blocks, s, device) for s in segments]
     longest = hidden_bytes(recipe, max(len(s.tokens) for s in segments))
     # In a pipeline: hidden states received for the next segment, a gradient received, a gradient sent; and a segment's
     # input stays until the next backward pass is done.
@@ -138,10 +139,12 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
     for kind, _, index in steps:
         if kind == FORWARD:
             saved += handed[index]
-            kept += 0 if recompute else computed[index]
+            kept += heads[index].kept + (0 if recompute else computed[index])
             most_saved = max(most_saved, saved + late)
-            most = max(most, saved + late + kept + passing)
+            most = max(most, saved + late + kept + passing + heads[index].chunk)
             continue
+        most = max(most, saved + late + kept + passing + heads[index].chunk)  # the head first, then the segment
+        kept -= heads[index].kept
         most = max(most, saved + late + kept + passing + (computed[index] if recompute else 0))
         saved -= handed[index]
         saved += state if index + 1 == len(segments) else 0
@@ -214,15 +217,35 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
 
 def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
     """Bytes that autograd saves in one segment's forward pass over `blocks`: an estimate, see `_block_activations`."""
-    model, size = recipe.model, bytes_per_number(recipe)
     ran = [block for block in blocks if block in segment.blocks]
     last_write = segment.blocks.stop - 1 if segment.state_only else -1
     per_token = sum(_block_activations(recipe, block, device, block == last_write) for block in ran)
-    if segment.predicts and blocks.stop == model.num_layers:
-        # the final norm; logits, their float32 softmax and its gradient
-        per_token += _norm(recipe, device)
-        per_token += model.vocab_size / recipe.parallel.tensor * (size + 2 * FP32)
     return int(per_token * len(segment.tokens) * recipe.micro_batch_size)
+
+
+class HeadBytes(NamedTuple):
+    """Of norm, head and loss after a segment."""
+
+    kept: int  # until its backward pass
+    chunk: int  # while a chunk is computed, forward or back
+
+
+def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> HeadBytes:
+    """As if every token of a window that is read bore loss: a recipe does not tell how many do."""
+    model, size = recipe.model, bytes_per_number(recipe)
+    if not segment.predicts or blocks.stop != model.num_layers:
+        return HeadBytes(0, 0)
+    tokens = len(segment.tokens) * recipe.micro_batch_size
+    vocabulary = model.vocab_size / recipe.parallel.tensor
+    norm = _norm(recipe, device)
+    logits = vocabulary * (size + 2 * FP32)  # and their float32 softmax and its gradient
+    chunks = math.ceil(tokens * vocabulary / HEAD_NUMBERS)
+    if not recipe.train.recompute and chunks == 1:
+        return HeadBytes(int(tokens * (norm + logits)), 0)
+    rows = model.hidden_size * size
+    if recipe.parallel.sequence:  # normed before they are gathered
+        return HeadBytes(int(tokens * (norm + rows)), int(tokens / chunks * logits))
+    return HeadBytes(tokens * rows, int(tokens / chunks * (norm + logits)))
 
 
 def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:

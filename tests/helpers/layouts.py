@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from powernap.model.batch import plan_segments
+from powernap.model import stage as stage_module
+from powernap.model.batch import find_loss_tokens, plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
+from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule
@@ -64,6 +66,7 @@ class Case:
     probes: bool = False  # after each of the windows, in place of `predicting`
     passes: int = 2
     micro_batches: int = 2
+    head_numbers: int = HEAD_NUMBERS  # logits in a chunk
     unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)
@@ -78,11 +81,13 @@ def compare(case: Case, **process_group) -> dict:
     """Run one case; the relative error of the loss and of this rank's worst gradient."""
     topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model, sleep = tiny.model_config(**{"vocab_size": 20, **case.model}), SleepConfig(**case.sleep)
+    stage_module.HEAD_NUMBERS = HEAD_NUMBERS  # one process has no chunks
     batches = [micro_batch(case, model, sleep, seed) for seed in range(case.micro_batches * case.data)]
     loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
     scale = case.data / loss_tokens if case.unequal else 0.37  # ZeRO averages over ranks, here they are summed
     loss, expected, predictions, left, health = one_process(case, model, sleep, batches, scale)
 
+    stage_module.HEAD_NUMBERS = case.head_numbers
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[topology.pp_rank]
     with broken(case.broken):
         stage = build(model, sleep, topology.groups, blocks, case.sequence)
@@ -152,7 +157,7 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
         shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
         layer_states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return schedule.MicroBatch(segments, tokens, loss_mask, layer_states)
+    return schedule.MicroBatch.on(tokens.device, segments, tokens, loss_mask, layer_states)
 
 
 def probes_of(case: Case) -> list[tuple[int, int]]:
@@ -353,9 +358,12 @@ def broken(what: str | None):
         schedule._schedule_config = batched
     elif what == "split of a mixer":
         MixerModule._parameter = of_the_next_rank
+    elif what == "loss tokens":
+        schedule.find_loss_tokens = lambda loss_mask: loss_mask.flatten().nonzero().squeeze(1)
     elif what in MEANS:
         trainer.forward_backward = MEANS[what]
     yield
+    schedule.find_loss_tokens = find_loss_tokens
     trainer.forward_backward = schedule.forward_backward
     schedule._SegmentBoundary.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep

@@ -61,10 +61,10 @@ def what_segments_keep() -> Iterator[Tensors]:
             if tensor is not None and tensor.ndim:
                 kept._count(tensor.untyped_storage())
 
-    def run_and_show(step, number, segment, hidden_states, fast_weights):
-        if segment.with_grad:  # else the zeros that it starts from are not kept
+    def run_and_show(step, number, index, hidden_states, fast_weights):
+        if step.micro_batches[number].segments[index].with_grad:  # else the zeros that it starts from are not kept
             show(*fast_weights)
-        return run(step, number, segment, hidden_states, fast_weights)
+        return run(step, number, index, hidden_states, fast_weights)
 
     def hand_over_and_show(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights):
         sent = handover(ctx, link, anchor, like, hidden_states, received, loss, *fast_weights)
@@ -108,7 +108,7 @@ def unique(tensors: list[torch.Tensor]) -> int:
 
 
 def batch(recipe: Recipe) -> Batch:
-    """Random tokens; the last window predicts, or all do, and every second row continues a document."""
+    """Random tokens; all tokens of the last window bear loss, or of all windows, and every second row continues a document."""
     generator = torch.Generator().manual_seed(1)
     shape = (recipe.sequences_per_rank, recipe.data.sequence_length)
     tokens = torch.randint(1, recipe.model.vocab_size, shape, generator=generator)
@@ -116,7 +116,7 @@ def batch(recipe: Recipe) -> Batch:
     if probes := probes_of(recipe):
         loss_mask[:, [stop - 1 for _, stop in probes]] = True
     else:
-        loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window // 2 :] = True
+        loss_mask[:, 1 if recipe.sleep.every_window else -recipe.model.window :] = True
     return Batch(tokens, loss_mask, torch.arange(len(tokens)) % 2 == 0, [], probes)
 
 

@@ -11,9 +11,11 @@ import deepspeed.comm
 import torch
 import torch.distributed as dist
 
+from powernap.model import stage as stage_module
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
+from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import zero
@@ -56,6 +58,7 @@ class Case:
     sequence: bool = False
     offload: bool = False
     recompute: bool = False
+    head_numbers: int = HEAD_NUMBERS  # logits in a chunk
     problem: Problem = Problem()
     broken: str | None = None  # leave this out on purpose: the comparison must see it
 
@@ -69,8 +72,10 @@ def compare(case: Case, **process_group) -> dict:
     topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
     model = tiny.model_config(**{"pattern": "AG", "vocab_size": 20, **case.problem.model})
     sleep = SleepConfig(**case.problem.sleep)
+    stage_module.HEAD_NUMBERS = HEAD_NUMBERS  # the plain optimizer's has no chunks
     losses, norms, start, end = plain_answer(case.problem, model, sleep)
 
+    stage_module.HEAD_NUMBERS = case.head_numbers
     blocks = split_layers(model.pattern, case.pipeline)[topology.pp_rank]
     stage = layouts.build(model, sleep, topology.groups, blocks, case.sequence).float()
     with broken(case.broken):

@@ -112,6 +112,8 @@ CASES = {
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]
     ),
     "DP2xPP2, probes, every other mixer": Case(data=2, pipeline=2, probes=True, unequal=True, model=with_others()),
+    "TP2+SP, the head in chunks": Case(tensor=2, sequence=True, recompute=True, unequal=True, head_numbers=30),
+    "PP2, the head in chunks, tied": Case(pipeline=2, unequal=True, head_numbers=50, model=TIED),
     "DP2, unequal loss tokens": Case(data=2, unequal=True),
     "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, unequal=True),
@@ -143,6 +145,7 @@ WIDE = {
     ),
 }  # fmt: skip
 BROKEN = {
+    "a token's loss at another token, TP2": Case(tensor=2, unequal=True, broken="loss tokens"),
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
     "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),

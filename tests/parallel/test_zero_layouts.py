@@ -36,6 +36,7 @@ CASES = {
     "stage 2, DP2xTP2+SP": Case(zero_stage=2, data=2, **SP),
     "stage 3, DP2, tied embeddings, N changes": Case(zero_stage=3, data=2, problem=CHANGING_TIED),
     "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP),
+    "stage 3, DP2, tied, the head in chunks": Case(zero_stage=3, data=2, head_numbers=40, problem=Problem(model=TIED)),
     "stage 1, TP2xPP2, grouped and gated heads": Case(tensor=2, pipeline=2, problem=GROUPED),
     "stage 2, DP2xTP2, further choices and letters": Case(zero_stage=2, data=2, tensor=2, problem=FURTHER),
     "stage 3, DP2xTP2+SP, further choices and letters": Case(zero_stage=3, data=2, **SP, problem=FURTHER),
