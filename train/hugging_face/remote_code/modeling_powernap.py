@@ -228,9 +228,11 @@ class GatedDeltaNet(Recurrent):
         return *F.silu(qkv).split([self.d_k, self.d_k, self.values * self.d_v], dim=-1), conv_state
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         if not self.l2_eps:
-            return F.normalize(x, dim=-1)
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.l2_eps)
+            return (x / norm.clamp_min(1e-12)).to(x.dtype)
+        return (x * torch.rsqrt(norm.square() + self.l2_eps)).to(x.dtype)
 
     def log_decay(self, alpha: torch.Tensor) -> torch.Tensor:
         step = F.softplus(alpha.squeeze(-1) + self.dt_bias.to(alpha.dtype))
