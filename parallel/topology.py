@@ -153,12 +153,18 @@ def init_distributed(
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
+    backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
+    if on_cuda and backend == "gloo" and pipeline > 1:
+        raise TopologyError(
+            f"parallel.pipeline={pipeline}: {local_world} ranks see {torch.cuda.device_count()} of this machine's GPUs, so they "
+            "talk by gloo, which sends no tensor of a GPU to the next stage: let every rank see as many GPUs as there are "
+            "ranks, or write parallel.pipeline=1"
+        )
     cpu.prepare()
     with cpu.without_mlflow():
         import deepspeed  # noqa: F401  # late: it reads LOCAL_RANK
     loopback.prepare(int(os.environ.get("WORLD_SIZE", 1)), local_world)
-    # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
-    backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if not dist.is_initialized():
         if not process_group and os.environ.get("WORLD_SIZE") == "1":  # no peers, so no port that others could take
             process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -199,6 +205,10 @@ def alone() -> Topology:
     if not dist.is_initialized():
         process_group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     return init_distributed(**process_group)
+
+
+class TopologyError(PowernapError):
+    """Ranks that cannot train in this layout here, in one line."""
 
 
 class RankLostError(PowernapError):

@@ -53,7 +53,7 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     chunk = even_chunk(length, max_chunk)
     queries = to_chunks(q, chunk, state.dtype) if need_output else None
     k, v, g, beta = (to_chunks(x, chunk, state.dtype) for x in (k, v, g, beta))
-    gamma = g.cumsum(-1)
+    gamma = running_sum(g)
     causal = _causal_mask(chunk, k.device)
     # -inf before exp, not zero after it: above the diagonal the difference is positive and overflows under strong decay
     decay = (gamma.unsqueeze(-1) - gamma.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
@@ -71,6 +71,14 @@ def chunked_delta_rule(q, k, v, g, beta, state, need_output: bool = True, max_ch
     k_to_end = (k * to_end).transpose(-1, -2)
     reads = None if queries is None else (queries * from_start, (queries @ k_t) * decay)
     return through_chunks(u_of_v, u_of_state, whole, k_to_end, reads, state, dtype, length)
+
+
+def running_sum(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """x.cumsum(dim), dim -1 or -2. On CUDA that has no deterministic kernel: where one is asked for, a product with ones."""
+    if not x.is_cuda or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(dim)
+    ones = _causal_mask(x.shape[dim], x.device).to(x.dtype)
+    return ones @ x if dim == -2 else x @ ones.t()
 
 
 def to_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:

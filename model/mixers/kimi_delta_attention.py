@@ -109,13 +109,13 @@ def chunked_kimi_delta_rule(q, k, v, g, beta, state, need_output: bool = True, m
     """
     import torch
 
-    from powernap.model.mixers.delta_rule import through_chunks, to_chunks
+    from powernap.model.mixers.delta_rule import running_sum, through_chunks, to_chunks
 
     length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
     chunk = even_chunk(length, max_chunk)
     queries = [to_chunks(q, chunk, state.dtype)] if need_output else []
     k, v, g, beta = (to_chunks(x, chunk, state.dtype) for x in (k, v, g, beta))
-    gamma, weight = g.cumsum(-2), beta.unsqueeze(-1)
+    gamma, weight = running_sum(g, -2), beta.unsqueeze(-1)
     from_start, total = gamma.exp(), gamma[..., -1:, :]
     products, *scores = decayed_products([k, *queries], k, gamma)
 

@@ -199,6 +199,8 @@ def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: in
     import torch
     import torch.nn.functional as F
 
+    from powernap.model.mixers.delta_rule import running_sum
+
     batch, length, groups, _ = q.shape
     dtype = v.dtype
     chunk = even_chunk(length, max_chunk)
@@ -213,7 +215,7 @@ def chunked_ssd(q, k, v, g, beta, state, need_output: bool = True, max_chunk: in
 
     k, g = to_chunks(k), to_chunks(g)  # k: one for all heads of a group
     u = to_chunks(beta).unsqueeze(-1) * to_chunks(v)
-    gamma = g.cumsum(-1)
+    gamma = running_sum(g)
     total = gamma[..., -1:]
     u_to_end = u * (total - gamma).exp().unsqueeze(-1)
     whole = total.exp().unsqueeze(-1)

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from powernap.model.mixers import fla as fla_module
-from powernap.model.mixers.delta_rule import chunked_delta_rule, gated_delta_rule, sequential_delta_rule
+from powernap.model.mixers.delta_rule import (
+    chunked_delta_rule,
+    gated_delta_rule,
+    running_sum,
+    sequential_delta_rule,
+)
 from powernap.model.mixers.fla import KernelError
 from tests.helpers import tiny
 
@@ -165,3 +170,17 @@ class TestKernelsAreCheckedBeforeTheFirstStep:
     )
     def test_taken(self, check, case):
         check(**case)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_running_sums_where_cumsum_has_no_deterministic_kernel(monkeypatch, dim):
+    x = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = x.cumsum(dim)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert torch.equal(running_sum(x, dim), expected)
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(running_sum(x, dim), expected, rtol=1e-14, atol=1e-14)
+    finally:
+        torch.use_deterministic_algorithms(False)
