@@ -96,9 +96,9 @@ def repair_fla() -> None:
         module.range = lambda *bounds: map(Counter, range(*bounds))  # type: ignore[attr-defined]
 
 
-def errors(rule, case) -> dict[str, float]:
+def errors(rule, case, device: str = "cpu") -> dict[str, float]:
     """The largest difference of each output and gradient, relative to the largest value, from float64 token by token."""
-    inputs = case.inputs()
+    inputs = {name: t.to(device) for name, t in case.inputs().items()}
     generator = torch.Generator().manual_seed(7)
     along = {}
 
@@ -109,7 +109,7 @@ def errors(rule, case) -> dict[str, float]:
             arguments = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in arguments[:5]] + arguments[5:]
         output, state = form(*arguments)
         for name, found in (("o", output), ("S", state)):
-            along.setdefault(name, torch.randn(found.shape, generator=generator, dtype=torch.float64))
+            along.setdefault(name, torch.randn(found.shape, generator=generator, dtype=torch.float64).to(device))
         total = sum((found.double() * along[name]).sum() for name, found in (("o", output), ("S", state)))
         total.backward()
         return {"o": output, "S": state} | {f"d{name}": t.grad for name, t in given.items()}
@@ -122,12 +122,12 @@ def errors(rule, case) -> dict[str, float]:
     }
 
 
-def state_errors(passes: int, length: int) -> dict[str, float]:
+def state_errors(passes: int, length: int, device: str = "cpu") -> dict[str, float]:
     """The state's relative error in bfloat16 and float32 after 1, 2, 4, ... passes over one window, each from the state before."""
     from tests.model.mixers.test_kernels_interpreted import Case
 
     case, found = Case("G", length, decay=0.004, d_k=32, d_v=32), {}
-    inputs = {name: t.detach() for name, t in case.inputs().items()}
+    inputs = {name: t.detach().to(device) for name, t in case.inputs().items()}
     arguments = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
     rule = case.rule()
     exact, states = inputs["state"].double(), {t: inputs["state"].float() for t in (torch.bfloat16, torch.float32)}

@@ -1,0 +1,45 @@
+"""benchmarks/device.py: a part that fails costs itself alone, and the next call measures what is missing."""
+
+import argparse
+import json
+import os
+import time
+
+from benchmarks import common, device
+
+
+def good(tiny: bool) -> device.Found:
+    return {"tiny": tiny, "cache": os.path.isdir(os.environ["TRITON_CACHE_DIR"])}
+
+
+def bad(tiny: bool) -> device.Found:
+    raise RuntimeError("the kernel\nwas refused")
+
+
+def dead(tiny: bool) -> device.Found:
+    os._exit(7)
+
+
+def slow(tiny: bool) -> device.Found:
+    time.sleep(60)
+    return {}
+
+
+def test_a_part_costs_itself_alone(tmp_path, monkeypatch, capsys):
+    parts = [device.Part(part.__name__, 2 if part is slow else 50, part) for part in (good, bad, dead, slow)]
+    monkeypatch.setattr(device, "PARTS", tuple(parts))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for _ in range(2):
+        device.main(argparse.Namespace(tiny=True), "")
+    lines = [json.loads(line) for line in (tmp_path / "device.jsonl").read_text().splitlines()]
+    assert [line["part"] for line in lines] == ["good", "bad", "dead", "slow", "bad", "dead", "slow"]
+    assert lines[0]["tiny"] and lines[0]["cache"]
+    assert lines[1]["error"] == "RuntimeError: the kernel was refused"
+    assert lines[2]["error"] == "ended with exit code 7"
+    assert lines[3]["error"] == "took more than 2 s" and lines[3]["seconds"] < 20
+    assert "error: RuntimeError: the kernel was refused" in capsys.readouterr().out
+
+
+def test_the_parts_fit_in_two_calls_of_ten_minutes():
+    seconds = [part.seconds for part in device.PARTS]
+    assert sum(seconds) <= 15 * 60 and max(seconds) <= 2 * 60
