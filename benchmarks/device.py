@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -198,22 +199,29 @@ def kernels(tiny: bool) -> Found:
 
 def ranks_on_one_device(tiny: bool) -> Found:
     """Two ranks that share the device talk by gloo: the loss of the first step is one rank's."""
-    from tests.helpers.processes import in_processes
+    import torch.distributed as dist
 
-    found = {}
-    for name, layout in {"one": {}, "DP2": {"data": 2}, "TP2": {"tensor": 2}}.items():
-        world_size = 2 if layout else 1
-        found[name] = in_processes(_loss_of_a_step, world_size, layout)[0]
+    found, layouts = {}, {"one": {}, "DP2": {"data": 2}, "TP2": {"tensor": 2}}
+    for name, layout in layouts.items():
+        store, ranks = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 2 if layout else 1
+        with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+            losses = pool.map(_loss_of_a_step, range(ranks), [store.port] * ranks, [layout] * ranks)
+            found[name] = list(losses)[0]
     return found
 
 
-def _loss_of_a_step(rank: int, store, layout: dict[str, int]) -> float:
+def _loss_of_a_step(rank: int, port: int, layout: dict[str, int]) -> float:
+    import torch.distributed as dist
+
     from powernap.parallel.topology import init_distributed
     from powernap.train import trainer
 
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2" if layout else "1"}
     world_size = 2 if layout else 1
-    topology = init_distributed(layout.get("tensor", 1), store=store, rank=rank, world_size=world_size)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    topology = init_distributed(
+        layout.get("tensor", 1), timeout_seconds=40, store=store, rank=rank, world_size=world_size
+    )
     recipe = build_recipe("tiny", parallel=layout, precision="fp32")
     stage, zero = trainer.build(recipe, topology)
     batch = synthetic_batch(recipe)

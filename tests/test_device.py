@@ -5,7 +5,9 @@ import json
 import os
 import time
 
-from benchmarks import common, device
+import pytest
+
+from benchmarks import common, device, wheels
 
 
 def good(tiny: bool) -> device.Found:
@@ -43,3 +45,17 @@ def test_a_part_costs_itself_alone(tmp_path, monkeypatch, capsys):
 def test_the_parts_fit_in_two_calls_of_ten_minutes():
     seconds = [part.seconds for part in device.PARTS]
     assert sum(seconds) <= 15 * 60 and max(seconds) <= 2 * 60
+
+
+def test_wheels_are_what_the_machine_lacks():
+    found = set(wheels.needed({"torch", "triton", "mlflow", "numpy"}))
+    assert {"deepspeed", "megatron-core", "pydantic", "pydantic-core", "webdataset", "fla-core"} <= found
+    assert not found & {"torch", "sympy", "mlflow", "flask", "pytest", "kubernetes", "transformers"}
+
+
+def test_a_machine_without_torch_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "have.txt").write_text("numpy 2.3.1\ntriton==3.6.0\n")
+    monkeypatch.setattr("sys.argv", ["wheels", str(tmp_path / "to"), "--have", str(tmp_path / "have.txt")])
+    with pytest.raises(SystemExit, match="have.txt: torch is not there and cannot travel"):
+        wheels.main()
+    assert not (tmp_path / "to").exists()
