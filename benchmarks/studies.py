@@ -95,6 +95,16 @@ PROGRAM_NOT_TRIED = (
 )
 
 
+PROGRAM_2_FOUND = (
+    "**Refuted, all of it.** With two statements a window and the steps of `program`, no model learns chains of five: all are at the",
+    "surface guess. N=2 and N=4, after as many steps, are ahead of the others at chains of two, in one seed of three also at three, and",
+    "level with each other: the third and fourth pass, which could follow a chain inside a window, are of no use here.",
+    "",
+    "This does not tell whether they would be after more training: the loss of N=2 and N=4 was still falling.",
+)
+FOUND = {1: PROGRAM_FOUND, 2: PROGRAM_2_FOUND}
+
+
 def program(statements: int) -> Study:
     """Eight statements, `statements` of them a window."""
     windows = 8 // statements
@@ -135,8 +145,8 @@ def program(statements: int) -> Study:
             "forgotten. Depth is the longest chain of operations that an answer needs. Programs that begin alike, whatever the",
             "names, are on one side of the split; 16 and 32 statements are never trained.",
         ),
-        found=PROGRAM_FOUND if statements == 1 else (),
-        not_tried=PROGRAM_NOT_TRIED if statements == 1 else (),
+        found=FOUND.get(statements, ()),
+        not_tried=PROGRAM_NOT_TRIED if statements in FOUND else (),
     )  # fmt: skip
 
 
