@@ -1,8 +1,8 @@
 """What one CUDA device shows in a quarter of an hour: right, how fast, how much memory. Each part in a process of its own.
 
 A part that fails, or takes longer than its seconds, costs itself alone. What a part found is a line of device.jsonl as soon as it
-is done; the page is written from those lines. The same command again measures what is missing at this commit. `--tiny` runs the same parts with tiny models on the CPU, the kernels
-interpreted (make .venv/kernels), to try this script itself.
+is done; the page is written from those lines. The same command again measures what is missing at this commit. `--tiny` runs the
+same parts with tiny models on the CPU, the kernels interpreted (make .venv/kernels), to try this script itself.
 
 FLOPs of a step are the recipe's without recomputation (parallel/planning), so MFU, model FLOPs utilization, is bounded by 75 %
 where segments are recomputed.
@@ -25,8 +25,29 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+from torch.autograd import DeviceType
+
 from benchmarks import common
 from benchmarks.common import ROOT, table, write
+from powernap.model.batch import find_loss_tokens
+from powernap.model.config import SleepConfig
+from powernap.model.decoder import Decoder
+from powernap.model.mixers import fla
+from powernap.model.mixers.recurrent import Recurrence
+from powernap.model.stage import HybridStage
+from powernap.parallel import schedule
+from powernap.parallel.checkpoint.writer import Writer
+from powernap.parallel.planning.memory import stage_memory
+from powernap.parallel.planning.plan import plan
+from powernap.parallel.planning.work import segments_of
+from powernap.parallel.topology import init_distributed
+from powernap.train import trainer
+from powernap.train.config import Recipe
+from powernap.train.data.loader import Batch
+from powernap.train.numerics import deterministic as switch
+from powernap.train.numerics.doctor import examine
 from powernap.train.run import provenance
 
 WINDOW, WINDOWS, HEAD = 1024, 4, 128  # three windows are slept on, the last one is answered
@@ -49,8 +70,6 @@ class Part:
 
 
 def main(options: argparse.Namespace, command: str) -> None:
-    import torch
-
     tiny = options.tiny
     if not torch.cuda.is_available() and not tiny:
         sys.exit("benchmarks device: no CUDA device here (torch.cuda.is_available() is False)")
@@ -103,6 +122,8 @@ def alone(part: Part, tiny: bool) -> Found:
 
 def _measure(measure: Callable[[bool], Found], tiny: bool, answer) -> None:
     try:
+        if measure is not doctor:  # which shows what the guard does
+            lift_guard()
         found = measure(tiny)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
@@ -114,21 +135,17 @@ def _measure(measure: Callable[[bool], Found], tiny: bool, answer) -> None:
 
 def doctor(tiny: bool) -> Found:
     """Versions; a step of a tiny model with each mixer against float64, first with what the guard of Triton lets through."""
-    from powernap.model.mixers import fla
-    from powernap.train.numerics.doctor import examine
-    from powernap.train.run.provenance import machine, versions
-
     topology = common.join_alone()
-    found: Found = {"versions": versions(), "machine": machine(), "guarded": {}, "lifted": {}}
+    found: Found = {"versions": provenance.versions(), "machine": provenance.machine(), "guarded": {}, "lifted": {}}
     for guard in ("guarded", "lifted"):
         if guard == "lifted":
-            lift_guard(fla)
+            lift_guard()
         for one in examine(topology):
             found[guard][f"{one.letter}, {str(one.dtype).removeprefix('torch.')}"] = one.problem or one.error
     return found
 
 
-def lift_guard(fla) -> None:
+def lift_guard() -> None:
     """Time kernels that FLA and we refuse, where Triton computes some of their gradients wrong: as fast, not as right."""
     fla.TRITON_WRONG_ON_HOPPER = ("0", "0")
     try:
@@ -140,10 +157,6 @@ def lift_guard(fla) -> None:
 
 def deterministic(tiny: bool) -> Found:
     """Two steps of the same weights under train.deterministic, in both precisions: the same bits?"""
-    import torch
-
-    from powernap.train.numerics import deterministic as switch
-
     found: Found = {}
     for precision in ("fp32", "bf16"):
         with switch.deterministic(True):
@@ -155,14 +168,8 @@ def deterministic(tiny: bool) -> Found:
     return found
 
 
-def one_step(size: str, precision: str):
+def one_step(size: str, precision: str) -> torch.Tensor:
     """All gradients of a step, as one tensor."""
-    import torch
-
-    from powernap.model.stage import HybridStage
-    from powernap.parallel import schedule
-    from powernap.train import trainer
-
     topology, recipe = common.join_alone(), build_recipe(size, precision=precision)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -174,8 +181,6 @@ def one_step(size: str, precision: str):
 
 def kernels(tiny: bool) -> Found:
     """FLA's gated delta rule against float64 token by token, worst of outputs and gradients; the state after passes."""
-    import torch
-
     if tiny:
         sys.path.insert(0, str(ROOT / ".venv" / "kernels"))
     from tests.helpers import interpreted
@@ -199,8 +204,6 @@ def kernels(tiny: bool) -> Found:
 
 def ranks_on_one_device(tiny: bool) -> Found:
     """Two ranks that share the device talk by gloo: the loss of the first step is one rank's."""
-    import torch.distributed as dist
-
     found, layouts = {}, {"one": {}, "DP2": {"data": 2}, "TP2": {"tensor": 2}}
     for name, layout in layouts.items():
         store, ranks = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 2 if layout else 1
@@ -211,11 +214,6 @@ def ranks_on_one_device(tiny: bool) -> Found:
 
 
 def _loss_of_a_step(rank: int, port: int, layout: dict[str, int]) -> float:
-    import torch.distributed as dist
-
-    from powernap.parallel.topology import init_distributed
-    from powernap.train import trainer
-
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2" if layout else "1"}
     world_size = 2 if layout else 1
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -243,15 +241,6 @@ def steps(
 
 
 def measure_steps(size: str, passes: int, count: int, profiled: bool, changes: Found) -> Found:
-    import torch
-
-    from powernap.model.mixers import fla
-    from powernap.parallel.planning.memory import stage_memory
-    from powernap.parallel.planning.plan import plan
-    from powernap.parallel.planning.work import segments_of
-    from powernap.train import trainer
-
-    lift_guard(fla)
     topology = common.join_alone()
     on_cuda = topology.device.type == "cuda"
     recipe = build_recipe(size, passes=passes, **changes)
@@ -285,9 +274,6 @@ def measure_steps(size: str, passes: int, count: int, profiled: bool, changes: F
 
 def profile(step: Callable[[], float]) -> Found:
     """Kernels of one step: their number, their share of its time, and the ten that take most."""
-    import torch
-    from torch.autograd import DeviceType
-
     with torch.profiler.profile() as profiler:
         seconds = step()
     events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
@@ -301,12 +287,6 @@ def profile(step: Callable[[], float]) -> Found:
 
 def head(tiny: bool) -> Found:
     """Norm, head and loss of one window, forward and back, with a large vocabulary: seconds and peak by share of loss tokens."""
-    import torch
-
-    from powernap.model.batch import find_loss_tokens
-    from powernap.model.config import SleepConfig
-    from powernap.model.stage import HybridStage
-
     topology = common.join_alone()
     vocabulary, width, length, batch = (512, 32, 16, 2) if tiny else (151_936, 2048, 2048, 4)
     model = build_recipe("tiny", vocabulary=vocabulary, width=width).model
@@ -324,7 +304,7 @@ def head(tiny: bool) -> Found:
         for _ in range(3):
             hidden.grad = None
             start = time.perf_counter()
-            stage.loss(hidden, targets, loss_mask, loss_tokens, recompute=True).backward()
+            stage.token_losses(hidden, targets, loss_mask, loss_tokens, recompute=True).sum().backward()
             if not tiny:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -335,7 +315,6 @@ def head(tiny: bool) -> Found:
 
 def torch_form(tiny: bool) -> Found:
     """A step of the kernels' size without them: what chunks in torch cost on the device, in both precisions."""
-    from powernap.model.mixers.recurrent import Recurrence
 
     def chunked(self, q, k, v, g, beta, state, need_output=True):
         return self.chunked(q, k, v, g, beta, state, need_output)
@@ -348,9 +327,6 @@ def torch_form(tiny: bool) -> Found:
 
 def checkpoint(tiny: bool) -> Found:
     """Seconds that training waits for a save, the first and the second, and until the files are there."""
-    from powernap.parallel.checkpoint.writer import Writer
-    from powernap.train import trainer
-
     topology, recipe = common.join_alone(), build_recipe("tiny" if tiny else "1B")
     stage, zero = trainer.build(recipe, topology)
     found: Found = {"stall": [], "written": []}
@@ -368,11 +344,6 @@ def checkpoint(tiny: bool) -> Found:
 
 def generate(tiny: bool) -> Found:
     """One stream: milliseconds of an awake token and of a sleep of four passes."""
-    import torch
-
-    from powernap.model.decoder import Decoder
-    from powernap.train import trainer
-
     topology, recipe = common.join_alone(), build_recipe("tiny" if tiny else "1B")
     stage, _ = trainer.build(recipe, topology)
     decoder = Decoder(stage, 4, 1)
@@ -391,10 +362,8 @@ def generate(tiny: bool) -> Found:
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-def build_recipe(size: str, passes: int = 1, vocabulary: int = 32768, width: int | None = None, **changes):
+def build_recipe(size: str, passes: int = 1, vocabulary: int = 32768, width: int | None = None, **changes) -> Recipe:
     """changes: fields of train, or `parallel`."""
-    from powernap.train.config import Recipe
-
     blocks, hidden, mlp, sequences = SIZES[size]
     tiny = size == "tiny"
     window, head = (16, 16) if tiny else (WINDOW, HEAD)
@@ -420,12 +389,8 @@ def build_recipe(size: str, passes: int = 1, vocabulary: int = 32768, width: int
     )  # fmt: skip
 
 
-def synthetic_batch(recipe):
+def synthetic_batch(recipe: Recipe) -> Batch:
     """Random tokens, every token of the last window a target."""
-    import torch
-
-    from powernap.train.data.loader import Batch
-
     shape = (recipe.train.global_batch_size, recipe.data.sequence_length)
     tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     loss_mask = torch.zeros(shape, dtype=torch.bool)
@@ -434,8 +399,6 @@ def synthetic_batch(recipe):
 
 
 def device_peak_flops() -> float | None:
-    import torch
-
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

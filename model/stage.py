@@ -184,17 +184,6 @@ class HybridStage(MegatronModule):
         assert self.is_first and self.is_last and self.tp_group.size() == 1
         return self.decoder.decode(self._embed(tokens), caches, window)
 
-    def loss(
-        self,
-        hidden_states: torch.Tensor,
-        targets: torch.Tensor,
-        loss_mask: torch.Tensor,
-        loss_tokens: torch.Tensor | None = None,
-        recompute: bool = False,
-    ) -> torch.Tensor:
-        """The sum of `token_losses`."""
-        return self.token_losses(hidden_states, targets, loss_mask, loss_tokens, recompute).sum()
-
     def token_losses(
         self,
         hidden_states: torch.Tensor,

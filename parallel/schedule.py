@@ -9,7 +9,7 @@ a loop. The result is that of model/sleep.py, which every layout is tested again
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,13 @@ class MicroBatch:
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
     layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: zero fast weights
-    loss_tokens: list[torch.Tensor | None] | None = (
-        None  # of each segment that predicts; None: found when they are needed
-    )
+    loss_tokens: list[torch.Tensor | None] = field(
+        default_factory=list
+    )  # of each segment that predicts; found if not given
     left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: the final states, detached
+
+    def __post_init__(self) -> None:
+        self.loss_tokens = self.loss_tokens or _loss_tokens(self.segments, self.loss_mask)
 
     @classmethod
     def on(
@@ -49,10 +52,14 @@ class MicroBatch:
         layer_states: LayerStates | None,
     ) -> "MicroBatch":
         """From tokens and loss mask on the CPU, where finding the loss tokens waits for no GPU."""
-        found = [find_loss_tokens(loss_mask[:, 1:][:, s.where]) if s.predicts else None for s in segments]
+        found = _loss_tokens(segments, loss_mask)
         loss_tokens = [None if where is None else where.to(device, non_blocking=True) for where in found]
         tokens, loss_mask = (x.to(device, non_blocking=True) for x in (tokens, loss_mask))
         return cls(segments, tokens, loss_mask, layer_states, loss_tokens)
+
+
+def _loss_tokens(segments: list[Segment], loss_mask: torch.Tensor) -> list[torch.Tensor | None]:
+    return [find_loss_tokens(loss_mask[:, 1:][:, s.where]) if s.predicts else None for s in segments]
 
 
 def forward_backward(
@@ -120,7 +127,7 @@ def predict(
                 where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
                 losses[:, 1:][:, where] = stage.token_losses(
-                    hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where]
+                    hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where], batch.loss_tokens[index]
                 )
             feeds_next_pass = index + 1 < len(segments) and not segments[index + 1].from_embeddings
             if not stage.is_last or feeds_next_pass:
@@ -239,9 +246,10 @@ class StageStep:
         loss = None
         if segment.predicts and stage.is_last:
             targets, loss_mask = batch.tokens[:, 1:][:, segment.where], batch.loss_mask[:, 1:][:, segment.where]
-            loss_tokens = None if batch.loss_tokens is None else batch.loss_tokens[index]
             with cpu.as_it_is():
-                loss = stage.loss(hidden_states, targets, loss_mask, loss_tokens, self.recompute)
+                loss = stage.token_losses(
+                    hidden_states, targets, loss_mask, batch.loss_tokens[index], self.recompute
+                ).sum()
         return hidden_states, loss, *layer_states
 
     def _note(self, *step) -> None:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 # hundred to about seven thousand tokens. The first pass's writes must survive the passes that follow.
 DECAY_RANGE = (1.0, 4.0)
 STEP_RANGE = (0.0001, 0.002)
+MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 # Longest chunk of the delta rule's chunked form. Work inside a chunk grows with the square of its length, the loop over
 # chunks costs Python time; benchmarks/delta_rule.py measured the balance.
-MIN_NORM = 1e-12  # torch's
 MAX_CHUNK = 32
 FLA_CHUNK = 64  # tokens in a chunk of FLA's kernel
 

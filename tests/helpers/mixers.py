@@ -150,7 +150,7 @@ def kept_by_autograd(stage, tokens, loss_mask, segment) -> int:
         hidden_states, _ = stage(segment, tokens[:, :-1], None, fast_weights)
         if segment.predicts:
             where = segment.where
-            stage.loss(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where])
+            stage.token_losses(hidden_states, tokens[:, 1:][:, where], loss_mask[:, 1:][:, where]).sum()
     return sum(size for size, _ in kept.values())
 
 

@@ -42,7 +42,7 @@ def test_passes_are_the_recurrence_of_the_paper(topology):
     for _ in range(3):
         hidden, fast_weights = stage.decoder(hidden, fast_weights, window, every)
     hidden, _ = stage.decoder(stage._embed(second), fast_weights, window, every)
-    by_hand = stage.loss(hidden, tokens[:, tiny.WINDOW + 1 :], loss_mask[:, tiny.WINDOW + 1 :])
+    by_hand = stage.token_losses(hidden, tokens[:, tiny.WINDOW + 1 :], loss_mask[:, tiny.WINDOW + 1 :]).sum()
     output = tiny.run(stage, tokens, loss_mask, passes=3)
     assert output.loss.item() == pytest.approx(by_hand.item(), rel=1e-14)
     assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, by_hand)) < 1e-13
@@ -58,12 +58,12 @@ def test_a_window_of_text_is_read_with_the_loss_and_then_slept_on(topology):
     targets = tokens[:, 1:].split(tiny.WINDOW, dim=1)
     masks = loss_mask[:, 1:].split(tiny.WINDOW, dim=1)
     hidden, fast_weights = stage.decoder(stage._embed(first), stage.empty_layer_states(len(tokens)), window, range(4))
-    by_hand = stage.loss(hidden, targets[0], masks[0])
+    by_hand = stage.token_losses(hidden, targets[0], masks[0]).sum()
     hidden = stage._embed(first)
     for _ in range(3):
         hidden, fast_weights = stage.decoder(hidden, fast_weights, window, range(4))
     hidden, _ = stage.decoder(stage._embed(second), fast_weights, window, range(4))
-    by_hand = by_hand + stage.loss(hidden, targets[1], masks[1])
+    by_hand = by_hand + stage.token_losses(hidden, targets[1], masks[1]).sum()
     output = tiny.run(stage, tokens, loss_mask, 3, sleep)
     assert output.loss.item() == pytest.approx(by_hand.item(), rel=1e-14)
     assert tiny.largest_difference(tiny.gradients(stage, output.loss), tiny.gradients(stage, by_hand)) < 1e-13
@@ -93,7 +93,7 @@ def by_hand(stage, tokens, loss_mask, passes, *, embeddings_again=False, last_wr
         if not last_write_alone or number == passes - 1:
             layer_states = written
     hidden, _ = stage.decoder(stage._embed(second), layer_states, every_block, range(stage.model.num_layers))
-    return stage.loss(hidden, tokens[:, tiny.WINDOW + 1 :], loss_mask[:, tiny.WINDOW + 1 :])
+    return stage.token_losses(hidden, tokens[:, tiny.WINDOW + 1 :], loss_mask[:, tiny.WINDOW + 1 :]).sum()
 
 
 ABLATIONS = {

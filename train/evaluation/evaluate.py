@@ -263,7 +263,7 @@ def _predict(
     segments = plan_segments(
         tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards
     )
-    micro_batch = MicroBatch(segments, tokens.to(topology.device), loss_mask.to(topology.device), layer_states)
+    micro_batch = MicroBatch.on(topology.device, segments, tokens, loss_mask, layer_states)
     predictions, losses, layer_states = predict(stage, micro_batch, topology)
     rows = predictions.tolist()
     answers = {span: tuple(rows[span[0]][slice(*span[1:])]) for span, _, _ in _answers(batch)}

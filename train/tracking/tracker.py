@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-ITS_PAST = ("origin.json", "history.jsonl")  # commit, machine, what it started from; each start and what changed
+RECORDS = ("config.yaml", "origin.json", "history.jsonl")  # of a run's folder, where they are artifacts
 FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow takes a small share of the process's time
 # The first and the longest delay before a retry, when a server did not answer; each delay is twice the last.
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
@@ -38,10 +38,9 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 class Tracker:
     """One run's connection to MLflow. Rank 0 only.
 
-    run_folder: `runs/NAME`; NAME becomes the run's name; its config.yaml, origin.json and history.jsonl are artifacts.
-    experiment: MLflow's name for a group of runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step:
-    the step that a run resumes after. running: whether the run is training now; its evaluation does not change its
-    status.
+    run_folder: `runs/NAME`; NAME becomes the run's name; RECORDS are artifacts. experiment: MLflow's name for a group of
+    runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step: the step
+    that a run resumes after. running: whether the run is training now; its evaluation does not change its status.
 
     No method raises, and none waits for MLflow except `close`: records are written to the run's spool, from which a daemon
     thread delivers them in order. Failures are retried; records left at the end wait for `powernap sync` or the next
@@ -76,8 +75,7 @@ class Tracker:
             resume_step=resume_step,
             running=running,
         )
-        self.log_artifact(self._folder / "config.yaml")
-        for name in ITS_PAST:
+        for name in RECORDS:
             if (self._folder / name).is_file():
                 self.log_artifact(self._folder / name)
         # Import here, not in the thread: data workers forked in the middle of an import can deadlock.

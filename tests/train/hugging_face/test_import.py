@@ -44,7 +44,7 @@ def test_logits_and_gradients_are_those_of_transformers(models, topology, name):
     targets, loss_mask = some_tokens(21), torch.ones(2, 21, dtype=torch.bool)
     (segment,) = segments(stage, targets, loss_mask)
     hidden_states, _ = stage(segment, targets[:, :-1], None, stage.empty_layer_states(2))
-    stage.loss(hidden_states, targets[:, 1:], loss_mask[:, 1:]).backward()
+    stage.token_losses(hidden_states, targets[:, 1:], loss_mask[:, 1:]).sum().backward()
     reference.zero_grad()
     logits = reference(targets[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum").backward()
@@ -185,7 +185,7 @@ def test_in_float64(models, topology, name):
     loss_mask = torch.ones(2, 21, dtype=torch.bool)
     (segment,) = segments(stage, tokens, loss_mask)
     hidden_states, _ = stage(segment, tokens[:, :-1], None, stage.empty_layer_states(2))
-    stage.loss(hidden_states, tokens[:, 1:], loss_mask[:, 1:]).backward()
+    stage.token_losses(hidden_states, tokens[:, 1:], loss_mask[:, 1:]).sum().backward()
     assert_gradients_are(exact, stage, folder)
 
 
