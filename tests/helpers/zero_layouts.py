@@ -5,7 +5,7 @@ global batches. Every rank compares the losses, the gradient norms and every wei
 """
 
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import deepspeed.comm
 import torch
@@ -74,6 +74,7 @@ def compare(case: Case, **process_group) -> dict:
     sleep = SleepConfig(**case.problem.sleep)
     stage_module.HEAD_NUMBERS = HEAD_NUMBERS  # the plain optimizer's has no chunks
     losses, norms, start, end = plain_answer(case.problem, model, sleep)
+    _, exact_norms, _, _ = plain_answer(replace(case.problem, precision="fp32"), model, sleep)
 
     stage_module.HEAD_NUMBERS = case.head_numbers
     blocks = split_layers(model.pattern, case.pipeline)[topology.pp_rank]
@@ -106,6 +107,7 @@ def compare(case: Case, **process_group) -> dict:
         "loss": max(abs(own / plain - 1) for (own, _), plain in zip(found, losses, strict=True)),
         "norm": max(abs(own / plain - 1) for (_, own), plain in zip(found, norms, strict=True)),
         "first_norm": abs(found[0][1] / norms[0] - 1),
+        "rounding": abs(norms[0] / exact_norms[0] - 1),  # what bf16 alone does to the first norm
         "weight": worst,
         "smallest_norm": min(norms),
         "smallest_movement": moved,

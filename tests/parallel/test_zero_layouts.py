@@ -144,16 +144,17 @@ def assert_exact(case: Case, results: list[dict]) -> None:
 
 
 def check_rounded(case: Case, results: list[dict]) -> None:
-    """The first norm is the sharp part: later ones are of weights that have drifted apart."""
+    """The first norm is the sharp part: later ones are of weights that have drifted apart. Tensor ranks add up rounded halves: they
+    may be as far from one process as bf16 itself is from float32."""
     check_task(case, results)
     for result in results:
-        assert result["first_norm"] < 1e-2
+        assert result["first_norm"] < max(1e-2, result["rounding"] if case.tensor > 1 else 0)
         assert result["loss"] < 3e-2
 
 
 def check_broken(results: list[dict]) -> None:
     assert max(result["norm"] for result in results) > 1e-2
-    assert max(result["first_norm"] for result in results) > 1e-2
+    assert max(result["first_norm"] for result in results) > max(1e-2, results[0]["rounding"])
 
 
 def check_task(case: Case, results: list[dict]) -> None:
