@@ -70,7 +70,7 @@ class HybridStage(MegatronModule):
                 self.embedding = VocabParallelEmbedding(
                     model.vocab_size,
                     model.hidden_size,
-                    init_method=lambda weight: draw_normal(weight, model.embedding_std, draw),
+                    init_method=lambda weight: draw_normal(weight, model.initial_embedding_std, draw),
                     config=config,
                     reduce_scatter_embeddings=sequence_parallel,
                     tp_group=groups.tp,

@@ -60,7 +60,7 @@ def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
         return found
     names = ", ".join(name for name in shipped if "/" not in name)
     raise RecipeError(
-        f"no recipe '{name_or_path}': give a YAML file or one of {names}, or a baseline such as depo/deeper"
+        f"no recipe '{name_or_path}': give a YAML file or one of {names}, a baseline such as depo/deeper, or a size such as sizes/1b"
         + _did_you_mean(name_or_path, list(shipped))
     )
 

@@ -40,6 +40,17 @@ def test_matrices_keep_the_size_of_what_they_read_and_branches_add_up_to_it(stag
         assert abs(weight.mean().item()) < 0.1 * expected, name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_first_loss_is_near_that_of_a_uniform_guess(topology, tied):
+    """With a tied head and embeddings of deviation 1 it would be 18 times that."""
+    model = tiny.model_config(hidden_size=128, attention=dict(heads=4), vocab_size=400, tie_embeddings=tied)
+    torch.manual_seed(0)
+    stage = HybridStage(model, SleepConfig(), topology.groups)
+    tokens, loss_mask = tiny.batch(sequences=8, vocab_size=400)
+    loss = tiny.run(stage, tokens, loss_mask).loss / loss_mask.sum()
+    assert loss.item() == pytest.approx(math.log(400), rel=0.15)
+
+
 def test_fast_weights_outlive_windows(stage):
     """Half-lives of a hundred to seven thousand tokens, as the input's part of the decay is zero."""
     for mixer in stage.fast_weight_mixers.values():

@@ -17,7 +17,7 @@ from powernap.train.recipe_file import RecipeError, load_recipe, shipped_recipes
 from powernap.train.run.folder import save_recipe
 from powernap.train.tasks import TASKS
 
-BASELINES = [name for name in shipped_recipes() if "/" in name]
+BASELINES = [name for name in shipped_recipes() if name.startswith(("demo/", "depo/"))]
 PREDICTS = {"depo": [False] * 4 + [True], "demo": [False] + [True] * 3}  # windows of the base
 
 
