@@ -10,7 +10,18 @@ from pathlib import Path
 
 from benchmarks import common
 
-ON_CPU = ["delta_rule", "sleep", "generate", "stack", "pipeline", "stage_memory", "loader", "checkpoint", "tracking"]
+ON_CPU = [
+    "delta_rule",
+    "sleep",
+    "generate",
+    "stack",
+    "beside_transformers",
+    "pipeline",
+    "stage_memory",
+    "loader",
+    "checkpoint",
+    "tracking",
+]
 ON_DEMAND = ["demo", "trend", "text", "device"]  # a quarter of an hour; hours; hours; a CUDA device
 STUDY = "study"  # study NAME ...: hours, see studies.py
 

@@ -162,22 +162,28 @@ class EarlyPartition:
 
 
 class _Gradients:
-    """All gradients of a stage in one buffer that persists across steps.
+    """All gradients of a stage, in a flat buffer for each parameter group that persists across steps.
 
     DeepSpeed's bf16 optimizer keeps its own like that. Nothing grows in the middle of a step, and nothing fragments.
     """
 
-    def __init__(self, stage: torch.nn.Module):
-        self._parameters = list(stage.parameters())
-        sizes = [parameter.numel() for parameter in self._parameters]
-        self._flat = self._parameters[0].new_zeros(sum(sizes))
-        self._parts = self._flat.split(sizes)
+    def __init__(self, zero: Any):
+        self.flat = [torch.zeros_like(weights) for weights in zero.bit16_groups_flat]  # laid out as DeepSpeed's weights
+        self.of = {
+            parameter: flat.narrow(0, parameter.storage_offset(), parameter.numel()).view_as(parameter)
+            for flat, group in zip(self.flat, zero.bit16_groups, strict=True)
+            for parameter in group
+        }
 
     def attach(self) -> None:
-        """Zero the buffer, and make every parameter's gradient a view of it."""
-        self._flat.zero_()
-        for parameter, part in zip(self._parameters, self._parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        """Zero the buffers, and make every parameter's gradient a view of them."""
+        for flat in self.flat:
+            flat.zero_()
+        for parameter, gradient in self.of.items():
+            parameter.grad = gradient
+
+    def attached(self) -> bool:
+        return all(parameter.grad is gradient for parameter, gradient in self.of.items())
 
 
 class ZeroOptimizer:
@@ -241,7 +247,10 @@ class ZeroOptimizer:
         if precision == "bf16":
             for parameter in stage.parameters():
                 parameter.grad_dtype = torch.float32
-        self._gradients = _Gradients(stage) if precision == "fp32" and zero_stage == 1 else None
+        self._gradients = _Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
+        self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._clip_here)
+        if self._gradients and not offload:
+            self._make_weights_their_masters()
         if zero_stage == 3 and stage.model.tie_embeddings:
             assert stage.embedding is not None
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
@@ -284,6 +293,8 @@ class ZeroOptimizer:
         optimizer we use: it checks the norm before it updates anything, as for float16's overflows. (0.19.8: `overflow`
         in stage_1_and_2.py step, stage3.py step, bf16_optimizer.py step.)
         """
+        if self._alone:
+            return self._step_alone()
         norm = self._average_and_clip() if self._clip_here else None
         self.engine.step()
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
@@ -315,16 +326,48 @@ class ZeroOptimizer:
                 return gradient
         raise AssertionError("every parameter has a gradient by now")
 
+    def _step_alone(self) -> float:
+        """Stage 1 in float32 where one data-parallel rank has everything, with the same results as DeepSpeed's step, which
+        copies all gradients four times on their way to the optimizer and converts them to float64 as wholes."""
+        assert self._gradients and self._gradients.attached(), "backward passes belong inside accumulation()"
+        norm = self._norm(self._gradients.of)
+        if finite := bool(norm.isfinite()):
+            self.zero.unscale_and_clip_grads(self._gradients.flat, norm)
+            for partition, gradient in zip(self._partitions(), self._gradients.flat, strict=True):
+                partition.grad = gradient
+            self.zero.optimizer.step()
+            self.zero.optimizer.zero_grad()
+        self.zero.zero_grad()
+        return float(norm) if finite else float("inf")
+
+    def _norm(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """The norm of whole gradients over tensor and pipeline ranks with DeepSpeed's rounding: parameters are summed in
+        float64, groups in float32; copies of a parameter count once."""
+        squares = torch.stack(
+            [self._squares([gradients[p] for p in group if self._counts(p)]) for group in self._groups]
+        )
+        dist.all_reduce(squares, group=self.topology.groups.mp)
+        return torch.linalg.vector_norm(squares.sqrt())
+
+    def _counts(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether this rank's copy of a parameter is the one in the norm."""
+        is_shard = getattr(parameter, "tensor_model_parallel", False)
+        return not getattr(parameter, "ds_pipe_replicated", False) and (is_shard or self.topology.groups.tp.rank() == 0)
+
+    def _squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        # A CPU copies what it converts to float64: pieces stay in its cache.
+        pieces = [p for g in gradients for p in ([g] if g.is_cuda else g.view(-1).split(2**18))]
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        none = torch.zeros(1, dtype=torch.float64, device=self.topology.device)
+        return (torch.stack(norms) if norms else none).square().sum().float()
+
     def _average_and_clip(self) -> float:
-        parameters = [p for group in self._groups for p in group if p.grad is not None]
+        parameters = [p for group in self._groups for p in group]
         gradients = [p.grad for p in parameters]
         flat = torch._utils._flatten_dense_tensors(gradients)
         self.topology.all_reduce_over_data(flat).div_(self.topology.dp_size)
         averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
-        counted = [g for p, g in zip(parameters, averaged, strict=True) if not getattr(p, "ds_pipe_replicated", False)]
-        squares = torch.stack([g.pow(2).sum() for g in counted]).sum()  # tensor-parallel Muon does not exist
-        dist.all_reduce(squares, group=self.topology.groups.pp)
-        norm = squares.sqrt()
+        norm = self._norm(dict(zip(parameters, averaged, strict=True)))
         # If only the norm overflows float32, Muon's update would still be finite and the step would run.
         _poison_if_nonfinite(flat, norm)
         if self.clip:
@@ -332,6 +375,12 @@ class ZeroOptimizer:
         for gradient, new in zip(gradients, averaged, strict=True):
             gradient.copy_(new)
         return float(norm)
+
+    def _make_weights_their_masters(self) -> None:
+        """DeepSpeed would step a copy of weights that are float32 already."""
+        for weights, partition in zip(self.zero.parallel_partitioned_bit16_groups, self._partitions(), strict=True):
+            partition.data = weights[self.topology.dp_rank].data
+        self.zero._link_all_hp_params()
 
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Location of this rank's master weights and optimizer states of a parameter; None if it has none."""

@@ -29,7 +29,7 @@ class MemoryEstimate:
 
     weights: int
     gradients: int  # as they are accumulated
-    optimizer: int  # float32 master weights and moments; 0 if offloaded
+    optimizer: int  # float32 master weights, if weights are not, and moments; 0 if offloaded
     buffers: int  # DeepSpeed's others during the backward passes
     segments: int  # hidden states, fast weights and cached keys and values of the live segments; carried states
     activations: int  # estimate: of the segment that is recomputed, or of all live ones without recomputation
@@ -83,13 +83,14 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
 
     ZeRO 1 and 2 flatten each parameter group and pad it to a multiple of twice the data ranks (stage_1_and_2.py,
     bf16_optimizer.py: nccl_start_alignment_factor = 2); ZeRO 3 pads each parameter to a multiple of the data ranks
-    (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition, in fp32 as well.
+    (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition; weights that are float32
+    at ZeRO 1 are their own masters (zero.py).
 
     Gradients are float32 and whole at every ZeRO stage: each segment adds to all of them, so none can be reduced before
     the last backward pass of a step. Besides them ZeRO 1 has a float32 bucket while it reduces (allreduce_bucket), in
-    fp32 then its partition; offloaded in fp32 it has the bucket all the time (setup_buckets). ZeRO 2 has a bucket and
-    its partition while it reduces; ZeRO 3 has both all the time (stage3.py: _setup_for_real_optimizer), and every
-    gathered parameter that it expects to reuse soon.
+    fp32 then its partition; neither where one data rank steps alone, but for Muon; offloaded in fp32 it has the bucket all
+    the time (setup_buckets). ZeRO 2 has a bucket and its partition while it reduces; ZeRO 3 has both all the time
+    (stage3.py: _setup_for_real_optimizer), and every gathered parameter that it expects to reuse soon.
     """
     ranks, stage, size = recipe.parallel.data, recipe.zero.stage, bytes_per_number(recipe)
     whole = sum(w.size(recipe.parallel.tensor) for w in weights)
@@ -109,7 +110,8 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
         return States(size * padded, FP32 * padded, optimizer, 0, bucket)
     if recipe.zero.offload:
         return States(size * padded, gradients, optimizer, bucket, bucket)
-    return States(size * padded, gradients, optimizer, 0, max(bucket, FP32 * held))
+    alone = ranks == 1 and recipe.optimizer.name != "muon"
+    return States(size * padded, gradients, FP32 * moments, 0, 0 if alone else max(bucket, FP32 * held))
 
 
 def bytes_per_number(recipe: Recipe) -> int:

@@ -28,11 +28,13 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         live.peak = live.now
         with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
             trainer.train_step(recipe, stage, zero, batch(recipe), 3, topology, layer_states)
+    weights = [getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]
+    optimizer = tensors_of([[p, zero._state(p)] for p in zero._partitions()])
     result = {
         "stage": topology.pp_rank,
-        "weights": unique([getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]),
+        "weights": unique(weights),
         "gradients": gradients[0],
-        "optimizer": unique(tensors_of([[p, zero._state(p)] for p in zero._partitions()])),
+        "optimizer": unique([*weights, *optimizer]) - unique(weights),
         "segments": kept.peak,
         "total": live.peak,
     }

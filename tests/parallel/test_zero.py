@@ -104,7 +104,8 @@ def test_ten_steps_equal_a_plain_optimizer(topology, monkeypatch, name, bound):
     for step in range(1, 11):
         tokens, loss_mask = tiny.batch(seed=step)
         factor = lr_factor(step, 10, config)
-        tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+        with zero.accumulation():
+            tiny.run(stage, tokens, loss_mask, 2).loss.backward()
         set_lr(zero.param_groups, factor)
         norm = zero.step()
         expected = step_plainly(plain, optimizers, tokens, loss_mask, factor)
@@ -121,12 +122,32 @@ def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(topology):
     twice, zero_twice = zero_for(topology, config)
     for step in range(1, 4):
         tokens, loss_mask = tiny.batch(sequences=4, seed=step)
-        tiny.run(once, tokens, loss_mask, 2).loss.backward()
-        for part in (slice(0, 2), slice(2, 4)):
-            tiny.run(twice, tokens[part], loss_mask[part], 2).loss.backward()
+        with zero_once.accumulation():
+            tiny.run(once, tokens, loss_mask, 2).loss.backward()
+        with zero_twice.accumulation():
+            for part in (slice(0, 2), slice(2, 4)):
+                tiny.run(twice, tokens[part], loss_mask[part], 2).loss.backward()
         assert zero_once.step() == pytest.approx(zero_twice.step(), rel=1e-4)
     a, b = ({n: p.detach() for n, p in stage.named_parameters()} for stage in (once, twice))
     assert tiny.largest_difference(a, b) < 1e-5
+
+
+def test_alone_in_float32_a_step_is_deepspeeds_to_the_bit(topology):
+    config, found = OptimizerConfig(warmup_steps=0), []
+    for alone in (True, False):
+        stage, zero = zero_for(topology, config)
+        assert zero._alone
+        zero._alone = alone
+        norms = []
+        for step in range(3):
+            tokens, loss_mask = tiny.batch(seed=step)
+            with zero.accumulation():
+                tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+            norms.append(zero.step())
+        assert min(norms) > CLIP and all(p.grad is None for p in stage.parameters())
+        found.append((norms, [p.detach().clone() for p in stage.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0][1], found[1][1], strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -150,7 +171,7 @@ def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):
             tiny.run(stage, tokens, loss_mask, 2).loss.backward()
             places.append({p.grad.untyped_storage().data_ptr() for p in stage.parameters()})
         zero.step()
-    assert places[0] == places[1] and len(places[0]) == 1
+    assert places[0] == places[1] and len(places[0]) == 2  # matrices, and the rest
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -11,7 +11,8 @@ from tests.helpers import layouts, zero_layouts
 from tests.helpers.processes import run_cases
 from tests.helpers.zero_layouts import CLIP, Case, Problem
 
-TIED = {"tie_embeddings": True}
+# At 0.02 gradients are so small that AdamW makes large moves of rounding errors.
+TIED = {"tie_embeddings": True, "embedding_std": 1.0}
 SP = dict(tensor=2, sequence=True)
 # Where N is 1 the pass norm has no part in a step.
 CHANGING = Problem(passes=(2, 1, 3), sleep={"pass_norm": True})
