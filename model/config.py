@@ -3,6 +3,7 @@
 Nothing here imports torch: `powernap --help` and every check of a recipe read these classes.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
@@ -26,7 +27,7 @@ class _ModelConfig(Section):
         + ", ".join(f"{letter} {kind.title}" for letter, kind in MIXERS.items())
         + "; a small letter: the block has no MLP",
     )
-    window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each")
+    window: int = Field(ge=1, description="L, tokens per window; the KV cache is evicted after each; or by step")
     vocab_size: int = Field(ge=2, description="tokens are 0 .. vocab_size - 1")
     pad_token_id: int | None = Field(None, ge=0, description="token that must leave no trace in the fast weights")
     hidden_size: int = Field(ge=1, description="width of the residual stream")
@@ -95,6 +96,10 @@ class _ModelConfig(Section):
             names += [norm_before] * (where != "post") + [norm_after] * (where != "pre")
         return tuple(name for name in names if self.has_mlp(block) or "mlp" not in name)
 
+    def without_blocks(self, blocks: Collection[int]) -> Self:
+        """The model with these blocks left out."""
+        return self.model_copy(update={"pattern": "".join(x for i, x in enumerate(self.pattern) if i not in blocks)})
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """The distinct mixers of the blocks, and the MLP."""
@@ -156,11 +161,16 @@ class SleepConfig(Section):
     """How a window is written into the fast weights before it is evicted (arXiv 2605.26099)."""
 
     passes: Passes | Annotated[list[Passes], Field(min_length=1)] = Field(
-        1, description="N, passes over a consolidation window; a list: N is drawn from it at every step"
+        1,
+        description="N, passes over a consolidation window; a list: N is drawn from it at every step; {0: 1, 2000: 4}: 4 after 2000 steps",
+    )
+    pass_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="with a list of passes: how often each is drawn, relative to the others; null: all alike; or by step",
     )
     eviction: Literal["hard", "sliding"] = Field(
         "hard",
-        description="what a window leaves beside fast weights: hard nothing, sliding its newest L-1 keys, values",
+        description="what a window leaves beside fast weights: hard nothing, sliding its newest L-1 keys, values; or by step",
     )
     every_window: bool = Field(
         False, description="sleep on windows with loss tokens too, once they were read: for text, where all bear loss"
@@ -180,7 +190,9 @@ class SleepConfig(Section):
         description="which passes write: every one, or the last alone, all starting from the window's first state",
     )
     backprop_passes: int | None = Field(
-        None, ge=1, description="back-propagate through the last k passes of a window only; null: through all"
+        None,
+        ge=1,
+        description="back-propagate through the last k passes of a window only; null: through all; or by step",
     )
     loop_range: tuple[int, int] | None = Field(
         None,
@@ -191,6 +203,15 @@ class SleepConfig(Section):
     @classmethod
     def _pair(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.pass_weights is not None and len(self.pass_weights) != len(self.pass_choices):
+            raise ValueError(
+                f"pass_weights={self.pass_weights} are {len(self.pass_weights)}, passes={self.passes} has "
+                f"{len(self.pass_choices)}: write one for each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _embeddings_again_fit(self) -> Self:
@@ -231,6 +252,15 @@ class SleepConfig(Section):
     @property
     def pass_choices(self) -> list[int]:
         return self.passes if isinstance(self.passes, list) else [self.passes]
+
+    @property
+    def pass_shares(self) -> dict[int, float]:
+        """How often each N is drawn, of all steps."""
+        weights = self.pass_weights or [1.0] * len(self.pass_choices)
+        shares: dict[int, float] = {}
+        for passes, weight in zip(self.pass_choices, weights, strict=True):
+            shares[passes] = shares.get(passes, 0.0) + weight / sum(weights)
+        return shares
 
     def check_against(self, model: ModelConfig) -> None:
         """Raise ValueError if these settings do not fit `model`."""

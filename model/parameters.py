@@ -1,11 +1,17 @@
 """All parameters of a model or a stage, as its parts list them. Nothing here imports torch."""
 
+from fnmatch import fnmatchcase
+
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.part import Weight
 
 
-def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
-    """The parameters of the stage that owns `blocks`, named and shaped as in stage.py, not split over tensor ranks."""
+def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range, global_names: bool = False) -> list[Weight]:
+    """The parameters of the stage that owns `blocks`, shaped as in stage.py, not split over tensor ranks.
+
+    Args:
+        global_names: blocks are counted over the whole model, not over the stage.
+    """
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     vocabulary = (model.vocab_size, model.hidden_size)
     weights = []
@@ -13,13 +19,20 @@ def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[We
         weights.append(Weight("embedding.weight", vocabulary, split=0))
     if first and sleep.pass_norm:
         weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
-    for index, block in enumerate(blocks):
+    for block in blocks:
+        index = block if global_names else block - blocks.start
         weights += [w._replace(name=f"decoder.layers.{index}.{w.name}") for w in _block_parameters(model, block)]
     if last:
         weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
         if not model.tie_embeddings:
             weights.append(Weight("output_layer.weight", vocabulary, split=0))
     return weights
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the name of the parameter or of a module around it; *, ? and [0-3] are those of a shell."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
 
 
 def _block_parameters(model: ModelConfig, block: int) -> list[Weight]:

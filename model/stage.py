@@ -131,10 +131,22 @@ class HybridStage(MegatronModule):
         return f"{prefix}{int(index) + self.blocks.start}{dot}{rest}"
 
     @property
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those that are not frozen, by name in the whole model."""
+        return {self.global_name(name): p for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
     def fast_weight_mixers(self) -> dict[int, MixerModule]:
         """The mixers of this stage that have fast weights, by block (from 0, over the whole model)."""
         layers = zip(self.blocks, self.decoder.layers, strict=True)
         return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
+
+    def adopt(self, model: ModelConfig, sleep: SleepConfig) -> None:
+        """Go on with another window length, or another way to sleep: fields that change no parameter."""
+        self.model, self.sleep = model, sleep
+        self._masks.clear()
+        for layer in self.decoder.layers:
+            layer.self_attention.adopt(model, sleep)
 
     def empty_layer_states(self, batch: int) -> LayerStates:
         """The initial states of `batch` sequences: zero fast weights, empty caches."""

@@ -93,10 +93,11 @@ def sum_shared_gradients(stage: HybridStage, topology: Topology, gradient_of=lam
     """
     if stage.config.sequence_parallel and topology.tp_size > 1:
         for parameter in stage.parameters():
-            if getattr(parameter, "sequence_parallel", False):
+            if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(gradient_of(parameter), group=topology.groups.tp)
     if stage.model.tie_embeddings and topology.pp_size > 1 and stage.embedding is not None:
-        dist.all_reduce(gradient_of(stage.embedding.weight), group=topology.groups.embd)
+        if stage.embedding.weight.requires_grad:
+            dist.all_reduce(gradient_of(stage.embedding.weight), group=topology.groups.embd)
 
 
 def predict(

@@ -51,9 +51,9 @@ class Fragment(NamedTuple):
         return self.stop - self.start
 
 
-def _bucket_size(stage: torch.nn.Module) -> int:
+def _bucket_size(trained: list[torch.nn.Parameter]) -> int:
     """No more than the model needs: DeepSpeed allocates a whole bucket in every step, 2 GB to page in for a tiny model."""
-    return min(REDUCE_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in stage.parameters()))
+    return min(REDUCE_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in trained))
 
 
 class ModelParallelUnit:
@@ -99,7 +99,7 @@ class ModelParallelUnit:
 
 
 def _config(
-    stage: torch.nn.Module,
+    trained: list[torch.nn.Parameter],
     device: torch.device,
     precision: Literal["fp32", "bf16"],
     clip: float,
@@ -108,7 +108,7 @@ def _config(
     offload: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's config."""
-    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": _bucket_size(stage)}
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": _bucket_size(trained)}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -190,9 +190,10 @@ class ZeroOptimizer:
     """One ZeRO engine around a stage.
 
     Args:
-        stage: the module; its parameters become views into DeepSpeed's flat buffers, bf16 with that precision.
-        optimizer: over the stage's parameters, updating one flat float32 partition per parameter group. Every rank must
-            have the same number of groups, none of them empty: the gradient norm is summed group by group.
+        stage: the module; its trained parameters become views into DeepSpeed's flat buffers; all are bf16 with that precision.
+        optimizer: over the stage's trained parameters, updating one flat float32 partition per parameter group. Every rank must
+            have the same number of groups, none of them empty: the gradient norm is summed group by group. A parameter that
+            is not the stage's is a placeholder in a group that would be.
         precision: "bf16" keeps float32 master weights and accumulates gradients in float32.
         clip: largest global gradient norm, 0 for no clipping.
         zero_stage: 1 splits optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too.
@@ -219,9 +220,11 @@ class ZeroOptimizer:
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._unused: dict[torch.nn.Parameter, None] = {}  # so far in this step, in order
         self._loss: torch.Tensor | None = None
-        # [parameters of the stage], on the device, float32: norms of what this rank alone accumulated in the last step.
+        # [trained parameters of the stage], on the device, float32: norms of what this rank alone accumulated in the last step.
         self.gradient_norms: torch.Tensor | None = None
-        for parameter in stage.parameters():
+        self._trained = [p for p in stage.parameters() if p.requires_grad]
+        self._placeholders = [p for group in self._groups for p in group if all(p is not own for own in self._trained)]
+        for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(lambda parameter: self._unused.pop(parameter, None))
         if stage.holds_tied_copy:
             assert stage.embedding is not None
@@ -231,12 +234,21 @@ class ZeroOptimizer:
         # order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
         self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
         config = _config(
-            stage, topology.device, precision, 0.0 if self._clip_here else clip, micro_batch_size, zero_stage, offload
+            self._updated,
+            topology.device,
+            precision,
+            0.0 if self._clip_here else clip,
+            micro_batch_size,
+            zero_stage,
+            offload,
         )
         import deepspeed  # late: it reads the environment that init_distributed prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+        with (
+            contextlib.redirect_stdout(io.StringIO()),  # its bf16 optimizer prints memory tables
+            _registered(stage, self._placeholders),
+        ):
             self.engine, self.zero, _, _ = deepspeed.initialize(
                 model=stage,
                 optimizer=optimizer,
@@ -245,7 +257,7 @@ class ZeroOptimizer:
                 mpu=ModelParallelUnit(topology.groups) if topology.tp_size * topology.pp_size > 1 else None,
             )
         if precision == "bf16":
-            for parameter in stage.parameters():
+            for parameter in self._updated:
                 parameter.grad_dtype = torch.float32
         self._gradients = _Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
         self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._clip_here)
@@ -261,21 +273,26 @@ class ZeroOptimizer:
 
     @property
     def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
-        """The stage's parameters by optimizer group."""
+        """The stage's trained parameters by optimizer group."""
         return self._groups
+
+    @property
+    def _updated(self) -> list[torch.nn.Parameter]:
+        """All that the optimizer updates."""
+        return [*self._trained, *self._placeholders]
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
         """Wraps all backward passes of a step; after it every rank's gradients are complete except for averaging."""
-        self._unused = dict.fromkeys(self.stage.parameters())
+        self._unused = dict.fromkeys(self._updated)
         if self._gradients:
             self._gradients.attach()
         with self.engine.coalesce_grad_reduction() if self.zero_stage > 1 else contextlib.nullcontext():
             yield
             self._complete()
             with torch.no_grad():
-                gradients = [self._accumulated(parameter) for parameter in self.stage.parameters()]
-                self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
+                gradients = [self._accumulated(parameter) for parameter in self._updated]
+                self.gradient_norms = torch.stack(torch._foreach_norm(gradients))[: len(self._trained)]
                 if self._loss is not None:
                     _poison_if_nonfinite(gradients[0].view(-1)[:1], self._loss)
                     self._loss = None
@@ -383,7 +400,12 @@ class ZeroOptimizer:
         self.zero._link_all_hp_params()
 
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
-        """Location of this rank's master weights and optimizer states of a parameter; None if it has none."""
+        """Location of this rank's master weights and optimizer states of a parameter; None if it has none.
+
+        Of a frozen parameter, without either, the part that this rank writes into a checkpoint: it may be empty.
+        """
+        if not parameter.requires_grad:
+            return self._frozen_part(parameter)
         if self.zero_stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if mapping is None:
@@ -401,8 +423,14 @@ class ZeroOptimizer:
         """This rank's values of a parameter by name: float32 `master` and the optimizer's states.
 
         Each is (start, view [n]) of a range of the flattened shard: the fragment, or for float32 Muon's momentum the
-        whole matrix, which is the same on all ranks that have a part of the matrix.
+        whole matrix, which is the same on all ranks that have a part of the matrix. The `master` of a frozen parameter is
+        the parameter itself: what this rank holds of it.
         """
+        if not parameter.requires_grad:
+            held = getattr(parameter, "ds_tensor", None)
+            if held is None:
+                return {MASTER: (0, parameter.detach().view(-1))}
+            return {MASTER: (fragment.start, held.detach().view(-1)[: fragment.size])}
         partition = self._partitions()[fragment.partition]
         states = {name: value for name, value in self._state(partition).items() if _is_flat(value)}
         views = {}
@@ -457,6 +485,12 @@ class ZeroOptimizer:
         for group in range(len(self._partitions())):  # DeepSpeed does this after every step
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
+    def _frozen_part(self, parameter: torch.nn.Parameter) -> Fragment:
+        count, held = getattr(parameter, "ds_numel", parameter.numel()), getattr(parameter, "ds_tensor", None)
+        share = -(-count // self.topology.dp_size) if held is None else held.numel()
+        start = min(self.topology.dp_rank * share, count)
+        return Fragment(-1, 0, start, min(start + share, count))
+
     def _partitions(self) -> list[torch.nn.Parameter]:
         if self.zero_stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
@@ -476,6 +510,17 @@ class ZeroOptimizer:
 
     def _state(self, partition: torch.nn.Parameter) -> dict:
         return self.zero.optimizer.state[partition]
+
+
+@contextlib.contextmanager
+def _registered(stage: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, the stage owns these parameters too: DeepSpeed converts and names what its module owns."""
+    names = [f"placeholder_{number}" for number in range(len(parameters))]
+    for name, parameter in zip(names, parameters, strict=True):
+        stage.register_parameter(name, parameter)
+    yield
+    for name in names:
+        delattr(stage, name)
 
 
 def _is_flat(value: object) -> bool:

@@ -3,15 +3,31 @@
 Nothing here imports torch.
 """
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.parameters import matches, parameters
 from powernap.model.plugins import offered_by
 from powernap.model.section import Section
-from powernap.parallel.planning.layout import sequence_costs, split_layers
+from powernap.parallel.planning.layout import format_layout, sequence_costs, split_layers
+from powernap.train import by_step
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
 MOST_SEGMENTS = 2**16  # per sequence: windows times passes
@@ -132,10 +148,13 @@ class DataConfig(Section):
         return None if self.cache_limit_gb is None else round(self.cache_limit_gb * 1e9)
 
 
+Patterns = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
 class TrainConfig(Section):
     """The training loop."""
 
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int = Field(ge=1, description="optimizer steps; or the tokens to read, such as 2B tokens")
     global_batch_size: int = Field(ge=1, le=2**20, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences per forward pass; null: all of a rank, in a pipeline one part a stage"
@@ -146,6 +165,12 @@ class TrainConfig(Section):
         description="weights to start from, in any layout: a run, by its name or folder, one of its checkpoints, an exported "
         "model, or a model in Hugging Face's format; null: drawn weights",
     )
+    insert: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="blocks of model.pattern, from 0, that stand between those of start_from: their output projections start at "
+        "zero, so that they change nothing at first",
+    )
     start_optimizer: bool = Field(False, description="with start_from: its optimizer states, too")
     branch_from: SharedPath | None = Field(
         None,
@@ -153,6 +178,12 @@ class TrainConfig(Section):
         description="a run, or one of its checkpoints, that this new run continues as --resume would: with its step, optimizer "
         "states and place in the data, such as another decay of the learning rate from one plateau",
     )
+    freeze: Patterns | None = Field(
+        None,
+        description="weights that stay as they are: names of parameters or modules, such as [embedding, decoder.layers.[0-3].mlp], "
+        "* for any text; they have no gradient and no optimizer state",
+    )
+    only: Patterns | None = Field(None, description="the weights that are trained, in place of freeze, written like it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
@@ -164,8 +195,22 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(False, description="the same bits in every run, from slower kernels where need be")
 
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained; name: in the whole model."""
+        if self.only is not None:
+            return any(matches(name, pattern) for pattern in self.only)
+        return not any(matches(name, pattern) for pattern in self.freeze or ())
+
+    @model_validator(mode="after")
+    def _one_of_freeze_and_only(self) -> Self:
+        if self.freeze is not None and self.only is not None:
+            raise ValueError("freeze and only are both given: write what stays as it is, or what is trained")
+        return self
+
     @model_validator(mode="after")
     def _states_have_a_source(self) -> Self:
+        if self.insert is not None and self.start_from is None:
+            raise ValueError(f"insert={self.insert}: write train.start_from, whose blocks they stand between")
         if self.branch_from is not None and self.start_from is not None:
             raise ValueError(
                 "branch_from and start_from are both given: branch_from continues a run, start_from begins with its weights"
@@ -189,6 +234,27 @@ class CheckpointConfig(Section):
     )
 
 
+def _pair(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+
+def _moments_decay(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("both must lie in [0, 1)")
+    return betas
+
+
+Betas = Annotated[tuple[float, float], BeforeValidator(_pair), AfterValidator(_moments_decay)]
+
+
+class GroupConfig(Section):
+    """What some of the parameters are trained with; null: as the others of their kind."""
+
+    lr: float | None = Field(None, ge=0, description="peak learning rate, Muon's for matrices that it trains")
+    weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay, of all of them")
+    betas: Betas | None = Field(None, description="AdamW's decay of both moments")
+
+
 class OptimizerConfig(Section):
     """AdamW; Muon for matrices inside the blocks with AdamW for the rest; or another package's optimizer."""
 
@@ -196,13 +262,18 @@ class OptimizerConfig(Section):
         "adamw", description="adamw, muon for matrices (arXiv 2605.26099), or an installed package's optimizer"
     )
     lr: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of both moments")
+    betas: Betas = Field((0.9, 0.98), description="AdamW's decay of both moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
+    groups: dict[str, GroupConfig] = Field(
+        {},
+        description="settings of their own for some parameters, by patterns like those of train.freeze, such as "
+        "{embedding: {lr: 1.0e-4, weight_decay: 0.0}}",
+    )
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     muon_lr: float = Field(2e-3, gt=0, description="Muon's peak learning rate")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; or tokens, such as 50M tokens")
     schedule: str = Field(
         "wsd",
         description="learning rate after the warm-up: wsd (constant, then a decay), cosine, linear, inverse_sqrt, or an installed "
@@ -222,18 +293,6 @@ class OptimizerConfig(Section):
             "schedule": ("schedules", ["wsd", "cosine", "linear", "inverse_sqrt"]),
         }[info.field_name or ""]
         return _one_of(built_in, group, name)
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def _pair(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("betas")
-    @classmethod
-    def _moments_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("both must lie in [0, 1)")
-        return betas
 
 
 class ParallelConfig(Section):
@@ -282,7 +341,11 @@ class EvaluationConfig(Section):
 
 
 class Recipe(Section):
-    """A whole run."""
+    """A whole run.
+
+    Fields of by_step.FIELDS may change over the steps: they hold the last value, with which the trained model is read; `at` has
+    the recipe of a step.
+    """
 
     run: RunSection
     model: ModelConfig
@@ -294,6 +357,49 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    _schedule: by_step.Schedule = PrivateAttr({})
+    _phases: list[tuple[int, "Recipe"]] = PrivateAttr([])
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_step(cls, values: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        plain, schedule = by_step.taken_out(values)
+        recipe = handler(plain)
+        if schedule:
+            recipe._schedule = schedule
+            recipe._phases = [(start, recipe._phase(plain, start, info.context)) for start in by_step.starts(schedule)]
+        return recipe
+
+    def _phase(self, values: dict[str, Any], start: int, context: Any) -> "Recipe":
+        """The recipe of the steps after `start`, with this one's pipeline stages. Raises ValueError in one line."""
+        for field, values_by_step in self._schedule.items():
+            values = by_step.replaced(values, field, by_step.value_after(values_by_step, start))
+        if self.parallel.pipeline > 1:
+            layout = format_layout(self.model.pattern, self.stage_blocks)
+            values = {**values, "parallel": self.parallel.model_copy(update={"pipeline_layout": layout})}
+        try:
+            return Recipe.model_validate(values, context=context)
+        except ValidationError as error:
+            finding = error.errors()[0]
+            field = ".".join(map(str, finding["loc"][:2]))
+            message = finding["msg"].removeprefix("Value error, ")
+            raise ValueError(f"after {start} steps: {field + ': ' if field else ''}{message}") from None
+
+    @model_serializer(mode="wrap")
+    def _with_schedule(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return by_step.put_back(handler(self), self._schedule)
+
+    @property
+    def phases(self) -> list[tuple[int, "Recipe"]]:
+        """(steps done before it, the recipe of its steps) of each part of the run in which nothing changes."""
+        return self._phases or [(0, self)]
+
+    def at(self, step: int) -> "Recipe":
+        """The recipe of a step, counted from 1."""
+        return [recipe for start, recipe in self.phases if start < step][-1]
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -318,6 +424,8 @@ class Recipe(Section):
         self._pipeline_fits()
         self._zero_fits()
         self._carry_fits()
+        self._patterns_fit()
+        self._insertion_fits()
         if self.optimizer.warmup_steps > train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={train.steps}"
@@ -420,6 +528,35 @@ class Recipe(Section):
                 "sleep.carry=true with data.on_error=skip would go on behind a hole: use data.on_error=stop"
             )
 
+    def _patterns_fit(self) -> None:
+        train, groups = self.train, self.optimizer.groups
+        if not (train.freeze or train.only or groups):
+            return
+        weights = parameters(self.model, self.sleep, range(self.model.num_layers), global_names=True)
+        names = [weight.name for weight in weights]
+        for field, patterns in (("train.freeze", train.freeze), ("train.only", train.only)):
+            if patterns:
+                matched = _matched(names, field, patterns)
+                if len(matched) == len(names):
+                    what = "nothing is left to train" if field == "train.freeze" else "write null, which trains all"
+                    raise ValueError(f"{field}={patterns} matches all {len(names)} parameters: {what}")
+        owner: dict[str, str] = {}
+        for pattern in groups:
+            for name in _matched([name for name in names if train.trains(name)], "optimizer.groups", [pattern]):
+                if owner.setdefault(name, pattern) != pattern:
+                    raise ValueError(f"optimizer.groups: {name} is in two groups, {owner[name]} and {pattern}")
+
+    def _insertion_fits(self) -> None:
+        inserted, model = self.train.insert or [], self.model
+        given = f"train.insert={inserted} with model.pattern={model.pattern}"
+        if len(set(inserted)) < len(inserted) or (inserted and max(inserted) >= model.num_layers):
+            raise ValueError(f"{given}: write each block once, from 0 to {model.num_layers - 1}")
+        if len(inserted) == model.num_layers:
+            raise ValueError(f"{given}: no block is left that train.start_from could have")
+        for block in inserted:
+            if not any(weight.split == 1 for weight in model.mixers[block].weights(model)):
+                raise ValueError(f"{given}: a {model.mixers[block].title} has no output projection that could be zero")
+
     @property
     def run_folder(self) -> Path:
         return Path(self.run.root) / self.run.name
@@ -451,3 +588,13 @@ class Recipe(Section):
     @property
     def micro_batch_size(self) -> int:
         return self.train.micro_batch_size or max(1, self.sequences_per_rank // self.parallel.pipeline)
+
+
+def _matched(names: list[str], field: str, patterns: Iterable[str]) -> list[str]:
+    """The trained parameters among `names` that a pattern matches. Raises ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            modules = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+            near = difflib.get_close_matches(pattern, [*names, *sorted(modules)], n=3, cutoff=0.4) or names[:3]
+            raise ValueError(f"{field}: {pattern} matches no trained parameter; near names are {', '.join(near)}")
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]

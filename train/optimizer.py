@@ -1,50 +1,57 @@
 """The optimizer of a recipe."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from powernap.model.parameters import parameters
 from powernap.model.plugins import plugins
 from powernap.model.stage import HybridStage
-from powernap.parallel.planning.memory import optimizer_groups
+from powernap.parallel.planning.groups import Group, optimizer_groups
 from powernap.train.config import OptimizerConfig
 
 
-def build_optimizer(stage: HybridStage, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    stage: HybridStage, config: OptimizerConfig, trains: Callable[[str], bool] = lambda name: True
+) -> torch.optim.Optimizer:
     """AdamW over all parameters, Muon over the blocks' matrices with AdamW over the rest, or another package's optimizer.
 
     Weight decay applies to matrices only, not to embeddings, norms, convolutions and gates, nor, beside Muon, to the
-    output head.
+    output head. Every stage has the same groups: one without parameters there has a placeholder.
+
+    Args:
+        trains: whether a parameter is trained, by name in the whole model; the others are frozen here.
     """
-    weights = {weight.name: weight for weight in parameters(stage.model, stage.sleep, stage.blocks)}
-    ordered = [weights[name] for name, _ in stage.named_parameters()]
-    named = dict(stage.named_parameters())
-    matrices, rest = ([named[w.name] for w in group] for group, _ in optimizer_groups(ordered, config.name))
-    adamw = {"lr": config.lr, "peak_lr": config.lr, "betas": config.betas, "eps": config.eps}
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(trains(stage.global_name(name)))
+    model = parameters(stage.model, stage.sleep, range(stage.model.num_layers), global_names=True)
+    weights = {weight.name: weight for weight in model if trains(weight.name)}
+    named = stage.trained_parameters
+    groups: list[dict[str, Any]] = []
+    for group in optimizer_groups(config, list(weights.values()), [weights[name] for name in named]):
+        own = [named[weight.name] for weight in group.weights] or [torch.nn.Parameter(stage.like.new_zeros(1, 1))]
+        groups.append({"params": own, **_settings(group, config)})
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
     if config.name != "muon":
-        decayed = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        groups = [{**adamw, **group} for group in decayed]
-        if config.name == "adamw":
-            return torch.optim.AdamW(groups, fused=True)
         return plugins("optimizers")[config.name](groups, config)
     # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    for parameter in matrices:
-        parameter.use_muon = True
-    muon = {"use_muon": True, "lr": config.muon_lr, "momentum": config.muon_momentum, "ns_method": "standard"}
-    aux = {key: adamw[key] for key in ("lr", "betas", "eps")}
-    # Two groups on every pipeline stage, even if one is empty: ZeRO sums the norm group by group.
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, **muon},
-        {"params": rest, "use_muon": False, "weight_decay": 0.0, **aux},
-    ]
-    optimizer = MuonWithAuxAdam(groups)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
+    for settings in groups:
+        if settings["use_muon"]:
+            for parameter in settings["params"]:
+                parameter.use_muon = True
+    return MuonWithAuxAdam(groups)
+
+
+def _settings(group: Group, config: OptimizerConfig) -> dict[str, Any]:
+    common = {"lr": group.lr, "peak_lr": group.lr, "weight_decay": group.weight_decay}
+    if group.is_muon:
+        return {**common, "use_muon": True, "momentum": config.muon_momentum, "ns_method": "standard"}
+    adamw = {**common, "betas": group.betas, "eps": config.eps}
+    return adamw | ({"use_muon": False} if config.name == "muon" else {})
 
 
 def set_lr(param_groups: list[dict], factor: float) -> None:

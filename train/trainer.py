@@ -16,6 +16,7 @@ import torch
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
+from powernap.model.parameters import parameters
 from powernap.model.segments import SegmentError
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import CheckpointError
@@ -116,6 +117,8 @@ class Trainer:
         folder.create(recipe, origin)
         about = ({"started_from": origin} if origin else {}) | ({"changes": changes} if changes else {})
         folder.record(start.step if start else 0, **about)
+        if note := frozen_note(recipe):
+            self.notes.append(note)
         self.notes += [f"changed: {field}={now}, was {before}" for field, (before, now) in changes.items()]
 
     def restore(self, start: Checkpoint, branches: bool) -> tuple[TrainState, list[int]]:
@@ -141,8 +144,9 @@ class Trainer:
             stop = agree_to_stop(signals, topology) and not last
             if recipe.data.test and not stop and (last or is_due(state.step, recipe.evaluation.every)):
                 topology.progress.note("evaluating")
-                passes, samples = evaluation_passes(recipe), recipe.evaluation.samples
-                metrics |= evaluate(self.stage, recipe, passes, samples, topology, floors=False).metrics()
+                now = recipe.at(state.step)
+                passes, samples = evaluation_passes(now), recipe.evaluation.samples
+                metrics |= evaluate(self.stage, now, passes, samples, topology, floors=False).metrics()
             self.log.step(state.step, metrics)
             self.skipped_steps.check_budget()
             self.log.checkpoint(self.writer.news())
@@ -273,7 +277,7 @@ def build(
         ).to(topology.device)
     zero = ZeroOptimizer(
         stage,
-        build_optimizer(stage, recipe.optimizer),
+        build_optimizer(stage, recipe.optimizer, recipe.train.trains),
         topology,
         precision=recipe.train.precision,
         clip=recipe.optimizer.clip,
@@ -284,6 +288,16 @@ def build(
     if start and recipe.train.start_optimizer:
         start.optimizer(stage, zero)
     return stage, zero
+
+
+def frozen_note(recipe: Recipe) -> str | None:
+    """What a run trains, if that is not all."""
+    weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
+    sizes = {weight.name: weight.size() for weight in weights}
+    trained = [name for name in sizes if recipe.train.trains(name)]
+    if len(trained) == len(sizes):
+        return None
+    return f"trains {sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters, in {len(trained)} of {len(sizes)} tensors"
 
 
 def count_parameters(stage: HybridStage, topology: Topology) -> int:
@@ -321,6 +335,9 @@ def train_step(
         step, None without sleep.carry
     """
     start = time.perf_counter()
+    recipe = recipe.at(step)
+    if (recipe.model.window, recipe.sleep.eviction) != (stage.model.window, stage.sleep.eviction):
+        stage.adopt(recipe.model, recipe.sleep)
     passes = draw_passes(recipe, step)
     micro_batches = cut_batch(recipe, batch, passes, topology, layer_states)
     if recipe.zero.stage == 3:
@@ -404,11 +421,14 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     size = recipe.micro_batch_size
     tokens, loss_mask = batch.tokens[:size], batch.loss_mask[:size]
     tokens, loss_mask = pad_end(tokens, loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
-    passes = max(recipe.sleep.pass_choices)
-    segments = plan_segments(
-        tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards
-    )
-    predicts = [any(s.predicts for s in same) for _, same in itertools.groupby(segments, key=lambda s: s.window)]
+    predicts = []
+    for _, phase in recipe.phases:
+        passes = max(phase.sleep.pass_choices)
+        segments = plan_segments(
+            tokens, loss_mask, phase.model, phase.sleep, passes, batch.probes, phase.sequence_shards
+        )
+        windows = itertools.groupby(segments, key=lambda segment: segment.window)
+        predicts.append([any(segment.predicts for segment in same) for _, same in windows])
     folder.write_work(work_of(recipe, predicts, batch.probes))
 
 
@@ -425,8 +445,11 @@ def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> 
 
 def draw_passes(recipe: Recipe, step: int) -> int:
     """N of this step. It depends only on seed and step, so it is the same on every rank and after a resume."""
-    choices = recipe.sleep.pass_choices
-    return choices[0] if len(choices) == 1 else random.Random(f"{recipe.run.seed}/{step}").choice(choices)
+    choices, weights = recipe.sleep.pass_choices, recipe.sleep.pass_weights
+    generator = random.Random(f"{recipe.run.seed}/{step}")
+    if len(choices) == 1:
+        return choices[0]
+    return generator.choices(choices, weights)[0] if weights else generator.choice(choices)
 
 
 def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:

@@ -11,7 +11,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "plan",
         help="memory, bubble and FLOPs of a recipe's layout, or better layouts",
         description="The cost of a recipe's layout, before any process starts: parameters, bytes of every rank, live "
-        "segments, FLOPs and the pipeline's bubble. With --suggest: other layouts, best first.",
+        "segments, FLOPs and the pipeline's bubble; of values that change over the steps the part that takes most memory. With --suggest: other layouts, best first.",
         epilog="examples: powernap plan demo --memory 80GB; powernap plan demo --suggest --devices 64 --memory 80GB",
     )
     add_recipe(parser)
@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    from powernap.parallel.planning.plan import plan
+    from powernap.parallel.planning.plan import plan_run
     from powernap.parallel.planning.suggest import suggest, suggestions_json, suggestions_text
     from powernap.train.data.check import predicting_windows
     from powernap.train.recipe_file import RecipeError, load_recipe
@@ -31,13 +31,13 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.devices and not options.suggest:
         raise RecipeError("--devices needs --suggest: without it the recipe sets the number of devices")
     recipe = load_recipe(options.recipe, options.overrides)
-    predicts, probes = predicting_windows(recipe)
     if options.suggest:
-        devices = options.devices or recipe.parallel.world_size
-        layouts = suggest(recipe, devices, predicts, options.memory, probes)
+        devices, last = options.devices or recipe.parallel.world_size, recipe.phases[-1][1]
+        predicts, probes = predicting_windows(last)
+        layouts = suggest(last, devices, predicts, options.memory, probes)
         print(suggestions_json(layouts) if options.json else suggestions_text(layouts, devices))
 
         return 0
-    result = plan(recipe, predicts, options.memory, probes)
+    result = plan_run(recipe, predicting_windows, options.memory)
     print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
     return 0

@@ -17,7 +17,7 @@ from powernap.launch.jobs.status import Status
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import parse_size
 from powernap.model.section import Section
-from powernap.parallel.planning.plan import in_bytes, plan
+from powernap.parallel.planning.plan import in_bytes, plan_run
 from powernap.train.config import Recipe
 from powernap.train.data.check import check_data, predicting_windows
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
@@ -175,8 +175,7 @@ def _check_layout(job: Job) -> None:
     memory = job.cluster.device_memory
     if memory is None or job.description.device == "cpu":
         return
-    predicts, probes = predicting_windows(job.recipe)
-    layout = plan(job.recipe, predicts, parse_size(memory), probes)
+    layout = plan_run(job.recipe, predicting_windows, parse_size(memory))
     if not layout.fits:
         most = max(stage.memory.total for stage in layout.stages)
         raise JobError(

@@ -33,15 +33,19 @@ class MixerModule(MegatronModule):
         super().__init__(config)
         self.layer_number = layer_number
         self.mixer = mixer
-        self.model = model
         self.block = block
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
-        self.has_state = mixer.has_state(sleep)
         self.gates: list[dict[str, torch.Tensor]] | None = None
-        self._keeps_early_writes = not mixer.has_fast_weights or sleep.write == "every"
+        self.adopt(model, sleep)
         for weight in mixer.weights(model):
             self._add(weight)
+
+    def adopt(self, model: ModelConfig, sleep: SleepConfig) -> None:
+        """As HybridStage.adopt."""
+        self.model = model
+        self.has_state = self.mixer.has_state(sleep)
+        self._keeps_early_writes = not self.mixer.has_fast_weights or sleep.write == "every"
 
     def forward(
         self, hidden_states: torch.Tensor, state: torch.Tensor | None, window: Window, need_output: bool = True

@@ -8,7 +8,7 @@
   "config": {...},      the resolved recipe
   "state": {...},       of the trainer: position in the data, counters, MLflow's run id
   "groups": [{"kinds": ["exp_avg", "exp_avg_sq"], "scalars": {"step": ...}}, ...],        of the optimizer
-  "parameters": {"embedding.weight": {"shape": [V, D], "split": [0, 1], "group": 1}, ...},
+  "parameters": {"embedding.weight": {"shape": [V, D], "split": [0, 1], "group": 1 or null: frozen}, ...},
   "lanes": {"count": 8, "blocks": {"1": [heads, d_k, d_v]}} or null,
   "files": {"rank-00000.safetensors": {"bytes": ..., "sha256": ..., "tensor": 0, "data": 0,
                                        "fragments": {"embedding.weight": [start, stop]}, "blocks": ["1"]}},

@@ -95,7 +95,7 @@ class Checkpoint:
     def load(self, stage: HybridStage, zero: ZeroOptimizer, topology: Topology) -> None:
         """Restore weights and optimizer states of this rank. All ranks call it."""
         self._check_model({stage.global_name(name): p for name, p in stage.named_parameters()}, stage)
-        zero.restore_groups(self.manifest["groups"])
+        zero.restore_groups(self._groups_of(stage, zero))
         for name, parameter in stage.named_parameters():
             fragment = zero.fragment(parameter)
             if fragment is None:
@@ -142,6 +142,15 @@ class Checkpoint:
             )
         self._open.clear()
         return tuple(layer_states)
+
+    def _groups_of(self, stage: HybridStage, zero: ZeroOptimizer) -> list[dict[str, Any]]:
+        """What was saved of each of the optimizer's groups, which a run that starts from the states may have cut in another way."""
+        names = {id(parameter): name for name, parameter in stage.trained_parameters.items()}
+        saved, found = self.manifest["groups"], []
+        for number, group in enumerate(zero.parameter_groups):
+            own = [self.manifest["parameters"][names[id(p)]]["group"] for p in group if id(p) in names]
+            found.append(saved[own[0] if own else min(number, len(saved) - 1)])
+        return found
 
     def _part(
         self, name: str, kind: str, split: Split | None, rank: int, ranks: int, start: int, stop: int

@@ -194,7 +194,7 @@ class Writer:
         entry: dict[str, Any] = {"fragments": {}, "blocks": []}
         for name, parameter in _written_here(stage, topology):
             fragment = zero.fragment(parameter)
-            if fragment is None:
+            if fragment is None or not fragment.size:
                 continue
             entry["fragments"][name] = [fragment.start, fragment.stop]
             for kind, (start, value) in zero.values(parameter, fragment).items():
@@ -208,13 +208,15 @@ class Writer:
     def _describe(self, stage: HybridStage, zero: ZeroOptimizer, layer_states: LayerStates | None) -> dict[str, Any]:
         """The manifest's "parameters" and "lanes": of this rank's stage here; rank 0 merges all later."""
         topology = self._topology
-        group_of = {id(p): number for number, group in enumerate(zero.parameter_groups) for p in group}
+        group_of = {
+            id(p): number for number, group in enumerate(zero.parameter_groups) for p in group
+        }  # not of frozen ones
         parameters = {}
         for name, parameter in _written_here(stage, topology):
             split = split_of(parameter)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is empty
             shape = whole_shape(shape, split, topology.tp_size)
-            parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of[id(parameter)]}
+            parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of.get(id(parameter))}
         lanes = None
         if layer_states is not None:
             shapes = {

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from powernap.model.parameters import parameters
 from powernap.model.part import FP32, Device, Weight
-from powernap.model.plugins import plugins
 from powernap.model.segments import HEAD_NUMBERS, Segment
+from powernap.parallel.planning.groups import stage_groups
 from powernap.parallel.planning.timeline import FORWARD, schedule
 from powernap.parallel.planning.work import Recipe, micro_batches, round_up
 
 BF16 = 2  # bytes
 RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
 REDUCE_BUCKET = 500_000_000  # elements per reduction of gradients: DeepSpeed's default
+PLACEHOLDER = 1  # elements, in an optimizer's group without weights on a stage
 GATHERED = 1_000_000_000  # elements that ZeRO 3 keeps gathered (deepspeed 0.19.8: stage3_max_reuse_distance)
 
 
@@ -53,19 +54,8 @@ def fits(memory: MemoryEstimate, limit: int) -> bool:
 
 
 def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
-    return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage])
-
-
-def optimizer_groups(weights: list[Weight], optimizer: str) -> list[tuple[list[Weight], int]]:
-    """The optimizer's two parameter groups and the moments it keeps for each: matrices and the rest, or with Muon the blocks'
-    matrices and, for AdamW, the rest. A plugin's optimizer states its `moments`."""
-    matrices = [w for w in weights if w.is_matrix]
-    inside = [w for w in matrices if optimizer != "muon" or w.name.startswith("decoder.")]
-    rest = [w for w in matrices if w not in inside] + [w for w in weights if not w.is_matrix]
-    if optimizer == "muon":
-        return [(inside, 1), (rest, 2)]
-    moments = 2 if optimizer == "adamw" else plugins("optimizers")[optimizer].moments
-    return [(inside, moments), (rest, moments)]
+    """By name in the whole model."""
+    return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage], global_names=True)
 
 
 class States(NamedTuple):
@@ -79,7 +69,7 @@ class States(NamedTuple):
 
 
 def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
-    """What ZeRO allocates for a stage with these parameters (deepspeed 0.19.8).
+    """What ZeRO allocates for a stage with these parameters (deepspeed 0.19.8). Of frozen ones only the weights.
 
     ZeRO 1 and 2 flatten each parameter group and pad it to a multiple of twice the data ranks (stage_1_and_2.py,
     bf16_optimizer.py: nccl_start_alignment_factor = 2); ZeRO 3 pads each parameter to a multiple of the data ranks
@@ -93,25 +83,32 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
     (stage3.py: _setup_for_real_optimizer), and every gathered parameter that it expects to reuse soon.
     """
     ranks, stage, size = recipe.parallel.data, recipe.zero.stage, bytes_per_number(recipe)
-    whole = sum(w.size(recipe.parallel.tensor) for w in weights)
-    padded = held = moments = 0  # elements: all, this rank's, this rank's moments
-    for group, per_number in optimizer_groups(weights, recipe.optimizer.name):
-        sizes = [w.size(recipe.parallel.tensor) for w in group]
+    frozen = sum(
+        math.ceil(w.size(recipe.parallel.tensor) / (ranks if stage == 3 else 1))
+        for w in weights
+        if not recipe.train.trains(w.name)
+    )
+    whole = padded = held = moments = 0  # elements: all, with padding, this rank's, this rank's moments
+    for group in stage_groups(recipe, weights):
+        sizes = [w.size(recipe.parallel.tensor) for w in group.weights] or [PLACEHOLDER]
         part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else round_up(sum(sizes), 2 * ranks) // ranks
-        padded, held, moments = padded + part * ranks, held + part, moments + part * per_number
+        whole += sum(sizes)
+        padded, held, moments = padded + part * ranks, held + part, moments + part * group.moments
     bucket = FP32 * min(REDUCE_BUCKET, whole)
     gradients, optimizer = FP32 * whole, FP32 * (held + moments)
     if stage == 3:
+        gathered = size * min(GATHERED, sum(w.size(recipe.parallel.tensor) for w in weights))
         buffers = FP32 * held + bucket
-        return States(size * held, gradients, optimizer, buffers + size * min(GATHERED, whole), buffers)
+        return States(size * (held + frozen), gradients, optimizer, buffers + gathered, buffers)
+    weight_bytes = size * (padded + frozen)
     if stage == 2:
-        return States(size * padded, gradients, optimizer, 0, FP32 * held + bucket)
+        return States(weight_bytes, gradients, optimizer, 0, FP32 * held + bucket)
     if size == BF16:
-        return States(size * padded, FP32 * padded, optimizer, 0, bucket)
+        return States(weight_bytes, FP32 * padded, optimizer, 0, bucket)
     if recipe.zero.offload:
-        return States(size * padded, gradients, optimizer, bucket, bucket)
+        return States(weight_bytes, FP32 * padded, optimizer, bucket, bucket)
     alone = ranks == 1 and recipe.optimizer.name != "muon"
-    return States(size * padded, gradients, FP32 * moments, 0, 0 if alone else max(bucket, FP32 * held))
+    return States(weight_bytes, FP32 * padded, FP32 * moments, 0, 0 if alone else max(bucket, FP32 * held))
 
 
 def bytes_per_number(recipe: Recipe) -> int:
@@ -170,13 +167,20 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
     if index == 0 and not recipe.sleep.carry:
-        unread = [] if segment.with_grad else writing_blocks(recipe, blocks, segment)  # their zeros are not kept
+        kept = segment.with_grad and _begins_a_graph(recipe, blocks)
+        unread = [] if kept else writing_blocks(recipe, blocks, segment)  # their zeros are not kept
         states += fast_weight_bytes(recipe, [block for block in blocks if block not in unread])
     if recipe.parallel.pipeline == 1:
         feeds_next_pass = not last and not segments[index + 1].from_embeddings
         return states + feeds_next_pass * hidden_bytes(recipe, len(segment.tokens))
     received = blocks.start > 0 or index > 0
     return states + received * hidden_bytes(recipe, max(len(s.tokens) for s in segments))
+
+
+def _begins_a_graph(recipe: Recipe, blocks: range) -> bool:
+    """Whether something that a sequence's first segment uses on a stage has a gradient: a weight, or hidden states received."""
+    weights = parameters(recipe.model, recipe.sleep, blocks, global_names=True)
+    return blocks.start > 0 or any(recipe.train.trains(weight.name) for weight in weights)
 
 
 def hidden_bytes(recipe: Recipe, tokens: int) -> int:
@@ -265,7 +269,19 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
     added = 0.0
     if model.mixers[block].norms == "sandwich" and not state_only:
         added = len(norms) / 2 * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
-    return norm * len(norms) - added + inside / recipe.parallel.tensor
+    return norm * len(norms) - added + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
+
+
+def _frozen_inputs(recipe: Recipe, block: int, state_only: bool) -> float:
+    """Per token, of the inputs of frozen matrices: no gradient needs them."""
+    weights = parameters(recipe.model, recipe.sleep, range(block, block + 1), global_names=True)
+    inside = [w for w in weights if w.is_matrix and w.name.startswith("decoder.layers.")]
+    frozen = [w for w in inside if not recipe.train.trains(w.name)]
+    numbers = 0.0
+    for weight in frozen:
+        if not (state_only and (weight.split == 1 or ".mlp." in weight.name)):
+            numbers += weight.shape[1] / (recipe.parallel.tensor if weight.split == 1 else recipe.sequence_shards)
+    return numbers * bytes_per_number(recipe)
 
 
 def _norm(recipe: Recipe, device: Device) -> float:

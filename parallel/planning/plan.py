@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from powernap.model.parameters import parameters
 from powernap.model.segments import Probe, Segment
+from powernap.parallel.planning.groups import trained
 from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
 from powernap.parallel.planning.memory import RESERVE, MemoryEstimate, fits, stage_memory, stage_parameters
 from powernap.parallel.planning.timeline import Timeline, bubble, draw, peak_live, schedule, simulate
@@ -17,6 +18,7 @@ from powernap.parallel.planning.work import (
     segments_of,
     stage_work,
     step_flops,
+    step_flops_by_passes,
     step_times,
     windows_slept_and_read,
 )
@@ -40,6 +42,20 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class PhasePlan:
+    """Steps in which nothing changes."""
+
+    first_step: int
+    last_step: int
+    passes: dict[int, float]  # N -> share of the steps
+    window: int
+    eviction: str
+    backprop_passes: int | None
+    flops: int  # of all these steps, with N as often as it is drawn
+    memory: int  # bytes of the fullest rank
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is known before a run starts."""
 
@@ -55,6 +71,7 @@ class Plan:
     pattern: str
     pipeline_layout: str
     parameters: int
+    trained_parameters: int
     window: int
     windows: int  # those of text are both read and slept on
     windows_slept: int
@@ -80,13 +97,23 @@ class Plan:
     notes: list[str]
     picture: Timeline
     labels: list[str]
+    phases: list[PhasePlan] = dataclasses.field(
+        default_factory=list
+    )  # of a run; if there are several, the rest is of the one
+    # that takes most memory
 
     def as_json(self) -> str:
         """Everything but the picture."""
         values = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("picture", "labels")
         }
-        return json.dumps({**values, "stages": [dataclasses.asdict(s) for s in self.stages]}, indent=2)
+        parts = {name: [dataclasses.asdict(one) for one in values[name]] for name in ("stages", "phases")}
+        return json.dumps({**values, **parts, "flops_of_run": self.flops_of_run}, indent=2)
+
+    @property
+    def flops_of_run(self) -> int:
+        """Of all steps of its phases."""
+        return sum(phase.flops for phase in self.phases)
 
     def text(self, colour: bool = False) -> str:
         """The plan for a terminal of 80 columns."""
@@ -97,9 +124,11 @@ class Plan:
             "assumed": "if only the last window predicts",
         }[self.windows_from]
         probes = f", {self.probes} of them forgotten" if self.probes else ""
+        all_train = self.trained_parameters == self.parameters
+        trains = "" if all_train else f", {in_units(self.trained_parameters)} trained"
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         facts = {
-            "model": f"{in_units(self.parameters)} parameters, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
+            "model": f"{in_units(self.parameters)} parameters{trains}, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
             "ranks": f"{self.ranks} = data {self.data} x tensor {self.tensor} x pipeline {self.pipeline}{shards}",
             "training": f"{self.precision}, {self.optimizer}, ZeRO {self.zero_stage}, "
             f"activations {'recomputed' if self.recompute else 'kept'}",
@@ -111,7 +140,13 @@ class Plan:
             "FLOPs": f"a token forward {in_units(self.flops_per_token_awake)} awake, "
             f"{in_units(self.flops_per_token_asleep)} asleep; a step {in_units(self.flops_per_step)}",
         }
+        if self.phases:
+            steps = self.phases[-1].last_step
+            tokens = in_units(steps * self.tokens_per_step)
+            facts["run"] = f"{steps:,} steps, {tokens} tokens, {in_units(self.flops_of_run)} FLOPs"
         lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
+        if len(self.phases) > 1:
+            lines += ["", *self._phase_table()]
         lines += ["", *self._stage_table(), "", *self._verdict(), "", self._bubble()]
         if self.pipeline > 1:
             colours = [f"\033[38;5;{COLOURS[ord(label[0]) % len(COLOURS)]}m" for label in self.labels]
@@ -140,6 +175,16 @@ class Plan:
         if any(s.memory.step > s.memory.buffers + s.memory.segments + s.memory.activations for s in self.stages):
             lines.append("total: while the optimizer steps, when saved and activ. are gone")
         return lines
+
+    def _phase_table(self) -> list[str]:
+        lines = [f"{'steps':<19} {'N':<16} {'window':>6} {'eviction':>8} {'gradient':>8} {'FLOPs':>7} {'memory':>7}"]
+        for phase in self.phases:
+            steps = f"{phase.first_step:,}-{phase.last_step:,}"
+            drawn = " ".join(f"{n}:{share:.0%}" if share < 1 else str(n) for n, share in phase.passes.items())
+            through = "all" if phase.backprop_passes is None else f"last {phase.backprop_passes}"
+            cost = f"{in_units(phase.flops):>7} {in_bytes(phase.memory):>7}"
+            lines.append(f"{steps:<19} {drawn:<16} {phase.window:>6} {phase.eviction:>8} {through:>8} {cost}")
+        return [*lines, "the rest is of the steps that take most memory"]
 
     def _verdict(self) -> list[str]:
         fullest = max(self.stages, key=lambda s: s.memory.total)
@@ -197,6 +242,7 @@ def plan(
             f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "
             f"simulate, more than {MOST_STEPS:,}: write a larger train.micro_batch_size or model.window"
         )
+    weights = parameters(model, sleep, range(model.num_layers), global_names=True)
     memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
     timeline = simulate(schedule(parallel.pipeline, batches, len(segments)), *step_times(recipe, segments))
     slept, read = windows_slept_and_read(segments)
@@ -213,7 +259,8 @@ def plan(
         recompute=recipe.train.recompute,
         pattern=model.pattern,
         pipeline_layout=format_layout(model.pattern, recipe.stage_blocks),
-        parameters=sum(w.size() for w in parameters(model, sleep, range(model.num_layers))),
+        parameters=sum(w.size() for w in weights),
+        trained_parameters=sum(w.size() for w in trained(recipe, weights)),
         window=model.window,
         windows=len({segment.window for segment in segments}),
         windows_slept=slept,
@@ -240,6 +287,40 @@ def plan(
         picture=timeline,
         labels=[segment.label for segment in segments],
     )
+
+
+def plan_run(
+    recipe: Recipe,
+    windows: Callable[[Recipe], tuple[Sequence[bool] | None, Sequence[Probe]]],
+    memory_limit: int | None = None,
+) -> Plan:
+    """`plan` of the part of a run that takes most memory, with what changes over its steps.
+
+    Args:
+        windows: a recipe's windows that predict, and its probes.
+    """
+    ends = [*(start for start, _ in recipe.phases[1:]), recipe.train.steps]
+    plans, phases = [], []
+    for (start, part), end in zip(recipe.phases, ends, strict=True):
+        predicts, probes = windows(part)
+        plans.append(plan(part, predicts, memory_limit, probes))
+        flops = step_flops_by_passes(part, predicts, probes)
+        per_step = sum(share * flops[passes] for passes, share in part.sleep.pass_shares.items())
+        phases.append(
+            PhasePlan(
+                first_step=start + 1,
+                last_step=end,
+                passes=part.sleep.pass_shares,
+                window=part.model.window,
+                eviction=part.sleep.eviction,
+                backprop_passes=part.sleep.backprop_passes,
+                flops=round(per_step * (end - start)),
+                memory=max(stage.memory.total for stage in plans[-1].stages),
+            )
+        )
+    fullest = plans[max(range(len(plans)), key=lambda number: phases[number].memory)]
+    fits = None if memory_limit is None else all(one.fits for one in plans)
+    return replace(fullest, fits=fits, phases=phases)
 
 
 def _stages(recipe: Recipe, segments: list[Segment], memories: list[MemoryEstimate]) -> list[StagePlan]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from powernap.model.errors import PowernapError
+from powernap.model.parameters import parameters
 from powernap.model.segments import Probe, Segment, cut, windows_of
 from powernap.parallel.planning.layout import (
     consolidation_flops,
@@ -77,7 +78,18 @@ def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
     for segment, blocks in zip(segments, segment_flops(recipe, segments), strict=True):
         flops = sum(blocks) + (head_flops(recipe.model) if segment.predicts else 0)
         total += flops * len(segment.tokens) * (1 + _backward_factor(recipe, segment))
+        total -= sum(frozen_flops(recipe, segment)) * len(segment.tokens)
     return total * recipe.train.global_batch_size
+
+
+def step_flops_by_passes(recipe: Recipe, predicts: Sequence[bool] | None, probes: Sequence[Probe]) -> dict[int, int]:
+    """`step_flops` for each N that may be drawn."""
+    flops = {}
+    for passes in sorted(set(recipe.sleep.pass_choices)):
+        sleep = recipe.sleep.model_copy(update={"passes": passes, "pass_weights": None})
+        one = recipe.model_copy(update={"sleep": sleep})
+        flops[passes] = step_flops(one, segments_of(one, predicts, probes))
+    return flops
 
 
 def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float]], list[list[float]]]:
@@ -95,7 +107,26 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
         [time * _backward_factor(recipe, segment) for time, segment in zip(times, segments, strict=True)]
         for times in forward
     ]
+    less = [frozen_flops(recipe, segment) for segment in segments]
+    for times, blocks in zip(backward, recipe.stage_blocks, strict=True):
+        for index, segment in enumerate(segments):
+            times[index] -= sum(less[index][blocks.start : blocks.stop]) * len(segment.tokens)
     return forward, backward
+
+
+def frozen_flops(recipe: Recipe, segment: Segment) -> list[int]:
+    """FLOPs per token of the weight gradients that frozen matrices do not have, [blocks of the model]; the head's in the last."""
+    model, trains, less = recipe.model, recipe.train.trains, [0] * recipe.model.num_layers
+    if not segment.with_grad:
+        return less
+    for weight in parameters(model, recipe.sleep, range(model.num_layers), global_names=True):
+        if weight.is_matrix and weight.name.startswith("decoder.") and not trains(weight.name):
+            block = int(weight.name.split(".")[2])
+            less[block] += 2 * weight.size() * (block in segment.blocks)
+    head = "embedding.weight" if model.tie_embeddings else "output_layer.weight"
+    if segment.predicts and not trains(head):
+        less[-1] += 2 * model.vocab_size * model.hidden_size
+    return less
 
 
 def _backward_factor(recipe: Recipe, segment: Segment) -> int:

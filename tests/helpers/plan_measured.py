@@ -28,7 +28,7 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         live.peak = live.now
         with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
             trainer.train_step(recipe, stage, zero, batch(recipe), 3, topology, layer_states)
-    weights = [getattr(parameter, "ds_tensor", parameter) for parameter in stage.parameters()]
+    weights = [getattr(p, "ds_tensor", p) for p in [*stage.parameters(), *zero._placeholders]]
     optimizer = tensors_of([[p, zero._state(p)] for p in zero._partitions()])
     result = {
         "stage": topology.pp_rank,
@@ -88,7 +88,7 @@ def gradients_before_they_are_reduced() -> Iterator[list[int]]:
     found, original = [], zero_module.sum_shared_gradients
 
     def count(stage, topology, gradient_of):
-        found.append(unique([gradient_of(parameter) for parameter in stage.parameters()]))
+        found.append(unique([gradient_of(parameter) for parameter in gradient_of.__self__._updated]))
         original(stage, topology, gradient_of)
 
     zero_module.sum_shared_gradients = count

@@ -46,10 +46,12 @@ def check_data(recipe: Recipe) -> None:
         samples = _first_samples(names[0], recipe)
         path = local_path(names[0])
         if manifest := read_manifest(path) if path else {}:
-            _check_manifest(manifest, names[0], samples, recipe)
+            for _, phase in recipe.phases:
+                _check_manifest(manifest, names[0], samples, phase)
             tokenizer, (end, _) = (manifest.get("fields") or {}).get("tokenizer"), end_and_pad(manifest)
             vocabularies[field] = (f"{manifest.get('task')}, {tokenizer}", end)
-        _check_windows(names[0], samples, recipe)
+        for _, phase in recipe.phases:
+            _check_windows(names[0], samples, phase)
     if recipe.data.test is not None:
         for data in test_sets(recipe.data)[1:]:
             assert data.test is not None

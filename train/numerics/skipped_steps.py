@@ -58,7 +58,7 @@ class SkippedSteps:
 
         Args:
             metrics: of the step, with loss and grad_norm.
-            norms: [parameters of `stage`], of this rank's gradients.
+            norms: [trained parameters of `stage`], of this rank's gradients.
             layer_states: under sleep.carry, the states after the step's sequences.
 
         Returns:
@@ -148,8 +148,9 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 def _names_not_finite(stage: HybridStage, norms: torch.Tensor) -> list[str]:
-    names = [stage.global_name(name) for name, _ in stage.named_parameters()]
-    return [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
+    return [
+        name for name, finite in zip(stage.trained_parameters, norms.isfinite().tolist(), strict=True) if not finite
+    ]
 
 
 def _origin(record: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Spikes:
 
     def __init__(self, factor: float | None, stage: HybridStage, topology: Topology):
         self._factor, self._topology = factor, topology
-        self._names = [stage.global_name(name) for name, _ in stage.named_parameters()]
+        self._names = list(stage.trained_parameters)
         self._history = History()
         self._norms: deque[torch.Tensor] = deque(maxlen=WINDOW)  # [parameters] each, on the device
 
@@ -52,7 +52,7 @@ class Spikes:
 
         Args:
             metrics: of the step: grad_norm, at watched steps the fast weights' norms.
-            norms: [parameters of this stage], of this rank's gradients before averaging.
+            norms: [trained parameters of this stage], of this rank's gradients before averaging.
         """
         if self._factor is None:
             return []

@@ -126,7 +126,7 @@ def _summary(groups: list[Group], depths: list[str], depth_name: str, styles: St
             result = _percent(group, group.read_passes, deepest[0])
         else:
             result = _number(group, group.read_passes)
-        choices = ", ".join(map(str, first.recipe.sleep.pass_choices))
+        choices = ", then ".join(", ".join(map(str, passes)) for passes in first.passes_in_turn)
         rows.append([
             _mark(group, styles), result, Cell(str(len(group.runs)), f"({', '.join(map(str, group.seeds))})"),
             Cell(choices), Cell(in_units(first.parameters)),
@@ -215,7 +215,22 @@ def _training(groups: list[Group], styles: Styles) -> Section:
     trained = [group for group in groups if any(run.metrics for run in group.runs)]
     if not trained:
         return Section("Training", ["No run has done a step yet."])
-    return Section("Training", pictures=[loss_curves(trained, styles)])
+    tables = [_phases(group) for group in trained if len(group.runs[0].recipe.phases) > 1]
+    return Section("Training", pictures=[loss_curves(trained, styles)], tables=tables)
+
+
+def _phases(group: Group) -> Table:
+    """What changes over the steps of a run."""
+    rows = []
+    for start, phase in group.runs[0].recipe.phases:
+        sleep = phase.sleep
+        drawn = ", ".join(f"{n} ({share:.0%})" if share < 1 else str(n) for n, share in sleep.pass_shares.items())
+        through = "all" if sleep.backprop_passes is None else f"the last {sleep.backprop_passes}"
+        rows.append(
+            [Cell(f"{start + 1:,}"), Cell(drawn), Cell(str(phase.model.window)), Cell(sleep.eviction), Cell(through)]
+        )
+    columns = ["from step", "N", "window", "eviction", "back-propagated through"]
+    return Table(columns, rows, f"{group.label}: what changes over its steps.")
 
 
 def _cost(groups: list[Group]) -> Section:

@@ -1,8 +1,10 @@
 """The runs of a report: read from their folders, and grouped if they differ in their seeds only."""
 
+import itertools
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +89,12 @@ class ReportedRun:
         return str(self.trained_passes) if str(self.trained_passes) in evaluated else max(evaluated, key=int)
 
     @property
+    def passes_in_turn(self) -> list[list[int]]:
+        """The N to draw from, in each phase with others than the one before."""
+        choices = [phase.sleep.pass_choices for _, phase in self.recipe.phases]
+        return [choice for choice, _ in itertools.groupby(choices)]
+
+    @property
     def parameters(self) -> int:
         model = self.recipe.model
         return sum(weight.size() for weight in parameters(model, self.recipe.sleep, range(model.num_layers)))
@@ -114,8 +122,19 @@ class ReportedRun:
     @cached_property
     def flops(self) -> int:
         """Training FLOPs of all steps so far."""
-        passes = [record.get("passes", self.trained_passes) for record in self.metrics]
-        return sum(passes.count(n) * self.step_flops(n) for n in set(passes))
+        steps = Counter(
+            (record.get("passes", self.trained_passes), self._phase(record["step"])) for record in self.metrics
+        )
+        return sum(count * self._flops_of(passes, phase) for (passes, phase), count in steps.items())
+
+    def _phase(self, step: int) -> int:
+        """Which of the recipe's phases a step is in."""
+        return sum(start < step for start, _ in self.recipe.phases) - 1
+
+    def _flops_of(self, passes: int, phase: int) -> int:
+        phases = self.work.get("phases", [])
+        known = phases[phase]["flops_per_step"].get(str(passes)) if phase < len(phases) else None
+        return known or self.step_flops(passes)
 
     @property
     def seconds(self) -> float:

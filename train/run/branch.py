@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from powernap.parallel.topology import Topology
 
 # Fields that need not be the source's.
-OWN = {"run.name", "train.branch_from", "train.start_from", "train.start_optimizer"}
+OWN = {"run.name", "train.branch_from", "train.start_from", "train.insert", "train.start_optimizer"}
 
 
 def find(recipe: Recipe) -> Past:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from powernap.model.config import with_sections
 from powernap.model.segments import Probe
 from powernap.parallel.checkpoint.manifest import CheckpointError
-from powernap.parallel.planning.work import segments_of, step_flops
+from powernap.parallel.planning.work import step_flops_by_passes
 from powernap.train.config import Recipe
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
@@ -179,24 +179,27 @@ class RunFolder:
         return Past.of_run(self.path, self.recipe())
 
 
-def work_of(recipe: Recipe, predicts: Sequence[bool], probes: Sequence[Probe]) -> dict[str, Any]:
+def work_of(recipe: Recipe, predicts: Sequence[Sequence[bool]], probes: Sequence[Probe]) -> dict[str, Any]:
     """What a report needs to know about the shards, which may have moved by then.
 
     Args:
-        predicts, probes: for each window whether it has loss tokens; the probes among them.
+        predicts: for each of the recipe's phases, for each window whether it has loss tokens.
+        probes: those among the windows.
 
     Returns:
-        "predicts"; "probes"; "flops_per_step", for every trained N; "task" and "fields", None if no manifest has them
+        "predicts", of the last phase; "probes"; "flops_per_step", for every N trained in it; "phases", each with the step "after"
+        which it begins and "flops_per_step"; "task" and "fields", None if no manifest has them
     """
-    flops = {}
-    for passes in sorted(set(recipe.sleep.pass_choices)):
-        one = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"passes": passes})})
-        flops[str(passes)] = step_flops(one, segments_of(one, predicts, probes))
+    phases = [
+        {"after": start, "flops_per_step": step_flops_by_passes(phase, windows, probes)}
+        for (start, phase), windows in zip(recipe.phases, predicts, strict=True)
+    ]
     manifest = first_manifest(recipe) or {}
     return {
-        "predicts": list(predicts),
+        "predicts": list(predicts[-1]),
         "probes": [list(probe) for probe in probes],
-        "flops_per_step": flops,
+        "flops_per_step": phases[-1]["flops_per_step"],
+        "phases": phases,
         "task": manifest.get("task"),
         "fields": mask_values(manifest.get("fields")),
     }

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from powernap.model.config import with_sections
 from powernap.parallel.checkpoint import manifest
+from powernap.train.by_step import FIELDS as BY_STEP
 from powernap.train.config import Recipe
 from powernap.train.data.shard import fingerprint
 from powernap.train.data.shard_list import expand_shards
@@ -45,7 +46,7 @@ FREE = {
     "evaluation.samples",
 }
 TEST = {"data.test"}  # no step depends on it
-# May change as long as every step that is done has the learning rate it had.
+# by_step.FIELDS may change as long as every step that is done has the value it had; these, the learning rate it had.
 SCHEDULE = {
     "train.steps",
     "optimizer.schedule",
@@ -99,10 +100,13 @@ class Past:
         """
         changes = self.changes(now, other)
         data = [key for key in changes if key == "data.train" or key.startswith("data.train.")]
-        allowed = {*FREE, *TEST, *SCHEDULE, *data}
+        by_step = {key: field for field in BY_STEP for key in changes if key == field or key.startswith(f"{field}.")}
+        allowed = {*FREE, *TEST, *SCHEDULE, *data, *by_step}
         for key in changes:
             if key not in allowed and key.split(".")[0] not in FREE:
                 raise self._refusal(key, changes, how)
+        for key, field in by_step.items():
+            self._check_by_step(now, field, key, changes, how)
         if data:
             self._check_shards(now, data[0], changes, how)
         if scheduled := [key for key in changes if key in SCHEDULE]:
@@ -117,6 +121,16 @@ class Past:
             field = f"data.train.{name}" if name else "data.train"
             if fingerprint(expand_shards(shards, field)) != self.fingerprints.get(name):
                 raise self._refusal(key, changes, how, "its steps have read other shards")
+
+    def _check_by_step(self, now: Recipe, field: str, key: str, changes: dict[str, list[Any]], how: str) -> None:
+        """Every step that is done must have had the value."""
+        section, name = field.split(".")
+        for start in sorted({start for one in (self.recipe, now) for start, _ in one.phases}):
+            had, has = (getattr(getattr(one.at(start + 1), section), name) for one in (self.recipe, now))
+            if start < max(1, self.step) and had != has:
+                raise self._refusal(
+                    key, changes, how, f"step {start + 1}, which is done, had {field}={had}" * bool(self.step)
+                )
 
     def _check_schedule(self, now: Recipe, key: str, changes: dict[str, list[Any]], how: str) -> None:
         if now.train.steps < self.step:

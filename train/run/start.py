@@ -4,11 +4,12 @@ Hugging Face's format.
 A source is found and checked before any process starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.parameters import parameters
 from powernap.parallel.checkpoint import manifest
 from powernap.train.config import Recipe
@@ -35,9 +36,10 @@ class Source:
     folder: Path
     kind: Literal["checkpoint", "export", "hugging face"]
     step: int  # 0: not known
-    shapes: dict[str, list[int]]  # of whole parameters
+    shapes: dict[str, list[int]]  # of whole parameters, under the names there
     model: dict[str, Any]  # the model section of its recipe, or what is known of it, in dotted keys
     optimizer: str | None  # its name; None: it has no states
+    frozen: frozenset[str] = frozenset()  # parameters without states
 
     @classmethod
     def find(cls, recipe: Recipe) -> "Source":
@@ -68,28 +70,39 @@ class Source:
     def _of_checkpoint(cls, folder: Path, content: dict[str, Any]) -> "Source":
         shapes = {name: entry["shape"] for name, entry in content["parameters"].items()}
         config = content["config"]
-        return cls(folder, "checkpoint", content["step"], shapes, flatten(config["model"]), config["optimizer"]["name"])
+        frozen = frozenset(name for name, entry in content["parameters"].items() if entry["group"] is None)
+        model, optimizer = flatten(config["model"]), config["optimizer"]["name"]
+        return cls(folder, "checkpoint", content["step"], shapes, model, optimizer, frozen)
 
     @classmethod
     def _of_hugging_face(cls, folder: HuggingFaceFolder, recipe: Recipe) -> "Source":
         """The model must be the recipe's: fields that change no shape change what the weights compute."""
-        there, here = flatten(folder.section), flatten(recipe.model.model_dump(mode="json"))
+        model = recipe.model.without_blocks(recipe.train.insert or ())
+        there, here = flatten(folder.section), flatten(model.model_dump(mode="json"))
         for key, value in there.items():
             if here.get(key) != value:
                 raise RecipeError(
                     f"train.start_from={recipe.train.start_from}: model.{key} is {value} there, {here.get(key)} in this "
                     "recipe: powernap import writes one that fits"
                 )
-        folder.check(recipe.model)
-        return cls(folder.path, "hugging face", 0, _shapes(recipe), there, None)
+        folder.check(model)
+        return cls(folder.path, "hugging face", 0, _shapes(model, recipe.sleep), there, None)
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the model of `recipe` cannot start from these weights, or not from these states."""
-        own = _shapes(recipe)
+        own, inserted = _shapes(recipe.model, recipe.sleep), recipe.train.insert or []
+        rest = recipe.model.without_blocks(inserted).pattern
+        if inserted and rest != self.model.get("pattern", rest):
+            raise RecipeError(
+                f"train.insert={inserted}: model.pattern={recipe.model.pattern} without them is {rest}, "
+                f"{recipe.train.start_from} has {self.model['pattern']}"
+            )
         for name, shape in own.items():
-            if name in self.shapes and self.shapes[name] != shape:
-                raise RecipeError(f"{self._given(recipe)}: {name} is {self.shapes[name]} there, {shape} in this recipe")
-        if further := [name for name in self.shapes if name not in own]:
+            there = self.shapes.get(name_there(name, inserted) or "", shape)
+            if there != shape:
+                raise RecipeError(f"{self._given(recipe)}: {name} is {there} there, {shape} in this recipe")
+        needed = {name_there(name, inserted) for name in own}
+        if further := [name for name in self.shapes if name not in needed]:
             raise RecipeError(f"{self._given(recipe)}: has {_some(further)}, which the model of this recipe has not")
         if not recipe.train.start_optimizer:
             return
@@ -102,17 +115,28 @@ class Source:
             )
         if drawn := self.drawn(recipe):
             raise RecipeError(f"train.start_optimizer=true: {self.folder} has no {_some(drawn)}")
+        if frozen := [name for name in own if name_there(name, inserted) in self.frozen and recipe.train.trains(name)]:
+            raise RecipeError(
+                f"train.start_optimizer=true: {self.folder} has no states of {_some(frozen)}, frozen there: freeze them here, "
+                "too, or write train.start_optimizer=false"
+            )
 
     def drawn(self, recipe: Recipe) -> list[str]:
         """Parameters of the recipe's model that the source lacks, which are drawn."""
-        return [name for name in _shapes(recipe) if name not in self.shapes]
+        inserted = recipe.train.insert or ()
+        return [name for name in _shapes(recipe.model, recipe.sleep) if name_there(name, inserted) not in self.shapes]
 
     def describe(self, recipe: Recipe) -> list[str]:
         """Lines for the log: where the weights are from, what is drawn, what else is not as there."""
         what = "weights and optimizer states" if recipe.train.start_optimizer else "weights"
         lines = [f"{what} of {self.folder}" + (f", step {self.step:,}" if self.step else "")]
         if drawn := self.drawn(recipe):
-            lines.append(f"{len(drawn)} of {len(_shapes(recipe))} parameters are not there and drawn: {_some(drawn)}")
+            count = len(_shapes(recipe.model, recipe.sleep))
+            lines.append(f"{len(drawn)} of {count} parameters are not there and drawn: {_some(drawn)}")
+        if recipe.train.insert:
+            lines.append(
+                f"inserted blocks {recipe.train.insert} of {recipe.model.pattern}: output projections start at zero"
+            )
         own = flatten(recipe.model.model_dump(mode="json"))
         others = [
             f"model.{key}={own[key]}, there {self.model[key]}"
@@ -127,6 +151,17 @@ class Source:
 
     def _given(self, recipe: Recipe) -> str:
         return f"train.start_from={recipe.train.start_from}"
+
+
+def name_there(name: str, inserted: Collection[int]) -> str | None:
+    """What the source calls a parameter of this recipe's model; None: it belongs to an inserted block."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    block, _, rest = name.removeprefix(prefix).partition(".")
+    if int(block) in inserted:
+        return None
+    return f"{prefix}{int(block) - sum(other < int(block) for other in inserted)}.{rest}"
 
 
 def folder_of(given: str, recipe: Recipe) -> Path:
@@ -174,6 +209,9 @@ class Start:
         from powernap.train.generation.export import ExportedWeights
 
         self.source, self._topology = source, topology
+        self._inserted = recipe.train.insert or []
+        weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
+        self._output_projections = {weight.name for weight in weights if weight.split == 1}
         self._checkpoint: Checkpoint | None = None
         self._read: Callable[[str, Split | None, int, int], torch.Tensor]
         if source.kind == "checkpoint":
@@ -182,19 +220,28 @@ class Start:
         elif source.kind == "export":
             self._read = ExportedWeights(source.folder).shard
         else:
-            self._read = HuggingFaceShards(HuggingFaceFolder.read(source.folder), recipe.model).shard
+            self._read = HuggingFaceShards(
+                HuggingFaceFolder.read(source.folder), recipe.model.without_blocks(self._inserted)
+            ).shard
 
     def weights(self, name: str, module: "torch.nn.Module") -> None:
-        """Copy this rank's shards of all parameters of a module that the source has; name: in the whole model."""
+        """Copy this rank's shards of all parameters of a module that the source has; name: in the whole model.
+
+        An inserted block adds nothing to the residual stream: the output projections of its mixer and MLP become zero.
+        """
         import torch
 
         from powernap.parallel.checkpoint.shards import split_of
 
         with torch.no_grad():
             for inside, parameter in module.named_parameters(name):
-                if inside in self.source.shapes:
-                    shard = self._read(inside, split_of(parameter), self._topology.tp_rank, self._topology.tp_size)
-                    parameter.copy_(shard)
+                there = name_there(inside, self._inserted)
+                if there in self.source.shapes:
+                    parameter.copy_(
+                        self._read(there, split_of(parameter), self._topology.tp_rank, self._topology.tp_size)
+                    )
+                elif there is None and inside in self._output_projections:
+                    parameter.zero_()
 
     def optimizer(self, stage: "HybridStage", zero: "ZeroOptimizer") -> None:
         """Copy this rank's part of the optimizer's states."""
@@ -202,8 +249,8 @@ class Start:
         self._checkpoint.load(stage, zero, self._topology)
 
 
-def _shapes(recipe: Recipe) -> dict[str, list[int]]:
-    weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
+def _shapes(model: ModelConfig, sleep: SleepConfig) -> dict[str, list[int]]:
+    weights = parameters(model, sleep, range(model.num_layers))
     return {weight.name: list(weight.shape) for weight in weights}
 
 

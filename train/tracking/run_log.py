@@ -40,6 +40,21 @@ def slow_on_gpus(recipe: Recipe, topology: Topology) -> list[str]:
     return found
 
 
+def passes_text(recipe: Recipe) -> str:
+    """N, with its weights and steps: `1, from step 2,001 one of [1, 4]`."""
+    parts: list[str] = []
+    for start, phase in recipe.phases:
+        passes, weights = phase.sleep.passes, phase.sleep.pass_weights
+        text = (
+            str(passes)
+            if isinstance(passes, int)
+            else f"one of {passes}" + (f" by weights {weights}" if weights else "")
+        )
+        if not parts or not parts[-1].endswith(text):
+            parts.append(f"from step {start + 1:,} {text}" if parts else text)
+    return ", ".join(parts)
+
+
 class RunLog:
     """Everything rank 0 writes during a run; on the other ranks every method does nothing.
 
@@ -79,14 +94,13 @@ class RunLog:
         if not self._enabled:
             return
         recipe, topology = self._recipe, self._topology
-        passes = recipe.sleep.passes
         logger.info(
             "%s: %s parameters, pattern %s, windows of %d tokens, N=%s",
             recipe.run.name,
             f"{num_parameters:,}",
             recipe.model.pattern,
             recipe.model.window,
-            passes if isinstance(passes, int) else f"one of {passes}",
+            passes_text(recipe),
         )
         processes = f"{topology.world_size} process{'es' if topology.world_size > 1 else ''}"
         logger.info("%s on %s, %s, into %s", processes, topology.device.type, recipe.train.precision, self._folder.path)

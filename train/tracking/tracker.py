@@ -8,6 +8,7 @@ import json
 import logging
 import numbers
 import os
+import re
 import shlex
 import sys
 import threading
@@ -31,6 +32,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RECORDS = ("config.yaml", "origin.json", "history.jsonl")  # of a run's folder, where they are artifacts
 FLUSH_SECONDS = 2.0  # between deliveries, so that MLflow takes a small share of the process's time
+NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")  # MLflow's rule; patterns of optimizer.groups are part of such a key
 # The first and the longest delay before a retry, when a server did not answer; each delay is twice the last.
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 60.0
 
@@ -71,7 +73,9 @@ class Tracker:
             key=earlier["key"] if earlier else uuid.uuid4().hex,
             name=self._folder.name,
             experiment=experiment,
-            parameters={key: _as_text(value) for key, value in flatten(mask_values(config)).items()},
+            parameters={
+                NOT_IN_NAMES.sub("_", key): _as_text(value) for key, value in flatten(mask_values(config)).items()
+            },
             resume_step=resume_step,
             running=running,
         )

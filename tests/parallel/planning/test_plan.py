@@ -18,6 +18,7 @@ from powernap.model.mixers import MIXERS
 from powernap.model.parameters import parameters
 from powernap.model.stage import HybridStage
 from powernap.parallel.planning import memory
+from powernap.parallel.planning.groups import stage_groups
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.planning.plan import plan
 from powernap.parallel.planning.suggest import suggest, suggestions_text
@@ -55,7 +56,7 @@ def recipe(model=None, *, sleep=None, tokens=None, optimizer="adamw", zero=1, of
 
 
 def whole(planned):
-    return parameters(planned.model, planned.sleep, range(planned.model.num_layers))
+    return parameters(planned.model, planned.sleep, range(planned.model.num_layers), global_names=True)
 
 
 def large_model(**changes):
@@ -190,8 +191,8 @@ def test_states_are_what_zero_allocates(topology, optimizer):
 def test_padding_is_deepspeeds(ranks):
     planned = recipe(data=ranks, train={"global_batch_size": 24})
     padded = 0
-    for group, _ in memory.optimizer_groups(whole(planned), "adamw"):
-        tensors = [torch.empty(w.size()) for w in group]
+    for group in stage_groups(planned, whole(planned)):
+        tensors = [torch.empty(w.size()) for w in group.weights]
         padded += sum(x.numel() for x in align_dense_tensors(tensors, 2 * ranks))  # what stages 1 and 2 call
     states = memory.state_bytes(planned, whole(planned))
     assert states.weights == 4 * padded

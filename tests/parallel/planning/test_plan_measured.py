@@ -33,11 +33,14 @@ MANY_WEIGHTS = {
 }  # the optimizer's step is the peak, not the backward pass
 
 
+FROZEN = ["embedding", "decoder.layers.[01]", "*.mlp"]  # all of the first of two stages
+
+
 CARRY = {"passes": 2, "every_window": True, "carry": True}
 
 
 def recipe(
-    precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, tokens=97, **parallel
+    precision="fp32", recompute=True, zero=1, sequences=4, sleep=None, model=None, tokens=97, freeze=None, **parallel
 ) -> Recipe:
     """`sequences` on each data rank, in two micro-batches."""
     batch = sequences * parallel.get("data", 1)
@@ -52,6 +55,7 @@ def recipe(
             "micro_batch_size": sequences // 2,
             "precision": precision,
             "recompute": recompute,
+            "freeze": freeze,
         },
         "optimizer": {"warmup_steps": 0},
         "parallel": parallel,
@@ -70,6 +74,8 @@ CASES = {
     "one process, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS),
     "PP2, carried": recipe(sleep=CARRY, pipeline=2),
     "one process, probes": recipe(tokens=108),
+    "DP2xPP2, frozen": recipe(freeze=FROZEN, data=2, pipeline=2),
+    "DP2, ZeRO 3, frozen": recipe("bf16", freeze=["embedding", "*.mlp"], data=2, zero=3, model=AG),
 }
 WIDE = {
     f"{name}, {precision}, {'recompute' if recompute else 'keep'}": recipe(precision, recompute, **layout)
@@ -80,6 +86,8 @@ WIDE = {
     "one process, carried": recipe(sleep=CARRY),
     "one process, last write alone, truncated": recipe(sleep={"passes": 3, "write": "last", "backprop_passes": 1}),
     "DP2, ZeRO 1, many weights, bf16": recipe("bf16", sequences=2, model=MANY_WEIGHTS, data=2),
+    "PP2, bf16, frozen": recipe("bf16", freeze=FROZEN, pipeline=2),
+    "DP2, ZeRO 2, frozen": recipe(freeze=["embedding", "*.mlp"], data=2, zero=2, model=AG),
     "PP2, sliding": recipe(sleep=SLIDING, pipeline=2),
     "PP2, truncated back-propagation": recipe(sleep={"passes": 4, "backprop_passes": 1}, pipeline=2),
     "PP2, last write alone": recipe(sleep={"passes": 3, "write": "last"}, pipeline=2),
