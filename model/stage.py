@@ -96,6 +96,7 @@ class HybridStage(MegatronModule):
                     tp_group=groups.tp,
                 )
             built("output_layer", self.output_layer)
+        self.z_loss = 0.0  # times log(Z)^2, in the gradient of `token_losses`
         self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
 
     @property
@@ -204,7 +205,8 @@ class HybridStage(MegatronModule):
         loss_tokens: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0.
+        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0. Its gradient is that of the cross-entropy and
+        `z_loss` log(Z)^2, with Z the softmax's sum (arXiv 2204.02311).
 
         The head runs on these tokens alone, in chunks of at most HEAD_NUMBERS logits.
 
@@ -245,10 +247,27 @@ class HybridStage(MegatronModule):
         if not self.config.sequence_parallel:
             rows = self.decoder.final_layernorm(rows)
         logits = self._head(rows.unsqueeze(1))
+        of_targets = (
+            self._target_logits(logits.squeeze(1), targets) if self.z_loss and torch.is_grad_enabled() else None
+        )
         if self.tp_group.size() == 1:  # Megatron's is float32 only
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(logits.squeeze(1), targets, reduction="none")
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets.unsqueeze(1)).squeeze(1)
+            losses = F.cross_entropy(logits.squeeze(1), targets, reduction="none")
+        else:
+            losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.unsqueeze(1)).squeeze(1)
+        if of_targets is None:
+            return losses
+        squared = (losses + of_targets).square()  # cross-entropy is log(Z) less the target's logit
+        return losses + self.z_loss * (squared - squared.detach())
+
+    def _target_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """logits [n, vocabulary/TP], targets [n] -> [n]."""
+        own = logits.shape[1]
+        within = targets - self.tp_group.rank() * own
+        found = logits.gather(1, within.clamp(0, own - 1).unsqueeze(1)).squeeze(1)
+        found = found if found.dtype == torch.float64 else found.float()
+        found = found * ((within >= 0) & (within < own))
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(found, self.tp_group)
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The most likely next token at every position: hidden_states [L, B, D] -> [B, L]."""

@@ -22,6 +22,7 @@ import contextlib
 import gc
 import io
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
@@ -36,6 +37,7 @@ from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
 
 MASTER = "master"  # float32 weights, among the names of optimizer states
+EMA = "ema"  # their running mean
 
 
 class Fragment(NamedTuple):
@@ -198,6 +200,9 @@ class ZeroOptimizer:
         clip: largest global gradient norm, 0 for no clipping.
         zero_stage: 1 splits optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too.
         offload: keep the optimizer's states in host memory and step there.
+        ema: keep a running mean of the master weights among the optimizer's states: m = ema m + (1 - ema) w after each step,
+            from w after the first. None: none.
+        compare_ranks: compute `mean_square_norm` in every step.
     """
 
     def __init__(
@@ -211,12 +216,17 @@ class ZeroOptimizer:
         micro_batch_size: int,
         zero_stage: int = 1,
         offload: bool = False,
+        ema: float | None = None,
+        compare_ranks: bool = False,
     ):
         gc.freeze()  # DeepSpeed collects garbage dozens of times at startup: skip all that is imported by now
         self.topology = topology
         self.stage = stage
         self.clip = clip
         self.zero_stage = zero_stage
+        self.ema = ema
+        self.compare_ranks = compare_ranks
+        self.mean_square_norm: float | None = None  # of the data ranks' gradients of the last step, before averaging
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._unused: dict[torch.nn.Parameter, None] = {}  # so far in this step, in order
         self._loss: torch.Tensor | None = None
@@ -297,6 +307,21 @@ class ZeroOptimizer:
                     _poison_if_nonfinite(gradients[0].view(-1)[:1], self._loss)
                     self._loss = None
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
+            if self.compare_ranks:
+                squares = self._square_norm([self._accumulated(parameter) for parameter in self._updated])
+                dist.all_reduce(squares)
+                self.mean_square_norm = float(squares) / self.topology.dp_size
+
+    @torch.no_grad()
+    def _square_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """This rank's part of the squared norm of `_updated`'s gradients: what several ranks of a model hold counts once."""
+        counted = [gradient for p, gradient in zip(self._updated, gradients, strict=True) if self._counts(p)]
+        return torch.stack([*torch._foreach_norm(counted), gradients[0].new_zeros(())]).square().sum()
+
+    def _counts(self, parameter: torch.nn.Parameter) -> bool:
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return self.topology.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
     def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
         """Call in `accumulation`: all ranks skip the step if this rank's `loss` is not finite."""
@@ -314,7 +339,19 @@ class ZeroOptimizer:
             return self._step_alone()
         norm = self._average_and_clip() if self._clip_here else None
         self.engine.step()
-        return norm if norm is not None else float(self.engine.get_global_grad_norm())
+        norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
+        if self.ema is not None and math.isfinite(norm):
+            self._average_weights(1 - self.ema)
+        return norm
+
+    @torch.no_grad()
+    def _average_weights(self, share: float) -> None:
+        for partition in self._partitions():
+            state = self._state(partition)
+            if EMA in state:
+                state[EMA].lerp_(partition, share)
+            else:
+                state[EMA] = partition.detach().clone()
 
     def gathered_parameters(self, parameters: list[torch.nn.Parameter] | None = None) -> AbstractContextManager:
         """Inside, these parameters, by default all of this stage, are gathered; all ranks call it together."""
@@ -435,7 +472,7 @@ class ZeroOptimizer:
         states = {name: value for name, value in self._state(partition).items() if _is_flat(value)}
         views = {}
         for name, value in {MASTER: partition.detach(), **states}.items():
-            if name != MASTER and self._keeps_whole_matrices(fragment.partition):
+            if name not in (MASTER, EMA) and self._keeps_whole_matrices(fragment.partition):
                 offset = self._offset_of_matrix(parameter, fragment.partition)
                 views[name] = (0, value.narrow(0, offset, parameter.numel()))
             else:
@@ -466,10 +503,12 @@ class ZeroOptimizer:
         for index, partition in enumerate(self._partitions()):
             saved, state = groups[self.group_of(index)], self._state(partition)
             state.clear()
-            size = partition.numel()
-            if self._keeps_whole_matrices(index):
-                size = sum(parameter.numel() for parameter in self.zero.params_in_partition[index])
             for name in saved["kinds"]:
+                if name == EMA and self.ema is None:
+                    continue
+                size = partition.numel()
+                if name != EMA and self._keeps_whole_matrices(index):
+                    size = sum(parameter.numel() for parameter in self.zero.params_in_partition[index])
                 state[name] = partition.new_zeros(size)
             for name, (value, is_tensor) in saved["scalars"].items():
                 # On the device: a fused optimizer expects its counter there.

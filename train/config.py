@@ -186,6 +186,21 @@ class TrainConfig(Section):
     only: Patterns | None = Field(None, description="the weights that are trained, in place of freeze, written like it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
     recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="times the squared log of the softmax's sum, added to each loss token's loss (arXiv 2204.02311); 0: off",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep a running mean of the weights, of which each step keeps this share; checkpoint export --ema writes it",
+    )
+    gradient_noise: bool = Field(
+        False,
+        description="log the gradient noise scale in sequences (arXiv 1812.06162); needs parallel.data of 2 or more",
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
     skip_budget: int = Field(
         10, ge=0, description="steps a run may skip because loss or gradient is not finite; with one more it stops"
@@ -426,6 +441,10 @@ class Recipe(Section):
         self._carry_fits()
         self._patterns_fit()
         self._insertion_fits()
+        if train.gradient_noise and parallel.data == 1:
+            raise ValueError(
+                "train.gradient_noise=true compares the gradients of data ranks: write parallel.data=2 or more"
+            )
         if self.optimizer.warmup_steps > train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={train.steps}"

@@ -33,6 +33,7 @@ from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.numerics.anomaly import anomalies_detected
 from powernap.train.numerics.deterministic import deterministic
+from powernap.train.numerics.gradient_noise import GradientNoise
 from powernap.train.numerics.skipped_steps import SkippedSteps
 from powernap.train.numerics.spikes import Spikes
 from powernap.train.optimizer import build_optimizer, set_lr
@@ -100,6 +101,7 @@ class Trainer:
         resume_step = self.state.step if resume or branches else None
         self.skipped_steps = SkippedSteps(recipe, folder, topology, skipped_steps, resume_step)
         self.spikes = Spikes(recipe.train.spike_factor, self.stage, topology)
+        self.noise = GradientNoise(recipe.sequences_per_rank, topology.dp_size) if recipe.train.gradient_noise else None
         self.writer = checkpoint_writer(recipe, folder, topology)
         self.log = RunLog(recipe, folder, topology, resume_step)
 
@@ -172,6 +174,9 @@ class Trainer:
         )
         norms = self.zero.gradient_norms
         assert norms is not None
+        if self.noise:
+            assert self.zero.mean_square_norm is not None
+            metrics |= self.noise.add(self.zero.mean_square_norm, metrics["grad_norm"])
         if "skipped_step" in metrics:
             line, state.layer_states = self.skipped_steps.add(
                 step, metrics, batch, self.stage, norms, state.layer_states
@@ -275,6 +280,7 @@ def build(
             draw=draw and (not start or bool(start.source.drawn(recipe))),
             built=built,
         ).to(topology.device)
+    stage.z_loss = recipe.train.z_loss
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer, recipe.train.trains),
@@ -284,6 +290,8 @@ def build(
         micro_batch_size=recipe.micro_batch_size,
         zero_stage=recipe.zero.stage,
         offload=recipe.zero.offload,
+        ema=recipe.train.ema,
+        compare_ranks=recipe.train.gradient_noise,
     )
     if start and recipe.train.start_optimizer:
         start.optimizer(stage, zero)

@@ -27,6 +27,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         if name == "export":
             action.add_argument("to", metavar="FOLDER", type=path, help="a new folder")
             action.add_argument(
+                "--ema", action="store_true", help="the running mean of the weights, of a run with train.ema"
+            )
+            action.add_argument(
                 "--format",
                 choices=("powernap", "hf"),
                 default="powernap",
@@ -103,6 +106,8 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
     if options.like and options.remote_code:
         raise ExportError("--like keeps the source's class, which does not sleep: leave out --like or --remote-code")
     checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
+    if options.ema:
+        checkpoint = checkpoint.averaged()
     if options.remote_code:
         from powernap.train.hugging_face.with_code import export_with_code
 

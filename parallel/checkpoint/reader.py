@@ -8,7 +8,7 @@ from collections import defaultdict
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.shards import Split, shard, shard_shape, split_of, unshard, whole_shape
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import MASTER, ZeroOptimizer
+from powernap.parallel.zero import EMA, MASTER, ZeroOptimizer
 
 
 class _Extent(NamedTuple):
@@ -49,6 +49,7 @@ class Checkpoint:
             for name, (start, stop) in entry["fragments"].items():
                 self._extents[name].append(_Extent(file, entry["tensor"], start, stop))
         self._open: dict[str, Any] = {}
+        self._weights = MASTER  # which kind `whole` reads
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -78,9 +79,23 @@ class Checkpoint:
         """Names of all parameters of the model."""
         return list(self.manifest["parameters"])
 
-    def whole(self, name: str, kind: str = MASTER) -> torch.Tensor:
+    def averaged(self) -> Self:
+        """The same checkpoint with the running mean of its weights in place of them; frozen ones have none.
+
+        Raises:
+            CheckpointError: if it was trained without.
+        """
+        if not any(EMA in group["kinds"] for group in self.manifest["groups"]):
+            raise CheckpointError(
+                f"{self.folder}: was trained without train.ema: it has no running mean of its weights"
+            )
+        self._weights = EMA
+        return self
+
+    def whole(self, name: str, kind: str | None = None) -> torch.Tensor:
         """A whole parameter, or one of its optimizer states, float32 on the CPU."""
         entry = self.manifest["parameters"][name]
+        kind = kind or (MASTER if entry["group"] is None else self._weights)
         split = entry["split"] and Split(*entry["split"])
         ranks = self._tensor_ranks if split else 1
         shape = shard_shape(entry["shape"], split, ranks)

@@ -38,7 +38,9 @@ def optimizer_groups(optimizer: Optimizer, model: list[Weight], stage: list[Weig
 def stage_groups(recipe: Recipe, stage: list[Weight]) -> list[Group]:
     """`optimizer_groups` of a stage with these weights."""
     model = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
-    return optimizer_groups(recipe.optimizer, trained(recipe, model), trained(recipe, stage))
+    groups = optimizer_groups(recipe.optimizer, trained(recipe, model), trained(recipe, stage))
+    averages = recipe.train.ema is not None
+    return [group._replace(moments=group.moments + averages) for group in groups]
 
 
 def trained(recipe: Recipe, weights: list[Weight]) -> list[Weight]:
