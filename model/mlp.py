@@ -25,7 +25,12 @@ class SwiGLU(Part):
 
     def weights(self, model: ModelConfig) -> list[Weight]:
         return [
-            Weight("linear_fc1.weight", (2 * self.ffn_hidden_size, model.hidden_size), split=0),
+            Weight(
+                "linear_fc1.weight",
+                (2 * self.ffn_hidden_size, model.hidden_size),
+                split=0,
+                projections=(self.ffn_hidden_size, self.ffn_hidden_size),
+            ),
             Weight("linear_fc2.weight", (model.hidden_size, self.ffn_hidden_size), split=1),
         ]
 

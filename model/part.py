@@ -46,6 +46,9 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     split: int | None = None  # the dimension that tensor ranks split
     draw: Callable[[tuple[int, ...]], torch.Tensor] | None = None
+    projections: tuple[
+        int, ...
+    ] = ()  # rows of each projection that it joins, in a head if heads follow each other; (): it is one
 
     def size(self, tensor: int = 1) -> int:
         """Number of elements on one of `tensor` ranks."""

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from powernap.model.megatron import ProcessGroupCollection
 from powernap.model.stage import HybridStage
+from powernap.parallel.muon import MOMENTUM, orthogonalised
 from powernap.parallel.planning.memory import REDUCE_BUCKET
 from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
@@ -239,15 +240,13 @@ class ZeroOptimizer:
         if stage.holds_tied_copy:
             assert stage.embedding is not None
             stage.embedding.weight.ds_pipe_replicated = True  # the first stage counts it in the gradient norm
-        # DeepSpeed's float32 ZeRO-1 turns a matrix's gradient into Muon's update before it takes the norm: it would
-        # clip by the norm of updates. So there we average and clip ourselves first. Its bf16 optimizer has the right
-        # order. (0.19.8: stage_1_and_2.py get_flat_partition, bf16_optimizer.py step.)
-        self._clip_here = precision == "fp32" and any(group.get("use_muon") for group in optimizer.param_groups)
+        # Muon's update is that of the averaged, clipped gradient, and ZeRO is given the update: we average and clip first.
+        self._has_muon = any(group.get("muon") for group in optimizer.param_groups)
         config = _config(
             self._updated,
             topology.device,
             precision,
-            0.0 if self._clip_here else clip,
+            0.0 if self._has_muon else clip,
             micro_batch_size,
             zero_stage,
             offload,
@@ -263,19 +262,20 @@ class ZeroOptimizer:
                 model=stage,
                 optimizer=optimizer,
                 config=config,
-                # Its bf16 Muon rejects any mpu, even one without model parallelism.
                 mpu=ModelParallelUnit(topology.groups) if topology.tp_size * topology.pp_size > 1 else None,
             )
         if precision == "bf16":
             for parameter in self._updated:
                 parameter.grad_dtype = torch.float32
         self._gradients = _Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
-        self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._clip_here)
+        self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._has_muon)
         if self._gradients and not offload:
             self._make_weights_their_masters()
         if zero_stage == 3 and stage.model.tie_embeddings:
             assert stage.embedding is not None
             deepspeed.zero.register_external_parameter(stage.output_layer, stage.embedding.weight)
+        self._holders = self._count_holders() if self._has_muon else {}
+        self._norm: float | None = None  # before clipping, if it is computed here
 
     @property
     def param_groups(self) -> list[dict]:
@@ -308,20 +308,11 @@ class ZeroOptimizer:
                     self._loss = None
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
             if self.compare_ranks:
-                squares = self._square_norm([self._accumulated(parameter) for parameter in self._updated])
+                squares = self._squares({p: self._accumulated(p) for p in self._updated}).sum()
                 dist.all_reduce(squares)
                 self.mean_square_norm = float(squares) / self.topology.dp_size
-
-    @torch.no_grad()
-    def _square_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """This rank's part of the squared norm of `_updated`'s gradients: what several ranks of a model hold counts once."""
-        counted = [gradient for p, gradient in zip(self._updated, gradients, strict=True) if self._counts(p)]
-        return torch.stack([*torch._foreach_norm(counted), gradients[0].new_zeros(())]).square().sum()
-
-    def _counts(self, parameter: torch.nn.Parameter) -> bool:
-        if getattr(parameter, "ds_pipe_replicated", False):
-            return False
-        return self.topology.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+            if self._has_muon and self.zero_stage == 2:  # gradients are reduced as soon as this context ends
+                self._norm = self._update_matrices()
 
     def skip_step_if_nonfinite(self, loss: torch.Tensor) -> None:
         """Call in `accumulation`: all ranks skip the step if this rank's `loss` is not finite."""
@@ -336,10 +327,12 @@ class ZeroOptimizer:
         in stage_1_and_2.py step, stage3.py step, bf16_optimizer.py step.)
         """
         if self._alone:
-            return self._step_alone()
-        norm = self._average_and_clip() if self._clip_here else None
-        self.engine.step()
-        norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
+            self._norm = self._step_alone()
+        else:
+            if self._has_muon and self.zero_stage == 1:
+                self._norm = self._update_matrices()
+            self.engine.step()
+        norm = self._norm if self._norm is not None else float(self.engine.get_global_grad_norm())
         if self.ema is not None and math.isfinite(norm):
             self._average_weights(1 - self.ema)
         return norm
@@ -384,7 +377,7 @@ class ZeroOptimizer:
         """Stage 1 in float32 where one data-parallel rank has everything, with the same results as DeepSpeed's step, which
         copies all gradients four times on their way to the optimizer and converts them to float64 as wholes."""
         assert self._gradients and self._gradients.attached(), "backward passes belong inside accumulation()"
-        norm = self._norm(self._gradients.of)
+        norm = self._norm_of(self._gradients.of)
         if finite := bool(norm.isfinite()):
             self.zero.unscale_and_clip_grads(self._gradients.flat, norm)
             for partition, gradient in zip(self._partitions(), self._gradients.flat, strict=True):
@@ -394,34 +387,33 @@ class ZeroOptimizer:
         self.zero.zero_grad()
         return float(norm) if finite else float("inf")
 
-    def _norm(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
-        """The norm of whole gradients over tensor and pipeline ranks with DeepSpeed's rounding: parameters are summed in
-        float64, groups in float32; copies of a parameter count once."""
-        squares = torch.stack(
-            [self._squares([gradients[p] for p in group if self._counts(p)]) for group in self._groups]
-        )
+    def _norm_of(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """The norm of whole gradients over tensor and pipeline ranks, with DeepSpeed's rounding."""
+        squares = self._squares(gradients)
         dist.all_reduce(squares, group=self.topology.groups.mp)
         return torch.linalg.vector_norm(squares.sqrt())
 
-    def _counts(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether this rank's copy of a parameter is the one in the norm."""
-        is_shard = getattr(parameter, "tensor_model_parallel", False)
-        return not getattr(parameter, "ds_pipe_replicated", False) and (is_shard or self.topology.groups.tp.rank() == 0)
+    def _squares(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """[groups], float32: this rank's squared norms, summed in float64; what several ranks of a model hold counts once."""
+        return torch.stack(
+            [
+                _sum_of_squares([gradients[p] for p in group if self._counts(p)], self.topology.device)
+                for group in self._groups
+            ]
+        )
 
-    def _squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        # A CPU copies what it converts to float64: pieces stay in its cache.
-        pieces = [p for g in gradients for p in ([g] if g.is_cuda else g.view(-1).split(2**18))]
-        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-        none = torch.zeros(1, dtype=torch.float64, device=self.topology.device)
-        return (torch.stack(norms) if norms else none).square().sum().float()
+    def _counts(self, parameter: torch.nn.Parameter) -> bool:
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return self.topology.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
     def _average_and_clip(self) -> float:
         parameters = [p for group in self._groups for p in group]
-        gradients = [p.grad for p in parameters]
+        gradients = [self._accumulated(p) for p in parameters]
         flat = torch._utils._flatten_dense_tensors(gradients)
         self.topology.all_reduce_over_data(flat).div_(self.topology.dp_size)
         averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
-        norm = self._norm(dict(zip(parameters, averaged, strict=True)))
+        norm = self._norm_of(dict(zip(parameters, averaged, strict=True)))
         # If only the norm overflows float32, Muon's update would still be finite and the step would run.
         _poison_if_nonfinite(flat, norm)
         if self.clip:
@@ -435,6 +427,46 @@ class ZeroOptimizer:
         for weights, partition in zip(self.zero.parallel_partitioned_bit16_groups, self._partitions(), strict=True):
             partition.data = weights[self.topology.dp_rank].data
         self.zero._link_all_hp_params()
+
+    @torch.no_grad()
+    def _update_matrices(self) -> float:
+        """Average and clip all gradients; in place of those of Muon's matrices put their updates. Returns the norm before clipping.
+
+        A matrix is orthogonalised by the data ranks that step a part of it, alike by all its tensor ranks; the others give
+        zeros, so that ZeRO's average over data ranks is the update.
+        """
+        norm = self._average_and_clip()
+        if not math.isfinite(norm):
+            return norm
+        for index, group in enumerate(self.zero.optimizer.param_groups):
+            if not group.get("muon"):
+                continue
+            state, partition = self._state(group["params"][0]), group["params"][0]
+            own = self._own_matrices(index)
+            if MOMENTUM not in state:
+                state[MOMENTUM] = partition.new_zeros(sum(parameter.numel() for parameter in own))
+            moments = dict(zip(own, state[MOMENTUM].split([parameter.numel() for parameter in own]), strict=True))
+            for parameter in self._groups[index]:
+                gradient = self._accumulated(parameter)
+                if parameter not in moments:
+                    gradient.zero_()
+                    continue
+                kept = moments[parameter].view_as(gradient)
+                momentum = kept.to(gradient.device)
+                update = orthogonalised(gradient, momentum, group["momentum"], parameter, self.topology)
+                kept.copy_(momentum)
+                gradient.copy_(update).mul_(self.topology.dp_size / self._holders[parameter])
+        return norm
+
+    def _own_matrices(self, group: int) -> list[torch.nn.Parameter]:
+        """Those of a group of which this rank steps a part."""
+        return [parameter for parameter in self._groups[group] if self.fragment(parameter) is not None]
+
+    def _count_holders(self) -> dict[torch.nn.Parameter, int]:
+        """Data ranks that step a part of each parameter."""
+        parameters = [p for group in self._groups for p in group]
+        held = self.topology.all_gather_over_data([self.fragment(p) is not None for p in parameters])
+        return {p: sum(flags) for p, *flags in zip(parameters, *held, strict=True)}
 
     def fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
         """Location of this rank's master weights and optimizer states of a parameter; None if it has none.
@@ -459,9 +491,9 @@ class ZeroOptimizer:
     def values(self, parameter: torch.nn.Parameter, fragment: Fragment) -> dict[str, tuple[int, torch.Tensor]]:
         """This rank's values of a parameter by name: float32 `master` and the optimizer's states.
 
-        Each is (start, view [n]) of a range of the flattened shard: the fragment, or for float32 Muon's momentum the
-        whole matrix, which is the same on all ranks that have a part of the matrix. The `master` of a frozen parameter is
-        the parameter itself: what this rank holds of it.
+        Each is (start, view [n]) of a range of the flattened shard: the fragment, or for Muon's momentum the whole matrix,
+        which is the same on all ranks that have a part of the matrix. The `master` of a frozen parameter is the parameter
+        itself: what this rank holds of it.
         """
         if not parameter.requires_grad:
             held = getattr(parameter, "ds_tensor", None)
@@ -508,7 +540,7 @@ class ZeroOptimizer:
                     continue
                 size = partition.numel()
                 if name != EMA and self._keeps_whole_matrices(index):
-                    size = sum(parameter.numel() for parameter in self.zero.params_in_partition[index])
+                    size = sum(parameter.numel() for parameter in self._own_matrices(index))
                 state[name] = partition.new_zeros(size)
             for name, (value, is_tensor) in saved["scalars"].items():
                 # On the device: a fused optimizer expects its counter there.
@@ -536,12 +568,12 @@ class ZeroOptimizer:
         return [group["params"][0] for group in self.zero.optimizer.param_groups]
 
     def _keeps_whole_matrices(self, partition: int) -> bool:
-        """DeepSpeed's float32 Muon keeps the whole momentum of each matrix with a part in a partition, one by one."""
-        return self._clip_here and self.zero.optimizer.param_groups[partition]["use_muon"]
+        """Muon keeps the whole momentum of each matrix with a part in a partition, one by one."""
+        return self._has_muon and self.zero.optimizer.param_groups[partition]["muon"]
 
     def _offset_of_matrix(self, parameter: torch.nn.Parameter, partition: int) -> int:
         offset = 0
-        for other in self.zero.params_in_partition[partition]:
+        for other in self._own_matrices(partition):
             if other is parameter:
                 return offset
             offset += other.numel()
@@ -565,6 +597,13 @@ def _registered(stage: torch.nn.Module, parameters: list[torch.nn.Parameter]) ->
 def _is_flat(value: object) -> bool:
     """Whether an optimizer's state is as large as the weights, and not a counter."""
     return torch.is_tensor(value) and value.ndim == 1
+
+
+def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    # A CPU copies what it converts to float64: pieces stay in its cache.
+    pieces = [piece for g in gradients for piece in ([g] if g.is_cuda else g.view(-1).split(2**18))]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return torch.stack(norms or [torch.zeros((), dtype=torch.float64, device=device)]).square().sum().float()
 
 
 def _poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:

@@ -288,6 +288,10 @@ class OptimizerConfig(Section):
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     muon_lr: float = Field(2e-3, gt=0, description="Muon's peak learning rate")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    muon_split: bool = Field(
+        False,
+        description="Muon takes each projection of a joined matrix, such as q, k and v, or gate and up, as a matrix of its own",
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; or tokens, such as 50M tokens")
     schedule: str = Field(
         "wsd",
@@ -460,11 +464,6 @@ class Recipe(Section):
                     f"model.{field}={size} must be a multiple of parallel.tensor={tensor}: "
                     f"{-(-size // tensor) * tensor} would be"
                 )
-        if tensor > 1 and self.optimizer.name == "muon":
-            raise ValueError(
-                f"optimizer.name=muon with parallel.tensor={tensor}: Muon needs whole matrices, a tensor rank has a "
-                "slice; use parallel.tensor=1 or optimizer.name=adamw"
-            )
         if not self.parallel.sequence:
             return
         if model.window % tensor:
@@ -518,13 +517,11 @@ class Recipe(Section):
                 f"zero.stage=3 with parallel.pipeline={parallel.pipeline}: DeepSpeed gathers parameters where the "
                 "stages of a pipeline would wait for each other; use zero.stage=1, or parallel.pipeline=1"
             )
-        if self.optimizer.name == "muon" and self.train.precision == "bf16" and parallel.pipeline > 1:
+        if stage == 3 and self.optimizer.name == "muon":
             raise ValueError(
-                f"optimizer.name=muon with train.precision=bf16 and parallel.pipeline={parallel.pipeline}: DeepSpeed's "
-                "bf16 Muon knows no model parallelism; use train.precision=fp32, optimizer.name=adamw or parallel.pipeline=1"
+                "zero.stage=3 with optimizer.name=muon: every data rank has a part of every matrix, Muon needs whole ones; use "
+                "zero.stage=2 or optimizer.name=adamw"
             )
-        if stage > 1 and self.optimizer.name == "muon":
-            raise ValueError(f"zero.stage={stage} with optimizer.name=muon is not tested: use zero.stage=1 or adamw")
 
     def _carry_fits(self) -> None:
         if not self.sleep.carry:

@@ -8,6 +8,7 @@ import torch
 from powernap.model.parameters import parameters
 from powernap.model.plugins import plugins
 from powernap.model.stage import HybridStage
+from powernap.parallel.muon import MuonWithAdamW
 from powernap.parallel.planning.groups import Group, optimizer_groups
 from powernap.train.config import OptimizerConfig
 
@@ -31,27 +32,23 @@ def build_optimizer(
     groups: list[dict[str, Any]] = []
     for group in optimizer_groups(config, list(weights.values()), [weights[name] for name in named]):
         own = [named[weight.name] for weight in group.weights] or [torch.nn.Parameter(stage.like.new_zeros(1, 1))]
+        if group.is_muon and config.muon_split:
+            for weight in group.weights:
+                named[weight.name].projections = weight.projections  # type: ignore[attr-defined]
         groups.append({"params": own, **_settings(group, config)})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if config.name != "muon":
         return plugins("optimizers")[config.name](groups, config)
-    # torch's Muon cannot step ZeRO's flat partitions; DeepSpeed's works with ZeRO to see whole matrices.
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    for settings in groups:
-        if settings["use_muon"]:
-            for parameter in settings["params"]:
-                parameter.use_muon = True
-    return MuonWithAuxAdam(groups)
+    return MuonWithAdamW(groups)
 
 
 def _settings(group: Group, config: OptimizerConfig) -> dict[str, Any]:
     common = {"lr": group.lr, "peak_lr": group.lr, "weight_decay": group.weight_decay}
     if group.is_muon:
-        return {**common, "use_muon": True, "momentum": config.muon_momentum, "ns_method": "standard"}
+        return {**common, "muon": True, "momentum": config.muon_momentum}
     adamw = {**common, "betas": group.betas, "eps": config.eps}
-    return adamw | ({"use_muon": False} if config.name == "muon" else {})
+    return adamw | ({"muon": False} if config.name == "muon" else {})
 
 
 def set_lr(param_groups: list[dict], factor: float) -> None:

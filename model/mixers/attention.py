@@ -97,7 +97,12 @@ class Attention(Mixer):
             norms = [Weight(f"{name}_norm.weight", (n * width,), split=0) for name, n in heads.items()]
         rows = self.groups * sum(self._rows) * width
         return [
-            Weight("qkv_proj.weight", (rows, model.hidden_size), split=0),
+            Weight(
+                "qkv_proj.weight",
+                (rows, model.hidden_size),
+                split=0,
+                projections=tuple(count * width for count in self._rows if count),
+            ),
             *([Weight("qkv_proj.bias", (rows,), split=0)] if self.qkv_bias else []),
             Weight("out_proj.weight", (model.hidden_size, inner), split=1),
             *norms,

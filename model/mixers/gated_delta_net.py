@@ -101,8 +101,10 @@ class GatedDeltaNet(RecurrentMixer):
 
     def weights(self, model: ModelConfig) -> list[Weight]:
         rows = self.groups * self._channels + self.heads * (self.value_dim + 1 + self.decays)
+        values = [self._values * size for size in (self.value_dim, self.value_dim, 1, self.decays)]
+        projections = (self.key_dim, self.key_dim, *values)
         return [
-            Weight("in_proj.weight", (rows, model.hidden_size), split=0),
+            Weight("in_proj.weight", (rows, model.hidden_size), split=0, projections=projections),
             Weight("out_proj.weight", (model.hidden_size, self.heads * self.value_dim), split=1),
             Weight("conv_weight", (*self.conv_shape, self.conv_kernel), split=0, draw=draw_taps),
             Weight("A_log", (self.heads,), split=0, draw=_draw_decay),

@@ -8,6 +8,7 @@ tensors of real ranks. Activations are the tensors that torch saves on a CPU; on
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from powernap.model.parameters import parameters
@@ -94,6 +95,8 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
         part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else round_up(sum(sizes), 2 * ranks) // ranks
         whole += sum(sizes)
         padded, held, moments = padded + part * ranks, held + part, moments + part * group.moments
+        if group.is_muon:
+            moments += _most_momentum(sizes, part) - part
     bucket = FP32 * min(REDUCE_BUCKET, whole)
     gradients, optimizer = FP32 * whole, FP32 * (held + moments)
     if stage == 3:
@@ -109,6 +112,13 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
         return States(weight_bytes, FP32 * padded, optimizer, bucket, bucket)
     alone = ranks == 1 and recipe.optimizer.name != "muon"
     return States(weight_bytes, FP32 * padded, FP32 * moments, 0, 0 if alone else max(bucket, FP32 * held))
+
+
+def _most_momentum(sizes: list[int], part: int) -> int:
+    """Numbers on the fullest data rank: Muon keeps the whole momentum of each matrix of which a rank steps a part."""
+    places = list(zip(sizes, accumulate(sizes), strict=True))
+    starts = range(0, sum(sizes), part)
+    return max(sum(n for n, end in places if start < end and end - n < start + part) for start in starts)
 
 
 def bytes_per_number(recipe: Recipe) -> int:

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass, field, replace
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.muon import original_muon
 
 from powernap.model import stage as stage_module
 from powernap.model.batch import plan_segments
@@ -18,7 +19,8 @@ from powernap.model.megatron import parallel_state
 from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import zero
+from powernap.parallel import muon, zero
+from powernap.parallel.checkpoint.shards import split_of
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
@@ -27,6 +29,7 @@ from powernap.train.data.loader import Batch
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny
+from tests.helpers.plain_muon import PlainMuon, rows_of
 from tests.helpers.processes import single_rank_groups
 
 STEPS = 6  # two with each of three numbers of passes
@@ -36,6 +39,8 @@ SEED = 3090  # of the data: in so few steps every weight moves far, and ranks di
 CLIP = 0.05
 ANSWERS: dict[str, tuple] = {}  # the plain optimizer's by problem, on rank 0
 OPTIMIZER = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3)
+MUON = OptimizerConfig(name="muon", lr=2e-3, muon_lr=5e-3, muon_momentum=0.9, weight_decay=0.1, warmup_steps=3)
+SPLIT_MUON = MUON.model_copy(update={"muon_split": True})
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Problem:
     silent: tuple[int, ...] = ()  # sequences without a loss token
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)
+    optimizer: OptimizerConfig = OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Case:
 def compare(case: Case, **process_group) -> dict:
     """Run one case; this rank's largest differences and the smallest norm and movement of a weight."""
     topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
+    # In bfloat16, as it runs, Muon's orthogonalisation multiplies rounding errors by hundreds: nothing could be compared.
+    original_muon.ns_compute_dtype = lambda *_: torch.float32
     model = tiny.model_config(**{"pattern": "AG", "vocab_size": 20, **case.problem.model})
     sleep = SleepConfig(**case.problem.sleep)
     stage_module.HEAD_NUMBERS = HEAD_NUMBERS  # the plain optimizer's has no chunks
@@ -82,7 +90,7 @@ def compare(case: Case, **process_group) -> dict:
     with broken(case.broken):
         engine = zero.ZeroOptimizer(
             stage,
-            build_optimizer(stage, OPTIMIZER),
+            build_optimizer(stage, case.problem.optimizer),
             topology,
             precision=case.problem.precision,
             clip=CLIP,
@@ -134,7 +142,7 @@ def train_step(case: Case, stage, engine, topology, step: int) -> tuple[float, f
             "precision": case.problem.precision,
             "recompute": case.recompute,
         },
-        optimizer=OPTIMIZER,
+        optimizer=case.problem.optimizer,
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
         zero={"stage": case.zero_stage, "offload": case.offload},
     )
@@ -180,12 +188,19 @@ def train_plainly(problem: Problem, stage: HybridStage):
     weights = dict(stage.named_parameters())
     masters = {name: p.detach().float().clone() for name, p in weights.items()}
     start = {name: p.clone() for name, p in masters.items()}
+    config = problem.optimizer
     decaying = {name for name, p in weights.items() if p.ndim == 2 and name != "embedding.weight"}
+    inside = {name for name in decaying if name != "output_layer.weight"} if config.name == "muon" else set()
+    decaying = decaying if config.name == "adamw" else set()
     groups = [
-        {"params": [masters[name] for name in decaying], "weight_decay": OPTIMIZER.weight_decay},
-        {"params": [masters[name] for name in masters.keys() - decaying], "weight_decay": 0.0},
+        {"params": [masters[name] for name in decaying], "weight_decay": config.weight_decay},
+        {"params": [masters[name] for name in masters.keys() - decaying - inside], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    optimizers = [torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)]
+    if inside:
+        rows = {masters[name]: rows_of(name, len(masters[name])) for name in inside} if config.muon_split else None
+        matrices = [masters[name] for name in inside]
+        optimizers.append(PlainMuon(matrices, config.muon_lr, config.muon_momentum, config.weight_decay, rows))
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         tokens, loss_mask = global_batch(problem, step)
@@ -203,9 +218,10 @@ def train_plainly(problem: Problem, stage: HybridStage):
         for name, p in weights.items():
             masters[name].grad = p.grad
         norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP).item())
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER.lr * lr_factor(step, SCHEDULED, OPTIMIZER)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * lr_factor(step, SCHEDULED, config)
+            optimizer.step()
         for name, p in weights.items():
             p.data.copy_(masters[name])
     return losses, norms, start, masters
@@ -219,8 +235,11 @@ def broken(what: str | None):
         zero.sum_shared_gradients = lambda *_: None
     elif what == "ds_pipe_replicated":
         HybridStage.holds_tied_copy = False
+    elif what == "slices of matrices joined":
+        muon.split_of = lambda parameter: None
     elif what in layouts.MEANS:
         trainer.forward_backward = layouts.MEANS[what]
     yield
     trainer.forward_backward = layouts.schedule.forward_backward
     zero.sum_shared_gradients, HybridStage.holds_tied_copy = shared, copy
+    muon.split_of = split_of

@@ -121,7 +121,7 @@ def test_suggestions(folder, capsys, monkeypatch):
         (["--devices", "4"], ["--devices", "--suggest"]),
         (["--suggest", "--devices", "7"], ["7 devices"]),
         (["parallel.tensor=2"], ["model.vocab_size=15", "16 would be"]),
-        (["parallel.tensor=2", "model.vocab_size=16", "optimizer.name=muon"], ["optimizer.name=muon"]),
+        (["parallel.data=2", "zero.stage=3", "optimizer.name=muon"], ["optimizer.name=muon"]),
         (["parallel.pipeline=3"], ["parallel.pipeline=3", "use at most 2"]),
         (["parallel.pipeline=2", "parallel.pipeline_layout=AG|"], ["write A|G"]),
         (["parallel.pipeline=2", "train.micro_batch_size=16"], ["1, 2, 4, 8 would do"]),

@@ -8,6 +8,7 @@ from powernap.train.config import OptimizerConfig
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.optimizer import build_optimizer, set_lr
 from tests.helpers import tiny
+from tests.helpers.plain_muon import PlainMuon
 from tests.helpers.training_step import peak_bytes, training_step
 
 CLIP = 0.5
@@ -29,29 +30,6 @@ def step_plainly(stage, optimizers, tokens, loss_mask, factor):
         optimizer.step()
         optimizer.zero_grad()
     return float(norm)
-
-
-class PlainMuon(torch.optim.Optimizer):
-    """Momentum, Nesterov, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024), in float32."""
-
-    def __init__(self, matrices, lr, momentum, weight_decay):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average += (1 - group["momentum"]) * (p.grad - average)
-                x = p.grad + group["momentum"] * (average - p.grad)
-                rows, columns = x.shape
-                x = (x.T if rows > columns else x) / x.norm()
-                for _ in range(5):
-                    gram = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                x = (x.T if rows > columns else x) * max(1, rows / columns) ** 0.5
-                p *= 1 - group["lr"] * group["weight_decay"]
-                p -= group["lr"] * x
 
 
 def plain_optimizers(stage, config):
