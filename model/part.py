@@ -101,6 +101,7 @@ class Mixer(Part):
     title: ClassVar[str]
     has_fast_weights: ClassVar[bool] = True
     norms_follow_the_model: ClassVar[bool] = False  # model.zero_centred_norms says how its norms keep their weights
+    gathered: ClassVar[tuple[str, ...]] = ()  # column-parallel weights whose products go through MixerModule.whole
 
     norms: Literal["pre", "post", "sandwich"] = Field(
         "pre",

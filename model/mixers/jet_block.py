@@ -32,6 +32,7 @@ class JetBlock(GatedDeltaNet):
     letter: ClassVar[str] = "J"
     title: ClassVar[str] = "Jet-Nemotron's block"
     section: ClassVar[str] = "jet"
+    gathered: ClassVar[tuple[str, ...]] = ("generator_in.weight",)
 
     generator_dim: int = Field(
         ge=1, description="width between W_1 and W_2, which make the taps; Jet: heads * value_dim / 8"

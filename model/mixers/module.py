@@ -67,7 +67,8 @@ class MixerModule(MegatronModule):
         return self.mixer.decode(self, hidden_states, cache, window)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's part of the last dimension, for each rank to use in its own way: gradients are summed."""
+        """Every rank's part of the last dimension, for each rank to use in its own way: gradients are summed.
+        The mixer names the weight whose product goes through here in `gathered`."""
         gathered = gather_from_tensor_model_parallel_region(x, self.tp_group)
         return copy_to_tensor_model_parallel_region(gathered, self.tp_group)
 

@@ -92,7 +92,7 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
     whole = padded = held = moments = 0  # elements: all, with padding, this rank's, this rank's moments
     for group in stage_groups(recipe, weights):
         sizes = [w.size(recipe.parallel.tensor) for w in group.weights] or [PLACEHOLDER]
-        part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else round_up(sum(sizes), 2 * ranks) // ranks
+        part = sum(math.ceil(n / ranks) for n in sizes) if stage == 3 else padded_size(sizes, ranks) // ranks
         whole += sum(sizes)
         padded, held, moments = padded + part * ranks, held + part, moments + part * group.moments
         if group.is_muon:
@@ -119,6 +119,11 @@ def _most_momentum(sizes: list[int], part: int) -> int:
     places = list(zip(sizes, accumulate(sizes), strict=True))
     starts = range(0, sum(sizes), part)
     return max(sum(n for n, end in places if start < end and end - n < start + part) for start in starts)
+
+
+def padded_size(sizes: list[int], ranks: int) -> int:
+    """Elements of a parameter group under ZeRO 1 and 2, the same on each of `ranks` data ranks."""
+    return round_up(sum(sizes), 2 * ranks)
 
 
 def bytes_per_number(recipe: Recipe) -> int:

@@ -167,28 +167,39 @@ def suggestions_text(suggestions: Sequence[Suggestion], devices: int, most: int 
 def communication(recipe: Recipe, segments: list[Segment]) -> float:
     """Estimated time a rank spends sending in a step, as a fraction of the time it computes; nothing overlaps.
 
-    Tensor parallelism: two all-reduces (or gather and scatter pairs) per block forward, two backward, two recomputed,
-    inside a node. Pipeline: per segment hidden states forward and their gradient back, between nodes. Data: gradients
-    reduced and weights gathered once per step, between nodes; ZeRO 3 gathers the weights for the forward, recomputed
-    and backward pass of every segment.
+    Tensor ranks are inside a node, the others between nodes.
+    """
+    in_node, between = bytes_sent(recipe, segments)
+    per_device = step_flops(recipe, segments) / recipe.parallel.world_size
+    rate = FLOPS_PER_BYTE_IN_NODE if recipe.parallel.world_size <= NODE else FLOPS_PER_BYTE_BETWEEN_NODES
+    return (in_node * FLOPS_PER_BYTE_IN_NODE + between * rate) / per_device
+
+
+def bytes_sent(recipe: Recipe, segments: list[Segment]) -> tuple[float, float]:
+    """Estimated bytes that a rank sends in a step, to tensor ranks and to others; messages.py has them one by one.
+
+    Tensor parallelism: two all-reduces (or gather and scatter pairs) per block forward, two backward, two recomputed;
+    sequence parallelism gathers the inputs of both products once more for their weights' gradients. Pipeline: per
+    segment hidden states forward and their gradient back. Data: gradients all-reduced, under ZeRO 3 reduced to a part
+    each, and weights gathered, once per step; ZeRO 3 gathers the weights for the forward, recomputed and backward pass
+    of every segment.
     """
     parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
     # Tokens that a rank computes in a step, counted in every pass.
     tokens = sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
-    rounds = 4 + 2 * recipe.train.recompute
+    rounds = 4 + parallel.sequence + 2 * recipe.train.recompute
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     in_node = ring * rounds * max(map(len, recipe.stage_blocks)) * tokens * width * size
     between = 2 * tokens * width * size / recipe.sequence_shards if parallel.pipeline > 1 else 0
     stages = [stage_parameters(recipe, stage) for stage in range(parallel.pipeline)]
     weights = max(sum(w.size(parallel.tensor) for w in stage) for stage in stages)
     others = (parallel.data - 1) / parallel.data
-    between += others * weights * (FP32 + size)
+    reductions = 1 if recipe.zero.stage == 3 else 2  # an all-reduce sends the gradients, then their sums
+    between += others * weights * (reductions * FP32 + size)
     if recipe.zero.stage == 3:
         gathers = (2 + recipe.train.recompute) * len(segments) * micro_batches(recipe)
         between += others * weights * size * gathers
-    per_device = step_flops(recipe, segments) / parallel.world_size
-    rate = FLOPS_PER_BYTE_IN_NODE if parallel.world_size <= NODE else FLOPS_PER_BYTE_BETWEEN_NODES
-    return (in_node * FLOPS_PER_BYTE_IN_NODE + between * rate) / per_device
+    return in_node, between
 
 
 def _divisors(number: int, most: int | None = None) -> list[int]:
