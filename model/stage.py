@@ -264,7 +264,8 @@ class HybridStage(MegatronModule):
         """logits [n, vocabulary/TP], targets [n] -> [n]."""
         own = logits.shape[1]
         within = targets - self.tp_group.rank() * own
-        found = logits.gather(1, within.clamp(0, own - 1).unsqueeze(1)).squeeze(1)
+        # Not gather, which keeps the logits for its backward pass: Megatron's cross-entropy changes them in place.
+        found = logits[torch.arange(len(targets), device=targets.device), within.clamp(0, own - 1)]
         found = found if found.dtype == torch.float64 else found.float()
         found = found * ((within >= 0) & (within < own))
         return tensor_parallel.reduce_from_tensor_model_parallel_region(found, self.tp_group)

@@ -447,7 +447,7 @@ class ZeroOptimizer:
                 state[MOMENTUM] = partition.new_zeros(sum(parameter.numel() for parameter in own))
             moments = dict(zip(own, state[MOMENTUM].split([parameter.numel() for parameter in own]), strict=True))
             for parameter in self._groups[index]:
-                gradient = self._accumulated(parameter)
+                gradient = self._accumulated(parameter).view(parameter.shape)  # flat in DeepSpeed's bf16 optimizer
                 if parameter not in moments:
                     gradient.zero_()
                     continue

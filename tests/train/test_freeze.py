@@ -21,8 +21,6 @@ LAYOUTS = {
     "zero1": (2, FIRST, ["parallel.data=2"]),
     "zero2": (2, SOME, ["parallel.data=2", "zero.stage=2"]),
     "zero3": (2, FIRST, ["parallel.data=2", "zero.stage=3"]),
-    "offload": (2, SOME, ["parallel.data=2", "zero.offload=true"]),
-    "tensor": (2, SOME, ["parallel.tensor=2"]),
     "sequence": (
         2,
         ["*norm*", "embedding", "decoder.layers.0.self_attention", "decoder.layers.0.mlp"],
@@ -30,8 +28,12 @@ LAYOUTS = {
     ),
     "pipeline": (2, FIRST, ["parallel.pipeline=2"]),
     "bf16": (2, FIRST, ["parallel.pipeline=2", "train.precision=bf16"]),
-    "tied": (2, ["embedding"], ["parallel.pipeline=2", "model.tie_embeddings=true"]),
     "tensor_pipeline": (4, SOME, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+WIDE = {
+    "offload": (2, SOME, ["parallel.data=2", "zero.offload=true"]),
+    "tensor": (2, SOME, ["parallel.tensor=2"]),
+    "tied": (2, ["embedding"], ["parallel.pipeline=2", "model.tie_embeddings=true"]),
 }
 # name: run that is resumed, processes, overrides
 RESUMED = {
@@ -66,14 +68,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """name -> the folder of that run; of a layout also NAME_still."""
-    return train_all(folder)
+    return train_all(folder, LAYOUTS)
 
 
-def train_all(folder, more=()):
+def train_all(folder, layouts, more=()):
     found = {}
     for processes in (1, 2, 4):
         chosen = {}
-        for name, (needs, patterns, overrides) in LAYOUTS.items():
+        for name, (needs, patterns, overrides) in layouts.items():
             if needs == processes:
                 chosen[name] = [*overrides, frozen(patterns), *more]
                 chosen[f"{name}_still"] = [*overrides, still(patterns), *more]
@@ -92,8 +94,8 @@ def test_the_others_train_as_if_the_frozen_ones_had_a_learning_rate_of_zero(trai
 
 @pytest.mark.wide  # the same for fifty steps
 def test_so_they_do_for_fifty_steps(folder):
-    trained = train_all(folder, ["run.root=long", "train.steps=50", "checkpoint.every=25"])
-    for name in LAYOUTS:
+    trained = train_all(folder, LAYOUTS | WIDE, ["run.root=long", "train.steps=50", "checkpoint.every=25"])
+    for name in LAYOUTS | WIDE:
         assert_trained_alike({n: folder / "long" / path.name for n, path in trained.items()}, name, 25)
 
 

@@ -39,6 +39,7 @@ FREE = {
     "zero",
     "train.skip_budget",
     "train.spike_factor",
+    "train.gradient_noise",
     "train.deterministic",
     "model.embedding_std",  # of drawn weights: later steps read them from the checkpoint
     "evaluation.every",
