@@ -176,16 +176,20 @@ def test_a_cluster_of_another_package_takes_jobs(tmp_path):
     assert "cancelled" in powernap(tmp_path, "status", "tiny")
 
 
-def test_shards_of_ones_own(tmp_path):
+@pytest.mark.parametrize(
+    ("run", "script", "command"),
+    [("mine", "write_shards.py", "train.sh"), ("documents", "write_documents.py", "train_documents.sh")],
+)
+def test_shards_of_ones_own(tmp_path, run, script, command):
     files = examples("data.md")
-    (tmp_path / "write_shards.py").write_text(files["write_shards.py"])
-    assert python(tmp_path, "write_shards.py").returncode == 0
-    command = files["train.sh"].replace("\\\n", " ")
+    (tmp_path / script).write_text(files[script])
+    assert python(tmp_path, script).returncode == 0
+    command = files[command].replace("\\\n", " ")
     (tmp_path / "powernap").write_text(f'#!/bin/sh\nexec {warm.python()} -m powernap.launch.cli "$@"\n')
     (tmp_path / "powernap").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment, capture_output=True)
-    assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,14 @@ class DataConfig(Section):
         description="held-out shards for the accuracy by depth; null: none. The entries of a list after the first may hold "
         "sequences of other lengths, which are reported apart",
     )
-    sequence_length: int = Field(ge=2, description="T, tokens in every sample")
+    sequence_length: int = Field(
+        ge=2, description="T, tokens in every sequence: documents are cut to it, stored sequences must have it"
+    )
+    documents: Literal["packed", "whole"] = Field(
+        "packed",
+        description="how shards of documents are cut. packed: one after the other; whole: each into sequences of its own, the "
+        "last one padded, for sleep.carry. Stored sequences stay as they are",
+    )
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
     shuffle_buffer: int = Field(2000, ge=1, description="samples of a shard that are mixed; 1: a shard keeps its order")
     lanes: int | None = Field(

@@ -472,6 +472,7 @@ def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Ite
         recipe.data,
         batch_size=recipe.sequences_per_rank,
         vocab_size=recipe.model.vocab_size,
+        pad_token_id=recipe.model.pad_token_id,
         rank=topology.dp_rank,
         world_size=topology.dp_size,
         seed=recipe.run.seed,

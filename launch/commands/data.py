@@ -97,6 +97,9 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--window", type=count, metavar="L", help="(default: the window that the shards were built for)"
     )
+    parser.add_argument(
+        "--sequence-length", type=count, metavar="T", help="of documents (default: what the build suggested)"
+    )
     parser.set_defaults(run=run_inspect)
 
 
@@ -104,7 +107,7 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.cache import ShardCache
     from powernap.train.data.inspect import inspect_shards
 
-    print(inspect_shards(options.shards, ShardCache(), options.samples, options.window))
+    print(inspect_shards(options.shards, ShardCache(), options.samples, options.window, options.sequence_length))
     return 0
 
 

@@ -7,8 +7,11 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from powernap.train.config import DataConfig
+from powernap.train.data.bundle import Bundle
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.loader import evaluation_batches, merge_states, training_batches
+from powernap.train.data.sample import encode, token_type
+from powernap.train.data.sequences import Sequences
 from powernap.train.data.shard import Shard
 
 LENGTH, VOCABULARY, SHARDS = 8, 100, 8
@@ -23,6 +26,15 @@ def write_shard(path, numbers, mtime=0, key="sample-{:03d}".format, **changes):
             sample = {"tokens.npy": tokens, "loss_mask.npy": loss_mask, "answers.npy": np.array([(6, 8, 3)], np.int32)}
             sample.update(changes)
             tar.write({"__key__": key(number), **{k: v for k, v in sample.items() if v is not None}})
+
+
+def write_tokens(path, documents, vocab_size=VOCABULARY):
+    """A shard of documents, each a list of tokens, to be cut when it is read."""
+    bundle = Bundle(token_type(vocab_size))
+    with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
+        samples = itertools.chain.from_iterable(bundle.add(document, ends=True) for document in documents)
+        for key, sample in itertools.chain(samples, bundle.rest()):
+            tar.write(encode(key, sample))
 
 
 def write_documents(path, lengths, first):
@@ -57,6 +69,11 @@ def evaluate(shards, *, batch_size=4, rank=0, world_size=1, limit=1000):
 
 def samples_of(shard):
     return list(Shard.open(str(shard), ShardCache(Path.home())))
+
+
+def sequences_of(path, cutting, cache=None):
+    """Those of a shard."""
+    return Sequences.open(str(path), ShardCache(cache or Path(path).parent / "cache"), cutting)
 
 
 def numbers(batches, count=None):

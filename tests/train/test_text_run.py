@@ -13,16 +13,15 @@ from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
 from powernap.train.data.build import build
-from powernap.train.data.cache import ShardCache
-from powernap.train.data.sample import decode
 from powernap.train.data.sample_sources import CorpusSource
-from powernap.train.data.shard import Shard
+from powernap.train.data.sequences import Cutting
 from powernap.train.data.text import Text
 from powernap.train.evaluation.evaluate import evaluate
 from powernap.train.recipe_file import check, load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
+from tests.helpers.streams import sequences_of
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
 WINDOWS = 3  # in a sequence
@@ -35,15 +34,20 @@ def folder(tmp_path_factory):
     documents = ["".join(SENTENCES[(n * k) % 3] for k in range(1, 5 + n % 13)) for n in range(400)]
     lines = [json.dumps({"text": text.replace("cat", f"cat {n}")}) for n, text in enumerate(documents)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    for name, windows in (("data", WINDOWS), ("long", 6 * WINDOWS)):
-        fields = {"window": 32, "windows": windows, "documents": "whole", "test_share": 0.1}
-        text = check(Text, {"inputs": str(folder / "corpus.jsonl"), **fields})
-        build(CorpusSource(text, 5_000), folder / name, workers=1)
+    fields = {"window": 32, "windows": WINDOWS, "documents": "whole", "test_share": 0.1}
+    text = check(Text, {"inputs": str(folder / "corpus.jsonl"), **fields})
+    build(CorpusSource(text, 5_000), folder / "data", workers=1)
     recipe = {
         **runs.RECIPE,
         "model": {**runs.RECIPE["model"], "window": 32, "vocab_size": 258, "pad_token_id": 257},
         "sleep": {"passes": 2, "every_window": True, "carry": True},
-        "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 97, "lanes": 8},
+        "data": {
+            "train": "data/train-*.tar",
+            "test": "data/test-*.tar",
+            "documents": "whole",
+            "sequence_length": 97,
+            "lanes": 8,
+        },
         "train": {"steps": 12, "global_batch_size": 8, "log_every": 6, "recompute": False},
         "checkpoint": {"every": 6},
         "optimizer": {"lr": 1e-2, "warmup_steps": 5},
@@ -121,12 +125,10 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
     found = {}
     for name, changes in (
         ("carried", []),
-        ("whole", ["data.test=long/test-*.tar", f"data.sequence_length={6 * WINDOWS * 32 + 1}"]),
+        ("whole", [f"data.sequence_length={6 * WINDOWS * 32 + 1}"]),
         ("forgotten", ["sleep.carry=false"]),
     ):
-        overrides = [change.replace("=long", f"={folder}/long") for change in changes]
-        overrides += [] if name == "whole" else [f"data.test={folder}/data/test-*.tar"]
-        recipe = load_recipe(str(folder / "tiny.yaml"), overrides)
+        recipe = load_recipe(str(folder / "tiny.yaml"), [*changes, f"data.test={folder}/data/test-*.tar"])
         stage = HybridStage(recipe.model, recipe.sleep, topology.groups).double().to(topology.device)
         RunFolder(trained["one"]).newest_checkpoint().load_weights(stage)
         found[name] = evaluate(stage, recipe, [2], 1000, topology)
@@ -136,11 +138,10 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
 
     tokens = Counter()
     last_windows = {"1": 1, "2": 2, "3-4": 4, "5-8": 8, "9-16": 16}
-    shards = [
-        Shard.open(str(path), ShardCache(folder / "cache")) for path in sorted((folder / "long").glob("test-*.tar"))
-    ]
-    for members in itertools.chain.from_iterable(shards):  # a sample is a document
-        for token in decode(members).loss_mask.nonzero()[0].tolist():
+    cutting = Cutting(6 * WINDOWS * 32 + 1, "whole", 257)
+    shards = [sequences_of(path, cutting) for path in sorted((folder / "data").glob("test-*.tar"))]
+    for sample in itertools.chain.from_iterable(shards):  # a document
+        for token in sample.loss_mask.nonzero()[0].tolist():
             window = (token - 1) // 32 + 1  # of the token before, which predicts it
             tokens[next(name for name, last in last_windows.items() if window <= last)] += 1
     carried, whole, forgotten = (found[name].loss_by_window["2"] for name in ("carried", "whole", "forgotten"))
@@ -189,12 +190,11 @@ def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_proces
         (["data.train={a: {shards: data/train-*.tar}}"], ["data.train is a mixture"]),
         (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
         (["model.pattern=AA", "sleep.passes=1"], ["needs a block with fast weights", "model.pattern=AA"]),
-        (["data.train=short/train-*.tar", "data.lanes=8"], ["no document in", "build text with documents=whole"]),
+        (["data.sequence_length=3201"], ["no document in", "write a smaller data.sequence_length"]),
+        (["data.documents=packed"], ["a sequence goes on with the one before only if", "write data.documents=whole"]),
+        (["model.pad_token_id=null"], ["holds documents, which end before a sequence does: write model.pad_token_id"]),
     ],
 )
 def test_what_cannot_be_carried_is_answered_in_one_line(folder, overrides, words, capfd, monkeypatch):
     monkeypatch.chdir(folder)
-    if "short/train-*.tar" in overrides[0] and not (folder / "short").exists():
-        text = check(Text, {"inputs": str(folder / "corpus.jsonl"), "window": 32, "windows": WINDOWS})
-        build(CorpusSource(text, 5_000), folder / "short", workers=1)
     runs.assert_refused(["train", "tiny.yaml", "run.name=none", *overrides], capfd, *words)

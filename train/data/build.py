@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +20,8 @@ from tqdm import tqdm
 
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
-from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
-from powernap.train.data.sample import DataError, encode
+from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manifest
+from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
 from powernap.train.data.task import Task
 from powernap.train.tasks.sample import PAD
@@ -118,7 +119,7 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
     print(f"for the recipe: data.train={train_shards} data.test={test_shards}")
     print(
         f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
-        f"model.pad_token_id={pad}"
+        f"model.pad_token_id={pad}" + (" data.documents=whole" if getattr(task, "documents", "") == "whole" else "")
     )
 
 
@@ -130,9 +131,10 @@ def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
         return
     shutil.rmtree(unfinished)
     skipped = f", {len(manifest['skipped'])} documents skipped" if manifest.get("skipped") else ""
-    held_out = manifest["splits"]["test"]["samples"]
-    if held_out:
-        raise DataError(f"all {held_out} samples are held out{skipped}: write a smaller test_share, or test_share=0")
+    held_out = manifest["splits"]["test"]
+    if held_out["samples"]:
+        what = f"{held_out['documents']} documents" if "documents" in held_out else f"{held_out['samples']} samples"
+        raise DataError(f"all {what} are held out{skipped}: write a smaller test_share, or test_share=0")
     raise DataError(f"the input holds no text{skipped}: no samples, so no shards")
 
 
@@ -291,7 +293,7 @@ def make_shards(
     progress = _Progress(job.amount, advance)
     tally = source.tally()
     tally.advance = progress.add
-    written: dict[str, int] = {}  # file -> samples
+    written: dict[str, Counter[str]] = {}  # file -> samples, and of documents their number and tokens
     with ExitStack() as stack:
         tars: dict[str, TarWriter] = {}
         for split, key, sample in source.samples(job, tally):
@@ -301,17 +303,20 @@ def make_shards(
                 # Owner and time are fixed, so that the bytes are reproducible.
                 tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
             tars[name].write(encode(key, sample))
-            written[name] = written.get(name, 0) + 1
+            counts = written.setdefault(name, Counter())
+            counts["samples"] += 1
+            if isinstance(sample, Documents):
+                counts.update(documents=0 if sample.part else len(sample.lengths), tokens=len(sample.tokens))
     progress.finish()
     made = {
         "shards": [
             {
                 "file": name,
-                "samples": samples,
+                **counts,
                 "bytes": (folder / name).stat().st_size,
                 "sha256": sha256_of(folder / name),
             }
-            for name, samples in written.items()
+            for name, counts in written.items()
         ],
         "skipped": tally.skipped,
         "documents": tally.documents,
@@ -340,7 +345,8 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
     splits = {}
     for split in SPLITS:
         members = [shard for shard in shards if shard["file"].startswith(split)]
-        splits[split] = {"shards": len(members), "samples": sum(shard["samples"] for shard in members)}
+        counted = ("samples", "documents", "tokens") if about.get("holds") == DOCUMENTS else ("samples",)
+        splits[split] = {"shards": len(members)} | {what: sum(shard[what] for shard in members) for what in counted}
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     documents = {}
     if about["task"] in CORPORA:
@@ -353,5 +359,6 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
     return {**about, **documents, "splits": splits, "sha256": everything, "shards": shards}
 
 
-def _describe(samples: int, shards: int) -> str:
-    return f"{samples} samples in {shards} shard{'' if shards == 1 else 's'}"
+def _describe(samples: int, shards: int, documents: int | None = None, tokens: int = 0) -> str:
+    what = f"{samples} samples" if documents is None else f"{documents:,} documents of {tokens:,} tokens"
+    return f"{what} in {shards} shard{'' if shards == 1 else 's'}"

@@ -11,9 +11,9 @@ from powernap.model.segments import Probe, SegmentError, TokenWindow, check_prob
 from powernap.parallel.planning.work import round_up
 from powernap.train.config import Recipe
 from powernap.train.data.cache import cache_of
-from powernap.train.data.manifest import MANIFEST, end_and_pad, read_manifest
-from powernap.train.data.sample import DataError, decode
-from powernap.train.data.shard import Shard
+from powernap.train.data.manifest import DOCUMENTS, MANIFEST, end_and_pad, read_manifest
+from powernap.train.data.sample import DataError
+from powernap.train.data.sequences import Cutting, Sequences
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.tar_index import not_a_tar
 from powernap.train.data.test_sets import test_sets
@@ -88,32 +88,44 @@ def predicting_windows(recipe: Recipe) -> tuple[list[bool] | None, list[Probe]]:
     Raises:
         DataError: if the sample exists and does not fit the recipe.
     """
-    cache = cache_of(recipe.data)
     try:
         name = expand_shards(next(iter(recipe.data.datasets.values()))[0])[0]
         if local_path(name) is None:
             return None, []
-        first = Shard.open(name, cache)[0]
+        sequences = _open(name, recipe)
     except DataError:
         return None, []
-    sample = decode(first, recipe.data.sequence_length, recipe.model.vocab_size)
+    if not len(sequences):
+        return None, []
+    sample = sequences[0]
     return _predicts([sample], _windows(sample, recipe))[0].tolist(), probes_of(sample)
 
 
 def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
     """A shard's first usable samples; on_error=skip passes over the others."""
-    opened = Shard.open(shard, cache_of(recipe.data))
+    opened = _open(shard, recipe)
     samples, error = [], None
-    for members in itertools.islice(opened, SAMPLES):
+    for number in range(min(SAMPLES, len(opened))):
         try:
-            samples.append(decode(members, recipe.data.sequence_length, recipe.model.vocab_size))
+            samples.append(opened[number])
         except DataError as bad:
             error = bad
             if recipe.data.on_error == "stop":
                 break
     if error and (recipe.data.on_error == "stop" or not samples):
         raise error
+    if not samples:
+        raise DataError(f"{shard}: its documents have no two tokens: take it out of the list")
+    if opened.shard.holds_documents and recipe.model.pad_token_id is None:
+        raise DataError(
+            f"{shard} holds documents, which end before a sequence does: write model.pad_token_id, a token that none of them "
+            "holds"
+        )
     return samples
+
+
+def _open(shard: str, recipe: Recipe) -> Sequences:
+    return Sequences.open(shard, cache_of(recipe.data), Cutting.of(recipe.data, recipe.model))
 
 
 def _windows(sample: Sample, recipe: Recipe) -> list[TokenWindow]:
@@ -146,7 +158,8 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
             f"({manifest_path}), or context shares its window and is not slept on: write model.window={window}"
         )
-    if pad is not None and recipe.model.pad_token_id != pad and any((sample.tokens == pad).any() for sample in samples):
+    padded = manifest.get("holds") == DOCUMENTS or any((sample.tokens == pad).any() for sample in samples)
+    if pad is not None and recipe.model.pad_token_id != pad and padded:
         value = "null" if recipe.model.pad_token_id is None else recipe.model.pad_token_id
         raise DataError(
             f"model.pad_token_id={value}, but {shard} pads with token {pad}: write model.pad_token_id={pad}"
@@ -169,11 +182,16 @@ def _check_vocabularies(vocabularies: dict[str, tuple[str, int | None]]) -> None
 
 def _check_documents(shard: str, recipe: Recipe) -> None:
     """Check that some document spans several sequences, so that there is something to carry."""
-    opened = Shard.open(shard, cache_of(recipe.data))
+    opened = _open(shard, recipe)
+    if opened.shard.holds_documents and recipe.data.documents != "whole":
+        raise DataError(
+            f"sleep.carry=true with data.documents={recipe.data.documents}: a sequence goes on with the one before only if "
+            "documents are cut each by itself: write data.documents=whole"
+        )
     if len(opened.documents) == len(opened):
         raise DataError(
-            f"sleep.carry=true, but no document in {shard} is longer than a sequence: build text with documents=whole and "
-            "fewer windows, or write sleep.carry=false"
+            f"sleep.carry=true, but no document in {shard} is longer than a sequence: write a smaller "
+            "data.sequence_length, or sleep.carry=false"
         )
 
 

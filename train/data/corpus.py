@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from powernap.model.section import Section
 from powernap.train.data.documents import Part, Piece, Reader, Tally
 from powernap.train.data.input_files import find_files
-from powernap.train.data.sample import DataError
+from powernap.train.data.sample import DataError, Documents
 from powernap.train.data.tokenizer import Tokenizer, load_tokenizer
 from powernap.train.paths import SharedPath
 from powernap.train.tasks.sample import Sample
@@ -25,6 +25,7 @@ class Corpus(Section):
     """Which files to read, and how."""
 
     name: ClassVar[str]  # of the task, as `powernap data build` and a manifest call it
+    holds: ClassVar[str | None] = None  # what a manifest says of the samples (manifest.DOCUMENTS); None: sequences
 
     inputs: SharedPath | list[SharedPath] = Field(
         description="folder, file or glob of .txt, .jsonl (both also .gz, .zst or .bz2) and .parquet, or a list of them"
@@ -92,7 +93,7 @@ class Corpus(Section):
         """What reads the documents of a file."""
 
     @abstractmethod
-    def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
+    def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample | Documents]]:
         """Split, key within the split and sample, of all documents in `parts`.
 
         Raises:

@@ -25,8 +25,9 @@ from powernap.parallel.liveness import exit_codes
 from powernap.train.config import DataConfig
 from powernap.train.data.cache import ShardCache, cache_of
 from powernap.train.data.order import Cursor, Lane, Mixture, Order
-from powernap.train.data.sample import DataError, decode
-from powernap.train.data.shard import Shard, fingerprint
+from powernap.train.data.sample import DataError
+from powernap.train.data.sequences import Cutting, Sequences
+from powernap.train.data.shard import fingerprint
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.run.signals import outlive_one_sigterm
 from powernap.train.tasks.sample import Sample, probes_of
@@ -34,7 +35,7 @@ from powernap.train.tasks.sample import Sample, probes_of
 FETCH_AHEAD = 8  # remote shards that each reader fetches at once
 
 State = dict[str, Any]  # JSON; see training_batches
-DocumentParts = list[tuple[Shard, int]]  # the samples of one document: each one's shard, and its number there
+DocumentParts = list[tuple[Sequences, int]]  # the samples of one document: each one's shard, and its number there
 
 
 class ReaderError(PowernapError):
@@ -65,6 +66,7 @@ def training_batches(
     *,
     batch_size: int,
     vocab_size: int,
+    pad_token_id: int | None = None,
     rank: int,
     world_size: int,
     seed: int,
@@ -79,6 +81,7 @@ def training_batches(
 
     Args:
         batch_size: sequences per rank.
+        pad_token_id: fills up sequences that are cut from documents.
         whole_documents: row by row, each batch continues the documents of the one before. Needs one dataset, and as
             many lanes as the global batch has rows.
 
@@ -90,7 +93,7 @@ def training_batches(
     assert not whole_documents or [order.lanes for order in orders] == [batch_size * world_size]
     weights = {name: weight for name, (_, weight) in data.datasets.items()}
     settled = {"seed": seed, "shuffle_buffer": data.shuffle_buffer, "lanes": [order.lanes for order in orders],
-               "weights": weights}  # fmt: skip
+               "weights": weights, "sequence_length": data.sequence_length, "documents": data.documents}  # fmt: skip
     if state:
         _check_state(state, fingerprints, settled)
     done = state["samples"] if state else 0
@@ -100,7 +103,7 @@ def training_batches(
         Mixture(tuple(weights.values()), seed),
         cursors,
         data,
-        vocab_size,
+        Cutting(data.sequence_length, data.documents, pad_token_id, vocab_size),
         first=done,
         batch_size=batch_size,
         rank=rank,
@@ -204,8 +207,9 @@ def _check_state(state: State, fingerprints: dict[str, str], settled: dict[str, 
                 f"{field_name}: the shards are not those the run was trained on so far: put them back, or start a new run"
             )
     for key, value in settled.items():
-        if state["settled"][key] != value:
-            raise DataError(f"the order of samples has changed: {key} was {state['settled'][key]}, is {value}")
+        before = state["settled"].get(key, value)  # older states lack the cut of documents
+        if before != value:
+            raise DataError(f"the order of samples has changed: {key} was {before}, is {value}")
 
 
 def merge_states(states: list[State]) -> State:
@@ -219,7 +223,7 @@ def merge_states(states: list[State]) -> State:
     return merged
 
 
-def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache) -> list[str]:
+def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache, cutting: Cutting) -> list[str]:
     """`shard.tar:key` of each of a batch's `sample_ids`, a number if unreadable; for messages: reads whole shards."""
     by_shard: dict[str, list[int]] = {}
     for name, number in sample_ids:
@@ -227,7 +231,7 @@ def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache) -> list[s
     names: dict[tuple[str, int], str] = {}
     for name, numbers in by_shard.items():
         try:
-            keys = Shard.open(name, cache, keep_readable=True).keys(numbers)
+            keys = Sequences.open(name, cache, cutting, keep_readable=True).names(numbers)
         except (DataError, OSError):
             keys = [f"number {number}" for number in numbers]
         shown = name.partition("?")[0]  # a signed URL ends in a secret
@@ -236,7 +240,14 @@ def sample_names(sample_ids: list[tuple[str, int]], cache: ShardCache) -> list[s
 
 
 def evaluation_batches(
-    data: DataConfig, *, batch_size: int, vocab_size: int, rank: int, world_size: int, limit: int
+    data: DataConfig,
+    *,
+    batch_size: int,
+    vocab_size: int,
+    pad_token_id: int | None = None,
+    rank: int,
+    world_size: int,
+    limit: int,
 ) -> Iterator[Batch]:
     """The first `limit` samples of data.test in file order, for each rank every world_size-th document.
 
@@ -248,8 +259,8 @@ def evaluation_batches(
         DataError: if a shard is missing, cannot be read or does not fit.
     """
     assert data.test is not None
-    cache = cache_of(data)
-    shards = (Shard.open(name, cache) for name in expand_shards(data.test, "data.test"))
+    cache, cutting = cache_of(data), Cutting(data.sequence_length, data.documents, pad_token_id, vocab_size)
+    shards = (Sequences.open(name, cache, cutting) for name in expand_shards(data.test, "data.test"))
     samples = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
     documents: list[DocumentParts] = []
     for shard, number in samples:
@@ -262,12 +273,10 @@ def evaluation_batches(
         own = of_all_ranks[rank::world_size] or of_all_ranks[:1]
         for part in range(max(map(len, of_all_ranks))):
             is_padding = rank >= len(of_all_ranks) or all(part >= len(document) for document in own)
-            yield _evaluation_batch(own, part, is_padding, data.sequence_length, vocab_size)
+            yield _evaluation_batch(own, part, is_padding)
 
 
-def _evaluation_batch(
-    documents: list[DocumentParts], part: int, is_padding: bool, length: int, vocab_size: int
-) -> Batch:
+def _evaluation_batch(documents: list[DocumentParts], part: int, is_padding: bool) -> Batch:
     """Part number `part` of each document. One with fewer parts repeats its last, without loss tokens and answers.
 
     is_padding: the whole batch only accompanies other ranks'. Its rows keep their loss tokens, so that it runs the same
@@ -276,7 +285,7 @@ def _evaluation_batch(
     rows = []
     for document in documents:
         shard, number = document[min(part, len(document) - 1)]
-        sample = decode(shard[number], length, vocab_size)
+        sample = shard[number]
         rows.append(sample if is_padding or part < len(document) else _without_loss(sample))
     batch = _collate(rows, [part == 0] * len(rows))
     return replace(batch, answers=[answers[:0] for answers in batch.answers], is_real=False) if is_padding else batch
@@ -294,7 +303,7 @@ class BatchStream(IterableDataset):
         mixture: Mixture,
         cursors: list[dict[int, Cursor]],
         data: DataConfig,
-        vocab_size: int,
+        cutting: Cutting,
         *,
         first: int,
         batch_size: int,
@@ -304,7 +313,7 @@ class BatchStream(IterableDataset):
         """`first`: samples of the run already read, over all ranks."""
         super().__init__()
         self.orders, self.mixture, self.cursors, self.cache = orders, mixture, cursors, cache_of(data)
-        self.data, self.vocab_size = data, vocab_size
+        self.data, self.cutting = data, cutting
         self.first, self.batch_size, self.rank, self.world_size = first, batch_size, rank, world_size
 
     def __iter__(self) -> Iterator[StreamItem | DataError]:
@@ -338,7 +347,7 @@ class BatchStream(IterableDataset):
             shard, i = reader.find(place)
             touched[dataset][lane] = reader.cursor
             try:
-                sample = decode(shard[i], self.data.sequence_length, self.vocab_size)
+                sample = shard[i]
             except DataError as error:
                 if self.data.on_error != "skip":
                     raise
@@ -358,7 +367,7 @@ class BatchStream(IterableDataset):
     def _cursor(self, dataset: int, lane: int) -> Cursor:
         return self.cursors[dataset].get(lane, Cursor())
 
-    def _open(self, name: str, coming: str | None) -> Shard:
+    def _open(self, name: str, coming: str | None) -> Sequences:
         """Open a shard for a lane, and start fetching the one after it."""
         self._fetch_ahead(coming)
         fetching = self._fetching.pop(name, None)
@@ -380,8 +389,8 @@ class BatchStream(IterableDataset):
         if name and local_path(name) is None and name not in self._fetching:
             self._fetching[name] = self._fetchers.submit(self._open_shard, name)
 
-    def _open_shard(self, name: str) -> Shard:
-        return Shard.open(name, self.cache, keep_readable=self.data.on_error == "skip")
+    def _open_shard(self, name: str) -> Sequences:
+        return Sequences.open(name, self.cache, self.cutting, keep_readable=self.data.on_error == "skip")
 
 
 def _nothing(length: int) -> Sample:

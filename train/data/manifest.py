@@ -10,7 +10,8 @@ from powernap.train.data.sample import DataError
 MANIFEST = "manifest.json"
 # The fields that are read back, and their types; all are optional.
 _FIELDS = {"task": str, "fields": dict, "command": str, "vocab_size": int, "window": int, "context_length": int,
-           "end_token_id": int, "pad_token_id": int}  # fmt: skip
+           "end_token_id": int, "pad_token_id": int, "holds": str}  # fmt: skip
+DOCUMENTS = "documents"  # what shards hold that are cut when they are read; without the field: sequences
 SPLITS = ("train", "test")
 
 

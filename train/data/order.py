@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from powernap.train.data.sample import DataError
-from powernap.train.data.shard import Shard
+from powernap.train.data.sequences import Sequences
 
 EMPTY_AT_MOST = 100  # shards in a row that a lane finds unreadable before it gives up
 PERIOD = 1000  # samples over which a mixture meets its weights exactly
@@ -45,7 +45,7 @@ class Order:
         """The shards that a lane reads in an epoch, by number."""
         return _permutation(len(self.shards), self.seed, epoch)[lane :: self.lanes].tolist()
 
-    def within(self, number: int, shard: Shard, epoch: int) -> np.ndarray:
+    def within(self, number: int, shard: Sequences, epoch: int) -> np.ndarray:
         """The order in which the samples of shard `number` are read in an epoch."""
         if not self.whole_documents:
             return self._shuffle(number, len(shard), epoch)
@@ -68,7 +68,7 @@ class Order:
 class Lane:
     """A lane's samples by number, in rising order."""
 
-    def __init__(self, order: Order, lane: int, cursor: Cursor, open_shard: Callable[[str, str | None], Shard]):
+    def __init__(self, order: Order, lane: int, cursor: Cursor, open_shard: Callable[[str, str | None], Sequences]):
         """
         Args:
             open_shard: opens a shard; its second argument is the lane's next shard in this epoch, if any. Shards
@@ -80,7 +80,7 @@ class Lane:
         self._empty = 0  # shards in a row without a sample
         self._enter()
 
-    def find(self, number: int) -> tuple[Shard, int]:
+    def find(self, number: int) -> tuple[Sequences, int]:
         """The shard that holds the lane's sample `number`, and the sample's number in it."""
         assert number >= self.cursor.before, "a lane only goes forward"
         while number >= self.cursor.before + len(self.shard):

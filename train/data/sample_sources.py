@@ -14,6 +14,7 @@ from powernap.train.data.corpus import Corpus
 from powernap.train.data.documents import Tally
 from powernap.train.data.input_files import describe_left_out
 from powernap.train.data.manifest import SPLITS
+from powernap.train.data.sample import Documents
 from powernap.train.data.task import Task
 from powernap.train.tasks.sample import GENERATOR, Sample
 
@@ -110,6 +111,8 @@ class CorpusSource:
             "end_token_id": vocabulary.end,
             "tokenizer_notes": vocabulary.notes,
         }
+        if self.task.holds:
+            about["holds"] = self.task.holds
         if (tokenizer := Path(self.task.tokenizer)).is_file():
             about["tokenizer_sha256"] = sha256_of(tokenizer)
         return about
@@ -137,7 +140,7 @@ class CorpusSource:
     def jobs(self) -> list[Job]:
         return [Job(n, amount, parts) for n, (parts, amount) in enumerate(self.task.jobs(self.shard_bytes))]
 
-    def samples(self, job: Job, tally: Tally) -> Iterator[tuple[str, str, Sample]]:
+    def samples(self, job: Job, tally: Tally) -> Iterator[tuple[str, str, Sample | Documents]]:
         for split, key, sample in self.task.samples(job.what, tally):
             yield split, f"{split}-{job.number:06d}-{key}", sample
 

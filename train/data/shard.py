@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from powernap.train.data.cache import ShardCache
-from powernap.train.data.sample import MEMBERS, DataError
+from powernap.train.data.sample import (
+    LONGEST_HEADER,
+    MEMBERS,
+    DataError,
+    Location,
+    read_lengths,
+    read_loss_spans,
+    tokens_header,
+)
 from powernap.train.data.shard_list import local_path
 from powernap.train.data.tar_index import Damaged, Members, NotTar, no_samples
 
@@ -24,7 +32,9 @@ class Shard:
             damage: what is wrong with the shard, if it has further samples that cannot be read.
         """
         self.name, self.path, self.damage = name, path, damage
-        self._extents, self._parts = index[:, :-1], index[:, -1, 0]
+        self._extents = index[:, :-1]
+        self.parts = index[:, -1, 0]  # int64 [samples]: the number of each within its document
+        self.tokens = index[:, -1, 1]  # int64 [samples]: of the documents in each; 0 if it is a sequence
         self._file = None if path is None else os.open(path, os.O_RDONLY)
 
     @classmethod
@@ -69,23 +79,54 @@ class Shard:
         if members:
             start = min(offset for _, offset, _ in members)
             stop = max(offset + size for _, offset, size in members)
-            assert self._file is not None
-            data = os.pread(self._file, stop - start, start)
-            if len(data) < stop - start:
-                raise DataError(f"{self.name}: has become shorter while it was read: build or copy it again")
+            data = self._read(start, stop - start)
             sample |= {suffix: data[offset - start : offset - start + size] for suffix, offset, size in members}
         return sample
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[number] for number in range(len(self)))
 
-    @property
-    def documents(self) -> np.ndarray:
-        """The first sample of each document, in rising order."""
-        return np.flatnonzero(self._parts == 0)
+    def _read(self, offset: int, size: int) -> bytes:
+        assert self._file is not None
+        data = os.pread(self._file, size, offset)
+        if len(data) < size:
+            raise DataError(f"{self.name}: has become shorter while it was read: build or copy it again")
+        return data
 
-    def begins_document(self, number: int) -> bool:
-        return bool(self._parts[number] == 0)
+    @property
+    def holds_documents(self) -> bool:
+        """Whether its samples are documents, to be cut into sequences; else they are sequences."""
+        return bool(len(self.tokens) and self.tokens[0])
+
+    def read_tokens(self, number: int, start: int, stop: int) -> np.ndarray:
+        """tokens[start:stop] of a sample of documents, without reading the others. Raises DataError."""
+        offset, size = self._extents[number, MEMBERS.index("tokens.npy")].tolist()
+        location = self.location(number)
+        first, dtype, tokens = tokens_header(self._read(offset, min(size, LONGEST_HEADER)), size, location)
+        if stop > tokens:  # the index is of another file
+            raise DataError(f"{location} has {tokens:,} tokens, not {self.tokens[number]:,}: build the shard again")
+        return np.frombuffer(
+            self._read(offset + first + start * dtype.itemsize, (stop - start) * dtype.itemsize), dtype
+        )
+
+    def lengths(self, number: int) -> np.ndarray:
+        """int64 [d]: the tokens of each document of a sample. Raises DataError."""
+        return read_lengths(self._member(number, "lengths.npy"), int(self.tokens[number]), self.location(number))
+
+    def loss_spans(self, number: int) -> np.ndarray:
+        """int64 [s, 2]: rows (start, stop) of the loss tokens of a sample of documents. Raises DataError."""
+        tokens = int(self.tokens[number])
+        if self._extents[number, MEMBERS.index("loss_spans.npy"), 0] < 0:
+            return np.array([[0, tokens]])
+        return read_loss_spans(self._member(number, "loss_spans.npy"), tokens, self.location(number))
+
+    def _member(self, number: int, member: str) -> bytes:
+        offset, size = self._extents[number, MEMBERS.index(member)].tolist()
+        return self._read(offset, size) if offset >= 0 else b""
+
+    def location(self, number: int) -> Location:
+        """A sample's shard and key, for messages."""
+        return Location({"__url__": self.name, "__key__": _Key(self, number)})
 
     def key(self, number: int) -> str:
         """A sample's key, for messages: reads all headers again."""

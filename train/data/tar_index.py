@@ -3,8 +3,8 @@
 A tar has no index. Ours is built by reading its headers once, and cached: a run that resumes in the middle of a million
 samples must not read the half before.
 
-A document longer than a sequence is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
-other sample is a document of its own.
+A document longer than a sample is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
+other sample is a document of its own, or holds several whole ones.
 """
 
 import io
@@ -19,7 +19,8 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from powernap.train.data.sample import MEMBERS, DataError
+from powernap.train.data.sample import LONGEST_HEADER as LONGEST_NPY_HEADER
+from powernap.train.data.sample import MEMBERS, DataError, read_lengths, read_loss_spans, tokens_header
 
 END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE  # a tar file ends with two blocks of zeros
 LONGEST_HEADER = 1 << 14  # bytes of one that carries a long name; tarfile would read any size that it claims
@@ -106,7 +107,7 @@ def index_tar(path: Path, name: str) -> np.ndarray:
     """The positions of the samples in a tar file, and the documents they make up.
 
     int64 [samples, members + 1, 2]: offset and size of each of sample.MEMBERS, offset -1 where one is missing; then the
-    sample's part number within its document, and 0.
+    sample's part number within its document, and the tokens of its documents, 0 if it is a sequence.
 
     Python's tarfile mistakes a cut between two members, or a damaged header, for the end. So the bytes after that end
     are checked: they must be two or more blocks of zeros, and nothing else.
@@ -125,18 +126,18 @@ def index_tar(path: Path, name: str) -> np.ndarray:
             file.seek(0)
             what = not_a_tar(file.read(tarfile.BLOCKSIZE)) or f"not a whole tar file: {error}"
             reason = f"{name}: cannot be read ({what})"
-            raise Damaged(reason, _index(members, name, whole=False), path) from None
+            raise Damaged(reason, _index(members, name, file, whole=False), path) from None
         end = tar.end
         total = file.seek(0, io.SEEK_END)
         file.seek(end)
         rest = iter(lambda: file.read(1 << 20), b"")
         if any(block.strip(b"\0") for block in rest):
             reason = f"{name}: damaged after {end} bytes, or several tars in one: build or copy it again"
-            raise Damaged(reason, _index(members, name, whole=False), path)
+            raise Damaged(reason, _index(members, name, file, whole=False), path)
         if total < end + END_OF_ARCHIVE:
             reason = f"{name}: cut off after {total} bytes: build or copy it again"
-            raise Damaged(reason, _index(members, name, whole=False), path)
-    index = _index(members, name)
+            raise Damaged(reason, _index(members, name, file, whole=False), path)
+        index = _index(members, name, file)
     if not len(index):
         raise DataError(f"{name}: holds no sample: build it again, or take it out of the list")
     return index
@@ -159,12 +160,13 @@ def not_a_tar(head: bytes) -> str | None:
 
 def no_samples() -> np.ndarray:
     """The index of a shard without samples."""
-    return _index([], "")
+    return _index([], "", io.BytesIO())
 
 
-def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = True) -> np.ndarray:
+def _index(members: list[tuple[str, str, int, int]], name: str, file: BinaryIO, whole: bool = True) -> np.ndarray:
     """Group members into samples: neighbours with the same key. Unless `whole`, drop the last: it may be incomplete."""
-    samples, before = [], None
+    samples: list[list[tuple[int, int]]] = []
+    before = None
     for key, group in itertools.groupby(members, key=lambda member: member[0]):
         extents: dict[str, tuple[int, int]] = {}
         for _, suffix, offset, size in group:
@@ -174,13 +176,42 @@ def _index(members: list[tuple[str, str, int, int]], name: str, whole: bool = Tr
         if sum(size for _, size in extents.values()) > LARGEST_SAMPLE:
             raise DataError(f"{name}: sample {key} is larger than {LARGEST_SAMPLE:,} bytes: build it again")
         document, part = _document(key)
+        tokens = _count_tokens(file, extents, f"{name}: sample {key}", several=document == key)
+        if samples and bool(tokens) != bool(samples[-1][-1][1]):
+            raise DataError(f"{name}: sample {key} has no lengths.npy, or the one before has none: build it again")
         if part and before != (document, part - 1):
             raise DataError(f"{name}: sample {key} does not follow part {part - 1} of its document: build it again")
         before = document, part
-        samples.append([*(extents.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, 0)])
+        samples.append([*(extents.get(suffix, (-1, 0)) for suffix in MEMBERS), (part, tokens)])
     if not whole:
         samples = samples[:-1]
     return np.array(samples, dtype=np.int64).reshape(len(samples), len(MEMBERS) + 1, 2)
+
+
+def _count_tokens(file: BinaryIO, extents: dict[str, tuple[int, int]], location: str, several: bool) -> int:
+    """The tokens of a sample of documents; 0 of a sequence.
+
+    several: it may hold more than one document.
+
+    Raises:
+        DataError: if its members do not fit each other.
+    """
+    if "lengths.npy" not in extents:
+        return 0
+    if "tokens.npy" not in extents:
+        raise DataError(f"{location} has no tokens.npy: build the shard again")
+
+    def read(member: str, most: int = LARGEST_SAMPLE) -> bytes:
+        offset, size = extents[member]
+        file.seek(offset)
+        return file.read(min(size, most))
+
+    _, _, tokens = tokens_header(read("tokens.npy", LONGEST_NPY_HEADER), extents["tokens.npy"][1], location)
+    if len(read_lengths(read("lengths.npy"), tokens, location)) > 1 and not several:
+        raise DataError(f"{location} is part of a document, but holds several: build the shard again")
+    if "loss_spans.npy" in extents:
+        read_loss_spans(read("loss_spans.npy"), tokens, location)
+    return tokens
 
 
 def _document(key: str) -> tuple[str, int]:
@@ -198,9 +229,10 @@ def load_index(file: Path, shard_size: int) -> np.ndarray | None:
         return None
     if index.dtype != np.int64 or index.shape[1:] != (len(MEMBERS) + 1, 2) or not len(index):
         return None
-    offsets, sizes, parts = index[:, :-1, 0], index[:, :-1, 1], index[:, -1, 0]
+    offsets, sizes, parts, tokens = index[:, :-1, 0], index[:, :-1, 1], index[:, -1, 0], index[:, -1, 1]
     fits = (offsets >= -1) & (offsets <= shard_size) & (sizes >= 0) & (sizes <= shard_size - offsets.clip(0))
-    return index if fits.all() and (parts >= 0).all() else None
+    counts = (tokens >= 0) & (tokens <= shard_size) & ((tokens > 0) == (tokens[0] > 0))
+    return index if fits.all() and counts.all() and (parts >= 0).all() else None
 
 
 def save_index(file: Path, index: np.ndarray) -> None:

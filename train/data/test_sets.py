@@ -10,7 +10,8 @@ from powernap.train.data.shard_list import expand_shards
 def test_sets(data: DataConfig) -> list[DataConfig]:
     """`data` with the test shards of one length each: first those of data.sequence_length, then others by length.
 
-    The shards of an entry of data.test hold sequences of one length. The first entry's is data.sequence_length.
+    The shards of an entry of data.test hold sequences of one length. The first entry's is data.sequence_length, and so is
+    that of documents, which are cut to it.
 
     Raises:
         DataError: if an entry names no shards, or its first one cannot be read.
@@ -20,7 +21,13 @@ def test_sets(data: DataConfig) -> list[DataConfig]:
     first, *others = [data.test] if isinstance(data.test, str) else data.test
     by_length: dict[int, list[str]] = {data.sequence_length: [first]}
     for entry in others:
-        shard = Shard.open(expand_shards(entry, "data.test")[0], cache_of(data))
-        by_length.setdefault(len(decode(shard[0]).tokens), []).append(entry)
+        length = stored_length(expand_shards(entry, "data.test")[0], data)
+        by_length.setdefault(length or data.sequence_length, []).append(entry)
     lengths = [data.sequence_length, *sorted(by_length.keys() - {data.sequence_length})]
     return [data.model_copy(update={"test": by_length[length], "sequence_length": length}) for length in lengths]
+
+
+def stored_length(name: str, data: DataConfig) -> int | None:
+    """The tokens of a shard's sequences; None if it holds documents. Raises DataError if it cannot be read."""
+    shard = Shard.open(name, cache_of(data))
+    return None if shard.holds_documents else len(decode(shard[0]).tokens)

@@ -1,9 +1,7 @@
-"""Text for next-token training: documents split into train and test, tokenized, and cut into sequences.
+"""Text for next-token training: documents, tokenized and split into train and test, many to a sample.
 
-An end token closes each document. Packed documents follow each other and are cut every T-1 tokens; a sequence begins
-with the last token of the one before, so that every token is a target once. Whole documents are cut separately, the
-last sequence padded, for training that carries the fast weights from one sequence to the next. A hash of its content
-assigns a document to train or test.
+An end token closes each document. Nothing is cut: sequences are made of the documents when they are read, as the recipe
+says (sequences.py). A hash of its content assigns a document to train or test.
 """
 
 import itertools
@@ -11,28 +9,31 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
+from powernap.train.data.bundle import Bundle
 from powernap.train.data.corpus import Corpus
 from powernap.train.data.documents import Document, Part, Reader, Tally
-from powernap.train.data.sample import DataError
-from powernap.train.tasks.sample import Sample
+from powernap.train.data.manifest import DOCUMENTS, SPLITS
+from powernap.train.data.sample import DataError, Documents, token_type
 
 
 class Text(Corpus):
-    """Which text to read, and how to cut it."""
+    """Which text to read, and the sizes that the recipe may begin with."""
 
     name: ClassVar[str] = "text"
+    holds: ClassVar[str | None] = DOCUMENTS
 
     text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
     txt_document: Literal["file", "paragraph", "line"] = Field(
         "file", description="what a document of a .txt is: the file, a paragraph between blank lines, or a line"
     )
-    window: int = Field(256, ge=1, description="L")
-    windows: int = Field(4, ge=1, description="windows in a sequence")
+    window: int = Field(256, ge=1, description="L in the lines for the recipe, which may take another")
+    windows: int = Field(4, ge=1, description="windows in a sequence there")
     documents: Literal["packed", "whole"] = Field(
-        "packed", description="packed: one after the other; whole: each in sequences of its own, for sleep.carry"
+        "packed",
+        description="data.documents there. whole: no document is divided between shards, so that it can be carried to its end; "
+        "packed: a .txt above --shard-size is",
     )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
@@ -51,28 +52,12 @@ class Text(Corpus):
             self.text_field, self.txt_document, whole=self.documents == "whole" or not self.vocabulary.separable
         )
 
-    def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
-        return (self._whole if self.documents == "whole" else self._packed)(parts, tally)
-
-    def _packed(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
-        open_tokens: dict[str, list[int]] = {"train": [], "test": []}
-        number = itertools.count()
-        for split, tokens, _ in self._tokenized(parts, tally):
-            open_tokens[split] += tokens
-            yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(open_tokens[split], last=False))
-        for split, tokens in open_tokens.items():
-            yield from ((split, f"{next(number):06d}", sample) for sample in self._cut(tokens, last=True))
-
-    def _whole(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
-        open_tokens: list[int] = []
-        number = part = 0
+    def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Documents]]:
+        bundles = {split: Bundle(token_type(self.vocab_size)) for split in SPLITS}
         for split, tokens, ends in self._tokenized(parts, tally):
-            open_tokens += tokens
-            for sample in self._cut(open_tokens, last=ends):
-                yield split, f"{number:06d}-part{part:06d}", sample
-                part += 1
-            if ends:
-                open_tokens, number, part = [], number + 1, 0
+            yield from ((split, key, sample) for key, sample in bundles[split].add(tokens, ends))
+        for split, bundle in bundles.items():
+            yield from ((split, key, sample) for key, sample in bundle.rest())
 
     def _tokenized(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool]]:
         """Split and tokens of each document, a piece at a time, and whether it ends with them."""
@@ -99,20 +84,3 @@ class Text(Corpus):
                 tally.skip(error)
             else:
                 yield tokens
-
-    def _cut(self, tokens: list[int], last: bool) -> Iterator[Sample]:
-        """Cut sequences off the front of `tokens`, which keeps the rest; with `last`, the rest becomes a padded one."""
-        start = 0
-        while len(tokens) - start >= self.sequence_length:
-            yield self._sample(tokens[start : start + self.sequence_length])
-            start += self.sequence_length - 1
-        del tokens[:start]  # once: each deletion moves all that follow
-        if last and len(tokens) > 1:
-            yield self._sample(tokens)
-
-    def _sample(self, tokens: list[int]) -> Sample:
-        missing = self.sequence_length - len(tokens)
-        loss_mask = np.arange(self.sequence_length) < len(tokens)
-        loss_mask[0] = False  # nothing precedes it
-        padded = np.array(tokens + [self.vocabulary.pad] * missing, dtype=np.int32)
-        return Sample(padded, loss_mask, np.zeros((0, 3), np.int32))

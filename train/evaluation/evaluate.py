@@ -15,12 +15,9 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.train.config import Recipe
-from powernap.train.data.cache import cache_of
 from powernap.train.data.loader import Batch, evaluation_batches
-from powernap.train.data.sample import decode
-from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.test_sets import test_sets
+from powernap.train.data.test_sets import stored_length, test_sets
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
@@ -99,6 +96,7 @@ def _evaluate(
         recipe.data,
         batch_size=recipe.micro_batch_size,
         vocab_size=recipe.model.vocab_size,
+        pad_token_id=recipe.model.pad_token_id,
         rank=topology.dp_rank,
         world_size=topology.dp_size,
         limit=samples,
@@ -229,8 +227,8 @@ def _described(result: Evaluation) -> list[str]:
 
 def _with_shards(recipe: Recipe, shards: list[str]) -> Recipe:
     """The recipe with `shards` as data.test, as long as the first one's samples."""
-    first = Shard.open(expand_shards(shards[0], "--shards")[0], cache_of(recipe.data))
-    data = {"test": shards, "sequence_length": len(decode(first[0]).tokens)}
+    length = stored_length(expand_shards(shards[0], "--shards")[0], recipe.data)
+    data = {"test": shards, "sequence_length": length or recipe.data.sequence_length}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
 
 

@@ -17,6 +17,7 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.data.cache import cache_of
 from powernap.train.data.loader import Batch, sample_names
+from powernap.train.data.sequences import Cutting
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import cut_after, to_json
 
@@ -69,7 +70,8 @@ class SkippedSteps:
         summary = [len(names), names[:PARAMETERS_NAMED]] if names else None
         ranks = [(rank, *other) for rank, other in enumerate(self._topology.all_gather_object(summary)) if other]
         # Each rank that reads looks up its own samples: the shards are in its cache.
-        samples = sample_names(batch.sample_ids, cache_of(self._recipe.data))
+        data = self._recipe.data
+        samples = sample_names(batch.sample_ids, cache_of(data), Cutting.of(data, self._recipe.model))
         parts = self._topology.all_gather_over_data(samples)
         layer_states, reset_lanes = reset_nonfinite_lanes(layer_states, self._topology)
         record = {

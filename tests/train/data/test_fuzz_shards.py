@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from webdataset.writer import TarWriter
 
 from powernap.train.config import Recipe
+from powernap.train.data import bundle
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.check import check_data
 from powernap.train.data.inspect import inspect_shards
 from powernap.train.data.sample import MEMBERS, DataError, decode
+from powernap.train.data.sequences import Cutting, Sequences
 from powernap.train.data.shard import Shard
 from tests.helpers import tiny
 from tests.helpers.fuzzing import Touching, fuzz, no_longer_than
-from tests.helpers.streams import LENGTH, VOCABULARY, write_shard
+from tests.helpers.streams import LENGTH, VOCABULARY, write_shard, write_tokens
 
 
 @pytest.fixture
@@ -28,6 +31,17 @@ def shard(tmp_path):
     (tmp_path / "shards").mkdir()
     path = tmp_path / "shards" / "train-0.tar"
     write_shard(path, range(3))
+    return path
+
+
+@pytest.fixture
+def documents_shard(tmp_path):
+    """A whole shard of documents: several in a sample, and one in two samples."""
+    (tmp_path / "shards").mkdir()
+    path = tmp_path / "shards" / "train-0.tar"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(bundle, "SAMPLE_TOKENS", 12)
+        write_tokens(path, [[1, 2, 3], [4, 5, 6, 7, 8], [9], list(range(10, 28))])
     return path
 
 
@@ -44,7 +58,11 @@ def assert_read_or_refused(shard, cache):
         try:
             found = Shard.open(str(shard), cache)
             found.keys(list(range(len(found))))
-            samples = [decode(members) for members in found]
+            cuttings = [Cutting(LENGTH, mode, 0, VOCABULARY) for mode in ("packed", "whole")]
+            if found.holds_documents:
+                samples = [sample for cutting in cuttings for sample in Sequences(found, cutting)]
+            else:
+                samples = [decode(members) for members in found]
         except DataError as error:
             assert "\n" not in str(error)
         for read in (lambda: inspect_shards(str(shard), cache), lambda: check_data(recipe(shard, cache))):
@@ -100,7 +118,7 @@ def test_any_changes_of_headers(shard, cache, changes, right_checksum):
     assert_read_or_refused(shard, cache)
 
 
-names = st.sampled_from(["../../x.tokens.npy", "/x.tokens.npy", "a.tokens.npy", "a.loss_mask.npy", "b.answers.npy"])
+names = st.sampled_from(["../../x.tokens.npy", "/x.tokens.npy", "a.tokens.npy", "a.loss_mask.npy", "b.lengths.npy"])
 members = st.tuples(
     names | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200),
     st.sampled_from([*(bytes([n]) for n in b"01234567gxLKSX"), b"\0", b"?"]),
@@ -127,6 +145,12 @@ def test_any_members(shard, cache, members, data):
         archive.write(bytes(-archive.tell() % 512))
     refresh(shard, archive.getvalue() + shard.read_bytes())
     assert_read_or_refused(shard, cache)
+
+
+@fuzz
+@given(changes, st.booleans())
+def test_any_changes_of_documents(documents_shard, cache, changes, right_checksum):
+    test_any_changes_of_headers.hypothesis.inner_test(documents_shard, cache, changes, right_checksum)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
@@ -180,12 +204,38 @@ arrays = st.one_of(
 
 
 @fuzz
-@given(st.sampled_from(MEMBERS), arrays, st.none() | st.just(LENGTH))
+@given(st.sampled_from(MEMBERS[:4]), arrays, st.none() | st.just(LENGTH))
 def test_any_member_of_a_sample(name, array, length):
     try:
         decode({"__url__": "a.tar", "__key__": "a", **SAMPLE, name: array}, length, VOCABULARY)
     except DataError as error:
         assert "\n" not in str(error)
+
+
+@fuzz
+@given(st.sampled_from(["tokens.npy", "lengths.npy", "loss_spans.npy"]), arrays, st.sampled_from(["b", "a-part000001"]))
+def test_any_member_of_documents(documents_shard, cache, name, array, key):
+    whole = {"tokens.npy": np.arange(12, dtype=np.uint8), "lengths.npy": np.array([12], np.uint32)}
+    documents_shard.unlink()
+    with TarWriter(str(documents_shard)) as tar:
+        tar.write({"__key__": "a-part000000", **whole})
+        tar.write({"__key__": key, **whole, name: array})
+    assert_read_or_refused(documents_shard, cache)
+
+
+def test_documents_that_claim_terabytes_get_nothing(documents_shard, cache):
+    for member, dtype in (("tokens.npy", "|u1"), ("lengths.npy", "<u4"), ("loss_spans.npy", "<u4")):
+        huge = npy(f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': (1000000000000,), }}", bytes(100))
+        documents_shard.unlink()
+        with TarWriter(str(documents_shard)) as tar:
+            whole = {"tokens.npy": np.arange(12, dtype=np.uint8), "lengths.npy": np.array([12], np.uint32)}
+            tar.write({"__key__": "a", **whole, member: huge})
+        tracemalloc.start()
+        try:
+            assert assert_read_or_refused(documents_shard, cache) is None
+            assert tracemalloc.get_traced_memory()[1] < 50e6
+        finally:
+            tracemalloc.stop()
 
 
 def test_an_array_that_claims_terabytes_gets_nothing():
@@ -211,7 +261,7 @@ def pickled_arrays(path) -> list[bytes]:
 def test_nothing_is_unpickled(shard, cache, tmp_path):
     pwned = tmp_path / "pwned"
     for data in pickled_arrays(pwned):
-        for name in MEMBERS:
+        for name in MEMBERS[:4]:
             with pytest.raises(DataError, match="not a NumPy array"):
                 decode({"__url__": "a.tar", "__key__": "a", **SAMPLE, name: data})
         assert len(assert_read_or_refused(shard, cache)) == 3
@@ -223,6 +273,7 @@ def test_nothing_is_unpickled(shard, cache, tmp_path):
     assert pwned.exists()  # it would
 
 
+INDEX = 3 * (len(MEMBERS) + 1) * 2  # numbers in the index of three samples
 places = st.sampled_from([-(2**63), -2, -1, 0, 1, 512, 4096, 2**40, 2**63 - 1])
 
 
@@ -230,9 +281,10 @@ places = st.sampled_from([-(2**63), -2, -1, 0, 1, 512, 4096, 2**40, 2**63 - 1])
 @given(
     arrays
     | st.binary(max_size=200).map(lambda data: b"PK\3\4" + data)
-    | st.lists(places, min_size=24, max_size=24).map(
+    | st.lists(places, min_size=INDEX, max_size=INDEX).map(
         lambda numbers: npy(
-            "{'descr': '<i8', 'fortran_order': False, 'shape': (3, 4, 2), }", np.array(numbers).tobytes()
+            f"{{'descr': '<i8', 'fortran_order': False, 'shape': (3, {len(MEMBERS) + 1}, 2), }}",
+            np.array(numbers).tobytes(),
         )
     )
 )
@@ -242,6 +294,19 @@ def test_any_kept_index(shard, cache, data):
     for kept in (cache.folder / "index").iterdir():
         kept.write_bytes(data)
     assert_read_or_refused(shard, cache)
+
+
+@fuzz
+@given(st.lists(st.tuples(st.integers(0, INDEX - 1), st.integers(-1, 6000)), max_size=6))
+def test_any_kept_index_of_documents(documents_shard, cache, changes):
+    Shard.open(str(documents_shard), cache)
+    (kept,) = (cache.folder / "index").iterdir()
+    index = np.load(kept)
+    for place, number in changes:
+        index.reshape(-1)[place] = number
+    np.save(kept, index)
+    assert_read_or_refused(documents_shard, cache)
+    kept.unlink(missing_ok=True)
 
 
 json_values = st.recursive(

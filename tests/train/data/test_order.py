@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from powernap.train.data import loader
+from powernap.train.data import sequences
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
 from tests.helpers.streams import evaluate, global_order, numbers, read, stream, write_documents, write_shard
@@ -43,7 +43,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_samples(folder, t
 def test_going_on_opens_only_the_shards_it_reads_from(folder, monkeypatch):
     _, state = next(itertools.islice(stream(folder / "train-*.tar", lanes=2), 30, None))  # the fourth epoch
     opened, decoded = [], []
-    monkeypatch.setattr(loader, "decode", lambda *sample: decoded.append(1) or decode(*sample))
+    monkeypatch.setattr(sequences, "decode", lambda *sample: decoded.append(1) or decode(*sample))
     original = Shard.open
     monkeypatch.setattr(
         Shard, "open", lambda name, *more, **options: opened.append(name) or original(name, *more, **options)

@@ -15,17 +15,19 @@ import pytest
 import tiktoken
 import tokenizers
 
+from powernap.train.data import bundle
 from powernap.train.data import documents as reading
 from powernap.train.data.build import build, make_shards
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.documents import Document, Reader, Tally
 from powernap.train.data.inspect import inspect_shards
-from powernap.train.data.sample import DataError, decode
+from powernap.train.data.sample import DataError
 from powernap.train.data.sample_sources import CorpusSource, Job
-from powernap.train.data.shard import Shard
+from powernap.train.data.sequences import Cutting
 from powernap.train.data.text import Text
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.recipe_file import RecipeError, check
+from tests.helpers.streams import sequences_of
 
 DOCUMENTS = [f"Document {n} — naïve " + "word " * (n % 17) + "\n" for n in range(300)]
 BYTES = load_tokenizer("bytes")
@@ -58,8 +60,7 @@ def documents(folder, split, tokenizer=BYTES):
     found = []
     for path in sorted(folder.glob(f"{split}-*.tar")):
         tokens = []
-        for members in Shard.open(str(path), ShardCache(folder / "cache")):
-            sample = decode(members, 33, tokenizer.vocab_size)
+        for sample in sequences_of(path, Cutting(33, "packed", tokenizer.pad, tokenizer.vocab_size)):
             here = sample.tokens[sample.tokens != tokenizer.pad].tolist()
             assert np.array_equal(sample.loss_mask, np.arange(33) % 33 * (sample.tokens != tokenizer.pad) > 0)
             assert not tokens or tokens[-1] == here[0]  # the last target begins the next sequence
@@ -333,7 +334,7 @@ def test_an_empty_result_is_refused(tmp_path):
     with pytest.raises(DataError, match="the input holds no text: no samples, so no shards"):
         built(tmp_path / "data", tmp_path / "blank.jsonl")
     (tmp_path / "held.txt").write_text("held out")
-    with pytest.raises(DataError, match="all 1 samples are held out: write a smaller test_share"):
+    with pytest.raises(DataError, match="all 1 documents are held out: write a smaller test_share"):
         built(tmp_path / "data", tmp_path / "held.txt", test_share=0.9999)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.jsonl", "held.txt"]
 
@@ -352,23 +353,6 @@ def test_a_byte_order_mark_is_no_text_and_line_ends_stay(tmp_path):
 # -------------------------------------------------------------------------------------------------------- long documents
 
 
-class Moves(list):
-    """A list that counts what moves when its front is deleted."""
-
-    moved = 0
-
-    def __delitem__(self, key):
-        super().__delitem__(key)
-        self.moved += len(self)
-
-
-def test_cutting_takes_time_in_proportion_to_the_text():
-    text = check(Text, {"inputs": "-", "window": 16, "windows": 2})
-    tokens = Moves(range(10_000))
-    assert len(list(text._cut(tokens, last=True))) == 313
-    assert tokens.moved < 10_000
-
-
 def long_text(tmp_path, name="long.txt"):
     words = [f"word{n}{' ' if n % 9 else chr(10)}" for n in range(20_000)]
     (tmp_path / name).write_text("".join(words).replace("word7", "wörd7"))
@@ -378,6 +362,7 @@ def long_text(tmp_path, name="long.txt"):
 def test_memory_is_bounded_in_a_long_document(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PIECE", 2**12)
     monkeypatch.setattr(reading, "HEAD", 2**12)
+    monkeypatch.setattr(bundle, "SAMPLE_TOKENS", 2**10)
     path = long_text(tmp_path)
     text = check(Text, {"inputs": str(path), "test_share": 0})
     text.vocabulary  # noqa: B018
@@ -462,10 +447,9 @@ def test_whole_documents_begin_sequences_of_their_own(tmp_path):
     folder = built(tmp_path / "data", write(tmp_path / "corpus", "jsonl"), documents="whole", test_share=0)
     found = []
     for path in sorted(folder.glob("train-*.tar")):
-        shard = Shard.open(str(path), ShardCache(folder / "cache"))
+        shard = sequences_of(path, Cutting(33, "whole", BYTES.pad, 258))
         assert 0 < len(shard.documents) < len(shard)
-        for number, members in enumerate(shard):
-            sample = decode(members, 33, 258)
+        for number, sample in enumerate(shard):
             here = sample.tokens[sample.tokens != BYTES.pad].tolist()
             assert np.array_equal(sample.loss_mask, (np.arange(33) > 0) & (sample.tokens != BYTES.pad))
             if shard.begins_document(number):
