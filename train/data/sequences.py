@@ -147,4 +147,7 @@ def document_lengths(shard: Shard) -> np.ndarray:
             lengths[-1] = lengths[-1] + shard.tokens[number]
         else:
             lengths.append(shard.lengths(number))
-    return np.concatenate(lengths)
+    found = np.concatenate(lengths)
+    if found.sum() != shard.tokens.sum():  # the index is of another file
+        raise DataError(f"{shard.name}: the tokens of its documents do not add up: build or copy it again")
+    return found
