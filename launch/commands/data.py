@@ -25,11 +25,12 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "The same command resumes a build that was stopped, also after the input was fixed.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), automata (any elementary "
         "one, advanced window by window), track (products of permutations, window by window), program (arithmetic, window "
-        "by window), gsm (word problems of 1 to 8 operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (any .txt, .jsonl or .parquet; both "
-        "also .gz, .zst or .bz2; on_error=skip leaves out documents "
+        "by window), gsm (word problems of 1 to 8 operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (.txt, .jsonl, .parquet, .arrow, also .gz, .zst or .bz2, "
+        "Megatron's .bin, datatrove's .ds, .tar; folders, globs, URLs; on_error=skip leaves out documents "
         "that cannot be used), or one of another package, by its entry point or as package.module:Class. examples: powernap "
         "data build depo data/depo nodes=8 max_hop=4 --train-samples 50000; powernap data build text data/text "
-        "inputs=corpus tokenizer=bytes window=256",
+        "inputs=corpus tokenizer=bytes window=256; powernap data build text data/mine inputs=s3://bucket/corpus text_field=meta.text "
+        "tokenizer=tokenizer.json; powernap data build text data/mine inputs=megatron_text_document.bin tokenizer=ids:50257",
     )
     parser.add_argument(
         "task",

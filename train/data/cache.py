@@ -93,6 +93,20 @@ class ShardCache:
                 f"{shard}: cannot be kept in data.cache={self.folder} ({error.strerror or error}): choose another folder"
             ) from None
 
+    def copy(self, url: str, path: Path) -> None:
+        """Copy any remote file to `path`, with as many tries. Raises DataError."""
+
+        def once(attempt: int) -> None:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
+                try:
+                    self._copy(url, file, attempt)
+                    os.replace(file.name, path)
+                finally:
+                    with suppress(OSError):
+                        os.unlink(file.name)
+
+        self._try(url, once)
+
     def index_file(self, path: Path) -> Path:
         """The path for the index of the file at `path` in its present state."""
         state = path.stat()

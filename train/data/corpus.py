@@ -28,10 +28,12 @@ class Corpus(Section):
     holds: ClassVar[str | None] = None  # what a manifest says of the samples (manifest.DOCUMENTS); None: sequences
 
     inputs: SharedPath | list[SharedPath] = Field(
-        description="folder, file or glob of .txt, .jsonl (both also .gz, .zst or .bz2) and .parquet, or a list of them"
+        description="folder, file, glob or URL (http, and s3, gs, hf, ... with fsspec's packages), or a list of them: .txt, .jsonl, .arrow "
+        "(each also .gz, .zst or .bz2), .parquet, Megatron's .bin beside .idx, datatrove's .ds, and .tar by name"
     )
     tokenizer: SharedPath = Field(
-        "bytes", description="bytes, tiktoken:NAME, or the path of a Hugging Face tokenizer.json"
+        "bytes",
+        description="bytes, tiktoken:NAME, the path of a Hugging Face tokenizer.json, or ids:N for tokens below N without text",
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="a document that cannot be used stops the build, or is reported and skipped"
@@ -103,7 +105,7 @@ class Corpus(Section):
     def tally(self) -> Tally:
         return Tally(self.skip_budget if self.on_error == "skip" else None)
 
-    def files(self) -> tuple[list[Path], dict[str, list[Path]]]:
+    def files(self) -> tuple[list[str], dict[str, list[Path]]]:
         """See `find_files`."""
         return find_files([self.inputs] if isinstance(self.inputs, str) else self.inputs)
 

@@ -1,4 +1,4 @@
-"""Input files as documents: decompressed and read a piece at a time.
+"""Input files as documents: decompressed and read a piece at a time; columns.py and token_files.py read those with rows.
 
 A document that cannot be used is yielded as a DataError naming file and place, so that the caller can skip it and
 continue.
@@ -14,15 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from powernap.train.data.input_files import foreign_format, kind_of
+import numpy as np
+
+from powernap.train.data import columns, token_files
+from powernap.train.data.input_files import foreign_format, is_remote, kind_of, on_disk, size_of
 from powernap.train.data.sample import DataError
 
 PIECE = 2**20  # bytes of a document that are tokenized at once
 HEAD = 2**20  # bytes of a document that decide between train and test
 _BOM = b"\xef\xbb\xbf"
 
-# file, start, stop: row groups of a .parquet; else the bytes in which the part's documents begin
+COUNTED = (".parquet", *token_files.KINDS)  # divided by what they hold, not by bytes
+
+# file, start, stop: row groups of a .parquet, documents of a .bin or .ds; else the bytes in which the part's documents begin
 Part = tuple[str, int, int]
+ALL = sys.maxsize  # the stop of a part that is a whole file
 
 
 class Piece(NamedTuple):
@@ -45,9 +51,24 @@ class Piece(NamedTuple):
             raise DataError(f"{self}: {foreign_format(self.file) or cause}") from None
 
 
+class Tokens(NamedTuple):
+    """A document that is tokens already."""
+
+    file: str
+    place: str
+    tokens: np.ndarray  # integers [n]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.place}"
+
+    @property
+    def data(self) -> bytes:
+        return self.tokens.astype("<u4").tobytes()
+
+
 class Document(NamedTuple):
     head: bytes
-    pieces: Iterator[Piece | DataError]
+    pieces: Iterator[Piece | Tokens | DataError]
     ends: bool  # with these pieces; False: it continues in the next part
 
 
@@ -91,10 +112,11 @@ class Reader:
     """How files are read.
 
     Args:
-        text_field: field of .jsonl and column of .parquet that hold the text.
+        text_field: what holds the text, or tokens: field of .jsonl, column of .parquet and .arrow, member of .tar; nested ones with
+            dots.
         txt_document: what makes a document in a .txt: file, paragraph or line.
         whole: documents are not divided: each is in one part, and is one piece.
-        columns: of .parquet, those that `raw` yields of each row, as a JSON object; empty: the text alone.
+        columns: of .parquet and .arrow, those that `raw` yields of each row, as a JSON object; empty: the text alone.
     """
 
     text_field: str
@@ -102,32 +124,38 @@ class Reader:
     whole: bool
     columns: tuple[str, ...] = ()
 
-    def parts(self, file: Path, size: int, check: bool) -> Iterator[tuple[Part, int]]:
+    def parts(self, file: str, size: int, check: bool) -> Iterator[tuple[Part, int]]:
         """A file in parts of about `size` bytes, if it can be divided; each with its size.
 
         Raises:
-            DataError: if `check` and a .parquet cannot be read.
+            DataError: if `check` and a file cannot be read.
         """
         kind, codec = kind_of(file)
-        total = file.stat().st_size
-        if kind == ".parquet":
-            try:
-                groups = (_open_parquet(file) if self.columns else open_parquet(file, self.text_field)).num_row_groups
-            except DataError:
-                if check:
-                    raise
-                groups = 1  # its reader reports the error
-            for group in range(groups):
-                yield (str(file), group, group + 1), total // groups
-        elif codec or (self.whole and self._is_one_document(kind)):
-            yield (str(file), 0, total), total
-        else:
+        total = size_of(file)
+        if codec or kind in (".arrow", ".tar") or is_remote(file) or (self.whole and self._is_one_document(kind)):
+            yield (file, 0, ALL if kind in COUNTED else total), total
+            return
+        if kind not in COUNTED:
             for start in range(0, total, size):
                 stop = min(start + size, total)
-                yield (str(file), start, stop), stop - start
+                yield (file, start, stop), stop - start
+            return
+        try:
+            if kind == ".parquet":
+                units, step = columns.count_row_groups(file, None if self.columns else self.text_field), 1
+            else:
+                units = token_files.count_documents(file)
+                step = max(1, units * size // max(1, total))
+        except DataError:
+            if check:
+                raise
+            units = step = 1  # its reader reports the error
+        for first in range(0, units, step):
+            stop = min(first + step, units)
+            yield (file, first, stop), total * (stop - first) // units
 
     def documents(self, part: Part, tally: Tally) -> Iterator[Document | DataError]:
-        kind, codec = kind_of(Path(part[0]))
+        kind, codec = kind_of(part[0])
         if self._is_one_document(kind):
             yield from self._one_document(part, codec, tally)
             return
@@ -135,20 +163,32 @@ class Reader:
             try:
                 if isinstance(raw, DataError):
                     raise raw
-                data = _text_of(raw, self.text_field) if kind == ".jsonl" else raw.data
-                document = raw._replace(data=data.removeprefix(_BOM))
+                content = raw
+                if kind == ".jsonl" and isinstance(raw, Piece):
+                    content = _content_of(raw, self.text_field)
             except DataError as error:
                 yield error
                 continue
+            if isinstance(content, Tokens):
+                yield Document(content.data[:HEAD], iter([content]), True)
+                continue
+            document = content._replace(data=content.data.removeprefix(_BOM))
             pieces = [document] if self.whole or len(document.data) <= PIECE else _pieces(document)
             yield Document(document.data[:HEAD], iter(pieces), True)
 
-    def raw(self, part: Part, tally: Tally) -> Iterator[Piece | DataError]:
+    def raw(self, part: Part, tally: Tally) -> Iterator[Piece | Tokens | DataError]:
         """The raw content of a part: lines, paragraphs, rows, or pieces of one long text; hashed into tally.digest."""
-        kind, codec = kind_of(Path(part[0]))
+        kind, codec = kind_of(part[0])
+        pieces: Iterator[Piece | Tokens | DataError]
         try:
-            if kind == ".parquet":
-                pieces = _records(part, self.columns, tally) if self.columns else _rows(part, self.text_field, tally)
+            if kind in columns.KINDS and self.columns:
+                pieces = _of_rows(part, columns.records(part, self.columns, tally.advance))
+            elif kind in columns.KINDS:
+                pieces = _of_rows(part, columns.values(part, self.text_field, tally.advance))
+            elif kind == ".tar":
+                pieces = _of_rows(part, token_files.of_tar(part[0], self.text_field, tally.advance))
+            elif kind in token_files.KINDS:
+                pieces = _of_rows(part, token_files.documents(part, tally.advance))
             elif self._is_one_document(kind):
                 pieces = _blocks(part, codec, self.whole, tally)
             elif kind == ".txt" and self.txt_document == "paragraph":
@@ -167,11 +207,13 @@ class Reader:
         return kind == ".txt" and self.txt_document == "file"
 
     def _one_document(self, part: Part, codec: str | None, tally: Tally) -> Iterator[Document | DataError]:
-        path = Path(part[0])
         try:
+            path = on_disk(part[0])
             with _open(path, codec) as opened:
                 head = opened.read(HEAD + len(_BOM)).removeprefix(_BOM)[:HEAD]
-            ends = codec is not None or _aligned(part)[1] == path.stat().st_size
+            ends = codec is not None or part[2] == ALL or _aligned(part)[1] == path.stat().st_size
+        except DataError as error:
+            yield error
         except OSError as error:
             yield _unreadable(part[0], error)
         else:
@@ -206,7 +248,7 @@ def _open(path: Path, codec: str | None, advance: Callable[[int], object] = lamb
 def _aligned(part: Part) -> tuple[int, int]:
     """The bytes of a part of one long text: both ends moved forward to the beginning of a line or word."""
     file, start, stop = part
-    with open(file, "rb") as opened:
+    with open(on_disk(file), "rb") as opened:
         return _next_break(opened, start), _next_break(opened, stop)
 
 
@@ -229,7 +271,7 @@ def _blocks(part: Part, codec: str | None, whole: bool, tally: Tally) -> Iterato
     """One long text, in pieces that end with a line or word."""
     file = part[0]
     place, stop = (0, sys.maxsize) if codec else _aligned(part)
-    with _open(Path(file), codec, tally.advance) as opened:
+    with _open(on_disk(file), codec, tally.advance) as opened:
         if place:
             opened.seek(place)
         remaining, rest, more = stop - place, b"", True
@@ -310,7 +352,7 @@ def _paragraph(file: str, place: int, lines: list[bytes]) -> Piece:
 def _all_lines(part: Part, codec: str | None, tally: Tally) -> Iterator[tuple[int, bytes]]:
     """All lines from the first that begins in a part to the file's end, each with its offset."""
     file, start, _ = part
-    with _open(Path(file), codec, tally.advance) as opened:
+    with _open(on_disk(file), codec, tally.advance) as opened:
         place = 0
         if start and not codec:
             opened.seek(start - 1)
@@ -328,16 +370,52 @@ def read_object(line: Piece) -> dict[str, Any]:
     return value
 
 
-def _text_of(line: Piece, text_field: str) -> bytes:
-    """Raises DataError if a line is not a JSON object with text."""
-    value = _json_of(line)
-    if not isinstance(value, dict) or text_field not in value:
-        names = f" with one of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
-        raise DataError(f"{line} is no JSON object with '{text_field}': write text_field=...{names}")
-    text = value[text_field]
-    if not isinstance(text, str):
-        raise DataError(f"{line} has no text in '{text_field}', but {json.dumps(text)[:40]}")
-    return _encode(text, line)
+def _content_of(line: Piece, text_field: str) -> Piece | Tokens:
+    """Raises DataError if a line is not a JSON object with text, or tokens."""
+    return _content(line.file, line.place, _field_of(_json_of(line), text_field, line), text_field)
+
+
+def _field_of(value: Any, field: str, line: object) -> Any:
+    """A field of a JSON object; its name as it is, or with dots for objects within objects. Raises DataError."""
+    if isinstance(value, dict) and field in value:
+        return value[field]
+    first, dot, rest = field.partition(".")
+    if dot and isinstance(value, dict) and isinstance(value.get(first), dict):
+        return _field_of(value[first], rest, line)
+    names = f" with one of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
+    raise DataError(f"{line} is no JSON object with '{field}': write text_field=...{names}")
+
+
+def _of_rows(part: Part, rows: Iterator[tuple[str, Any]]) -> Iterator[Piece | Tokens | DataError]:
+    """Rows of (place, value) as documents."""
+    for place, value in rows:
+        try:
+            yield value if isinstance(value, DataError) else _content(part[0], place, value, "text_field")
+        except DataError as error:
+            yield error
+
+
+def _content(file: str, place: str, value: Any, field: str) -> Piece | Tokens:
+    """Text as a piece, whole numbers as tokens. Raises DataError for anything else."""
+    piece = Piece(file, place, 0, b"")
+    if isinstance(value, bytes):
+        return piece._replace(data=value)
+    if isinstance(value, str):
+        return piece._replace(data=_encode(value, piece))
+    if isinstance(value, np.ndarray) or (isinstance(value, list) and value and all(type(n) is int for n in value)):
+        try:
+            tokens = np.asarray(value)
+            if (
+                tokens.ndim == 1
+                and tokens.dtype.kind in "iu"
+                and len(tokens)
+                and 0 <= tokens.min() <= tokens.max() < 2**32
+            ):
+                return Tokens(file, place, tokens)
+        except OverflowError:
+            pass
+        raise DataError(f"{piece} holds numbers in '{field}' that are no tokens: whole numbers from 0, in one row")
+    raise DataError(f"{piece} has no text in '{field}', but {json.dumps(value, default=str)[:40]}")
 
 
 def _json_of(line: Piece) -> Any:
@@ -357,92 +435,3 @@ def _encode(text: str, piece: Piece) -> bytes:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
         raise DataError(f"{piece} holds {half}, half of a surrogate pair, which is no character") from None
-
-
-def _rows(part: Part, text_field: str, tally: Tally) -> Iterator[Piece | DataError]:
-    """The text of each row."""
-    from pyarrow import types
-
-    for row, batch in _batches(part, open_parquet(Path(part[0]), text_field), [text_field], tally):
-        column = batch.column(0)
-        if types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        for number, data in enumerate(column.cast("large_binary").to_pylist(), row):
-            if data is None:
-                yield DataError(f"{part[0]}: row {number} has no text in '{text_field}', but null")
-            else:
-                yield Piece(part[0], f"row {number}", 0, data)
-
-
-def _records(part: Part, columns: tuple[str, ...], tally: Tally) -> Iterator[Piece]:
-    """Rows as JSON objects, with those of the columns that there are."""
-    from pyarrow import ArrowInvalid
-
-    opened = _open_parquet(Path(part[0]))
-    present = [name for name in columns if name in opened.schema_arrow.names]
-    for row, batch in _batches(part, opened, present, tally):
-        try:
-            batch.validate(full=True)
-        except ArrowInvalid as error:  # such as text that is not UTF-8
-            raise _unreadable(part[0], error) from None
-        for number, record in enumerate(batch.to_pylist(), row):
-            yield Piece(part[0], f"row {number}", 0, json.dumps(record, default=str).encode())
-
-
-def _batches(part: Part, opened: Any, columns: list[str], tally: Tally) -> Iterator[tuple[int, Any]]:
-    """Batches of rows, each with the number of its first."""
-    import pyarrow
-
-    file, first, stop = part
-    try:
-        size = Path(file).stat().st_size
-        groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-        row = sum(groups[:first])
-        for batch in opened.iter_batches(256, row_groups=list(range(first, stop)), columns=columns):
-            yield row, batch
-            row += len(batch)
-            tally.advance(size * len(batch) // max(1, sum(groups)))
-    except pyarrow.ArrowException as error:
-        raise _unreadable(file, error) from None
-
-
-def open_parquet(path: Path, text_field: str):
-    """A Parquet file with a column of text.
-
-    Raises:
-        DataError: if it is not.
-    """
-    opened = _open_parquet(path)
-    schema = opened.schema_arrow
-    texts = [column.name for column in schema if _is_text(column.type)]
-    advice = f"write text_field=... with one of {', '.join(texts or schema.names)}"
-    if text_field not in schema.names:
-        raise DataError(f"{path}: no column '{text_field}': {advice}")
-    if text_field not in texts:
-        advice = advice if texts else "no column holds text"
-        raise DataError(f"{path}: column '{text_field}' holds {schema.field(text_field).type}, not text: {advice}")
-    return opened
-
-
-def _open_parquet(path: Path):
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        opened = ParquetFile(path)
-        opened.schema_arrow  # noqa: B018  # may fail too
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no Parquet file ({' '.join(str(error).split())})") from None
-    return opened
-
-
-def _is_text(kind: Any) -> bool:
-    """Whether a column holds strings, or bytes that may be UTF-8."""
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind)
-        for is_kind in (types.is_string, types.is_large_string, types.is_string_view,
-                        types.is_binary, types.is_large_binary, types.is_binary_view)
-    )  # fmt: skip

@@ -63,12 +63,12 @@ class GsmInfinite(Corpus):
     def reader(self) -> Reader:
         return Reader("problem", "line", whole=True, columns=tuple(FIELDS))
 
-    def files(self) -> tuple[list[Path], dict[str, list[Path]]]:
-        """See `find_files`. Raises DataError for a .txt."""
+    def files(self) -> tuple[list[str], dict[str, list[Path]]]:
+        """See `find_files`. Raises DataError for what holds no records."""
         files, left_out = super().files()
         for file in files:
-            if kind_of(file)[0] == ".txt":
-                raise DataError(f"{file}: no .jsonl or .parquet: name it so, or write other inputs=...")
+            if kind_of(file)[0] not in (".jsonl", ".parquet", ".arrow"):
+                raise DataError(f"{file}: no .jsonl, .parquet or .arrow: name it so, or write other inputs=...")
         return files, left_out
 
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Sample]]:
@@ -77,6 +77,7 @@ class GsmInfinite(Corpus):
             try:
                 if isinstance(line, DataError):
                     raise line
+                assert isinstance(line, Piece), "records are read as JSON"
                 fields = _fields_of(line)
                 sample = self._sample(line, fields, tally)
             except DataError as error:

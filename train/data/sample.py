@@ -158,6 +158,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def array_of(data: bytes, name: str, location: object) -> np.ndarray:
+    """The array in a .npy file's bytes. Raises DataError."""
+    return _array({name: data}, name, location)
+
+
 def _array(members: dict[str, object], name: str, location: object) -> np.ndarray:
     if name not in members:
         raise DataError(f"{location} has no {name}: a sample holds {', '.join(MEMBERS[:3])}, or tokens.npy alone")

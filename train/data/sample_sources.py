@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from powernap.train.data.corpus import Corpus
 from powernap.train.data.documents import Tally
-from powernap.train.data.input_files import describe_left_out
+from powernap.train.data.input_files import describe_left_out, size_of, version_of
 from powernap.train.data.manifest import SPLITS
 from powernap.train.data.sample import Documents
 from powernap.train.data.task import Task
@@ -107,7 +106,7 @@ class CorpusSource:
             "task": self.name,
             "fields": self.task.model_dump(mode="json", exclude={"on_error", "skip_budget"}),
             "shard_bytes": self.shard_bytes,
-            "files": {str(file): file.stat().st_size for file in self.task.files()[0]},
+            "files": {file: size_of(file) for file in self.task.files()[0]},
             "end_token_id": vocabulary.end,
             "tokenizer_notes": vocabulary.notes,
         }
@@ -145,10 +144,9 @@ class CorpusSource:
             yield split, f"{split}-{job.number:06d}-{key}", sample
 
 
-def _times(job: Job) -> dict[str, list[int]]:
+def _times(job: Job) -> dict[str, list[Any]]:
     """Size and modification time of a job's files."""
-    states = {file: os.stat(file) for file, _, _ in job.what}
-    return {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()}
+    return {file: version_of(file) for file, _, _ in job.what}
 
 
 def _as_json(parts: list[tuple[str, int, int]]) -> list[list[Any]]:

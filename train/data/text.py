@@ -13,7 +13,7 @@ from pydantic import Field
 
 from powernap.train.data.bundle import Bundle
 from powernap.train.data.corpus import Corpus
-from powernap.train.data.documents import Document, Part, Reader, Tally
+from powernap.train.data.documents import Document, Part, Reader, Tally, Tokens
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
 
@@ -24,7 +24,11 @@ class Text(Corpus):
     name: ClassVar[str] = "text"
     holds: ClassVar[str | None] = DOCUMENTS
 
-    text_field: str = Field("text", description="where .jsonl and .parquet keep the text")
+    text_field: str = Field(
+        "text",
+        description="what holds the text, or tokens as whole numbers: a field of .jsonl, a column of .parquet and .arrow (nested: "
+        "a.b), a member of .tar (txt, tokens.npy, json.text)",
+    )
     txt_document: Literal["file", "paragraph", "line"] = Field(
         "file", description="what a document of a .txt is: the file, a paragraph between blank lines, or a line"
     )
@@ -72,15 +76,24 @@ class Text(Corpus):
                 yield split, tokens, False
             if used and document.ends:
                 tally.documents += 1
-                yield split, [self.vocabulary.end], True
+                yield split, [] if tokens[-1:] == [self.vocabulary.end] else [self.vocabulary.end], True
 
     def _pieces(self, document: Document, tally: Tally) -> Iterator[list[int]]:
         for piece in document.pieces:
             try:
                 if isinstance(piece, DataError):
                     raise piece
-                tokens = self._read(piece, piece.text(), tally)
+                tokens = self._known(piece) if isinstance(piece, Tokens) else self._read(piece, piece.text(), tally)
             except DataError as error:
                 tally.skip(error)
             else:
                 yield tokens
+
+    def _known(self, piece: Tokens) -> list[int]:
+        """A document that is tokens already. Raises DataError for tokens that the vocabulary does not have."""
+        if (largest := int(piece.tokens.max())) >= self.vocab_size:
+            raise DataError(
+                f"{piece} has token {largest}, tokenizer={self.tokenizer} counts {self.vocab_size}: write the tokenizer that "
+                f"made them, or tokenizer=ids:{largest + 1}"
+            )
+        return piece.tokens.tolist()

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,6 +128,22 @@ class Bytes(_WithEndAndPad):
 
     def _bytes(self, token: int) -> bytes:
         return bytes([token])
+
+
+class Ids(_WithEndAndPad):
+    """Tokens of which nothing but their number is known; they are shown as numbers."""
+
+    def __init__(self, count: int):
+        super().__init__(f"ids:{count}", count)
+
+    def encode(self, text: str) -> list[int]:
+        raise DataError("is text, and tokenizer=ids:... knows numbers alone: write the tokenizer that made them")
+
+    def _name(self, token: int) -> str:
+        return f"<{token}>"
+
+    def _bytes(self, token: int) -> bytes:
+        return f"<{token}>".encode()
 
 
 # Names of end and pad tokens in published tokenizers; the first one present is used.
@@ -342,7 +359,7 @@ class Tiktoken(_WithEndAndPad):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a name: bytes, tiktoken:NAME, or the path of a tokenizer.json.
+    """The tokenizer of a name: bytes, ids:N, tiktoken:NAME, or the path of a tokenizer.json.
 
     Raises:
         DataError: if there is none.
@@ -350,10 +367,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         if name == "bytes":
             return Bytes()
+        if re.fullmatch(r"ids:[1-9]\d{0,9}", name):
+            return Ids(int(name.removeprefix("ids:")))
         if name.startswith("tiktoken:"):
             return Tiktoken(name.removeprefix("tiktoken:"))
         if Path(name).is_file():
             return HuggingFace(Path(name))
     except ImportError as error:
         raise DataError(f"tokenizer={name}: needs {error.name}: pip install 'powernap[text]'") from None
-    raise DataError(f"tokenizer={name}: write bytes, tiktoken:NAME or the path of a tokenizer.json")
+    raise DataError(f"tokenizer={name}: write bytes, ids:N, tiktoken:NAME or the path of a tokenizer.json")
