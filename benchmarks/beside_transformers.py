@@ -38,7 +38,7 @@ def main(options: argparse.Namespace, command: str) -> None:
     report = [
         "Blocks G and A in turn, heads of 64. Milliseconds a step, with clipping and AdamW.",
         "",
-        *table(["model", "activations", "powernap", "transformers", "over transformers"], rows, left=2),
+        *table(["model", "recompute", "powernap", "transformers", "over transformers"], rows, left=2),
         "",
     ]
     write("beside_transformers", command, {"sizes": numbers, "targets": judged}, [*report, *verdict])
@@ -51,19 +51,19 @@ def compare(name: str, topology: Topology, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         olmo_hybrid(name).save_pretrained(folder)
         read = HuggingFaceFolder.read(Path(folder))
-        for kind in ("recompute", "keep"):
+        for kind in ("segment", "none"):
             recipe = Recipe(
                 run={"name": "benchmark"},
                 model=ModelConfig(window=length, **read.section),
                 data={"train": "-", "sequence_length": length + 1},
-                train={"steps": 1000, "global_batch_size": sequences, "recompute": kind == "recompute"},
+                train={"steps": 1000, "global_batch_size": sequences, "recompute": kind},
             )
             forms[f"powernap {kind}"] = powernap_step(recipe, HuggingFaceShards(read, recipe.model), tokens, topology)
             forms[f"transformers {kind}"] = transformers_step(olmo_hybrid(name), recipe, tokens)
         losses = [form() for form in forms.values()]
     assert max(losses) - min(losses) < 1e-4 * max(losses), f"the forms compute different things: {losses}"
     times, found = interleave(forms, rounds), {}
-    for kind in ("recompute", "keep"):
+    for kind in ("segment", "none"):
         ours, theirs = times[f"powernap {kind}"], times[f"transformers {kind}"]
         found[kind] = {
             "ms": {"powernap": milliseconds(ours), "transformers": milliseconds(theirs)},
@@ -103,7 +103,7 @@ def powernap_step(
 
 
 def transformers_step(model: torch.nn.Module, recipe: Recipe, tokens: torch.Tensor) -> Callable[[], float]:
-    if recipe.train.recompute:
+    if recipe.train.recompute != "none":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     config, parameters = recipe.optimizer, list(model.parameters())

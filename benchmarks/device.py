@@ -175,7 +175,7 @@ def one_step(size: str, precision: str) -> torch.Tensor:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device, dtype)
     batches = trainer.cut_batch(recipe, synthetic_batch(recipe), 2, topology, None)
-    schedule.forward_backward(stage, batches, 1e-3, topology, recompute=True)
+    schedule.forward_backward(stage, batches, 1e-3, topology, recompute="segment")
     return torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
 
 
@@ -260,7 +260,8 @@ def measure_steps(size: str, passes: int, count: int, profiled: bool, changes: F
         torch.cuda.reset_peak_memory_stats()
     seconds = [step() for _ in range(count)]
     median = statistics.median(seconds)
-    flops = plan(recipe).flops_per_step * (3 / 4 if recipe.train.recompute else 1)
+    kept = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": "none"})})
+    flops = plan(kept).flops_per_step
     peak, planned = device_peak_flops(), stage_memory(recipe, segments_of(recipe), 0, topology.device.type)
     found: Found = {
         "parameters": sum(p.numel() for p in stage.parameters()), "first_step": first, "warm_up": warm_up,
@@ -405,7 +406,7 @@ def device_peak_flops() -> float | None:
     return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-WITHOUT_RECOMPUTE, ONE_SEQUENCE = {"recompute": False}, {"micro_batch_size": 1}
+WITHOUT_RECOMPUTE, ONE_SEQUENCE = {"recompute": "none"}, {"micro_batch_size": 1}
 PARTS = (  # what every later part needs first; then the main numbers
     Part("doctor", 90, doctor),
     Part("kernels", 90, kernels),

@@ -183,7 +183,7 @@ def layout_step(topology: Topology, passes: int) -> Callable[[], None]:
 
     def run():
         stage.zero_grad(set_to_none=True)
-        forward_backward(stage, batches, 1e-3, topology, recompute=True)
+        forward_backward(stage, batches, 1e-3, topology, recompute="segment")
         if topology.dp_size > 1:
             topology.all_reduce_over_data(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
 

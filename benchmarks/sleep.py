@@ -119,7 +119,7 @@ def step(stage: HybridStage, topology: Topology, tokens: torch.Tensor, loss_mask
 
     def run():
         stage.zero_grad(set_to_none=True)
-        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, topology, recompute=True)
+        forward_backward(stage, [MicroBatch(segments, tokens, loss_mask)], scale, topology, recompute="segment")
 
     return run
 

@@ -71,7 +71,8 @@ def compare(name: str, recipe: Recipe, topology: Topology, rounds: int) -> tuple
     forms = {}
     for recompute in (True, False):
         kind = "recompute" if recompute else "keep"
-        own = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": recompute})})
+        train = {"recompute": "segment" if recompute else "none"}
+        own = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
         forms[f"powernap {kind}"] = powernap_step(own, topology, batch, clock.of(f"powernap {kind}"))
         for form, build in (("blocks", Blocks), ("plain", Plain)):
             torch.manual_seed(0)

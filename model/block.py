@@ -17,6 +17,7 @@ from powernap.model.megatron import (
 )
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
+from powernap.model.recompute import call
 from powernap.model.window import Window
 
 
@@ -73,6 +74,7 @@ class HybridBlock(TransformerBlock):
         window: Window,
         layers: range,
         state_only: bool = False,
+        run_part: Callable = call,
     ) -> tuple[torch.Tensor | None, LayerStates]:
         """Run `layers` (indices into this stage) once.
 
@@ -80,6 +82,7 @@ class HybridBlock(TransformerBlock):
             hidden_states: [L, B, D].
             layer_states: one state for each layer of this stage that has one, in order.
             state_only: the hidden states are unused: stop inside the last of `layers` that has a state.
+            run_part: called with each layer and its arguments (model/recompute.py).
 
         Returns:
             (hidden_states or None if state_only, layer states of the whole stage)
@@ -88,9 +91,9 @@ class HybridBlock(TransformerBlock):
         last_write = max((i for i in layers if i in states), default=None) if state_only else None
         for index in layers:
             if index == last_write:
-                states[index] = self.layers[index].write(hidden_states, states[index], window)
+                states[index] = run_part(self.layers[index].write, hidden_states, states[index], window)
                 return None, tuple(states.values())
-            hidden_states, state = self.layers[index](hidden_states, states.get(index), window)
+            hidden_states, state = run_part(self.layers[index], hidden_states, states.get(index), window)
             if state is not None:
                 states[index] = state
         return hidden_states, tuple(states.values())

@@ -125,6 +125,17 @@ class Mixer(Part):
         """Bytes of one sequence's state; `number`: bytes per number, `cached`: tokens in a cache."""
         return FP32 * math.prod(self.state_shape)
 
+    def kept_bytes(self, model: ModelConfig, number: int) -> float:
+        """Bytes per token that train.recompute=selective keeps besides what projections return."""
+        return 0
+
+    def flops_again(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
+        """Of `flops`, those that train.recompute=selective computes again: all but the projections'."""
+        projections = sum(
+            2 * w.size() for w in self.weights(model) if w.is_matrix and not (state_only and w.split == 1)
+        )
+        return self.flops(model, sleep, state_only) - projections
+
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         """Raise KernelError if training on `device` needs kernels that are missing or would fail."""
 

@@ -6,13 +6,12 @@ parallel schedule runs the same segments and is tested against it.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from powernap.model.fast_weights import LayerStates
 from powernap.model.health import FastWeightHealth
+from powernap.model.recompute import Recompute, keeps_activations, run_segment
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
 
@@ -34,7 +33,7 @@ def sleep_and_predict(
     loss_mask: torch.Tensor,
     *,
     layer_states: LayerStates | None = None,
-    recompute: bool = True,
+    recompute: Recompute = "segment",
     predict: bool = False,
     health: FastWeightHealth | None = None,
 ) -> SleepOutput:
@@ -43,7 +42,7 @@ def sleep_and_predict(
     Args:
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
         layer_states: the sequences' initial states; None: zero fast weights.
-        recompute: keep only each segment's inputs and recompute the rest in the backward pass.
+        recompute: what is kept of each segment; the rest is computed again in the backward pass.
         predict: also return the predictions and the loss of each token.
         health: watches norms and gates of the fast weights.
     """
@@ -54,37 +53,21 @@ def sleep_and_predict(
     predictions = torch.full_like(tokens, -1) if predict else None
     token_losses = torch.zeros_like(tokens, dtype=loss.dtype) if predict else None
     for segment in segments:
-        run = partial(_run, stage, segment, inputs)
         with (
             nullcontext() if segment.with_grad else torch.no_grad(),
             health.watch(segment) if health else nullcontext(),
         ):
-            if recompute and torch.is_grad_enabled():  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
-            else:
-                results = run(hidden_states, *layer_states)
-        hidden_states, *states = results
-        layer_states = tuple(states)
+            hidden_states, layer_states = run_segment(stage, segment, inputs, hidden_states, layer_states, recompute)
         if health:
             health.record(segment, layer_states)
         if not segment.predicts:
             continue
+        assert hidden_states is not None
         where = segment.where
-        losses = stage.token_losses(hidden_states, targets[:, where], loss_mask[:, where], recompute=recompute)
+        again = not keeps_activations(recompute)
+        losses = stage.token_losses(hidden_states, targets[:, where], loss_mask[:, where], recompute=again)
         loss = loss + losses.sum()
         if predictions is not None and token_losses is not None:
             predictions[:, 1:][:, where] = stage.predictions(hidden_states)
             token_losses[:, 1:][:, where] = losses.detach()
     return SleepOutput(loss, predictions, token_losses, layer_states)
-
-
-def _run(
-    stage: HybridStage,
-    segment: Segment,
-    inputs: torch.Tensor,
-    hidden_states: torch.Tensor | None,
-    *layer_states: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
-    """Run one segment; return its hidden states, and each block's new state."""
-    hidden_states, states = stage(segment, inputs, hidden_states, layer_states)
-    return hidden_states, *states

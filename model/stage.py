@@ -25,6 +25,7 @@ from powernap.model.megatron import (
 from powernap.model.mixers.module import MixerModule
 from powernap.model.norm import RMSNorm
 from powernap.model.part import Cache
+from powernap.model.recompute import call
 from powernap.model.segments import HEAD_NUMBERS, Segment
 from powernap.model.window import Positions, Window, mask_padding, sliding_mask
 
@@ -155,7 +156,12 @@ class HybridStage(MegatronModule):
         return tuple(mixer.first_state(batch, self.like) for mixer in mixers)
 
     def forward(
-        self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None, layer_states: LayerStates
+        self,
+        segment: Segment,
+        tokens: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        layer_states: LayerStates,
+        run_part: Callable = call,
     ) -> tuple[torch.Tensor | None, LayerStates]:
         """Run one segment.
 
@@ -164,12 +170,13 @@ class HybridStage(MegatronModule):
             hidden_states: [L, B, D] of the previous stage, or on the first stage of the previous pass; None on the
                 first stage if the segment starts from the embeddings.
             layer_states: fast weights and caches after the previous segment.
+            run_part: called with each block, and what comes before the first, and its arguments (model/recompute.py).
 
         Returns:
             (hidden_states [L, B, D], None on the stage where a state_only segment ends; layer states)
         """
-        where = segment.where
-        return self.run_pass(segment, tokens[:, where], hidden_states, layer_states, self._window(segment, tokens))
+        window = self._window(segment, tokens)
+        return self.run_pass(segment, tokens[:, segment.where], hidden_states, layer_states, window, run_part)
 
     def run_pass(
         self,
@@ -178,14 +185,17 @@ class HybridStage(MegatronModule):
         hidden_states: torch.Tensor | None,
         layer_states: LayerStates,
         window: Window,
+        run_part: Callable = call,
     ) -> tuple[torch.Tensor | None, LayerStates]:
         """`forward` for the window's tokens [B, L] alone, given its positions, mask and pads."""
-        if self.is_first:
-            hidden_states = self._pass_input(segment, tokens, hidden_states)
+        if self.is_first and segment.from_embeddings:
+            hidden_states = self._embed(tokens)
+        elif self.is_first and (self.pass_norm is not None or self.reinject_embeddings):
+            hidden_states = run_part(partial(self._pass_input, tokens), hidden_states)
         layers = range(max(segment.blocks.start, self.blocks.start), min(segment.blocks.stop, self.blocks.stop))
         layers = range(layers.start - self.blocks.start, layers.stop - self.blocks.start)
         state_only = segment.state_only and segment.blocks.stop - 1 in self.blocks  # the last write is here
-        hidden_states, left = self.decoder(hidden_states, layer_states, window, layers, state_only)
+        hidden_states, left = self.decoder(hidden_states, layer_states, window, layers, state_only, run_part)
         return hidden_states, layer_states if segment.probe else left
 
     def init_caches(self, batch: int, slots: int) -> list[Cache]:
@@ -305,11 +315,8 @@ class HybridStage(MegatronModule):
             return embedded
         return embedded.transpose(0, 1).contiguous()  # Megatron's layout, [L, B, D]
 
-    def _pass_input(self, segment: Segment, tokens: torch.Tensor, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """The embeddings, or for pass n the final hidden states of pass n-1 (normed, with embeddings, if configured)."""
-        if segment.from_embeddings:
-            return self._embed(tokens)
-        assert hidden_states is not None
+    def _pass_input(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Of pass n the final hidden states of pass n-1, normed, with embeddings, if configured."""
         if self.pass_norm is not None:
             hidden_states = self.pass_norm(hidden_states)
         if self.reinject_embeddings:

@@ -10,20 +10,22 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from powernap.model.batch import find_loss_tokens
 from powernap.model.fast_weights import LayerStates, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
+from powernap.model.recompute import Recompute, keeps_activations, run_segment
 from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import cpu
+from powernap.parallel.host_inputs import HostInputs, release
 from powernap.parallel.planning.timeline import BACKWARD, FORWARD, Step, needs, schedule
 from powernap.parallel.topology import Topology
 
@@ -68,15 +70,20 @@ def forward_backward(
     loss_scale: float,
     topology: Topology,
     *,
-    recompute: bool,
+    recompute: Recompute,
+    offload_inputs: bool = False,
     health: FastWeightHealth | None = None,
 ) -> torch.Tensor:
     """Add every micro-batch's gradient of `loss_scale` x (sum of token losses); return the unscaled sum, on all stages.
 
-    Gradients of weights that several ranks hold are partial sums: see `sum_shared_gradients`. `health` watches the
-    first micro-batch.
+    Gradients of weights that several ranks hold are partial sums: see `sum_shared_gradients`.
+
+    Args:
+        recompute: what is kept of each segment (model/recompute.py).
+        offload_inputs: the inputs that are kept wait in host memory for their backward pass.
+        health: watches the first micro-batch.
     """
-    step = StageStep(stage, micro_batches, loss_scale, recompute, health, topology)
+    step = StageStep(stage, micro_batches, loss_scale, recompute, offload_inputs, health, topology)
     if topology.pp_size == 1:
         for number in range(len(micro_batches)):
             _loop(step, number)
@@ -111,7 +118,7 @@ def predict(
     if topology.pp_size == 1:
         with torch.no_grad():
             output = sleep_and_predict(
-                stage, segments, tokens, loss_mask, layer_states=batch.layer_states, recompute=False, predict=True
+                stage, segments, tokens, loss_mask, layer_states=batch.layer_states, recompute="none", predict=True
             )
         assert output.predictions is not None and output.token_losses is not None
         return output.predictions, output.token_losses, output.layer_states
@@ -146,7 +153,8 @@ class StageStep:
         stage: HybridStage,
         micro_batches: list[MicroBatch],
         loss_scale: float,
-        recompute: bool,
+        recompute: Recompute,
+        offload_inputs: bool,
         health: FastWeightHealth | None,
         topology: Topology,
     ):
@@ -160,6 +168,7 @@ class StageStep:
         self.loss = torch.zeros((), dtype=dtype, device=stage.device)
         # Gives every segment a backward pass, even one without gradients: the schedule runs one.
         self._anchor = torch.zeros((), device=stage.device, requires_grad=True)
+        self.host_inputs = HostInputs(stage.device, self._backward_order()) if offload_inputs else None
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> layer states for its next segment
         self._steps_done = 0
         self._sent: list[torch.Tensor] = []
@@ -191,6 +200,7 @@ class StageStep:
         layer_states = batch.layer_states if index == 0 else self._carried.pop(number)
         if layer_states is None:
             layer_states = self.stage.empty_layer_states(len(batch.tokens))
+        read = layer_states
         hidden_states, loss, *layer_states = self._run(number, index, hidden_states, layer_states)
 
         if loss is not None:
@@ -204,13 +214,15 @@ class StageStep:
         if link_length is None:
             output_used = not last and not batch.segments[index + 1].from_embeddings
         shape = self._link_shape(link_length, batch, segment) if output_used else ()
-        link = Link(shape, self.loss_scale, carried, lambda: self._note(BACKWARD, number, index))
+        link = Link(shape, self.loss_scale, carried, lambda: self._begin_backward(number, index))
         hidden_states = hidden_states if output_used else None
         output = _SegmentBoundary.apply(
             link, self._anchor, self.stage.like, hidden_states, received, loss, *layer_states
         )
         if link_length is not None:
             self._keep(output)
+        if self.host_inputs:  # by now they are there, and the leaves have no other use
+            release(received, *(read if index else ()), *(carried if last else ()))
         return output
 
     def _keep(self, output: torch.Tensor) -> None:
@@ -227,21 +239,22 @@ class StageStep:
         segment = batch.segments[index]
         inputs = batch.tokens[:, :-1]
 
-        def run(hidden_states, *layer_states):
-            with cpu.as_it_is():
-                hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
-                return hidden_states, *layer_states
-
+        keeping = partial(self.host_inputs.keeping, (number, index)) if self.host_inputs else nullcontext
         health = self.health if number == 0 else None
         with (
             nullcontext() if segment.with_grad else torch.no_grad(),
             health.watch(segment) if health else nullcontext(),
         ):
-            if self.recompute and segment.with_grad:  # no dropout anywhere: no random state to restore
-                results = checkpoint(run, hidden_states, *layer_states, use_reentrant=False, preserve_rng_state=False)
-            else:
-                results = run(hidden_states, *layer_states)
-        hidden_states, *layer_states = results
+            hidden_states, layer_states = run_segment(
+                stage,
+                segment,
+                inputs,
+                hidden_states,
+                layer_states,
+                self.recompute,
+                inside=cpu.as_it_is,
+                keeping=keeping,
+            )
         if health:
             health.record(segment, layer_states)
         loss = None
@@ -249,9 +262,22 @@ class StageStep:
             targets, loss_mask = batch.tokens[:, 1:][:, segment.where], batch.loss_mask[:, 1:][:, segment.where]
             with cpu.as_it_is():
                 loss = stage.token_losses(
-                    hidden_states, targets, loss_mask, batch.loss_tokens[index], self.recompute
+                    hidden_states, targets, loss_mask, batch.loss_tokens[index], not keeps_activations(self.recompute)
                 ).sum()
         return hidden_states, loss, *layer_states
+
+    def _backward_order(self) -> list[tuple[int, int]]:
+        """Micro-batch and segment of this stage's backward passes."""
+        if self.topology.pp_size == 1:
+            batches = enumerate(self.micro_batches)
+            return [(number, index) for number, batch in batches for index in reversed(range(len(batch.segments)))]
+        order = schedule(self.topology.pp_size, len(self.micro_batches), len(self.micro_batches[0].segments))
+        return [(step.micro_batch, step.chunk) for step in order[self.topology.pp_rank] if step.kind == BACKWARD]
+
+    def _begin_backward(self, number: int, index: int) -> None:
+        self._note(BACKWARD, number, index)
+        if self.host_inputs:
+            self.host_inputs.begin_backward((number, index))
 
     def _note(self, *step) -> None:
         del self._sent[:-1]
@@ -344,7 +370,9 @@ def _loop(step: StageStep, number: int) -> None:
         if not segment.from_embeddings:
             assert output is not None
             received = output.detach().requires_grad_()
-        output = step.forward(number, index, received)
+        before, output = output, step.forward(number, index, received)
+        if step.host_inputs:
+            release(before)
         done.append((received, output))
     gradient = None
     while done:

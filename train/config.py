@@ -25,6 +25,7 @@ from pydantic import (
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.parameters import matches, parameters
 from powernap.model.plugins import offered_by
+from powernap.model.recompute import Recompute, keeps_activations
 from powernap.model.section import Section
 from powernap.parallel.planning.layout import format_layout, sequence_costs, split_layers
 from powernap.train import by_step
@@ -192,7 +193,14 @@ class TrainConfig(Section):
     )
     only: Patterns | None = Field(None, description="the weights that are trained, in place of freeze, written like it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="weights and activations; accumulation is fp32")
-    recompute: bool = Field(True, description="keep only each segment's inputs, recompute the rest going backward")
+    recompute: Recompute = Field(
+        "segment",
+        description="what is computed again going backward, in place of being kept: none; selective, all but projections and "
+        "attention; blocks, from each block's inputs; segment, a window's pass from its inputs; nested, that, block by block",
+    )
+    offload_inputs: bool = Field(
+        False, description="keep the inputs that recomputation starts from in host memory until they are needed"
+    )
     z_loss: float = Field(
         0.0,
         ge=0,
@@ -227,6 +235,21 @@ class TrainConfig(Section):
     def _one_of_freeze_and_only(self) -> Self:
         if self.freeze is not None and self.only is not None:
             raise ValueError("freeze and only are both given: write what stays as it is, or what is trained")
+        return self
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Recipes, runs and checkpoints of before say true or false."""
+        return {"true": "segment", "false": "none"}.get(str(value).lower(), value)
+
+    @model_validator(mode="after")
+    def _inputs_are_kept(self) -> Self:
+        if self.offload_inputs and keeps_activations(self.recompute):
+            raise ValueError(
+                f"offload_inputs=true moves inputs alone, recompute={self.recompute} keeps much else: write "
+                "train.recompute=segment, nested or blocks"
+            )
         return self
 
     @model_validator(mode="after")
@@ -523,6 +546,11 @@ class Recipe(Section):
             raise ValueError(
                 f"zero.stage=3 with parallel.pipeline={parallel.pipeline}: DeepSpeed gathers parameters where the "
                 "stages of a pipeline would wait for each other; use zero.stage=1, or parallel.pipeline=1"
+            )
+        if stage == 3 and self.train.recompute == "selective":
+            raise ValueError(
+                "train.recompute=selective with zero.stage=3: weights are not gathered at the same places forward and "
+                "backward, so what is kept cannot be told from what is not; use train.recompute=blocks or zero.stage=1"
             )
         if stage == 3 and self.optimizer.name == "muon":
             raise ValueError(

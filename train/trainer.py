@@ -362,7 +362,15 @@ def train_step(
     health = FastWeightHealth(stage) if watched else None
     scale = topology.dp_size / loss_tokens
     with zero.accumulation():
-        loss = forward_backward(stage, micro_batches, scale, topology, recompute=recipe.train.recompute, health=health)
+        loss = forward_backward(
+            stage,
+            micro_batches,
+            scale,
+            topology,
+            recompute=recipe.train.recompute,
+            offload_inputs=recipe.train.offload_inputs,
+            health=health,
+        )
         zero.skip_step_if_nonfinite(loss)
     factor = lr_factor(step, recipe.train.steps, recipe.optimizer)
     set_lr(zero.param_groups, factor)

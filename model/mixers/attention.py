@@ -149,6 +149,13 @@ class Attention(Mixer):
             normed = (queries + pairs) * FP32 * (self.width(model) * (1 if number == FP32 else 2) + 1)
         return kept * self.width(model) * number + self.heads * FP32 + normed
 
+    def kept_bytes(self, model: ModelConfig, number: int) -> float:
+        """Attention's result, before the output projection, and the log-sum-exp of each head's scores."""
+        return self.heads * (self.width(model) * number + FP32)
+
+    def flops_again(self, model: ModelConfig, sleep: SleepConfig, state_only: bool = False) -> int:
+        return 0
+
     def first_state(self, layer: MixerModule, batch: int, like: torch.Tensor) -> torch.Tensor:
         """An empty KV cache, [2, B, groups/TP, 0, width], with the device and dtype of `like`."""
         return like.new_zeros((2, batch, self.groups // layer.tp_size, 0, self.width(layer.model)))

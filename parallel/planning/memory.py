@@ -6,17 +6,17 @@ tensors of real ranks. Activations are the tensors that torch saves on a CPU; on
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from powernap.model.parameters import parameters
-from powernap.model.part import FP32, Device, Weight
-from powernap.model.segments import HEAD_NUMBERS, Segment
+from powernap.model.part import FP32, Device, Mixer, Weight
+from powernap.model.segments import Segment
 from powernap.parallel.planning.groups import stage_groups
-from powernap.parallel.planning.timeline import FORWARD, schedule
-from powernap.parallel.planning.work import Recipe, micro_batches, round_up
+from powernap.parallel.planning.timeline import BACKWARD, FORWARD, Step, schedule
+from powernap.parallel.planning.work import Recipe, head_chunks, micro_batches, recomputes_head, round_up
 
 BF16 = 2  # bytes
 RESERVE = 0.1  # of a device's memory: CUDA's context, NCCL's buffers, fragments
@@ -34,19 +34,20 @@ class MemoryEstimate:
     optimizer: int  # float32 master weights, if weights are not, and moments; 0 if offloaded
     buffers: int  # DeepSpeed's others during the backward passes
     segments: int  # hidden states, fast weights and cached keys and values of the live segments; carried states
-    activations: int  # estimate: of the segment that is recomputed, or of all live ones without recomputation
+    activations: int  # estimate: of what is computed again at once, and what live segments keep besides their inputs
     step: int  # DeepSpeed's, besides the first three, while gradients are reduced and the optimizer steps
     total: int  # peak: of the backward passes or of the optimizer step
     host: int  # offloaded optimizer states
+    host_inputs: int  # offloaded inputs of the live segments; then `segments` are those of two
 
 
 def stage_memory(recipe: Recipe, segments: list[Segment], stage: int, device: Device = "cuda") -> MemoryEstimate:
     """Bytes of a rank of one pipeline stage."""
     weights, gradients, optimizer, buffers, step = state_bytes(recipe, stage_parameters(recipe, stage))
-    saved, most = replay(recipe, segments, stage, device)
+    saved, most, inputs = replay(recipe, segments, stage, device)
     host = optimizer if recipe.zero.offload else 0
     total = weights + gradients + optimizer - host + max(buffers + most, step)
-    return MemoryEstimate(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host)
+    return MemoryEstimate(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host, inputs)
 
 
 def fits(memory: MemoryEstimate, limit: int) -> bool:
@@ -130,41 +131,128 @@ def bytes_per_number(recipe: Recipe) -> int:
     return BF16 if recipe.train.precision == "bf16" else FP32
 
 
-def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) -> tuple[int, int]:
+def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) -> tuple[int, int, int]:
     """Run a stage's schedule with bytes in place of tensors.
 
     Returns:
-        (peak of what live segments keep, peak with activations)
+        (peak of what live segments keep, peak with activations, peak of offloaded inputs in host memory)
     """
-    blocks, recompute = recipe.stage_blocks[stage], recipe.train.recompute
-    handed = [handed_on(recipe, blocks, segments, index) for index in range(len(segments))]
-    computed = [segment_activations(recipe, blocks, s, device) if s.with_grad else 0 for s in segments]
-    heads = [head_bytes(recipe, blocks, s, device) for s in segments]
+    blocks = recipe.stage_blocks[stage]
+    alike = [_shape(segment) for segment in segments]  # there are many segments, of few shapes
+    of_shape = {s: (activations(recipe, blocks, s, device), head_bytes(recipe, blocks, s, device)) for s in set(alike)}
+    computed, heads = zip(*(of_shape[shape] for shape in alike), strict=True)
     longest = hidden_bytes(recipe, max(len(s.tokens) for s in segments))
     # In a pipeline: hidden states received for the next segment, a gradient received, a gradient sent; and a segment's
     # input stays until the next backward pass is done.
     in_pipeline = recipe.parallel.pipeline > 1
     passing, late = 3 * longest * in_pipeline, 0
     steps = stage_steps(recipe, len(segments), stage)
+    if recipe.train.offload_inputs:
+        held, host = _offloaded(_offloaded_inputs(recipe, blocks, segments, device), steps)
+    else:
+        handed = [handed_on(recipe, blocks, segments, index, longest) for index in range(len(segments))]
+        held, host = _kept(handed, steps), 0
     # Under sleep.carry: the initial states of all sequences, and the final states of those that are done.
     state = fast_weight_bytes(recipe, blocks) if recipe.sleep.carry else 0
     saved = state * (2 * micro_batches(recipe) - len(steps) // (2 * len(segments)))
     kept = most_saved = most = 0
-    for kind, _, index in steps:
+    for (kind, _, index), inputs in zip(steps, held, strict=True):
+        now = saved + inputs + late
+        if kind == FORWARD or recipe.train.offload_inputs:
+            most_saved = max(most_saved, now)
         if kind == FORWARD:
-            saved += handed[index]
-            kept += heads[index].kept + (0 if recompute else computed[index])
-            most_saved = max(most_saved, saved + late)
-            most = max(most, saved + late + kept + passing + heads[index].chunk)
+            kept += heads[index].kept + computed[index].kept
+            most = max(most, now + kept + passing + heads[index].chunk)
             continue
-        most = max(most, saved + late + kept + passing + heads[index].chunk)  # the head first, then the segment
+        most = max(most, now + kept + passing + heads[index].chunk)  # the head first, then the segment
         kept -= heads[index].kept
-        most = max(most, saved + late + kept + passing + (computed[index] if recompute else 0))
-        saved -= handed[index]
+        most = max(most, now + kept + passing + computed[index].again)
         saved += state if index + 1 == len(segments) else 0
-        kept -= 0 if recompute else computed[index]
-        late = longest * (in_pipeline and (blocks.start > 0 or index > 0))
-    return most_saved, most
+        kept -= computed[index].kept
+        late = longest * (in_pipeline and not recipe.train.offload_inputs and (blocks.start > 0 or index > 0))
+    return most_saved, most, host
+
+
+def _shape(segment: Segment) -> Segment:
+    """The segment without what its activations do not depend on."""
+    tokens = range(len(segment.tokens))
+    return replace(segment, window=0, pass_number=0, position=0, cached=(), tokens=tokens, final_blocks=range(0))
+
+
+def _kept(handed: list[int], steps: Sequence[Step]) -> list[int]:
+    """Bytes that live segments keep during each step, given what each of a sequence's keeps."""
+    now, held = 0, []
+    for kind, _, index in steps:
+        now += handed[index] if kind == FORWARD else 0
+        held.append(now)
+        now -= handed[index] if kind == BACKWARD else 0
+    return held
+
+
+class OffloadedInputs(NamedTuple):
+    """Bytes of one segment under train.offload_inputs."""
+
+    read: int  # its inputs
+    new: int  # of these, what no earlier segment has in host memory already
+    left: int  # states and hidden states for the next segment, until that runs
+
+
+def _offloaded(inputs: list[OffloadedInputs], steps: Sequence[Step]) -> tuple[list[int], int]:
+    """(bytes of inputs on the device during each step, most in host memory)."""
+    backward = [step for step in steps if step.kind == BACKWARD]
+    following = dict(pairwise(backward))
+    waiting: dict[int, int] = {}  # micro-batch -> bytes for its next segment
+    done: set[Step] = set()
+    held, host, most, fetched = [], 0, 0, 0
+    for step in steps:
+        own = inputs[step.chunk]
+        if step.kind == FORWARD:
+            waiting.pop(step.micro_batch, None)
+            done.add(step)
+            host += own.new
+            most = max(most, host)
+            held.append(sum(waiting.values()) + own.read + own.left + fetched)
+            waiting[step.micro_batch] = own.left
+            continue
+        after = following.get(step)
+        fetched = inputs[after.chunk].read if after and after._replace(kind=FORWARD) in done else 0
+        held.append(sum(waiting.values()) + own.read + fetched)
+        host -= own.new
+    return held, most
+
+
+def _offloaded_inputs(recipe: Recipe, blocks: range, segments: list[Segment], device: Device) -> list[OffloadedInputs]:
+    """Of each segment of a micro-batch. A state that a segment leaves as it was is copied once."""
+    mixers = recipe.model.mixers
+    states = {b: _state_bytes(recipe, mixers[b], 0) for b in blocks if mixers[b].has_state(recipe.sleep)}
+    fresh, found = dict(states), []
+    for index, segment in enumerate(segments):
+        by_block = recipe.train.recompute == "blocks"
+        taken = [block for block in states if not by_block or block in segment.blocks] if segment.with_grad else []
+        received = index > 0 if recipe.parallel.pipeline == 1 else index > 0 or blocks.start > 0
+        received = received and not (blocks.start == 0 and segment.from_embeddings)
+        number = received + (_more_inputs(recipe, blocks, segment) if by_block else 0)
+        hidden = [hidden_bytes(recipe, len(segment.tokens))] * (number if segment.with_grad else 0)
+        new = [fresh.pop(block) for block in taken if block in fresh] + hidden
+        written = written_states(recipe, blocks, segment)
+        fresh |= written
+        states |= written
+        last = index + 1 == len(segments)
+        next_pass = not last and recipe.parallel.pipeline == 1 and not segments[index + 1].from_embeddings
+        left = sum(states.values()) + next_pass * hidden_bytes(recipe, len(segment.tokens))
+        found.append(
+            OffloadedInputs(
+                sum(states[block] for block in taken) + sum(hidden),
+                sum(_pinned(size, device) for size in new),
+                0 if last else left,
+            )
+        )
+    return found
+
+
+def _pinned(size: int, device: Device) -> int:
+    """Bytes of host memory for `size`: torch rounds pinned memory up to a power of two (CachingHostAllocator)."""
+    return 1 << (size - 1).bit_length() if size and device == "cuda" else size
 
 
 def stage_steps(recipe: Recipe, segments: int, stage: int):
@@ -173,11 +261,11 @@ def stage_steps(recipe: Recipe, segments: int, stage: int):
     return schedule(stages, 1 if stages == 1 else min(micro_batches(recipe), 3 * stages), segments)[stage]
 
 
-def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int) -> int:
+def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int, longest: int) -> int:
     """Bytes that segment `index` of one micro-batch keeps from its forward to the end of its backward pass.
 
     Its new fast weights and caches; on a single stage the hidden states for the next pass; in a pipeline its input, of
-    the longest window's length: its output is dropped.
+    the `longest` window's length: its output is dropped.
     """
     segment, last = segments[index], index + 1 == len(segments)
     states = written_bytes(recipe, blocks, segment)
@@ -189,7 +277,7 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
         feeds_next_pass = not last and not segments[index + 1].from_embeddings
         return states + feeds_next_pass * hidden_bytes(recipe, len(segment.tokens))
     received = blocks.start > 0 or index > 0
-    return states + received * hidden_bytes(recipe, max(len(s.tokens) for s in segments))
+    return states + received * longest
 
 
 def _begins_a_graph(recipe: Recipe, blocks: range) -> bool:
@@ -206,12 +294,13 @@ def hidden_bytes(recipe: Recipe, tokens: int) -> int:
 
 def fast_weight_bytes(recipe: Recipe, blocks: Iterable[int]) -> int:
     """Fast weights of a micro-batch, float32, [b, heads/TP, rows, columns] for each block that has any."""
-    return sum(_state_bytes(recipe, block, 0) for block in blocks if block in recipe.model.fast_weight_blocks)
+    mixers = recipe.model.mixers
+    return sum(_state_bytes(recipe, mixers[block], 0) for block in blocks if mixers[block].has_fast_weights)
 
 
-def _state_bytes(recipe: Recipe, block: int, cached: int) -> int:
+def _state_bytes(recipe: Recipe, mixer: Mixer, cached: int) -> int:
     """Bytes of what a block hands from window to window."""
-    one = recipe.model.mixers[block].state_bytes(recipe.model, bytes_per_number(recipe), cached)
+    one = mixer.state_bytes(recipe.model, bytes_per_number(recipe), cached)
     return recipe.micro_batch_size * one // recipe.parallel.tensor
 
 
@@ -228,12 +317,81 @@ def written_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
 
     Under sliding eviction an attention block's last pass over a window caches keys and values.
     """
+    return sum(written_states(recipe, blocks, segment).values())
+
+
+def written_states(recipe: Recipe, blocks: range, segment: Segment) -> dict[int, int]:
+    """Block -> bytes of its new state."""
     cached = min(recipe.model.window - 1, segment.position + len(segment.tokens))
-    mixers = recipe.model.mixers
-    caches = [b for b in blocks if not mixers[b].has_fast_weights and mixers[b].has_state(recipe.sleep)]
-    return fast_weight_bytes(recipe, writing_blocks(recipe, blocks, segment)) + sum(
-        _state_bytes(recipe, block, cached) for block in caches if block in segment.final_blocks and not segment.probe
+    mixers, writing = recipe.model.mixers, writing_blocks(recipe, blocks, segment)
+    cached_anew = [] if segment.probe else segment.final_blocks
+    return {
+        block: _state_bytes(recipe, mixers[block], cached)
+        for block in blocks
+        if mixers[block].has_state(recipe.sleep)
+        and block in (writing if mixers[block].has_fast_weights else cached_anew)
+    }
+
+
+class Activations(NamedTuple):
+    """Bytes of one segment on a stage, besides its inputs."""
+
+    kept: int  # from its forward to its backward pass
+    again: int  # in its backward pass alone
+
+
+def activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> Activations:
+    """What train.recompute keeps of the segment, and the most that is computed again at once."""
+    recompute = recipe.train.recompute
+    if not segment.with_grad:
+        return Activations(0, 0)
+    whole = segment_activations(recipe, blocks, segment, device)
+    if recompute in ("none", "segment"):
+        return Activations(whole, 0) if recompute == "none" else Activations(0, whole)
+    tokens = len(segment.tokens) * recipe.micro_batch_size
+    ran = [block for block in blocks if block in segment.blocks]
+    write = segment.blocks.stop - 1 if segment.state_only else -1
+    kept = {
+        block: _products(recipe, block, block == write) if recompute == "selective" else Products(0, 0) for block in ran
+    }
+    own = hidden_bytes(recipe, 1) / recipe.micro_batch_size  # a block's input, if its norm keeps no copy
+    own = 0 if device == "cpu" and bytes_per_number(recipe) == BF16 else own
+    largest = max(
+        (_block_activations(recipe, block, device, block == write) - kept[block].saved - own for block in ran),
+        default=0,
     )
+    inputs = _more_inputs(recipe, blocks, segment) * hidden_bytes(recipe, len(segment.tokens))
+    held = inputs + int(tokens * sum(sum(products) for products in kept.values()))
+    again = max(0, int(tokens * largest))
+    if recompute == "nested":
+        return Activations(0, held + again)
+    return Activations(0 if recipe.train.offload_inputs else held, again)
+
+
+def _more_inputs(recipe: Recipe, blocks: range, segment: Segment) -> int:
+    """Number of hidden states that are inputs of blocks, besides the one that the stage receives."""
+    ran = sum(block in segment.blocks for block in blocks)
+    changed = segment.from_embeddings or recipe.sleep.pass_norm or recipe.sleep.reinject_embeddings
+    return ran if blocks.start == 0 and changed else max(0, ran - 1)
+
+
+class Products(NamedTuple):
+    """Bytes per token of what train.recompute=selective keeps of one block, besides its input."""
+
+    saved: float  # by autograd, too
+    others: float  # of projections back to the hidden width, whole on every tensor rank
+
+
+def _products(recipe: Recipe, block: int, state_only: bool) -> Products:
+    model, number, tensor = recipe.model, bytes_per_number(recipe), recipe.parallel.tensor
+    mixer = model.mixers[block]
+    parts = [mixer, model.mlp] if model.has_mlp(block) and not state_only else [mixer]
+    matrices = [w for part in parts for w in part.weights(model) if w.is_matrix]
+    inner = sum(number * w.shape[0] for w in matrices if w.split == 0)
+    if state_only:
+        return Products(inner / tensor, 0)
+    outer = sum(number * w.shape[0] for w in matrices if w.split == 1)
+    return Products((inner + mixer.kept_bytes(model, number)) / tensor, outer)
 
 
 def segment_activations(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> int:
@@ -260,8 +418,8 @@ def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device =
     vocabulary = model.vocab_size / recipe.parallel.tensor
     norm = _norm(recipe, device)
     logits = vocabulary * (size + 2 * FP32)  # and their float32 softmax and its gradient
-    chunks = math.ceil(tokens * vocabulary / HEAD_NUMBERS)
-    if not recipe.train.recompute and chunks == 1:
+    chunks = head_chunks(recipe, segment)
+    if not recomputes_head(recipe, segment):
         return HeadBytes(int(tokens * (norm + logits)), 0)
     rows = model.hidden_size * size
     if recipe.parallel.sequence:  # normed before they are gathered

@@ -3,12 +3,11 @@
 The tests compare it with what real ranks ask of their process groups, in layouts of up to 512 ranks.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from powernap.model.part import FP32, Weight
-from powernap.model.segments import HEAD_NUMBERS, Segment
+from powernap.model.segments import Segment
 from powernap.parallel.planning.groups import stage_groups, trained
 from powernap.parallel.planning.memory import (
     BF16,
@@ -18,7 +17,7 @@ from powernap.parallel.planning.memory import (
     stage_parameters,
 )
 from powernap.parallel.planning.timeline import FORWARD, Step, needs, schedule
-from powernap.parallel.planning.work import Recipe, micro_batches
+from powernap.parallel.planning.work import Recipe, head_chunks, micro_batches, recomputes_head
 
 INT64 = 8  # bytes
 COUNTS = 3  # numbers that data ranks sum before a step: loss tokens, samples left out, a checksum
@@ -74,9 +73,10 @@ def messages(recipe: Recipe, segments: list[Segment], rank: int) -> list[Message
 
     Sends and receives are in the order of the schedule's steps; Megatron-core posts receives earlier. As if every token
     of a window that is read bore loss. The step is one that records no metrics of fast weights; its optimizer is not Muon,
-    which gathers matrices, and nothing is frozen.
+    which gathers matrices, nothing is frozen, and
+    segments are recomputed as wholes or not at all.
     """
-    assert recipe.zero.stage == 1 and recipe.optimizer.name != "muon"
+    assert recipe.zero.stage == 1 and recipe.optimizer.name != "muon" and recipe.train.recompute in ("none", "segment")
     place = _Place(recipe, segments, rank)
     assert trained(recipe, place.weights) == place.weights
     return [message for message in place.step() if len(message.ranks) > 1 or message.kind in ("send", "receive")]
@@ -145,10 +145,10 @@ class _Place:
 
     def _backward(self, index: int) -> Iterator[Message]:
         """The head's chunks from the last to the first, each computed again; then the segment."""
-        segment, recompute = self.segments[index], self.recipe.train.recompute
+        segment, recompute = self.segments[index], self.recipe.train.recompute == "segment"
         chunks = self._head_chunks(segment)
         for chunk in reversed(chunks):
-            yield from chunk.forward if recompute or len(chunks) > 1 else ()
+            yield from chunk.forward if recomputes_head(self.recipe, segment) else ()
             yield from chunk.backward
         if not segment.with_grad:
             return
@@ -230,14 +230,12 @@ class _Place:
     def _head_chunks(self, segment: Segment) -> list[_Layer]:
         if not (segment.predicts and self.is_last):
             return []
-        model, tensor = self.recipe.model, self.recipe.parallel.tensor
-        tokens = len(segment.tokens) * self.recipe.micro_batch_size
-        chunks = math.ceil(tokens * model.vocab_size / tensor / HEAD_NUMBERS)
+        tokens, chunks = len(segment.tokens) * self.recipe.micro_batch_size, head_chunks(self.recipe, segment)
         layers = []
         for number in range(chunks):
             rows = tokens // chunks + (number < tokens % chunks)
             sums = (self._tensor("all-reduce", rows, FP32),) * LOSS_SUMS
-            layers.append(_Layer(sums, (self._tensor("all-reduce", rows * model.hidden_size),)))
+            layers.append(_Layer(sums, (self._tensor("all-reduce", rows * self.recipe.model.hidden_size),)))
         return layers
 
     # -------------------------------------------------------------------------------- after the last backward pass

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from powernap.model.parameters import parameters
+from powernap.model.recompute import Recompute
 from powernap.model.segments import Probe, Segment
+from powernap.parallel.planning.choices import Choice, choices, in_words
 from powernap.parallel.planning.groups import trained
 from powernap.parallel.planning.layout import consolidation_flops, format_layout, head_flops, prediction_flops
 from powernap.parallel.planning.memory import RESERVE, MemoryEstimate, fits, stage_memory, stage_parameters
@@ -67,7 +69,8 @@ class Plan:
     zero_stage: int
     precision: str
     optimizer: str
-    recompute: bool
+    recompute: Recompute
+    offload_inputs: bool
     pattern: str
     pipeline_layout: str
     parameters: int
@@ -89,6 +92,7 @@ class Plan:
     flops_per_token_awake: int
     flops_per_token_asleep: int
     flops_per_step: int
+    choices: list[Choice]  # of train.recompute and train.offload_inputs, and what each costs
     bubble: float
     bubble_formula: float
     stages: list[StagePlan]
@@ -107,8 +111,8 @@ class Plan:
         values = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("picture", "labels")
         }
-        parts = {name: [dataclasses.asdict(one) for one in values[name]] for name in ("stages", "phases")}
-        return json.dumps({**values, **parts, "flops_of_run": self.flops_of_run}, indent=2)
+        tables = {name: [dataclasses.asdict(row) for row in values[name]] for name in ("stages", "choices", "phases")}
+        return json.dumps({**values, **tables, "flops_of_run": self.flops_of_run}, indent=2)
 
     @property
     def flops_of_run(self) -> int:
@@ -131,7 +135,7 @@ class Plan:
             "model": f"{in_units(self.parameters)} parameters{trains}, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
             "ranks": f"{self.ranks} = data {self.data} x tensor {self.tensor} x pipeline {self.pipeline}{shards}",
             "training": f"{self.precision}, {self.optimizer}, ZeRO {self.zero_stage}, "
-            f"activations {'recomputed' if self.recompute else 'kept'}",
+            f"recompute {in_words(self.recompute, self.offload_inputs)}",
             "sequence": f"{self.tokens_per_sequence:,} tokens in {self.windows} windows of {self.window}: "
             f"{self.windows_slept} slept on (N={self.passes}), {self.windows_read} read once{probes}",
             "segments": f"{self.segments} a sequence, {source}",
@@ -147,7 +151,7 @@ class Plan:
         lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
         if len(self.phases) > 1:
             lines += ["", *self._phase_table()]
-        lines += ["", *self._stage_table(), "", *self._verdict(), "", self._bubble()]
+        lines += ["", *self._stage_table(), "", *self._verdict(), "", *self._choice_table(), "", self._bubble()]
         if self.pipeline > 1:
             colours = [f"\033[38;5;{COLOURS[ord(label[0]) % len(COLOURS)]}m" for label in self.labels]
             lines += [*draw(self.picture, self.labels, 80, colours if colour else None), *self._legend()]
@@ -167,10 +171,17 @@ class Plan:
             lines.append(
                 f"{s.stage:<5} {blocks:<13} {in_units(s.parameters_per_rank):>6} {s.live_segments:>5} {numbers}"
             )
-        what = "the one recomputed" if self.recompute else "all of them"
+        saved = "of the one that runs and the next" if self.offload_inputs else "of live segments"
+        activations = {
+            "none": "all of live segments",
+            "selective": "what live segments keep, and of one block the rest",
+            "blocks": "of one block" + ("" if self.offload_inputs else ", and inputs of live segments' other blocks"),
+            "segment": "of the segment that is recomputed",
+            "nested": "of one block, and its segment's inputs of blocks",
+        }[self.recompute]
         lines += [
-            "grads: with DeepSpeed's buffers; saved: what live segments keep;",
-            f"activ.: of {what}, estimated",
+            f"grads: with DeepSpeed's buffers; saved: inputs {saved};",
+            f"activ.: {activations}, estimated",
         ]
         if any(s.memory.step > s.memory.buffers + s.memory.segments + s.memory.activations for s in self.stages):
             lines.append("total: while the optimizer steps, when saved and activ. are gone")
@@ -192,12 +203,24 @@ class Plan:
         lines = [f"memory     {in_bytes(total)} on a rank of stage {fullest.stage}"]
         if host:
             lines.append(f"           and {in_bytes(host)} in host memory for each rank's optimizer states")
+        if self.offload_inputs:
+            inputs = max(s.memory.host_inputs for s in self.stages)
+            lines.append(f"           and {in_bytes(inputs)} in pinned host memory for each rank's inputs of segments")
         if self.memory_limit is None:
             return lines
         left = (1 - RESERVE) * self.memory_limit - total
         reserve = f"besides a reserve of {RESERVE:.0%} of {in_bytes(self.memory_limit)}"
         answer = f"yes, {in_bytes(left)} to spare" if self.fits else f"NO, {in_bytes(-left)} too much"
         return [*lines, f"fits       {answer} {reserve}"]
+
+    def _choice_table(self) -> list[str]:
+        lines = [f"{'recompute':<30} {'FLOPs':>7} {'a rank':>8} {'host':>8}"]
+        for choice in self.choices:
+            own = (choice.recompute, choice.offload_inputs) == (self.recompute, self.offload_inputs)
+            name = in_words(choice.recompute, choice.offload_inputs) + ", as here" * own
+            host = in_bytes(choice.host) if choice.host else "-"
+            lines.append(f"{name:<30} {in_units(choice.flops_per_step):>7} {in_bytes(choice.bytes):>8} {host:>8}")
+        return lines
 
     def _bubble(self) -> str:
         if self.pipeline == 1:
@@ -257,6 +280,7 @@ def plan(
         precision=recipe.train.precision,
         optimizer=recipe.optimizer.name,
         recompute=recipe.train.recompute,
+        offload_inputs=recipe.train.offload_inputs,
         pattern=model.pattern,
         pipeline_layout=format_layout(model.pattern, recipe.stage_blocks),
         parameters=sum(w.size() for w in weights),
@@ -278,6 +302,7 @@ def plan(
         flops_per_token_awake=sum(prediction_flops(model, sleep)) + head_flops(model),
         flops_per_token_asleep=sum(map(sum, consolidation_flops(model, sleep, passes))),
         flops_per_step=step_flops(recipe, segments),
+        choices=choices(recipe, segments),
         bubble=timeline.bubble,
         bubble_formula=bubble(parallel.pipeline, batches, len(segments)),
         stages=_stages(recipe, segments, memories),

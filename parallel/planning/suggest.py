@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from powernap.model.recompute import Recompute
 from powernap.model.segments import Probe, Segment
-from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_memory, stage_parameters
+from powernap.parallel.planning.choices import alternatives, in_words, stage_memories
+from powernap.parallel.planning.memory import FP32, bytes_per_number, fits, stage_parameters
 from powernap.parallel.planning.plan import in_bytes
-from powernap.parallel.planning.timeline import bubble
+from powernap.parallel.planning.timeline import bubble, peak_live
 from powernap.parallel.planning.work import (
     PlanError,
     Recipe,
@@ -23,6 +25,7 @@ from powernap.parallel.planning.work import (
 NODE = 8  # ranks with fast links between them: the largest tensor parallelism
 FLOPS_PER_BYTE_IN_NODE = 1_000  # such as 400 TFLOP/s and 400 GB/s
 FLOPS_PER_BYTE_BETWEEN_NODES = 10_000  # such as 400 TFLOP/s and 40 GB/s
+FLOPS_PER_BYTE_TO_HOST = 16_000  # such as 400 TFLOP/s and 25 GB/s
 SATURATION = 512  # tokens of a micro-batch's window at which a device reaches half its speed
 MOST_MICRO_BATCHES = 512
 
@@ -42,13 +45,18 @@ class Suggestion:
     efficiency: float  # estimate: useful part of the devices' time
     bytes: int  # of the fullest rank
     fits: bool | None
+    recompute: Recompute
+    offload_inputs: bool
+    host: int  # bytes of host memory for a rank
+    flops: float | None  # of a step, over those with the recipe's own choice; None: this is the recipe's
 
     def overrides(self) -> str:
         """As `key=value` for the command line."""
         return (
             f"parallel.data={self.data} parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} "
             f"parallel.sequence={str(self.sequence_parallel).lower()} zero.stage={self.zero_stage} "
-            f"train.micro_batch_size={self.micro_batch_size}"
+            f"train.micro_batch_size={self.micro_batch_size} train.recompute={self.recompute} "
+            f"train.offload_inputs={str(self.offload_inputs).lower()}"
         )
 
 
@@ -61,14 +69,15 @@ def suggest(
 ) -> list[Suggestion]:
     """Layouts for `devices` ranks, best first: those that fit before those that do not, then by estimated efficiency.
 
-    For each grid of processes and ZeRO stage the best micro-batch size is kept.
+    For each grid of processes and ZeRO stage the best micro-batch size is kept. Where one does not fit with the recipe's
+    train.recompute, the choice with the fewest FLOPs that does takes its place.
 
     Raises:
         PlanError: if no layout can run.
     """
     best: dict[tuple[int, int, int, int], Suggestion] = {}
     for candidate in _candidates(recipe, devices):
-        suggestion = _suggestion(candidate, segments_of(candidate, predicts, probes), memory_limit)
+        suggestion = _fitting(candidate, segments_of(candidate, predicts, probes), memory_limit)
         layout = (suggestion.data, suggestion.tensor, suggestion.pipeline, suggestion.zero_stage)
         if layout not in best or _rank(suggestion) > _rank(best[layout]):
             best[layout] = suggestion
@@ -122,9 +131,29 @@ def _changed(recipe: Recipe, grid: dict, micro_batch_size: int, zero_stage: int)
         return None
 
 
-def _suggestion(recipe: Recipe, segments: list[Segment], memory_limit: int | None) -> Suggestion:
+def _fitting(recipe: Recipe, segments: list[Segment], memory_limit: int | None) -> Suggestion:
+    """With the recipe's train.recompute, or where that does not fit the one with the fewest FLOPs that does."""
+    own, own_flops = _suggestion(recipe, segments, memory_limit), step_flops(recipe, segments)
+    if own.fits is not False:
+        return own
+    others = [(step_flops(other, segments), other.train.offload_inputs, other) for other in alternatives(recipe)]
+    for flops, _, other in sorted(others, key=lambda entry: entry[:2]):
+        if flops >= own_flops:
+            suggestion = _suggestion(other, segments, memory_limit, flops / own_flops)
+            if suggestion.fits:
+                return suggestion
+    return own
+
+
+def _suggestion(
+    recipe: Recipe, segments: list[Segment], memory_limit: int | None, flops: float | None = None
+) -> Suggestion:
     parallel, work = recipe.parallel, stage_work(recipe, segments)
-    memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
+    memories = stage_memories(recipe, segments)
+    # Inputs go to the host and back: peak_live segments of them are there at once.
+    live = peak_live(parallel.pipeline, 0, micro_batches(recipe), len(segments))
+    copied = 2 * max(m.host_inputs for m in memories) / live * len(segments) * micro_batches(recipe)
+    copies = copied * FLOPS_PER_BYTE_TO_HOST * parallel.world_size / step_flops(recipe, segments)
     waiting = bubble(parallel.pipeline, micro_batches(recipe), len(segments))
     tokens = sum(len(s.tokens) for s in segments) / len(segments) * recipe.micro_batch_size
     efficiency = (1 - waiting) * (sum(work) / len(work) / max(work)) * (tokens / (tokens + SATURATION))
@@ -137,9 +166,13 @@ def _suggestion(recipe: Recipe, segments: list[Segment], memory_limit: int | Non
         micro_batch_size=recipe.micro_batch_size,
         micro_batches=micro_batches(recipe),
         bubble=waiting,
-        efficiency=efficiency / (1 + communication(recipe, segments)),
+        efficiency=efficiency / (1 + communication(recipe, segments) + copies) / (flops or 1),
         bytes=max(memory.total for memory in memories),
         fits=None if memory_limit is None else all(fits(memory, memory_limit) for memory in memories),
+        recompute=recipe.train.recompute,
+        offload_inputs=recipe.train.offload_inputs,
+        host=max(memory.host + memory.host_inputs for memory in memories),
+        flops=flops,
     )
 
 
@@ -160,8 +193,13 @@ def suggestions_text(suggestions: Sequence[Suggestion], devices: int, most: int 
             f"{s.data:>5} {s.tensor:>6} {s.pipeline:>4} {'yes' if s.sequence_parallel else '-':>6} {s.zero_stage:>4} "
             f"{micro:>14} {s.bubble:>7.1%} {s.efficiency:>10.1%} {in_bytes(s.bytes):>8}  {fit}".rstrip()
         )
+        if s.flops is not None:
+            host = f", {in_bytes(s.host)} on a rank's host" if s.host else ""
+            choice = in_words(s.recompute, s.offload_inputs)
+            lines.append(f"      recompute {choice}: {s.flops:.2f} x FLOPs{host}")
     words = suggestions[0].overrides().split()
-    return "\n".join([*lines, "", "the first: " + " ".join(words[:3]), "           " + " ".join(words[3:])])
+    parts = [" ".join(words[first : first + 3]) for first in range(0, len(words), 3)]
+    return "\n".join([*lines, "", "the first: " + ("\n" + " " * 11).join(parts)])
 
 
 def communication(recipe: Recipe, segments: list[Segment]) -> float:
@@ -178,7 +216,8 @@ def communication(recipe: Recipe, segments: list[Segment]) -> float:
 def bytes_sent(recipe: Recipe, segments: list[Segment]) -> tuple[float, float]:
     """Estimated bytes that a rank sends in a step, to tensor ranks and to others; messages.py has them one by one.
 
-    Tensor parallelism: two all-reduces (or gather and scatter pairs) per block forward, two backward, two recomputed;
+    Tensor parallelism: two all-reduces (or gather and scatter pairs) per block forward, two backward, two
+    each time that it is recomputed;
     sequence parallelism gathers the inputs of both products once more for their weights' gradients. Pipeline: per
     segment hidden states forward and their gradient back. Data: gradients all-reduced, under ZeRO 3 reduced to a part
     each, and weights gathered, once per step; ZeRO 3 gathers the weights for the forward, recomputed and backward pass
@@ -187,7 +226,10 @@ def bytes_sent(recipe: Recipe, segments: list[Segment]) -> tuple[float, float]:
     parallel, size, width = recipe.parallel, bytes_per_number(recipe), recipe.model.hidden_size
     # Tokens that a rank computes in a step, counted in every pass.
     tokens = sum(len(segment.tokens) for segment in segments) * recipe.sequences_per_rank
-    rounds = 4 + parallel.sequence + 2 * recipe.train.recompute
+    again = {"none": 0, "selective": 0, "blocks": 1, "segment": 1, "nested": 2}[recipe.train.recompute]
+    if recipe.train.recompute == "selective" and parallel.sequence:  # an all-reduce's result is kept, no other's
+        again = 1
+    rounds = 4 + parallel.sequence + 2 * again
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     in_node = ring * rounds * max(map(len, recipe.stage_blocks)) * tokens * width * size
     between = 2 * tokens * width * size / recipe.sequence_shards if parallel.pipeline > 1 else 0
@@ -197,7 +239,7 @@ def bytes_sent(recipe: Recipe, segments: list[Segment]) -> tuple[float, float]:
     reductions = 1 if recipe.zero.stage == 3 else 2  # an all-reduce sends the gradients, then their sums
     between += others * weights * (reductions * FP32 + size)
     if recipe.zero.stage == 3:
-        gathers = (2 + recipe.train.recompute) * len(segments) * micro_batches(recipe)
+        gathers = (2 + again) * len(segments) * micro_batches(recipe)
         between += others * weights * size * gathers
     return in_node, between
 

@@ -1,11 +1,13 @@
 """What one optimizer step computes: the segments of a sequence and their FLOPs. Nothing here imports torch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import parameters
-from powernap.model.segments import Probe, Segment, cut, windows_of
+from powernap.model.recompute import keeps_activations
+from powernap.model.segments import HEAD_NUMBERS, Probe, Segment, cut, windows_of
 from powernap.parallel.planning.layout import (
     consolidation_flops,
     embedding_flops,
@@ -73,12 +75,14 @@ def stage_work(recipe: Recipe, segments: list[Segment]) -> list[float]:
 
 
 def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
-    """FLOPs of one optimizer step over all ranks: forward, twice that backward, once more if recomputed."""
-    total = 0
-    for segment, blocks in zip(segments, segment_flops(recipe, segments), strict=True):
-        flops = sum(blocks) + (head_flops(recipe.model) if segment.predicts else 0)
-        total += flops * len(segment.tokens) * (1 + _backward_factor(recipe, segment))
-        total -= sum(frozen_flops(recipe, segment)) * len(segment.tokens)
+    """FLOPs of one optimizer step over all ranks: forward, twice that backward, and what is computed again."""
+    total, stages = 0, recipe.stage_blocks
+    for segment, by_block in zip(segments, segment_flops(recipe, segments), strict=True):
+        flops = sum(by_block) + (head_flops(recipe.model) if segment.predicts else 0)
+        if segment.with_grad:
+            flops += 2 * flops + sum(flops_again(recipe, segment, blocks, by_block) for blocks in stages)
+        flops -= sum(frozen_flops(recipe, segment))
+        total += flops * len(segment.tokens)
     return total * recipe.train.global_batch_size
 
 
@@ -92,25 +96,52 @@ def step_flops_by_passes(recipe: Recipe, predicts: Sequence[bool] | None, probes
     return flops
 
 
+def flops_again(recipe: Recipe, segment: Segment, blocks: range, by_block: Sequence[int]) -> int:
+    """FLOPs per token that a stage's backward step computes again.
+
+    Args:
+        by_block: of `segment_flops`.
+    """
+    recompute, model = recipe.train.recompute, recipe.model
+    ran = [block for block in blocks if block in segment.blocks]
+    head = 0
+    if segment.predicts and blocks.stop == model.num_layers:
+        head = head_flops(model) if recomputes_head(recipe, segment) else 0
+    if recompute == "selective":
+        write = segment.blocks.stop - 1 if segment.state_only else -1
+        return head + sum(model.mixers[block].flops_again(model, recipe.sleep, block == write) for block in ran)
+    times = {"none": 0, "blocks": 1, "segment": 1, "nested": 2}[recompute]
+    # The first time nested needs blocks' inputs alone, so the last block does not run.
+    less = by_block[ran[-1]] if ran and recompute == "nested" else 0
+    return head + times * sum(by_block[block] for block in ran) - less
+
+
+def head_chunks(recipe: Recipe, segment: Segment) -> int:
+    """Chunks in which the head runs, as in model/stage.py."""
+    tokens = len(segment.tokens) * recipe.micro_batch_size
+    return math.ceil(tokens * recipe.model.vocab_size / recipe.parallel.tensor / HEAD_NUMBERS)
+
+
+def recomputes_head(recipe: Recipe, segment: Segment) -> bool:
+    return not keeps_activations(recipe.train.recompute) or head_chunks(recipe, segment) > 1
+
+
 def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float]], list[list[float]]]:
     """FLOPs of a forward and a backward step, [stages][segments], for one sequence on one rank."""
     forward: list[list[float]] = []
-    by_block = segment_flops(recipe, segments)
+    backward: list[list[float]] = []
+    by_segment = segment_flops(recipe, segments)
     for blocks in recipe.stage_blocks:
         forward.append([])
-        for segment, block_flops in zip(segments, by_block, strict=True):
-            flops = sum(block_flops[blocks.start : blocks.stop])
+        backward.append([])
+        for segment, by_block in zip(segments, by_segment, strict=True):
+            flops = sum(by_block[blocks.start : blocks.stop])
             flops += embedding_flops(recipe.model) if blocks.start == 0 and segment.from_embeddings else 0
             flops += head_flops(recipe.model) if segment.predicts and blocks.stop == recipe.model.num_layers else 0
+            again = flops_again(recipe, segment, blocks, by_block)
+            less = sum(frozen_flops(recipe, segment)[blocks.start : blocks.stop])
             forward[-1].append(float(flops * len(segment.tokens)))
-    backward = [
-        [time * _backward_factor(recipe, segment) for time, segment in zip(times, segments, strict=True)]
-        for times in forward
-    ]
-    less = [frozen_flops(recipe, segment) for segment in segments]
-    for times, blocks in zip(backward, recipe.stage_blocks, strict=True):
-        for index, segment in enumerate(segments):
-            times[index] -= sum(less[index][blocks.start : blocks.stop]) * len(segment.tokens)
+            backward[-1].append(float((2 * flops + again - less) * len(segment.tokens)) if segment.with_grad else 0.0)
     return forward, backward
 
 
@@ -127,11 +158,6 @@ def frozen_flops(recipe: Recipe, segment: Segment) -> list[int]:
     if segment.predicts and not trains(head):
         less[-1] += 2 * model.vocab_size * model.hidden_size
     return less
-
-
-def _backward_factor(recipe: Recipe, segment: Segment) -> int:
-    """Time of a segment's backward step, in units of its forward step."""
-    return (2 + recipe.train.recompute) if segment.with_grad else 0
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import TransformerConfig
+from powernap.model.recompute import Recompute
 from powernap.model.segments import Segment
 from powernap.parallel.planning.timeline import Timeline, schedule, simulate
 from powernap.parallel.schedule import MicroBatch, forward_backward
@@ -35,7 +36,7 @@ class Case:
     micro_batches: int
     forward: tuple[tuple[float, ...], ...]
     backward_over_forward: float = 2.0
-    recompute: bool = True
+    recompute: Recompute = "segment"
     flushes: int = 1
 
     @property
@@ -44,7 +45,7 @@ class Case:
 
     def plan(self) -> Timeline:
         """One flush as parallel/planning/timeline.py simulates it."""
-        factor = self.backward_over_forward + self.recompute
+        factor = self.backward_over_forward + (self.recompute == "segment")
         backward = [[factor * seconds for seconds in stage] for stage in self.forward]
         return simulate(schedule(self.stages, self.micro_batches, sum(self.passes)), self.forward, backward)
 

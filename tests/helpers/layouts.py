@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from powernap.model import recompute as recompute_module
 from powernap.model import stage as stage_module
 from powernap.model.batch import find_loss_tokens, plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.fast_weights import cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
+from powernap.model.recompute import Recompute
 from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import schedule
+from powernap.parallel import host_inputs, schedule
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.topology import init_distributed, shutdown_distributed
 from powernap.train import trainer
@@ -58,7 +60,8 @@ class Case:
     data: int = 1
     sequence: bool = False
     layout: str | None = None
-    recompute: bool = False
+    recompute: Recompute = "none"
+    offload_inputs: bool = False
     windows: int = 3
     predicting: tuple[int, ...] = (2,)
     last_window: int = tiny.WINDOW  # tokens of the last window
@@ -103,7 +106,9 @@ def compare(case: Case, **process_group) -> dict:
             reference = health[topology.dp_rank]  # of this model's first micro-batch
             watched = max(abs(metrics[name] / value - 1) for name, value in reference.items())
         else:
-            own_loss = schedule.forward_backward(stage, own, scale, topology, recompute=case.recompute)
+            own_loss = schedule.forward_backward(
+                stage, own, scale, topology, recompute=case.recompute, offload_inputs=case.offload_inputs
+            )
             schedule.sum_shared_gradients(stage, topology)
             own_loss = topology.all_reduce_over_data(own_loss).item()
     worst = {"error": 0.0, "name": None}
@@ -177,6 +182,7 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], t
             "global_batch_size": len(tokens) * case.data,
             "micro_batch_size": len(own[0].tokens),
             "recompute": case.recompute,
+            "offload_inputs": case.offload_inputs,
         },
         optimizer={"warmup_steps": 0},
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
@@ -248,7 +254,7 @@ def compute_alone(
     tokens, loss_mask = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "loss_mask"))
     layer_states = cat_batch([batch.layer_states for batch in batches]) if stage.sleep.carry else None
     segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes, probes)
-    loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute=False).loss
+    loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute="none").loss
     (loss * scale).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
     return loss.item(), gradients, predictions, left, healths
@@ -334,10 +340,29 @@ def broken(what: str | None):
     def remembering(stage, segment, *arguments):
         return run_pass(stage, replace(segment, probe=False), *arguments)
 
-    def without_gradient(stage, segment, tokens, hidden_states, layer_states, window):
+    def without_gradient(stage, segment, tokens, hidden_states, layer_states, *others):
         read = tuple(state.detach() for state in layer_states) if segment.probe else layer_states
-        hidden_states, left = run_pass(stage, segment, tokens, hidden_states, read, window)
+        hidden_states, left = run_pass(stage, segment, tokens, hidden_states, read, *others)
         return hidden_states, layer_states if segment.probe else left
+
+    checkpointed, copied = recompute_module._checkpointed, host_inputs.HostInputs._copied
+    seen: list[torch.Tensor] = []
+
+    def from_the_input_before(inside, keeping, selective, function, hidden_states, *others):
+        seen.append(hidden_states)
+        before, calls = seen[-2:][0], []
+
+        def run(hidden_states, *others):
+            calls.append(None)
+            if len(calls) > 1 and hidden_states is not None and before is not None:
+                hidden_states = before.detach().requires_grad_()
+            return function(hidden_states, *others)
+
+        return checkpointed(inside, keeping, selective, run, hidden_states, *others)
+
+    def of_the_copy_before(inputs, tensor):
+        seen.append(copied(inputs, tensor))
+        return next((copy for copy in seen[-2::-1] if copy.shape == tensor.shape), seen[-1])
 
     def batched(*arguments):
         changed = config(*arguments)
@@ -352,6 +377,10 @@ def broken(what: str | None):
         HybridStage.run_pass = remembering
     elif what == "probe's gradient":
         HybridStage.run_pass = without_gradient
+    elif what == "inputs of blocks":
+        recompute_module._checkpointed = from_the_input_before
+    elif what == "inputs on the host":
+        host_inputs.HostInputs._copied = of_the_copy_before
     elif what == "memory of what is sent":
         schedule.StageStep._keep = lambda self, output: None
     elif what == "links":
@@ -369,3 +398,4 @@ def broken(what: str | None):
     schedule._schedule_config, schedule.StageStep._keep = config, keep
     MixerModule._parameter = parameter
     HybridStage.run_pass = run_pass
+    recompute_module._checkpointed, host_inputs.HostInputs._copied = checkpointed, copied

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from powernap.model.megatron import parallel_state
-from powernap.parallel import schedule
+from powernap.parallel import host_inputs, schedule
 from powernap.parallel import zero as zero_module
 from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
@@ -26,7 +26,11 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         _, layer_states = trainer.train_step(recipe, stage, zero, batch(recipe), 2, topology)
         gc.collect()
         live.peak = live.now
-        with what_segments_keep() as kept, gradients_before_they_are_reduced() as gradients:
+        with (
+            what_segments_keep() as kept,
+            what_is_on_the_host() as host,
+            gradients_before_they_are_reduced() as gradients,
+        ):
             trainer.train_step(recipe, stage, zero, batch(recipe), 3, topology, layer_states)
     weights = [getattr(p, "ds_tensor", p) for p in [*stage.parameters(), *zero._placeholders]]
     optimizer = tensors_of([[p, zero._state(p)] for p in zero._partitions()])
@@ -36,6 +40,7 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
         "gradients": gradients[0],
         "optimizer": unique([*weights, *optimizer]) - unique(weights),
         "segments": kept.peak,
+        "host_inputs": host.peak,
         "total": live.peak,
     }
     zero.engine.destroy()
@@ -80,6 +85,23 @@ def what_segments_keep() -> Iterator[Tensors]:
     finally:
         schedule.StageStep._run = run
         schedule._SegmentBoundary.forward = staticmethod(handover)
+
+
+@contextmanager
+def what_is_on_the_host() -> Iterator[Tensors]:
+    """Counts, inside, the offloaded inputs of segments."""
+    host, copied = Tensors(), host_inputs.HostInputs._copied
+
+    def copy_and_show(inputs, tensor):
+        copy = copied(inputs, tensor)
+        host._count(copy.untyped_storage())
+        return copy
+
+    host_inputs.HostInputs._copied = copy_and_show
+    try:
+        yield host
+    finally:
+        host_inputs.HostInputs._copied = copied
 
 
 @contextmanager

@@ -37,7 +37,7 @@ RECIPE = {
     "sleep": {"passes": 2},
     "data": {"train": "data/train-*.tar", "test": "data/test-*.tar", "sequence_length": 24, "lanes": 2},
     # Recomputing takes a third of a step's time.
-    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5, "recompute": False}, "checkpoint": {"every": 5},
+    "train": {"steps": 10, "global_batch_size": 16, "log_every": 5, "recompute": "none"}, "checkpoint": {"every": 5},
     # With the usual eps, a gradient that is only rounding becomes a step of full size.
     "optimizer": {"lr": 5.0e-3, "eps": 1.0e-6, "warmup_steps": 2, "clip": 0.5},
     "evaluation": {"samples": 64},

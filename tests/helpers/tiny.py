@@ -95,7 +95,7 @@ def run(stage, tokens, loss_mask, passes=1, sleep=None, between_windows=None, pr
     segments = plan_segments(tokens, loss_mask, stage.model, sleep or SleepConfig(), passes, probes)
     device = stage.embedding.weight.device
     if between_windows:
-        options["recompute"] = False  # by then the stage's forward is restored
+        options["recompute"] = "none"  # by then the stage's forward is restored
     with crossing(stage, segments, between_windows):
         return sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), **options)
 
@@ -106,10 +106,10 @@ def crossing(stage, segments, between_windows: Callable | None) -> Iterator[None
     firsts = {a.window: a for a in reversed(segments)}
     forward = stage.forward
 
-    def with_other_states(segment, tokens, hidden_states, layer_states):
+    def with_other_states(segment, tokens, hidden_states, layer_states, run_part):
         if segment.window and segment is firsts[segment.window]:
             layer_states = between_windows(layer_states)
-        return forward(segment, tokens, hidden_states, layer_states)
+        return forward(segment, tokens, hidden_states, layer_states, run_part)
 
     if between_windows:
         stage.forward = with_other_states

@@ -54,7 +54,7 @@ def training_step(
     def run():
         with zero.accumulation():
             forward_backward(
-                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, topology, recompute=True
+                stage, [MicroBatch(segments, tokens, loss_mask)] * micro_batches, scale, topology, recompute="segment"
             )
         zero.step()
 

@@ -16,6 +16,7 @@ from powernap.model import stage as stage_module
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
+from powernap.model.recompute import Recompute
 from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
@@ -63,7 +64,8 @@ class Case:
     data: int = 1
     sequence: bool = False
     offload: bool = False
-    recompute: bool = False
+    recompute: Recompute = "none"
+    offload_inputs: bool = False
     head_numbers: int = HEAD_NUMBERS  # logits in a chunk
     problem: Problem = Problem()
     broken: str | None = None  # leave this out on purpose: the comparison must see it
@@ -141,6 +143,7 @@ def train_step(case: Case, stage, engine, topology, step: int) -> tuple[float, f
             "micro_batch_size": MICRO_BATCH,
             "precision": case.problem.precision,
             "recompute": case.recompute,
+            "offload_inputs": case.offload_inputs,
         },
         optimizer=case.problem.optimizer,
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
@@ -210,7 +213,7 @@ def train_plainly(problem: Problem, stage: HybridStage):
             p.grad = torch.zeros_like(p, dtype=torch.float32)
         losses.append(0.0)
         for part in zip(tokens.split(1), loss_mask.split(1), strict=True):
-            loss = sleep_and_predict(stage, plan(stage, *part, problem, step), *part, recompute=False).loss
+            loss = sleep_and_predict(stage, plan(stage, *part, problem, step), *part, recompute="none").loss
             loss = loss / loss_mask[:, 1:].sum()
             if loss.requires_grad:
                 loss.backward()

@@ -101,6 +101,12 @@ def test_checking_a_recipe_does_not_import_torch():
         (["parallel.pipeline=2", "zero.stage=2"], ["zero.stage=2", "use zero.stage=1"]),
         (["parallel.pipeline=2", "zero.stage=3"], ["zero.stage=3", "use zero.stage=1"]),
         (["zero.stage=0"], ["zero.stage=0", "use 1"]),
+        (["train.recompute=layers"], ["train.recompute=layers", "nested"]),
+        (
+            ["train.recompute=none", "train.offload_inputs=true"],
+            ["offload_inputs=true", "recompute=none", "train.recompute=segment"],
+        ),
+        (["train.recompute=selective", "zero.stage=3"], ["train.recompute=selective", "zero.stage=3", "blocks"]),
         (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas", "[0, 1)"]),
         (["run.name=a/b"], ["run.name=a/b"]),
         (["run.experiment=" + 501 * "x"], ["run.experiment=", "at most 500 characters"]),

@@ -86,6 +86,8 @@ TENSOR = ["parallel.tensor=2", "model.vocab_size=16"]
         (["parallel.data=4", "zero.stage=3", "train.precision=bf16"], 4),
         (["sleep.eviction=sliding", "parallel.pipeline=2", "sleep.passes=[1,2,4]", "train.recompute=false"], 2),
         (["zero.offload=true"], 1),
+        (["train.recompute=nested", "train.offload_inputs=true", "parallel.pipeline=2"], 2),
+        (["train.recompute=selective", "sleep.eviction=sliding"], 1),
     ],
 )
 def test_every_layout_is_planned(folder, capsys, monkeypatch, layout, ranks):

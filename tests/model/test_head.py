@@ -58,10 +58,10 @@ def test_it_runs_on_loss_tokens_alone(window, monkeypatch, numbers):
     loss_mask = tiny.thin_out(loss_mask, 1)
     count = int(loss_mask[:, 1:].sum())
     assert count < 0.8 * 3 * tiny.WINDOW
-    tiny.run(stage, tokens, loss_mask, recompute=True).loss.backward()
+    tiny.run(stage, tokens, loss_mask, recompute="segment").loss.backward()
     assert sum(seen) == 2 * count and (len(seen) == 2) == (numbers > 100)
     seen.clear()
-    tiny.run(stage, tokens, loss_mask, recompute=False).loss.backward()
+    tiny.run(stage, tokens, loss_mask, recompute="none").loss.backward()
     assert sum(seen) == (count if numbers > 100 else 2 * count)
 
 

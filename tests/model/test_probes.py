@@ -57,7 +57,7 @@ def test_equals_reading_a_copy(topology, name, pads):
     if pads:
         tokens[1, :8] = 0  # the first window and part of its probe
         tokens[2, 10] = 0
-    assert_equals_copies(stage, tokens, loss_mask, probes, passes, sleep, recompute=not pads)
+    assert_equals_copies(stage, tokens, loss_mask, probes, passes, sleep, recompute="none" if pads else "segment")
 
 
 @pytest.mark.parametrize("letter", OTHERS)
@@ -105,13 +105,13 @@ def gradient_of_inputs(stage, tokens, loss_mask, probes, sleep, embedded):
     places = {id(segment): segment for segment in plan_segments(tokens, loss_mask, stage.model, sleep, 2, probes)}
     forward = stage.forward
 
-    def of_segment(segment, inputs, hidden_states, layer_states):
+    def of_segment(segment, inputs, hidden_states, layer_states, run_part):
         stage._embed = lambda _: leaf[:, segment.where].transpose(0, 1)
-        return forward(segment, inputs, hidden_states, layer_states)
+        return forward(segment, inputs, hidden_states, layer_states, run_part)
 
     stage.forward = of_segment
     try:
-        loss = tiny.sleep_and_predict(stage, list(places.values()), tokens, loss_mask, recompute=False).loss
+        loss = tiny.sleep_and_predict(stage, list(places.values()), tokens, loss_mask, recompute="none").loss
         return torch.autograd.grad(loss, leaf)[0]
     finally:
         stage.forward, stage._embed = forward, embed

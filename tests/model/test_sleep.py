@@ -14,7 +14,12 @@ from tests.helpers import plain, tiny
 
 @pytest.mark.parametrize(
     ("recompute", "changes"),
-    [(True, {}), (False, {}), (True, {"tie_embeddings": True}), (False, {"gdn": {"allow_neg_eigval": True}})],
+    [
+        ("segment", {}),
+        ("none", {}),
+        ("segment", {"tie_embeddings": True}),
+        ("none", {"gdn": {"allow_neg_eigval": True}}),
+    ],
 )
 def test_one_pass_equals_the_plain_hybrid(topology, recompute, changes):
     stage = tiny.build_stage(topology, model=tiny.model_config(**changes))
@@ -74,7 +79,7 @@ def test_a_window_of_text_is_read_with_the_loss_and_then_slept_on(topology):
 def test_recomputation_changes_nothing(topology, sleep, predicting):
     stage = tiny.build_stage(topology, sleep=sleep)
     tokens, loss_mask = tiny.batch(predicting=predicting)
-    results = [tiny.run(stage, tokens, loss_mask, 3, sleep, recompute=recompute) for recompute in (True, False)]
+    results = [tiny.run(stage, tokens, loss_mask, 3, sleep, recompute=kind) for kind in ("segment", "none")]
     assert results[0].loss == results[1].loss
     assert tiny.largest_difference(*(tiny.gradients(stage, output.loss) for output in results)) < 1e-14
 
@@ -102,7 +107,7 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", ["segment", "none"])
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_are_what_a_loop_by_hand_computes(topology, name, recompute):
     sleep, changes = ABLATIONS[name]
@@ -272,10 +277,10 @@ def test_dead_compute_is_skipped(topology):
     calls = []
     for index, layer in enumerate(stage.decoder.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
-    tiny.run(stage, tokens, loss_mask, 2, recompute=False)
+    tiny.run(stage, tokens, loss_mask, 2, recompute="none")
     assert calls == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]  # pass 1, pass 2 without its last MLP, prediction
     calls.clear()
-    tiny.run(stage, tokens, loss_mask, 2, SleepConfig(pass_input="embeddings"), recompute=False)
+    tiny.run(stage, tokens, loss_mask, 2, SleepConfig(pass_input="embeddings"), recompute="none")
     assert calls == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]  # nobody reads the hidden states of pass 1 either
 
 

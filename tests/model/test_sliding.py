@@ -36,7 +36,7 @@ def without_cache(layer_states):
 
 
 @pytest.mark.parametrize("cut", [0, 3])  # tokens missing in the last window
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", ["segment", "none"])
 def test_one_pass_equals_the_plain_sliding_window_hybrid(topology, recompute, cut):
     stage = tiny.build_stage(topology, sleep=sliding())
     tokens, loss_mask = (x[:, : x.shape[1] - cut].to(topology.device) for x in tiny.batch(windows=5, predicting=(2, 4)))
@@ -60,7 +60,7 @@ def test_windows_of_other_lengths(topology, window):
     assert_same(stage, output.loss, plain.loss(logits, tokens, loss_mask))
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", ["segment", "none"])
 @pytest.mark.parametrize("pattern", ["AGAG", "GAGA", "GAA"])  # all blocks run to their end in the oracle
 def test_passes_are_the_recurrence_by_hand(topology, pattern, recompute):
     stage = tiny.build_stage(topology, tiny.model_config(pattern=pattern), sliding())
@@ -219,7 +219,7 @@ def test_dead_compute_is_skipped(topology):
     for index, layer in enumerate(stage.decoder.layers):
         layer.self_attention.out_proj.register_forward_hook(lambda *_, index=index: calls.append(f"mixer {index}"))
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(f"mlp {index}"))
-    tiny.run(stage, tokens, loss_mask, 2, sliding(), recompute=False)
+    tiny.run(stage, tokens, loss_mask, 2, sliding(), recompute="none")
     whole, last = ["mixer 0", "mlp 0", "mixer 1", "mlp 1"], ["mixer 0", "mlp 0"]
     assert calls == whole + last + whole
 
@@ -249,7 +249,7 @@ def test_more_passes_at_evaluation_than_in_training(topology):
 
 
 @pytest.mark.parametrize(
-    ("norm", "reinject", "recompute"), [(True, True, True), (True, False, False), (False, True, False)]
+    ("norm", "reinject", "recompute"), [(True, True, "segment"), (True, False, "none"), (False, True, "none")]
 )
 def test_norm_and_reinjection_come_before_every_pass_but_the_first(topology, norm, reinject, recompute):
     def handed(x, embedded):

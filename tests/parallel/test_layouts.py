@@ -27,6 +27,7 @@ ONE, SEVERAL = dict(predicting=(2,)), dict(windows=4, predicting=(1, 3))
 TEXT = dict(predicting=(0, 1, 2))
 EVICTIONS = {"hard": {}, "sliding": {"eviction": "sliding"}}
 
+KINDS = ("segment", "blocks", "nested", "selective")
 OTHERS = [letter for letter, mixer in MIXERS.items() if mixer.has_fast_weights and letter != "G"]
 
 
@@ -41,26 +42,34 @@ def with_others(pattern: str = "AGAG") -> dict:
 CASES = {
     "one process": Case(),
     **{
-        f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}": Case(
-            **layout, **windows, recompute=recompute, sleep=EVICTIONS[eviction]
+        f"{name}, recompute {kind}, {len(windows['predicting'])} answer windows, {eviction}": Case(
+            **layout, **windows, recompute=kind, sleep=EVICTIONS[eviction]
         )
         for number, (name, layout) in enumerate(LAYOUTS.items())
-        for recompute, windows, eviction in [
-            (True, ONE, "hard") if number % 2 else (True, SEVERAL, "sliding"),
-            (False, SEVERAL, "hard") if number % 2 else (False, ONE, "hard"),
+        for kind, windows, eviction in [
+            (KINDS[number % 4], ONE, "hard") if number % 2 else (KINDS[number % 4], SEVERAL, "sliding"),
+            ("none", SEVERAL, "hard") if number % 2 else ("none", ONE, "hard"),
         ]
     },
     **{
         f"{name}, every other mixer, {eviction}": Case(
             **{**layout, "layout": None, "model": with_others(layout.get("model", {}).get("pattern", "AGAG"))},
             **windows,
-            recompute=recompute,
+            recompute=kind,
             sleep=EVICTIONS[eviction],
         )
         for number, (name, layout) in enumerate({"one process": {}, **LAYOUTS}.items())
-        for recompute, windows, eviction in [(True, SEVERAL, "sliding") if number % 2 else (False, ONE, "hard")]
+        for kind, windows, eviction in [
+            (KINDS[number // 2], SEVERAL, "sliding") if number % 2 else ("none", ONE, "hard")
+        ]
         if OTHERS
     },
+    "one process, inputs on the host": Case(
+        recompute="segment", offload_inputs=True, passes=3, sleep=dict(write="last")
+    ),
+    "PP2, inputs on the host, sliding": Case(
+        pipeline=2, **SEVERAL, micro_batches=4, recompute="segment", offload_inputs=True, sleep=EVICTIONS["sliding"]
+    ),
     "PP2, tied embeddings": Case(pipeline=2, model=TIED),
     "TP2xPP2+SP, tied embeddings, pads": Case(tensor=2, pipeline=2, sequence=True, model=TIED, pads=True),
     "PP2, short last window, pads": Case(pipeline=2, last_window=4, pads=True),
@@ -80,7 +89,9 @@ CASES = {
         passes=3,
         sleep=dict(loop_range=[1, 3]),
     ),
-    "PP2, truncated back-propagation": Case(pipeline=2, recompute=True, passes=3, sleep=dict(backprop_passes=1)),
+    "PP2, truncated back-propagation": Case(
+        pipeline=2, recompute="nested", offload_inputs=True, passes=3, sleep=dict(backprop_passes=1)
+    ),
     "PP2, every window": Case(pipeline=2, **TEXT, sleep=dict(every_window=True)),
     "TP2xPP2+SP, every window, sliding": Case(
         tensor=2, pipeline=2, sequence=True, **TEXT, sleep=dict(every_window=True, eviction="sliding")
@@ -91,57 +102,65 @@ CASES = {
         pipeline=2,
         sequence=True,
         pads=True,
-        recompute=True,
+        recompute="blocks",
+        offload_inputs=True,
         **TEXT,
         sleep=dict(every_window=True, carry=True),
     ),
     "PP2, embeddings again": Case(pipeline=2, passes=3, sleep=dict(pass_input="embeddings")),
-    "PP2, last write alone": Case(pipeline=2, recompute=True, passes=3, sleep=dict(write="last")),
+    "PP2, last write alone": Case(pipeline=2, recompute="segment", passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
     "PP2, eight micro-batches": Case(pipeline=2, micro_batches=8),
-    "TP2, probes": Case(tensor=2, recompute=True, probes=True),
+    "TP2, probes": Case(tensor=2, recompute="selective", probes=True),
     "TP2+SP, grouped and gated heads, sliding": Case(
-        tensor=2, sequence=True, model=GROUPED, sleep=EVICTIONS["sliding"], recompute=True
+        tensor=2, sequence=True, model=GROUPED, sleep=EVICTIONS["sliding"], recompute="selective"
     ),
     "PP2, grouped and gated heads": Case(pipeline=2, model=GROUPED),
     "TP2+SP, further choices and letters": Case(tensor=2, sequence=True, model=FURTHER),
     "PP2, further choices and letters, sliding": Case(pipeline=2, model=FURTHER, sleep=EVICTIONS["sliding"]),
-    "DP2xTP2, further choices and letters": Case(data=2, tensor=2, recompute=True, model=FURTHER),
+    "DP2xTP2, further choices and letters": Case(data=2, tensor=2, recompute="segment", model=FURTHER),
     "PP2, probes, kept": Case(pipeline=2, probes=True),
     "TP2xPP2+SP, probes, sliding, pads": Case(
         tensor=2, pipeline=2, sequence=True, probes=True, pads=True, sleep=EVICTIONS["sliding"]
     ),
     "DP2xPP2, probes, every other mixer": Case(data=2, pipeline=2, probes=True, unequal=True, model=with_others()),
-    "TP2+SP, the head in chunks": Case(tensor=2, sequence=True, recompute=True, unequal=True, head_numbers=30),
+    "TP2+SP, the head in chunks": Case(tensor=2, sequence=True, recompute="segment", unequal=True, head_numbers=30),
     "PP2, the head in chunks, tied": Case(pipeline=2, unequal=True, head_numbers=50, model=TIED),
     "DP2, unequal loss tokens": Case(data=2, unequal=True),
     "TP2, unequal loss tokens": Case(tensor=2, unequal=True),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, unequal=True),
 }
 WIDE = {
-    f"{name}, {'recompute' if recompute else 'keep'}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
-    Case(**layout, **windows, recompute=recompute, sleep=EVICTIONS[eviction], passes=passes)
-    for (name, layout), recompute, windows, eviction, passes in itertools.product(
-        LAYOUTS.items(), (True, False), (ONE, SEVERAL), EVICTIONS, (1, 2, 4)
+    f"{name}, recompute {kind}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
+    Case(**layout, **windows, recompute=kind, sleep=EVICTIONS[eviction], passes=passes)
+    for (name, layout), kind, windows, eviction, passes in itertools.product(
+        LAYOUTS.items(), ("segment", "none"), (ONE, SEVERAL), EVICTIONS, (1, 2, 4)
     )
 } | {
-    f"{name}, {option}={value}, {'recompute' if recompute else 'keep'}, {eviction}":
-    Case(**layout, **SEVERAL, recompute=recompute, passes=3, sleep={option: value, **EVICTIONS[eviction]})
-    for (name, layout), (option, value), (recompute, eviction) in itertools.product(
-        LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], [(True, "hard"), (False, "sliding")]
+    f"{name}, recompute {kind}{', inputs on the host' * offload_inputs}, {eviction}, N=3":
+    Case(**layout, **SEVERAL, recompute=kind, offload_inputs=offload_inputs, sleep=EVICTIONS[eviction], passes=3)
+    for (name, layout), kind, offload_inputs, eviction in itertools.product(
+        LAYOUTS.items(), KINDS, (False, True), EVICTIONS
+    )
+    if not (offload_inputs and kind == "selective")
+} | {
+    f"{name}, {option}={value}, recompute {kind}, {eviction}":
+    Case(**layout, **SEVERAL, recompute=kind, passes=3, sleep={option: value, **EVICTIONS[eviction]})
+    for (name, layout), (option, value), (kind, eviction) in itertools.product(
+        LAYOUTS.items(), [("pass_input", "embeddings"), ("write", "last")], [("segment", "hard"), ("none", "sliding")]
     )
 } | {
-    f"{name}, probes, {'recompute' if recompute else 'keep'}, {eviction}, N={passes}":
-    Case(**layout, probes=True, recompute=recompute, sleep=EVICTIONS[eviction], passes=passes)
-    for (name, layout), recompute, eviction, passes in itertools.product(
-        LAYOUTS.items(), (True, False), EVICTIONS, (1, 3)
+    f"{name}, probes, recompute {kind}, {eviction}, N={passes}":
+    Case(**layout, probes=True, recompute=kind, sleep=EVICTIONS[eviction], passes=passes)
+    for (name, layout), kind, eviction, passes in itertools.product(
+        LAYOUTS.items(), ("segment", "none"), EVICTIONS, (1, 3)
     )
 } | {
     "PP2, last write alone, every window": Case(
-        pipeline=2, recompute=True, predicting=(0, 1, 2), sleep=dict(write="last", every_window=True)
+        pipeline=2, recompute="segment", predicting=(0, 1, 2), sleep=dict(write="last", every_window=True)
     ),
     "PP2, last write alone, truncated, part of the blocks": Case(
-        pipeline=2, recompute=True, passes=3, sleep=dict(write="last", backprop_passes=1, loop_range=[1, 3])
+        pipeline=2, recompute="segment", passes=3, sleep=dict(write="last", backprop_passes=1, loop_range=[1, 3])
     ),
 }  # fmt: skip
 BROKEN = {
@@ -156,6 +175,11 @@ BROKEN = {
     "messages batched, PP2": Case(pipeline=2, micro_batches=4, broken="links"),
     "nothing carried, PP2": Case(
         pipeline=2, **TEXT, sleep=dict(every_window=True, carry=True), broken="carried fast weights"
+    ),
+    "a block computed again from another's input": Case(recompute="blocks", broken="inputs of blocks"),
+    "a block computed again from another's input, PP2": Case(pipeline=2, recompute="nested", broken="inputs of blocks"),
+    "inputs of another segment, PP2": Case(
+        pipeline=2, recompute="segment", offload_inputs=True, broken="inputs on the host"
     ),
     "a mean of the ranks' means, DP2": Case(data=2, unequal=True, broken="global token mean, ranks"),
     "a mean of the ranks' means, DP2xPP2": Case(data=2, pipeline=2, unequal=True, broken="global token mean, ranks"),

@@ -22,7 +22,7 @@ def test_a_pipeline_wants_the_same_segments_in_all_micro_batches(topology):
     stage = tiny.build_stage(topology)
     with pytest.raises(SegmentError, match="micro-batches 0 and 1 .* different windows.*parallel.pipeline=1"):
         schedule.forward_backward(
-            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(topology, pp_size=2), recompute=True
+            stage, [micro_batch((2,)), micro_batch((1, 2))], 1.0, replace(topology, pp_size=2), recompute="segment"
         )
 
 

@@ -19,7 +19,7 @@ STEPS = 3
 CASES = {
     "P=2, no sleep: plain 1F1B": even((1,), 2, 2, SECONDS),
     "P=2, W=1, N=2": even((2, 1), 2, 2, SECONDS),
-    "P=2, W=2, N=2, no recomputation": even((2, 2, 1), 2, 2, SECONDS, recompute=False, backward_over_forward=3.0),
+    "P=2, W=2, N=2, no recomputation": even((2, 2, 1), 2, 2, SECONDS, recompute="none", backward_over_forward=3.0),
     "P=4, W=1, N=2": even((2, 1), 4, 4, SECONDS),
     "P=3, uneven stages, short last passes": Case(
         (2, 1), 3, tuple((scale * SECONDS, 0.5 * scale * SECONDS, scale * SECONDS) for scale in (0.6, 1.0, 0.8))

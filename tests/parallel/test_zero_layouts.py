@@ -30,13 +30,15 @@ BF16_TIED = Problem(precision="bf16", model=TIED)
 CASES = {
     "stage 1, one process": Case(),
     "stage 1, DP2xTP2": Case(data=2, tensor=2),
-    "stage 1, PP2, N changes": Case(pipeline=2, problem=CHANGING, recompute=True),
+    "stage 1, PP2, N changes": Case(pipeline=2, problem=CHANGING, recompute="segment", offload_inputs=True),
     "stage 1, DP2xPP2, a rank without loss tokens": Case(data=2, pipeline=2, problem=SILENT),
     "stage 1, TP2xPP2+SP, tied embeddings, N changes": Case(**SP, pipeline=2, problem=CHANGING_TIED),
     "stage 2, DP2, offload": Case(zero_stage=2, data=2, offload=True),
-    "stage 2, DP2xTP2+SP": Case(zero_stage=2, data=2, **SP),
-    "stage 3, DP2, tied embeddings, N changes": Case(zero_stage=3, data=2, problem=CHANGING_TIED),
-    "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP),
+    "stage 2, DP2xTP2+SP": Case(zero_stage=2, data=2, **SP, recompute="blocks"),
+    "stage 3, DP2, tied embeddings, N changes": Case(
+        zero_stage=3, data=2, problem=CHANGING_TIED, recompute="nested", offload_inputs=True
+    ),
+    "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP, recompute="blocks"),
     "stage 3, DP2, tied, the head in chunks": Case(zero_stage=3, data=2, head_numbers=40, problem=Problem(model=TIED)),
     "stage 1, TP2xPP2, grouped and gated heads": Case(tensor=2, pipeline=2, problem=GROUPED),
     "stage 2, DP2xTP2, further choices and letters": Case(zero_stage=2, data=2, tensor=2, problem=FURTHER),
@@ -65,7 +67,7 @@ WIDE_BROKEN = {
 }
 WIDE = {
     f"stage {zero_stage}, {name}, DP{data}{', offload' * offload}, {kind}": Case(
-        zero_stage=zero_stage, data=data, offload=offload, recompute=True, **layout, problem=problem
+        zero_stage=zero_stage, data=data, offload=offload, recompute="segment", **layout, problem=problem
     )
     for zero_stage, (name, layout), data, offload, (kind, problem) in itertools.product(
         (1, 2, 3),

@@ -25,7 +25,7 @@ def loss_of(stage: HybridStage, passes: int) -> float:
     loss_mask[:, 12:] = True
     segments = plan_segments(SEQUENCES, loss_mask, stage.model, stage.sleep, passes)
     with torch.no_grad():
-        return float(sleep_and_predict(stage, segments, SEQUENCES, loss_mask, recompute=False).loss)
+        return float(sleep_and_predict(stage, segments, SEQUENCES, loss_mask, recompute="none").loss)
 
 
 def test_a_stored_run(topology):

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
             "sequence_length": 97,
             "lanes": 8,
         },
-        "train": {"steps": 12, "global_batch_size": 8, "log_every": 6, "recompute": False},
+        "train": {"steps": 12, "global_batch_size": 8, "log_every": 6, "recompute": "none"},
         "checkpoint": {"every": 6},
         "optimizer": {"lr": 1e-2, "warmup_steps": 5},
         "evaluation": {"samples": 17, "passes": [1, 2]},

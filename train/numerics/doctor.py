@@ -82,7 +82,7 @@ def _gradients(
     loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
     loss_mask[:, WINDOW + 1 :] = True
     segments = plan_segments(tokens, loss_mask, model, sleep, 2)
-    output = sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), recompute=False)
+    output = sleep_and_predict(stage, segments, tokens.to(device), loss_mask.to(device), recompute="none")
     output.loss.backward()
     gradients = {name: p.grad.cpu().double() for name, p in stage.named_parameters() if p.grad is not None}
     return float(output.loss.detach()), gradients

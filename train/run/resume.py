@@ -34,6 +34,7 @@ FREE = {
     "run.trackers",
     "train.log_every",
     "train.recompute",
+    "train.offload_inputs",
     "checkpoint",
     "parallel",
     "zero",

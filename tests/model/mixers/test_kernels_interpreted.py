@@ -103,7 +103,7 @@ def stage_errors() -> dict[str, float]:
         with mock.patch.object(Recurrence, "__call__", call):
             stage = tiny.build_stage(topology, dtype=torch.float32)
             segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(passes=4), 4)
-            loss = sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False).loss
+            loss = sleep_and_predict(stage, segments, tokens, loss_mask, recompute="none").loss
             loss.backward()
             found.append({n: p.grad for n, p in stage.named_parameters()} | {"loss": loss.detach()})
     torch_form, kernels = found

@@ -48,7 +48,7 @@ def place(tmp_path_factory):
         "model": {**runs.RECIPE["model"], "vocab_size": 258, "pad_token_id": 257},
         "sleep": {"passes": 2, "every_window": True},
         "data": {"train": "data/train-*.tar", "sequence_length": 25, "lanes": 1},
-        "train": {"steps": 3, "global_batch_size": 4, "recompute": False},
+        "train": {"steps": 3, "global_batch_size": 4, "recompute": "none"},
     }
     (place / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     runs.train_in_turn(place, 1, {"one": []})

@@ -225,7 +225,7 @@ def test_asleep_in_float64(models, topology, name):
         expected.backward()
     assert (awake - logits).abs().max() > 1e-3  # the second pass matters
     planned = plan_segments(tokens, loss_mask, stage.model, stage.sleep, 2)
-    found = sleep_and_predict(stage, planned, tokens, loss_mask, recompute=True).loss
+    found = sleep_and_predict(stage, planned, tokens, loss_mask, recompute="segment").loss
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
     found.backward()
     assert_gradients_are(exact, stage, folder)

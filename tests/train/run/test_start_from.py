@@ -79,7 +79,7 @@ def loss_of(weights: Checkpoint, folder, topology, monkeypatch, dtype=torch.floa
     batch, _ = next(training_batches(recipe.data, batch_size=8, vocab_size=16, rank=0, world_size=1, seed=0))
     segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, 2)
     with torch.no_grad():
-        total = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute=False).loss
+        total = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute="none").loss
     return float(total / batch.loss_mask[:, 1:].sum())
 
 
