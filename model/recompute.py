@@ -12,6 +12,7 @@ Inputs are hidden states and layer states. Importing this file imports no torch:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -102,8 +103,14 @@ def _policy(context: Any, operation: Any, *arguments: Any, **options: Any):
     """
     from torch.utils.checkpoint import CheckpointPolicy
 
-    kept = str(operation) in KEPT or "scaled_dot_product" in str(operation)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-KEPT = {"aten.mm.default", "aten.addmm.default", "c10d.allreduce_.default"}
+@functools.cache
+def _is_kept(operation: Any) -> bool:
+    name = str(operation)
+    return "scaled_dot_product" in name or name in (
+        "aten.mm.default",
+        "aten.addmm.default",
+        "c10d.allreduce_.default",
+    )

@@ -11,7 +11,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "plan",
         help="memory, bubble and FLOPs of a recipe's layout, or better layouts",
         description="The cost of a recipe's layout, before any process starts: parameters, bytes of every rank, live "
-        "segments, FLOPs and the pipeline's bubble; of values that change over the steps the part that takes most memory. With --suggest: other layouts, best first.",
+        "segments, FLOPs, the pipeline's bubble, and what each choice of train.recompute would cost; of values that change over "
+        "the steps the part that takes most memory. With --suggest: other layouts, best first.",
         epilog="examples: powernap plan demo --memory 80GB; powernap plan demo --suggest --devices 64 --memory 80GB",
     )
     add_recipe(parser)

@@ -233,6 +233,7 @@ def _offloaded_inputs(recipe: Recipe, blocks: range, segments: list[Segment], de
         received = received and not (blocks.start == 0 and segment.from_embeddings)
         number = received + (_more_inputs(recipe, blocks, segment) if by_block else 0)
         hidden = [hidden_bytes(recipe, len(segment.tokens))] * (number if segment.with_grad else 0)
+        read = sum(states[block] for block in taken) + sum(hidden)
         new = [fresh.pop(block) for block in taken if block in fresh] + hidden
         written = written_states(recipe, blocks, segment)
         fresh |= written
@@ -240,13 +241,7 @@ def _offloaded_inputs(recipe: Recipe, blocks: range, segments: list[Segment], de
         last = index + 1 == len(segments)
         next_pass = not last and recipe.parallel.pipeline == 1 and not segments[index + 1].from_embeddings
         left = sum(states.values()) + next_pass * hidden_bytes(recipe, len(segment.tokens))
-        found.append(
-            OffloadedInputs(
-                sum(states[block] for block in taken) + sum(hidden),
-                sum(_pinned(size, device) for size in new),
-                0 if last else left,
-            )
-        )
+        found.append(OffloadedInputs(read, sum(_pinned(size, device) for size in new), 0 if last else left))
     return found
 
 
