@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def numbers(text: str) -> list[int]:
     if not values or min(values) < 1 or max(values) > MOST_PASSES:
         raise argparse.ArgumentTypeError(f"'{text:.60}': write whole numbers from 1 to {MOST_PASSES}, such as 1,2,4,8")
     return values
+
+
+def part(text: str) -> tuple[int, int]:
+    """3/64 -> (3, 64)"""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    number, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= parts:
+        raise argparse.ArgumentTypeError(f"'{text:.60}': write such as 3/64, from 1/64 to 64/64")
+    return number, parts
 
 
 def size(text: str) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from powernap.launch.commands.arguments import count, path, seed, shards, size, whole
+from powernap.launch.commands.arguments import count, part, path, seed, shards, size, whole
 
 OF_TASKS = {"train_samples": 20_000, "test_samples": 1000, "samples_per_shard": 2500, "seed": 0}
 SHARD_SIZE = 64_000_000  # bytes
@@ -54,6 +54,13 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         help=f"size of the text in a shard (default: {SHARD_SIZE // 10**6}MB)",
     )
     parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="build every N-th shard alone, from the I-th, as a task of a job array: --part $SLURM_ARRAY_TASK_ID/64. The part that "
+        "ends last writes the manifest; without --part, the same command builds what is missing",
+    )
     parser.set_defaults(run=run_build)
 
 
@@ -72,7 +79,12 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
             raise DataError(
                 f"--{name.replace('_', '-')}: {options.task} is read whole; --shard-size divides it into shards"
             )
-        build(CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE), options.folder, options.workers)
+        build(
+            CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE),
+            options.folder,
+            options.workers,
+            options.part,
+        )
         return 0
     if options.shard_size is not None:
         raise DataError(f"--shard-size: {options.task} is drawn; --samples-per-shard divides it into shards")
@@ -82,6 +94,7 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
         options.folder,
         **OF_TASKS | given,
         workers=options.workers,
+        part=options.part,
     )
     return 0
 

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from powernap.train.data.corpora import CORPORA
@@ -41,6 +43,7 @@ def build_task(
     samples_per_shard: int,
     seed: int,
     workers: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """`build` for samples drawn by a task.
 
@@ -61,10 +64,10 @@ def build_task(
     for held_out in (False, True):  # sizes that allow no sample are reported before any process starts
         task.sample(np.random.default_rng(seed), held_out)
     counts = {"train": train_samples, "test": test_samples}
-    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers)
+    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers, part)
 
 
-def build(source: Source, folder: Path, workers: int | None = None) -> None:
+def build(source: Source, folder: Path, workers: int | None = None, part: tuple[int, int] | None = None) -> None:
     """Write train-000000.tar ..., test-000000.tar ... (held out) and manifest.json into a new folder.
 
     The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
@@ -73,6 +76,8 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
 
     Args:
         workers: processes; None: one per core.
+        part: (i, n), from 1: build every n-th shard alone, from the i-th. Parts may run at the same time, on several machines with
+            the folder in common; the one that ends last writes the manifest.
 
     Raises:
         DataError: if the folder holds something else or cannot be written, or the input cannot be read or is empty.
@@ -96,17 +101,11 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
         splits = _finished(folder, about)
         if splits is None:
             unfinished = _begin(folder, about)
-            made = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)))
-            manifest = _manifest(about, made)
-            splits = manifest["splits"]
-            _refuse_empty(manifest, unfinished)
-            keep = {shard["file"] for shard in manifest["shards"]}
-            for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
-                if path.name not in keep:
-                    path.unlink()
-            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            unfinished.rename(folder)
-            _report(manifest)
+            made = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)), part)
+            if missing := made.count(None):
+                print(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
+                return
+            splits = _finish(about, [note for note in made if note is not None], unfinished, folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
@@ -121,6 +120,33 @@ def build(source: Source, folder: Path, workers: int | None = None) -> None:
         f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
         f"model.pad_token_id={pad}" + (" data.documents=whole" if getattr(task, "documents", "") == "whole" else "")
     )
+
+
+def _finish(
+    about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path
+) -> dict[str, dict[str, int]]:
+    """Write the manifest and let the folder appear, unless another part just did; returns the manifest's splits."""
+    lock = folder.parent / f".{folder.name}.lock"
+    with FileLock(lock):
+        if not unfinished.exists():
+            splits = _finished(folder, about)
+            assert splits is not None
+            return splits
+        manifest = _manifest(about, made)
+        try:
+            _refuse_empty(manifest, unfinished)
+        except DataError:
+            lock.unlink()
+            raise
+        keep = {shard["file"] for shard in manifest["shards"]}
+        for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
+            if path.name not in keep:
+                path.unlink()
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        unfinished.rename(folder)
+        lock.unlink()
+    _report(manifest)
+    return manifest["splits"]
 
 
 def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
@@ -147,7 +173,7 @@ def _report(manifest: dict[str, Any]) -> None:
             print(f"  ... the others are listed in {MANIFEST}")
     if changed := manifest.get("changed"):
         print(
-            f"{changed} of {manifest['documents']} documents do not come back from their tokens as they were; the first:"
+            f"{changed} of {manifest['decoded']} texts that were decoded again do not come back as they were; the first:"
         )
         print(f"  {manifest['changed_example']}")
 
@@ -175,30 +201,34 @@ def _begin(folder: Path, about: dict[str, Any]) -> Path:
         if any(before.get(key) != about.get(key) for key in (before.keys() | about.keys()) - {*_MAY_CHANGE}):
             raise DataError(f"{unfinished} holds part of another build: finish that, or remove the folder")
     else:
-        temporary = unfinished / "manifest.tmp"
+        temporary = unfinished / f"manifest-{uuid4().hex}.tmp"  # other parts may begin now, too
         temporary.write_text(json.dumps(about))
         temporary.rename(note)
-    if folder.exists():
+    with suppress(FileNotFoundError):
         folder.rmdir()  # it is empty
     return unfinished
 
 
-def _make_all(source: Source, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Run the jobs that are not done yet; returns the notes of all, in order."""
+def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] | None) -> list[dict[str, Any] | None]:
+    """Run the jobs of this part that are not done yet; returns the notes of all, in order; None: of another part, not done."""
     jobs = source.jobs()
+    first, step = part or (1, 1)
     notes = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
     done = {number: note for number, note in notes if note is not None}
-    missing = [number for number in range(len(jobs)) if number not in done]
+    missing = [number for number in range(first - 1, len(jobs), step) if number not in done]
     skipped = [reason for note in done.values() for reason in note["skipped"]]
     check_budget(skipped, source.skip_budget)
-    total = sum(job.amount for job in jobs)
+    total = sum(job.amount for job in jobs[first - 1 :: step])
     with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
         progress.update(total - sum(jobs[number].amount for number in missing))
         for number, note in _run(source, jobs, missing, folder, min(workers, len(missing)), progress):
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
-    return [done[number] for number in range(len(jobs))]
+    others = [number for number in range(len(jobs)) if number not in done]
+    notes = ((number, _done(source, number, jobs[number], folder)) for number in others)  # other parts went on
+    done |= {number: note for number, note in notes if note is not None}
+    return [done.get(number) for number in range(len(jobs))]
 
 
 def _run(
@@ -320,6 +350,7 @@ def make_shards(
         ],
         "skipped": tally.skipped,
         "documents": tally.documents,
+        "decoded": tally.decoded,
         "changed": tally.changed,
         "changed_example": tally.example,
         "origin": source.origin(job, tally),
@@ -353,6 +384,7 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
         documents = {
             "documents": sum(note["documents"] for note in made),
             "skipped": [reason for note in made for reason in note["skipped"]],
+            "decoded": sum(note.get("decoded", 0) for note in made),
             "changed": sum(note["changed"] for note in made),
             "changed_example": next((note["changed_example"] for note in made if note["changed"]), ""),
         }

@@ -1,6 +1,7 @@
 """Tokenized documents as samples of bounded size: many short ones in a sample, a long one in several. No torch here."""
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,10 +20,12 @@ class Bundle:
         self._part: int | None = None  # of the open document's next sample; None: it is in no sample yet
         self._number = 0
 
-    def add(self, tokens: Sequence[int] | np.ndarray, ends: bool) -> Iterator[tuple[str, Documents]]:
+    def add(self, tokens: list[int] | np.ndarray, ends: bool) -> Iterator[tuple[str, Documents]]:
         """Take the next tokens of a document, `ends` with its last. Yields the samples that are full."""
+        if isinstance(tokens, list):  # four times as fast as NumPy reads a list
+            tokens = np.frombuffer(array("I", tokens), np.uint32)
         if len(tokens):
-            self._open.append(np.asarray(tokens, dtype=self._dtype))
+            self._open.append(tokens.astype(self._dtype))
         while sum(map(len, self._open)) >= SAMPLE_TOKENS:
             yield from self._all_whole()
             together = np.concatenate(self._open)

@@ -142,8 +142,8 @@ class Corpus(Section):
             raise DataError(f"{piece} {error}") from None
 
     def _read(self, piece: Piece, text: str, tally: Tally) -> list[int]:
-        """The tokens of `text`, which is of `piece`; counts it as changed if they decode to another."""
+        """The tokens of `text`, which is of `piece`; of some it is counted whether they decode to another."""
         tokens = self._tokens(piece, text)
-        if difference := self.vocabulary.difference(text, tokens):
-            tally.change(piece, difference)
+        if tally.to_decode():
+            tally.decode(piece, self.vocabulary.difference(text, tokens))
         return tokens

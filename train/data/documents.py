@@ -21,6 +21,7 @@ from powernap.train.data.input_files import foreign_format, is_remote, kind_of, 
 from powernap.train.data.sample import DataError
 
 PIECE = 2**20  # bytes of a document that are tokenized at once
+DECODED_FIRST, DECODED_ONE_IN = 64, 16  # pieces of a job that are decoded again
 HEAD = 2**20  # bytes of a document that decide between train and test
 _BOM = b"\xef\xbb\xbf"
 
@@ -85,8 +86,10 @@ class Tally:
     advance: Callable[[int], object] = lambda count: None
     skipped: list[str] = field(default_factory=list)
     documents: int = 0
-    changed: int = 0  # pieces whose tokens decode to another text
+    decoded: int = 0  # pieces whose tokens were decoded again, and
+    changed: int = 0  # those that came back as another text
     example: str = ""
+    _pieces: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def skip(self, error: DataError) -> None:
@@ -96,9 +99,17 @@ class Tally:
         self.skipped.append(str(error))
         check_budget(self.skipped, self.budget)
 
-    def change(self, piece: Piece, difference: str) -> None:
-        self.changed += 1
-        self.example = self.example or f"{piece}: {difference}"
+    def to_decode(self) -> bool:
+        """Whether to decode the next piece again: the first ones of a job, then one in sixteen, since it takes time."""
+        self._pieces += 1
+        return self._pieces <= DECODED_FIRST or self._pieces % DECODED_ONE_IN == 0
+
+    def decode(self, piece: Piece, difference: str) -> None:
+        """Count a piece that was decoded; `difference` is empty if it came back as it was."""
+        self.decoded += 1
+        if difference:
+            self.changed += 1
+            self.example = self.example or f"{piece}: {difference}"
 
 
 def check_budget(skipped: list[str], budget: int) -> None:

@@ -287,7 +287,7 @@ def test_fields_that_do_not_fit(fields, message):
 
 def test_other_kinds_of_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a.txt: no .jsonl or .parquet"):
+    with pytest.raises(DataError, match=r"a.txt: no .jsonl, .parquet or .arrow"):
         build(CorpusSource(task(tmp_path / "a.txt"), 10**6), tmp_path / "data", workers=1)
 
 

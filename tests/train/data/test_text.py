@@ -4,6 +4,7 @@ import bz2
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import tracemalloc
@@ -256,6 +257,35 @@ def test_mended_input_continues_the_work(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == {
         p.name: p.read_bytes() for p in whole.glob("*.tar")
     }
+
+
+def test_parts_of_a_build_on_several_machines(tmp_path, capsys):
+    """In any order, at once, and again after one was stopped: the same bytes, one manifest, by the part that ends last."""
+    corpus = write(tmp_path / "corpus", "jsonl")
+    whole = built(tmp_path / "whole", corpus, shard_bytes=1500)
+    fields = {"inputs": str(corpus), "window": 16, "windows": 2, "test_share": 0.1}
+    source, folder = CorpusSource(check(Text, fields), 1500), tmp_path / "data"
+    build(source, folder, 1, part=(2, 3))
+    assert not folder.exists() and re.search(
+        r"\d+ of \d+ shards are missing, which other parts build", capsys.readouterr().out
+    )
+    done = sorted((tmp_path / ".data.unfinished").glob("*.done"))
+    done[0].unlink()  # as if the part had been stopped there
+    context = multiprocessing.get_context("fork")
+    parts = [context.Process(target=build, args=(source, folder, 1, (number, 3))) for number in (1, 2, 3)]
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join()
+    assert [part.exitcode for part in parts] == [0, 0, 0]
+    assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == {
+        p.name: p.read_bytes() for p in whole.glob("*.tar")
+    }
+    one, other = (json.loads((path / "manifest.json").read_text()) for path in (folder, whole))
+    assert {**one, "command": ""} == {**other, "command": ""}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data", "whole"]
+    build(source, folder, 1, part=(1, 3))
+    assert "is built already" in capsys.readouterr().out
 
 
 def test_shards_of_input_that_is_no_more_are_not_left_behind(tmp_path):
