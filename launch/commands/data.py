@@ -1,4 +1,4 @@
-"""powernap data build, inspect, verify: token shards."""
+"""powernap data build, inspect, stats, verify: token shards."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_build(commands)
     _add_inspect(commands)
+    _add_stats(commands)
     _add_verify(commands)
 
 
@@ -122,6 +123,53 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.inspect import inspect_shards
 
     print(inspect_shards(options.shards, ShardCache(), options.samples, options.window, options.sequence_length))
+    return 0
+
+
+def _add_stats(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "stats",
+        help="count documents, tokens, and what is cut and padded, by source",
+        description="A column for each of SHARDS: documents and their lengths, loss tokens, and what cutting them into sequences of T "
+        "tokens cuts and pads. Tokens are not read, of documents only their lengths.",
+        epilog="examples: powernap data stats data/text --sequence-length 4097; powernap data stats 'web-*.tar' data/books --documents "
+        "whole --picture lengths.png",
+    )
+    parser.add_argument(
+        "shards",
+        metavar="SHARDS",
+        nargs="+",
+        type=shards,
+        help="folders, or shards as a recipe names them; each is a source",
+    )
+    parser.add_argument(
+        "--sequence-length", type=whole(2), metavar="T", help="(default: what the build of the first ones suggested)"
+    )
+    parser.add_argument(
+        "--window", type=count, metavar="L", help="(default: what the build of the first ones suggested)"
+    )
+    parser.add_argument(
+        "--documents", choices=["packed", "whole"], default="packed", help="as data.documents (default: packed)"
+    )
+    parser.add_argument(
+        "--picture", type=path, metavar="FILE", help="draw the lengths of documents, as .png, .svg or .pdf"
+    )
+    parser.set_defaults(run=run_stats)
+
+
+def run_stats(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.train.data.cache import ShardCache
+    from powernap.train.data.inspect import suggested_sizes
+    from powernap.train.data.sequences import Cutting
+    from powernap.train.data.stats import draw_lengths, stats_of, table
+
+    length, window, pad = suggested_sizes(options.shards[0])
+    cutting = Cutting(options.sequence_length or length, options.documents, pad)
+    found = {spec: stats_of(spec, ShardCache(), cutting, options.window or window) for spec in options.shards}
+    print(table(found))
+    if options.picture:
+        draw_lengths(found, cutting.sequence_length or length, options.picture)
+        print(f"{options.picture} written")
     return 0
 
 

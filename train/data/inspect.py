@@ -20,6 +20,7 @@ from powernap.train.tasks.sample import probes_of
 
 COLUMNS = 80
 LENGTH = 1025  # of sequences, if no manifest says what documents may be cut to
+WINDOW = 256
 LONGEST = 2**24
 
 
@@ -55,6 +56,16 @@ def inspect_shards(
     samples = ((shard, number) for shard in shards for number in range(len(shard)))
     blocks = [_show(*place, name_token, window) for place in itertools.islice(samples, show)]
     return "\n\n".join([*blocks, *note, _statistics(shards, manifest)])
+
+
+def suggested_sizes(spec: str) -> tuple[int, int, int | None]:
+    """T, L and the pad token of the manifest beside the first of some shards; T and L of text, where there is none."""
+    folder = local_path(spec)
+    first = f"{folder}/x" if folder and folder.is_dir() else expand_shards(spec, "SHARDS")[0]
+    path = local_path(first)
+    manifest = read_manifest(path) if path else {}
+    length = _size(manifest.get("sequence_length")) or LENGTH
+    return length, manifest.get("window") or min(WINDOW, length - 1), manifest.get("pad_token_id")
 
 
 def _names(task: Task | Corpus) -> Callable[[int], str]:

@@ -123,6 +123,12 @@ class Sequences:
         return pieces
 
     @property
+    def padded(self) -> int:
+        """Tokens that only fill the sequences that documents are cut into."""
+        assert self.shard.holds_documents and self._cutting.sequence_length
+        return len(self) * self._cutting.sequence_length - int((self._stops - self._starts).sum())
+
+    @property
     def documents(self) -> np.ndarray:
         """The first sequence of each document, in rising order; packed sequences count as a document each."""
         return np.flatnonzero(self._parts == 0)

@@ -26,6 +26,7 @@ class Recorded(NamedTuple):
     bytes: int
     samples: int
     sha256: str
+    tokens: int | None = None  # of documents
 
 
 class Verified(NamedTuple):
@@ -44,8 +45,9 @@ def recorded_in(manifest: object, where: str) -> dict[str, Recorded]:
     for shard in shards if isinstance(shards, list) else []:
         entry = shard if isinstance(shard, dict) else {}
         values: list[Any] = [entry.get(field) for field in ("file", "bytes", "samples", "sha256")]
+        tokens = entry.get("tokens")
         if [type(value) for value in values] == [str, int, int, str]:
-            entries[values[0]] = Recorded(where, *values[1:])
+            entries[values[0]] = Recorded(where, *values[1:], tokens if type(tokens) is int else None)
     return entries
 
 
@@ -139,12 +141,17 @@ def _problem(path: Path, listed: Recorded, progress: Callable[[int], None]) -> s
         sha256 = sha256_of(path, progress) if size == listed.bytes else None
         if problem := mismatch(listed, size, sha256):
             return problem
-        samples = len(index_tar(path, path.name))
+        index = index_tar(path, path.name)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     except DataError as error:
         return str(error).removeprefix(f"{path.name}: ")
-    return None if samples == listed.samples else f"{samples:,} samples, not {listed.samples:,}"
+    samples, tokens = len(index), int(index[:, -1, 1].sum())
+    if samples != listed.samples:
+        return f"{samples:,} samples, not {listed.samples:,}"
+    if listed.tokens is not None and tokens != listed.tokens:
+        return f"documents of {tokens:,} tokens, not {listed.tokens:,}"
+    return None
 
 
 def _manifest_problem(manifest: dict[str, Any], listed: dict[str, Recorded]) -> str | None:
