@@ -35,7 +35,6 @@ from powernap.model.batch import find_loss_tokens
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
 from powernap.model.mixers import fla
-from powernap.model.mixers.recurrent import Recurrence
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule
 from powernap.parallel.checkpoint.writer import Writer
@@ -180,11 +179,12 @@ def one_step(size: str, precision: str) -> torch.Tensor:
 
 
 def kernels(tiny: bool) -> Found:
-    """FLA's gated delta rule against float64 token by token, worst of outputs and gradients; the state after passes."""
+    """Worst of outputs and gradients against float64: FLA's gated delta rule token by token, whole mixers in kernels; the state
+    after passes."""
     if tiny:
         sys.path.insert(0, str(ROOT / ".venv" / "kernels"))
     from tests.helpers import interpreted
-    from tests.model.mixers.test_kernels_interpreted import Case
+    from tests.model.mixers.test_kernels_interpreted import MIXERS_IN_KERNELS, Case
 
     if tiny:
         interpreted.repair_triton()
@@ -198,6 +198,11 @@ def kernels(tiny: bool) -> Found:
         errors = interpreted.errors(case.rule(), case, device)
         worst = max(errors, key=lambda name: errors[name])
         found[f"{str(dtype).removeprefix('torch.')}, T={length}, decay {decay:g}"] = [worst, errors[worst]]
+    topology = common.join_alone()
+    for name, mixer in list(MIXERS_IN_KERNELS.items())[: 1 if tiny else None]:
+        errors = interpreted.mixer_errors(mixer, topology, device)
+        worst = max(errors, key=lambda name: errors[name])
+        found[name] = [worst, errors[worst]]
     passes, length = (2, 24) if tiny else (12, WINDOW)
     return {"worst": found, "state": interpreted.state_errors(passes, length, device)}
 
@@ -317,11 +322,8 @@ def head(tiny: bool) -> Found:
 def torch_form(tiny: bool) -> Found:
     """A step of the kernels' size without them: what chunks in torch cost on the device, in both precisions."""
 
-    def chunked(self, q, k, v, g, beta, state, need_output=True):
-        return self.chunked(q, k, v, g, beta, state, need_output)
-
     size, count = ("tiny", 1) if tiny else ("350M", 2)
-    with mock.patch.object(Recurrence, "__call__", chunked):
+    with mock.patch.object(fla, "kernels_compute", lambda x: False):
         found = measure_steps(size, 1, count, False, {})
     return {"bf16": found["step"], "fp32": measure_steps(size, 1, count, False, {"precision": "fp32"})["step"]}
 

@@ -52,10 +52,14 @@ class HybridLayer(TransformerLayer):
         return self._add(hidden_states, self.self_attention.decode(self.input_layernorm(hidden_states), cache, window))
 
     def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + (self.post_mixer_layernorm(mixed) if self.post_mixer_layernorm else mixed)
+        mixed = self.post_mixer_layernorm(mixed) if self.post_mixer_layernorm else mixed
         if isinstance(self.mlp, IdentityOp):
-            return hidden_states
-        output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+            return hidden_states + mixed
+        if isinstance(self.pre_mlp_layernorm, RMSNorm):
+            normed, hidden_states = self.pre_mlp_layernorm.of_sum(mixed, hidden_states)
+        else:
+            normed = hidden_states = hidden_states + mixed
+        output, _ = self.mlp(normed)
         return hidden_states + (self.post_mlp_layernorm(output) if self.post_mlp_layernorm else output)
 
     def write(self, hidden_states: torch.Tensor, state: torch.Tensor, window: Window) -> torch.Tensor:

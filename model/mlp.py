@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from powernap.model.part import Device, Part, Weight
+from powernap.model.part import FP32, Device, Part, Weight
 
 if TYPE_CHECKING:
     from powernap.model.config import ModelConfig, SleepConfig
@@ -40,17 +40,24 @@ class SwiGLU(Part):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """Gate and up, SiLU of the gate, and the product twice."""
-        return 0 if state_only else 5 * self.ffn_hidden_size * number
+        """Gate and up, SiLU of the gate, and the product; in one kernel no SiLU."""
+        in_kernel = device == "cuda" and number < FP32
+        return 0 if state_only else (3 if in_kernel else 4) * self.ffn_hidden_size * number
 
     def transformer_config(self) -> dict[str, Any]:
         """Its fields of Megatron-core's TransformerConfig."""
         import torch.nn.functional as F
 
-        return {"ffn_hidden_size": self.ffn_hidden_size, "gated_linear_unit": True, "activation_func": F.silu}
+        return {
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "use_te_activation_func": True,  # a module of ours in the place of Transformer Engine's
+        }
 
     def module_spec(self, model: ModelConfig, sleep: SleepConfig, block: int) -> ModuleSpec:
         from powernap.model.megatron import MLP, ColumnParallelLinear, MLPSubmodules, ModuleSpec, RowParallelLinear
+        from powernap.model.swiglu import GateAndUp
 
-        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        return ModuleSpec(module=MLP, submodules=linear)
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=GateAndUp, linear_fc2=RowParallelLinear)
+        return ModuleSpec(module=MLP, submodules=parts)

@@ -35,3 +35,15 @@ class RMSNorm(torch.nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 1 + weight would round the weight away
         return F.rms_norm(x.to(dtype), self.normalized_shape, 1 + weight.to(dtype), self.eps).to(x.dtype)
+
+    def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of residual + x, that sum), in one of FLA's kernels each way where kernels compute."""
+        from powernap.model.mixers.fla import kernels_compute
+
+        if not kernels_compute(x):
+            total = residual + x
+            return self(total), total
+        from powernap.model.mixers.kernels import norm_of_sum
+
+        weight = 1 + self.weight.float() if self.zero_centred else self.weight
+        return norm_of_sum(x, residual, weight, self.eps)

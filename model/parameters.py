@@ -35,6 +35,11 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
 
 
+def float32_names(model: ModelConfig, sleep: SleepConfig) -> set[str]:
+    """Parameters of the whole model that are not rounded with the others."""
+    return {weight.name for weight in parameters(model, sleep, range(model.num_layers)) if weight.float32}
+
+
 def _block_parameters(model: ModelConfig, block: int) -> list[Weight]:
     def inside(module: str, weights: list[Weight]) -> list[Weight]:
         return [w._replace(name=f"{module}.{w.name}") for w in weights]

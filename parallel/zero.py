@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from powernap.model.megatron import ProcessGroupCollection
+from powernap.model.mixers.module import MixerModule
 from powernap.model.stage import HybridStage
 from powernap.parallel.muon import MOMENTUM, orthogonalised
 from powernap.parallel.planning.memory import REDUCE_BUCKET
@@ -149,6 +150,8 @@ class EarlyPartition:
         self._convert: Callable[..., None] | None = None
 
     def __call__(self, module: torch.nn.Module) -> None:
+        if self._dtype == torch.bfloat16:
+            _keep_unrounded(module)
         module.to(self._dtype)
         parameters = list(module.parameters())
         if not parameters:
@@ -162,6 +165,60 @@ class EarlyPartition:
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         deepspeed.zero.Init(module, data_parallel_group=self._group, config_dict_or_path=config, dtype=self._dtype)
         self._convert = parameters[0].convert_to_zero_parameters  # type: ignore[attr-defined]  # DeepSpeed's
+
+
+class _Unrounded:
+    """In bfloat16: the float32 values of the parameters that mixers list with `float32`, whole on every data rank.
+
+    DeepSpeed casts every parameter of a module (0.19.8: engine.py _cast_module_mixed_precision; keep_in_fp32_modules spares
+    buffers alone), and a parameter group of their own, which its flat buffers would allow, is empty on a stage without such
+    a mixer. So the parameters stay bfloat16 beside the others, and mixers read the master weights.
+    """
+
+    def __init__(self, stage: HybridStage, zero: "ZeroOptimizer"):
+        self._zero = zero
+        self._of = [
+            (mixer, name, parameter)
+            for mixer in _mixers(stage)
+            for name, parameter in mixer.float32_parameters().items()
+        ]
+        exact = [mixer.unrounded[name].flatten() for mixer, name, _ in self._of]
+        device = zero.topology.device
+        self._flat = torch.cat(exact).to(device, torch.float32)
+        self._parts = self._flat.split([len(values) for values in exact])
+        for (mixer, name, _), values in zip(self._of, self._parts, strict=True):
+            mixer.unrounded[name] = values.view(mixer.unrounded[name].shape)
+
+    def to_masters(self) -> None:
+        """Before the first step: DeepSpeed made its masters of rounded weights. A frozen parameter has none and stays rounded."""
+        for values, master in self._parts_here():
+            master.copy_(values)
+        self.from_masters()
+
+    def from_masters(self) -> None:
+        """After the masters have changed. All data ranks call it."""
+        self._flat.zero_()
+        for values, master in self._parts_here():
+            values.copy_(master)
+        self._zero.topology.all_reduce_over_data(self._flat)
+
+    def _parts_here(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What this rank has masters of: the values, and the masters."""
+        for (_, _, parameter), values in zip(self._of, self._parts, strict=True):
+            if fragment := self._zero.fragment(parameter):
+                start, master = self._zero.values(parameter, fragment)[MASTER]
+                yield values[fragment.start : fragment.stop], master[fragment.start - start : fragment.stop - start]
+
+
+def _mixers(module: torch.nn.Module) -> list[MixerModule]:
+    return [part for part in module.modules() if isinstance(part, MixerModule)]
+
+
+def _keep_unrounded(module: torch.nn.Module) -> None:
+    """Before its parameters are cast; a second call, when they are, changes nothing."""
+    for mixer in _mixers(module):
+        if not mixer.unrounded:
+            mixer.keep_unrounded()
 
 
 class _Gradients:
@@ -251,6 +308,8 @@ class ZeroOptimizer:
             zero_stage,
             offload,
         )
+        if precision == "bf16":
+            _keep_unrounded(stage)
         import deepspeed  # late: it reads the environment that init_distributed prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
@@ -267,6 +326,10 @@ class ZeroOptimizer:
         if precision == "bf16":
             for parameter in self._updated:
                 parameter.grad_dtype = torch.float32
+        has_unrounded = precision == "bf16" and any(mixer.unrounded for mixer in _mixers(stage))
+        self._unrounded = _Unrounded(stage, self) if has_unrounded else None
+        if self._unrounded:
+            self._unrounded.to_masters()
         self._gradients = _Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
         self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._has_muon)
         if self._gradients and not offload:
@@ -332,6 +395,8 @@ class ZeroOptimizer:
             if self._has_muon and self.zero_stage == 1:
                 self._norm = self._update_matrices()
             self.engine.step()
+        if self._unrounded:
+            self._unrounded.from_masters()
         norm = self._norm if self._norm is not None else float(self.engine.get_global_grad_norm())
         if self.ema is not None and math.isfinite(norm):
             self._average_weights(1 - self.ema)
@@ -552,9 +617,11 @@ class ZeroOptimizer:
         """Set the model's weights from the master weights."""
         if self.zero_stage < 3:
             self.zero.update_lp_params()
-            return
-        for group in range(len(self._partitions())):  # DeepSpeed does this after every step
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            for group in range(len(self._partitions())):  # DeepSpeed does this after every step
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._unrounded:
+            self._unrounded.from_masters()
 
     def _frozen_part(self, parameter: torch.nn.Parameter) -> Fragment:
         count, held = getattr(parameter, "ds_numel", parameter.numel()), getattr(parameter, "ds_tensor", None)

@@ -222,23 +222,23 @@ class Attention(Mixer):
         queries, gates, *_ = self._rows
         width, rotated = self.width(layer.model), self.rotated(layer.model)
         projected = projected.view(length, batch, self.groups // layer.tp_size, sum(self._rows), width)
-        gate = projected[..., queries : queries + gates, :].flatten(2, 3) if gates else None
-        value = projected[..., -1, :]
+        # split, not indexing: the backward of n slices would fill n gradients of the full size
+        turned, value = projected.split([queries + gates + 1, 1], dim=-2)
+        gate = None
         if gates or self.qk_norm:
-            query, key = projected[..., :queries, :], projected[..., -2:-1, :]
+            query, gate, key = turned.split([queries, gates, 1], dim=-2)
+            gate = gate.flatten(2, 3) if gates else None
             if self.qk_norm:
                 query, key = layer.q_norm(query), layer.k_norm(key)
             turned = torch.cat([query, key], dim=-2)
-        else:
-            turned = projected[..., :-1, :]
         if rotated:
             tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
             if rotated == width:
                 turned = rotate(turned, *tables)
             else:
                 turned = torch.cat([rotate(turned[..., :rotated], *tables), turned[..., rotated:]], dim=-1)
-        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        query, key = turned.split([queries, 1], dim=-2)
+        query, key, value = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (query, key, value))
         return query, gate, key, value
 
     def mask(self, window: Window, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""When FLA's Triton kernels compute a recurrence, and whether they can: one rule for all mixers."""
+"""When Triton kernels, FLA's and our own, compute in the place of torch, and whether they can: one rule for all that have both forms."""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -51,6 +51,11 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "train.precision=bf16", torch.float32: "train.precision=fp32 with TF32"}.get(
         dtype, str(dtype)
     )
+
+
+def kernels_compute(x: torch.Tensor) -> bool:
+    """Whether x, and what is made of it, goes through kernels; else through torch's own operations, the reference."""
+    return x.is_cuda and fla_is_precise_enough_for(x.dtype)
 
 
 def fla_is_precise_enough_for(dtype: torch.dtype) -> bool:

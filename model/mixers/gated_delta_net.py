@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,6 +42,8 @@ class GatedDeltaNet(RecurrentMixer):
     letter: ClassVar[str] = "G"
     title: ClassVar[str] = "gated delta net"
     section: ClassVar[str] = "gdn"
+    has_kernels: ClassVar[bool] = True  # for its convolution, gates and norm; FLA's for the rule it has anyway
+    gate_activation: ClassVar[Literal["silu", "sigmoid"]] = "silu"  # of `gate`, as FLA names it
 
     heads: int = Field(ge=1, description="heads of values, each with fast weights of its own")
     key_heads: int | None = Field(
@@ -107,8 +110,8 @@ class GatedDeltaNet(RecurrentMixer):
             Weight("in_proj.weight", (rows, model.hidden_size), split=0, projections=projections),
             Weight("out_proj.weight", (model.hidden_size, self.heads * self.value_dim), split=1),
             Weight("conv_weight", (*self.conv_shape, self.conv_kernel), split=0, draw=draw_taps),
-            Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
-            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
+            Weight("A_log", (self.heads,), split=0, draw=_draw_decay, float32=True),
+            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE), float32=True),
             Weight("norm.weight", (self.value_dim,)),
         ]
 
@@ -132,11 +135,16 @@ class GatedDeltaNet(RecurrentMixer):
     ) -> float:
         """Per head: projection, convolution before and after SiLU, the delta rule, gate and norm.
 
-        On a CPU the tensors that torch saves, as the tests measure. On CUDA in bf16 taken from FLA's source (chunk.py
-        of gated_delta_rule saves q, k, v, g, beta and a 64 x 64 matrix per chunk), not measured.
+        On a CPU the tensors that torch saves, as the tests measure. On CUDA in bf16 taken from the sources (chunk.py of FLA's
+        gated_delta_rule saves q, k, v, a 64 x 64 matrix per chunk, g and beta before and after their functions; the norm
+        its input and the gate), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
         projected = number * self.numbers_projected(model)
+        if device == "cuda" and is_bf16 and self.has_kernels:
+            rows = 2 * self.groups * self._channels + self.heads * (d_v + 2)  # the projection, and its q, k and v again
+            kept = number * (rows + self.heads * FLA_CHUNK) + self.heads * 4 * FP32
+            return kept + (0 if state_only else self.heads * (3 * d_v * number + FP32))
         if device == "cuda" and is_bf16:
             rule = number * (4 * d_k + d_v + FLA_CHUNK) + 11 * FP32
             return projected + self.heads * (rule + (0 if state_only else 5 * d_v * number))
@@ -155,6 +163,21 @@ class GatedDeltaNet(RecurrentMixer):
         from powernap.model.mixers.fla import check_fla
 
         check_fla(dtype, device, f"model.{self.section}.key_dim", self.key_dim)
+
+    def forward(
+        self,
+        layer: MixerModule,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor | None,
+        window: Window,
+        need_output: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        from powernap.model.mixers.fla import kernels_compute
+
+        if self.has_kernels and window.positions.length > 1 and kernels_compute(hidden_states):
+            assert state is not None
+            return self.mix_in_kernels(layer, hidden_states, state, window, need_output)
+        return super().forward(layer, hidden_states, state, window, need_output)
 
     def mix(
         self,
@@ -179,9 +202,7 @@ class GatedDeltaNet(RecurrentMixer):
         if values > 1:
             q, k = (x.repeat_interleave(values, dim=2) for x in (q, k))
             v, z, beta, alpha = (x.unflatten(-1, (values, -1)).flatten(2, 3) for x in (v, z, beta, alpha))
-        beta, g = beta.squeeze(-1).to(state.dtype).sigmoid(), self.log_decay(layer, alpha.to(state.dtype))
-        if self.allow_neg_eigval:  # I - beta k k^T has the eigenvalue 1 - beta
-            beta = 2 * beta
+        beta, g = self.write_strength(beta.squeeze(-1).to(state.dtype)), self.log_decay(layer, alpha.to(state.dtype))
         if window.padding_mask is not None:
             padding_mask = window.padding_mask.unsqueeze(-1)
             beta, g = beta * padding_mask, g * padding_mask.view(*padding_mask.shape, *[1] * (g.dim() - 3))
@@ -194,6 +215,39 @@ class GatedDeltaNet(RecurrentMixer):
         output = layer.norm(output.transpose(0, 1)) * self.gate(z)
         output, _ = layer.out_proj(output.reshape(length, batch, -1))
         return output, state, seen
+
+    def mix_in_kernels(
+        self, layer: MixerModule, hidden_states: torch.Tensor, state: torch.Tensor, window: Window, need_output: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """`mix` of a whole window in 15 kernels on the way forward, where torch takes 42."""
+        import torch
+
+        from powernap.model.mixers.conv_kernel import unpack
+
+        projected, _ = layer.in_proj(hidden_states)
+        projected = projected.unflatten(-1, (self.groups // layer.tp_size, -1))
+        parts = unpack(projected, layer.conv_weight, window.padding_mask, self.key_dim, self.value_dim, self.l2_eps)
+        if layer.gates is not None:
+            with torch.no_grad():
+                g, beta = self.log_decay(layer, parts.alpha), self.write_strength(parts.beta)
+                layer.watch_gates(window, *(x.transpose(0, 1) for x in (g.flatten(2), beta)))
+        gates = layer.in_float32("A_log"), layer.in_float32("dt_bias")
+        output, state = self.rule_with_gates(parts, state, *gates, self.query_scale, self.allow_neg_eigval)
+        if not need_output:
+            return None, state
+        output = layer.norm.gated(output, parts.z, self.gate_activation)
+        output, _ = layer.out_proj(output.transpose(0, 1).flatten(2))
+        return output, state
+
+    @property
+    def rule_with_gates(self) -> Callable:
+        from powernap.model.mixers.kernels import gated_delta_rule
+
+        return gated_delta_rule
+
+    @property
+    def query_scale(self) -> float:
+        return self.key_dim**-0.5 if self.scale_queries else 1.0
 
     def features(
         self,
@@ -210,12 +264,16 @@ class GatedDeltaNet(RecurrentMixer):
         sizes = [self.key_dim, self.key_dim, self._values * self.value_dim]
         return list(F.silu(convolved).split(sizes, dim=-1)), seen
 
+    def write_strength(self, beta: torch.Tensor) -> torch.Tensor:
+        """I - beta k k^T has the eigenvalue 1 - beta."""
+        return 2 * beta.sigmoid() if self.allow_neg_eigval else beta.sigmoid()
+
     def log_decay(self, layer: MixerModule, alpha: torch.Tensor) -> torch.Tensor:
         """g = -exp(A_log) softplus(alpha + dt_bias); alpha [L, B, heads/TP, decays] -> [L, B, heads/TP]."""
         import torch.nn.functional as F
 
-        step = F.softplus(alpha.squeeze(-1) + layer.dt_bias.to(alpha.dtype))
-        return -layer.A_log.to(alpha.dtype).exp() * step
+        step = F.softplus(alpha.squeeze(-1) + layer.in_float32("dt_bias").to(alpha.dtype))
+        return -layer.in_float32("A_log").to(alpha.dtype).exp() * step
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """x / sqrt(|x|^2 + l2_eps) over the last dimension. A norm in bf16 would leave |k|^2 off by up to 0.8 %."""

@@ -33,6 +33,7 @@ class JetBlock(GatedDeltaNet):
     title: ClassVar[str] = "Jet-Nemotron's block"
     section: ClassVar[str] = "jet"
     gathered: ClassVar[tuple[str, ...]] = ("generator_in.weight",)
+    has_kernels: ClassVar[bool] = False  # its convolution is another
 
     generator_dim: int = Field(
         ge=1, description="width between W_1 and W_2, which make the taps; Jet: heads * value_dim / 8"

@@ -9,7 +9,8 @@ Layout of every form: q, k, g = log(alpha) [B, T, H, K], v [B, T, H, V], beta [B
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from powernap.model.mixers.gated_delta_net import FLA_CHUNK, MAX_CHUNK, GatedDeltaNet
 from powernap.model.mixers.recurrent import Recurrence
@@ -33,6 +34,7 @@ class KimiDeltaAttention(GatedDeltaNet):
     letter: ClassVar[str] = "K"
     title: ClassVar[str] = "Kimi Delta Attention"
     section: ClassVar[str] = "kda"
+    gate_activation: ClassVar[Literal["silu", "sigmoid"]] = "sigmoid"
 
     def check(self, model: ModelConfig) -> None:
         if self.key_heads:
@@ -62,14 +64,15 @@ class KimiDeltaAttention(GatedDeltaNet):
         """Per head: projection, convolution before and after SiLU, the rule, gate and norm.
 
         On a CPU the tensors that torch saves, as the tests measure; a few percent off if the chunk length is no power
-        of two. On CUDA in bf16 taken from FLA's source (chunk.py of kda saves q, k, v, g, its sums, beta and two 64 x
-        64 matrices per chunk), not measured.
+        of two. On CUDA in bf16 taken from the sources (chunk.py of FLA's kda saves q, k, v, g before its function and
+        its sums, beta before and after it, and two 64 x 64 matrices per chunk), not measured.
         """
         d_k, d_v, is_bf16 = self.key_dim, self.value_dim, number < FP32
         projected = number * ((self._channels + d_v + 1 + d_k) + 2 * self._channels + 4)
         if device == "cuda" and is_bf16:
-            rule = number * (self._channels + 2 * FLA_CHUNK) + FP32 * (4 * d_k + 2)
-            return self.heads * (projected + rule + (0 if state_only else 5 * d_v * number))
+            rows = 2 * self._channels + d_v + 1 + d_k  # the projection, and its q, k and v again
+            kept = number * (rows + 2 * FLA_CHUNK) + FP32 * (2 * d_k + 2)
+            return self.heads * (kept + (0 if state_only else 3 * d_v * number + FP32))
         chunk = even_chunk(model.window, MAX_CHUNK)
         halvings = (chunk - 1).bit_length()
         write = FP32 * (2 * chunk + (8 + 2 * halvings) * d_k + 3 * d_v + d_k * d_v / chunk + 2)
@@ -82,8 +85,14 @@ class KimiDeltaAttention(GatedDeltaNet):
         """alpha and g: [L, B, heads/TP, d_k]."""
         import torch.nn.functional as F
 
-        step = F.softplus(alpha + layer.dt_bias.to(alpha.dtype))
-        return -layer.A_log.to(alpha.dtype).exp().unsqueeze(-1) * step
+        step = F.softplus(alpha + layer.in_float32("dt_bias").to(alpha.dtype))
+        return -layer.in_float32("A_log").to(alpha.dtype).exp().unsqueeze(-1) * step
+
+    @property
+    def rule_with_gates(self) -> Callable:
+        from powernap.model.mixers.kernels import kimi_delta_rule
+
+        return kimi_delta_rule
 
     def gate(self, z: torch.Tensor) -> torch.Tensor:
         return z.sigmoid()

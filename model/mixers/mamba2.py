@@ -82,8 +82,8 @@ class Mamba2(RecurrentMixer):
             Weight("out_proj.weight", (model.hidden_size, self.groups * self._width), split=1),
             Weight("conv_weight", (*channels, self.conv_kernel), split=0, draw=self._draw_taps),
             Weight("conv_bias", channels, split=0, draw=self._draw_taps),
-            Weight("A_log", (self.heads,), split=0, draw=_draw_decay),
-            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE)),
+            Weight("A_log", (self.heads,), split=0, draw=_draw_decay, float32=True),
+            Weight("dt_bias", (self.heads,), split=0, draw=lambda shape: draw_step(shape, *STEP_RANGE), float32=True),
             Weight("D", (self.heads,), split=0, draw=_ones),
             Weight("norm_weight", (self.groups, self._width), split=0, draw=_ones),
         ]
@@ -148,10 +148,10 @@ class Mamba2(RecurrentMixer):
         convolved = convolved + layer.conv_bias.to(convolved.dtype)
         x, b, c = F.silu(convolved).split([self._width, self.state_dim, self.state_dim], dim=-1)
         x = x.reshape(length, batch, -1, self.head_dim)
-        step = F.softplus(step.flatten(2).to(state.dtype) + layer.dt_bias.to(state.dtype))
+        step = F.softplus(step.flatten(2).to(state.dtype) + layer.in_float32("dt_bias").to(state.dtype))
         if window.padding_mask is not None:
             step = step * window.padding_mask.unsqueeze(-1)
-        g = -layer.A_log.to(state.dtype).exp() * step
+        g = -layer.in_float32("A_log").to(state.dtype).exp() * step
         layer.watch_gates(window, g, step)
         q, k, v, g, beta = (t.transpose(0, 1) for t in (c, b, x, g, step))
         output, state = ssd(q, k, v, g, beta, state, need_output)

@@ -25,6 +25,8 @@ class MixerModule(MegatronModule):
 
     Attributes:
         gates: the mean of each named gate over the tokens of a pass, one entry per pass (model/health.py); None: off.
+        unrounded: by name, the float32 values of parameters listed with `float32` that are held in bfloat16; filled and
+            renewed after each step by parallel/zero.py.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class MixerModule(MegatronModule):
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
         self.gates: list[dict[str, torch.Tensor]] | None = None
+        self.unrounded: dict[str, torch.Tensor] = {}
         self.adopt(model, sleep)
         for weight in mixer.weights(model):
             self._add(weight)
@@ -71,6 +74,19 @@ class MixerModule(MegatronModule):
         The mixer names the weight whose product goes through here in `gathered`."""
         gathered = gather_from_tensor_model_parallel_region(x, self.tp_group)
         return copy_to_tensor_model_parallel_region(gathered, self.tp_group)
+
+    def in_float32(self, name: str) -> torch.Tensor:
+        """A parameter listed with `float32`, not rounded to the precision of the others; its gradient is float32, too."""
+        parameter = getattr(self, name)
+        return _Unrounded.apply(parameter, self.unrounded[name]) if name in self.unrounded else parameter
+
+    def float32_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {weight.name: getattr(self, weight.name) for weight in self.mixer.weights(self.model) if weight.float32}
+
+    def keep_unrounded(self) -> None:
+        """Call before the module is cast to bfloat16."""
+        for name, parameter in self.float32_parameters().items():
+            self.unrounded[name] = parameter.detach().clone()
 
     def watch_gates(self, window: Window, log_alpha: torch.Tensor, beta: torch.Tensor) -> None:
         """Record the means, without pads, of alpha, the share of the old state that a token keeps, and beta, its write
@@ -124,6 +140,18 @@ class MixerModule(MegatronModule):
         return parameter
 
 
+class _Unrounded(torch.autograd.Function):
+    """The value of one tensor, the gradient for the other."""
+
+    @staticmethod
+    def forward(ctx, parameter: torch.Tensor, unrounded: torch.Tensor) -> torch.Tensor:
+        return unrounded.view_as(unrounded)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
 class HeadNorm(RMSNorm):
     """RMSNorm within each head; all heads on all shards share one weight."""
 
@@ -134,8 +162,19 @@ class HeadNorm(RMSNorm):
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(x, self._shared_weight)
+
+    def gated(self, x: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
+        """In FLA's kernel: the norm of x times `activation` of the gate, which has x's shape."""
+        from powernap.model.mixers.kernels import gated_norm
+
+        assert not self.zero_centred
+        return gated_norm(x, gate, self._shared_weight, self.eps, activation)
+
+    @property
+    def _shared_weight(self) -> torch.Tensor:
         # Each shard sees its own heads, so its gradient of this shared weight is a partial sum.
-        return self.scaled(x, copy_to_tensor_model_parallel_region(self.weight, self.tp_group))
+        return copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
 
 
 class WidthNorm(RMSNorm):

@@ -53,11 +53,11 @@ class Recurrence:
         Returns:
             (o [B, T, H, V] in v's dtype, final state [B, H, K, V] in the state's dtype)
         """
-        from powernap.model.mixers.fla import fla_is_precise_enough_for
+        from powernap.model.mixers.fla import kernels_compute
 
         if q.shape[1] == 1:
             return self.sequential(q, k, v, g, beta, state, need_output)
-        if q.is_cuda and fla_is_precise_enough_for(q.dtype):
+        if kernels_compute(q):
             return self.kernel(q, k, v, g, beta, state)
         return self.chunked(q, k, v, g, beta, state, need_output)
 

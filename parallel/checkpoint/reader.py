@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from powernap.model.fast_weights import LayerStates
+from powernap.model.parameters import float32_names
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
@@ -122,12 +123,14 @@ class Checkpoint:
         self._open.clear()
 
     def load_weights(self, stage: HybridStage, precision: str = "fp32") -> None:
-        """Copy the weights, rounded to `precision`, into a whole model on this rank, for inference."""
+        """Copy the weights, rounded as training in `precision` computes with them, into a whole model on this rank."""
         parameters = {stage.global_name(name): parameter for name, parameter in stage.named_parameters()}
         self._check_model(parameters, stage)
+        unrounded = float32_names(stage.model, stage.sleep)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(rounded(self.whole(name), precision))
+                weights = self.whole(name)
+                parameter.copy_(weights.bfloat16() if precision == "bf16" and name not in unrounded else weights)
         self._open.clear()
 
     def load_layer_states(self, stage: HybridStage, topology: Topology) -> LayerStates | None:
@@ -216,11 +219,6 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: holds another model: {name} is {saved[name]['shape']} there, {shape} here"
                 )
-
-
-def rounded(weights: torch.Tensor, precision: str) -> torch.Tensor:
-    """Master weights, rounded as training computes with them."""
-    return weights.bfloat16().float() if precision == "bf16" else weights
 
 
 def verify_together(candidate: Path, topology: Topology) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
     ZeRO 1 and 2 flatten each parameter group and pad it to a multiple of twice the data ranks (stage_1_and_2.py,
     bf16_optimizer.py: nccl_start_alignment_factor = 2); ZeRO 3 pads each parameter to a multiple of the data ranks
     (partition_parameters.py: _padding_size). The optimizer steps a float32 copy of its partition; weights that are float32
-    at ZeRO 1 are their own masters (zero.py).
+    at ZeRO 1 are their own masters (zero.py). In bf16 every rank holds the values of gates in float32, too (zero.py:
+    _Unrounded).
 
     Gradients are float32 and whole at every ZeRO stage: each segment adds to all of them, so none can be reduced before
     the last backward pass of a step. Besides them ZeRO 1 has a float32 bucket while it reduces (allreduce_bucket), in
@@ -99,12 +100,13 @@ def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
         if group.is_muon:
             moments += _most_momentum(sizes, part) - part
     bucket = FP32 * min(REDUCE_BUCKET, whole)
+    unrounded = FP32 * sum(w.size(recipe.parallel.tensor) for w in weights if w.float32) if size == BF16 else 0
     gradients, optimizer = FP32 * whole, FP32 * (held + moments)
     if stage == 3:
         gathered = size * min(GATHERED, sum(w.size(recipe.parallel.tensor) for w in weights))
         buffers = FP32 * held + bucket
-        return States(size * (held + frozen), gradients, optimizer, buffers + gathered, buffers)
-    weight_bytes = size * (padded + frozen)
+        return States(size * (held + frozen) + unrounded, gradients, optimizer, buffers + gathered, buffers)
+    weight_bytes = size * (padded + frozen) + unrounded
     if stage == 2:
         return States(weight_bytes, gradients, optimizer, 0, FP32 * held + bucket)
     if size == BF16:

@@ -267,6 +267,9 @@ class _Place:
                 yield Message("all-reduce", data, 1, FP32)
                 yield Message("all-reduce", self.groups.model, 1, FP32)
         yield from (Message("all-gather", data, numbers, self.size) for numbers in padded)
+        unrounded = sum(weight.size(tensor) for weight in self.weights if weight.float32)
+        if self.size == BF16 and unrounded:
+            yield Message("all-reduce", data, unrounded, FP32)
 
 
 def _filled(sizes: Sequence[int]) -> Iterator[int]:

@@ -6,9 +6,12 @@ The interpreter runs a kernel's program block by block in NumPy. It shows whethe
 right; not tiles, TF32, races, or what a compiler makes of it. Triton 3.7.1's needs repairs, made below.
 """
 
+import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -89,8 +92,6 @@ class Counter(int):
 
 
 def repair_fla() -> None:
-    import importlib
-
     for name in ("chunk_delta_h", "chunk_h"):
         module = importlib.import_module(f"fla.ops.common.{name}")
         module.range = lambda *bounds: map(Counter, range(*bounds))  # type: ignore[attr-defined]
@@ -120,6 +121,58 @@ def errors(rule, case, device: str = "cpu") -> dict[str, float]:
         name: float((found[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-6))
         for name, value in exact.items()
     }
+
+
+def mixer_errors(case, topology, device: str = "cpu") -> dict[str, float]:
+    """As `errors`, of a whole mixer: its output, new state, gates, and the gradients of its inputs and parameters."""
+    from powernap.model.window import Positions, Window
+    from tests.helpers import tiny
+
+    generator = torch.Generator().manual_seed(case.length)
+    stage = tiny.build_stage(topology, case.model()).to(device, case.dtype).double()
+    layer, batch = stage.decoder.layers[0].self_attention, 2
+    shape = (case.length, batch, stage.model.hidden_size)
+    hidden_states = torch.randn(shape, generator=generator).to(device, case.dtype).double()
+    state = torch.randn(layer.first_state(batch, hidden_states).shape, generator=generator).to(device) / 4
+    mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
+    mask[: case.length // 2, 0] = False
+    window = Window(Positions((0,), case.length), mask if case.pads else None)
+    along = [torch.randn(t.shape, generator=generator).double().to(device) for t in (hidden_states, state)]
+
+    def run(dtype, kernels):
+        module = layer.to(dtype)
+        module.zero_grad(set_to_none=True)
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = [t.to(into, copy=True).requires_grad_() for t, into in ((hidden_states, dtype), (state, wide))]
+        with mock.patch("powernap.model.mixers.fla.kernels_compute", lambda x: kernels):
+            module.gates = []  # as steps that are logged watch them
+            output, after = module(*inputs, window)
+            watched, module.gates = module.gates[0], None
+            _, written = module(*inputs, window, need_output=False)
+            sum((found.double() * by).sum() for found, by in zip((output, after), along, strict=True)).backward()
+        found = {"o": output, "S": after, "S alone": written, "dhidden": inputs[0].grad, "dS": inputs[1].grad}
+        return found | watched | {f"d{name}": p.grad for name, p in module.named_parameters()}
+
+    exact, found = run(torch.float64, kernels=False), run(case.dtype, kernels=True)
+    return {
+        name: float((found[name].double() - value).detach().abs().max() / value.detach().abs().max().clamp(min=1e-6))
+        for name, value in exact.items()
+    }
+
+
+def with_fault(fault: tuple, case, topology) -> dict[str, float]:
+    """`mixer_errors` where an argument of a function is what a third makes of it."""
+    path, argument, change = fault
+    module, _, name = path.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    signature = inspect.signature(function)
+
+    def wrong(*arguments):
+        bound = signature.bind(*arguments).arguments
+        return function(**(bound | {argument: change(bound[argument])}))
+
+    with mock.patch(path, wrong):
+        return mixer_errors(case, topology)
 
 
 def state_errors(passes: int, length: int, device: str = "cpu") -> dict[str, float]:
@@ -157,15 +210,27 @@ def planted() -> dict[str, float]:
 
 def main() -> None:
     repair_triton()
-    from tests.model.mixers.test_kernels_interpreted import CASES, PASSES, PLANTED, STAGE, stage_errors
+    from powernap.parallel.topology import init_distributed
+    from tests.helpers import launches
+    from tests.model.mixers import test_kernels_interpreted as tests
 
     repair_fla()
+    topology = init_distributed(store=torch.distributed.HashStore(), rank=0, world_size=1)
     found = {}
     for name in sys.argv[1].split("|"):
-        if name in CASES:
-            found[name] = errors(CASES[name].rule(), CASES[name])
+        if name in tests.CASES:
+            found[name] = errors(tests.CASES[name].rule(), tests.CASES[name])
+        elif name in tests.MIXERS_IN_KERNELS:
+            found[name] = mixer_errors(tests.MIXERS_IN_KERNELS[name], topology)
+        elif name in tests.FAULTS:
+            found[name] = with_fault(tests.FAULTS[name], tests.FAULTY, topology)
         else:
-            further = {STAGE: stage_errors, PASSES: lambda: state_errors(passes=12, length=70), PLANTED: planted}
+            further = {
+                tests.STAGE: lambda: tests.stage_errors(topology),
+                tests.PASSES: lambda: state_errors(passes=12, length=70),
+                tests.PLANTED: planted,
+                tests.LAUNCHES: lambda: launches.both_forms(topology),
+            }
             found[name] = further[name]()
     Path(sys.argv[2]).write_text(json.dumps(found))
 

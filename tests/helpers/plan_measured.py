@@ -32,7 +32,8 @@ def measure(recipe: Recipe, **process_group) -> dict[str, int]:
             gradients_before_they_are_reduced() as gradients,
         ):
             trainer.train_step(recipe, stage, zero, batch(recipe), 3, topology, layer_states)
-    weights = [getattr(p, "ds_tensor", p) for p in [*stage.parameters(), *zero._placeholders]]
+    unrounded = [value for mixer in stage.fast_weight_mixers.values() for value in mixer.unrounded.values()]
+    weights = [getattr(p, "ds_tensor", p) for p in [*stage.parameters(), *zero._placeholders, *unrounded]]
     optimizer = tensors_of([[p, zero._state(p)] for p in zero._partitions()])
     result = {
         "stage": topology.pp_rank,

@@ -16,6 +16,8 @@ from powernap.model import stage as stage_module
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
+from powernap.model.mixers.module import MixerModule
+from powernap.model.parameters import float32_names
 from powernap.model.recompute import Recompute
 from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
@@ -102,6 +104,12 @@ def compare(case: Case, **process_group) -> dict:
         )
         found = [train_step(case, stage, engine, topology, step) for step in range(1, STEPS + 1)]
 
+    unrounded = {
+        parameter: mixer.unrounded[name]
+        for mixer in stage.modules()
+        if isinstance(mixer, MixerModule) and mixer.unrounded
+        for name, parameter in mixer.float32_parameters().items()
+    }
     worst = {"error": 0.0, "name": None}
     moved = float("inf")
     with engine.gathered_parameters():
@@ -110,7 +118,8 @@ def compare(case: Case, **process_group) -> dict:
             expected, before = (layouts.own_slice(weights[name], parameter, topology) for weights in (end, start))
             assert parameter.shape == expected.shape
             moved = min(moved, (expected - before).abs().max().item())
-            error = (parameter.detach() - expected.to(parameter.dtype)).float().abs().max().item()
+            value = unrounded.get(parameter, parameter.detach())
+            error = (value - expected.to(value.dtype)).float().abs().max().item()
             if not error <= worst["error"]:
                 worst = {"error": error, "name": name}
     result = {
@@ -122,6 +131,7 @@ def compare(case: Case, **process_group) -> dict:
         "smallest_norm": min(norms),
         "smallest_movement": moved,
         "parameters": len(list(stage.parameters())),
+        "unrounded": len(unrounded),
     }
     engine.engine.destroy()
     parallel_state.destroy_model_parallel()
@@ -186,9 +196,12 @@ def plain_answer(problem: Problem, model, sleep):
 
 
 def train_plainly(problem: Problem, stage: HybridStage):
-    if problem.precision == "bf16":
-        stage = stage.bfloat16()
     weights = dict(stage.named_parameters())
+    if problem.precision == "bf16":
+        exact = {name: weights[name].detach().clone() for name in float32_names(stage.model, stage.sleep)}
+        stage = stage.bfloat16()
+        for name, value in exact.items():
+            weights[name].data = value
     masters = {name: p.detach().float().clone() for name, p in weights.items()}
     start = {name: p.clone() for name, p in masters.items()}
     config = problem.optimizer
@@ -233,9 +246,11 @@ def train_plainly(problem: Problem, stage: HybridStage):
 @contextmanager
 def broken(what: str | None):
     """Leave one part of the engine out for a while."""
-    shared, copy = zero.sum_shared_gradients, HybridStage.holds_tied_copy
+    shared, copy, unrounded = zero.sum_shared_gradients, HybridStage.holds_tied_copy, MixerModule.in_float32
     if what == "sum_shared_gradients":
         zero.sum_shared_gradients = lambda *_: None
+    elif what == "in_float32":
+        MixerModule.in_float32 = lambda mixer, name: getattr(mixer, name)  # type: ignore[method-assign, assignment]
     elif what == "ds_pipe_replicated":
         HybridStage.holds_tied_copy = False
     elif what == "slices of matrices joined":
@@ -246,3 +261,4 @@ def broken(what: str | None):
     trainer.forward_backward = layouts.schedule.forward_backward
     zero.sum_shared_gradients, HybridStage.holds_tied_copy = shared, copy
     muon.split_of = split_of
+    MixerModule.in_float32 = unrounded  # type: ignore[method-assign]

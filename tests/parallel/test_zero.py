@@ -171,6 +171,27 @@ def test_bf16_accumulates_in_float32(topology, zero_stage, offload):
     assert zero.step() == pytest.approx((1 + 257 / 512) * elements**0.5, rel=bound)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_reads_gates_in_float32(topology, zero_stage, offload):
+    """dt_bias is about -8, where bfloat16 has steps of 0.03: one of 0.001 would be lost."""
+    config = OptimizerConfig(lr=1e-3, warmup_steps=0)
+    stage, zero = zero_for(topology, config, precision="bf16", zero_stage=zero_stage, offload=offload)
+    drawn = tiny.build_stage(topology, dtype=torch.float32).fast_weight_mixers
+    with zero.accumulation(), zero.gathered_parameters():
+        for block, mixer in stage.fast_weight_mixers.items():
+            for name in ("A_log", "dt_bias"):
+                value = mixer.in_float32(name)
+                assert torch.equal(value, getattr(drawn[block], name))  # unrounded from the start
+                assert getattr(mixer, name).dtype == torch.bfloat16
+                value.sum().backward()
+    zero.step()
+    for block, mixer in stage.fast_weight_mixers.items():
+        for name, value in mixer.unrounded.items():
+            moved = value - getattr(drawn[block], name).detach()
+            torch.testing.assert_close(moved, torch.full_like(moved, -1e-3), rtol=1e-2, atol=0)
+
+
 def test_learning_rate_warms_up_holds_and_decays():
     config = OptimizerConfig(warmup_steps=10, hold=0.6, final_lr=0.02)
     factors = [lr_factor(step, 100, config) for step in range(1, 101)]

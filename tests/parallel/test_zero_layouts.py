@@ -59,6 +59,7 @@ BROKEN = {
     "tied copy counted again, PP2": Case(pipeline=2, problem=Problem(model=TIED), broken="ds_pipe_replicated"),
     "a mean of the ranks' means, DP2": Case(data=2, broken="global token mean, ranks"),
 }
+ROUNDED_GATES = {"gates read as they are held, DP2, bf16": Case(data=2, problem=BF16, broken="in_float32")}
 WIDE_BROKEN = {
     "norm gradients not summed, TP2+SP": Case(**SP, broken="sum_shared_gradients"),
     "norm and tied gradients not summed, TP2xPP2+SP, bf16": Case(
@@ -90,7 +91,7 @@ WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4} | {
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(zero_layouts.compare, CASES | ROUNDED | BROKEN)
+    return run_cases(zero_layouts.compare, CASES | ROUNDED | BROKEN | ROUNDED_GATES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,6 +107,11 @@ def test_six_steps_come_near_a_plain_optimizer(results, name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_comparison_sees_what_is_broken(results, name):
     check_broken(results[name])
+
+
+@pytest.mark.parametrize("name", ROUNDED_GATES)
+def test_the_comparison_sees_gates_in_bf16(results, name):
+    assert min(result["norm"] for result in results[name]) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +150,7 @@ def assert_exact(case: Case, results: list[dict]) -> None:
         assert result["loss"] < 1e-5
         assert result["norm"] < 1e-5
         assert result["weight"]["error"] < 1e-5, result["weight"]["name"]
+        assert bool(result["unrounded"]) == (case.problem.precision == "bf16")
 
 
 def check_rounded(case: Case, results: list[dict]) -> None:

@@ -47,7 +47,8 @@ def recorded_in(manifest: object, where: str) -> dict[str, Recorded]:
         values: list[Any] = [entry.get(field) for field in ("file", "bytes", "samples", "sha256")]
         tokens = entry.get("tokens")
         if [type(value) for value in values] == [str, int, int, str]:
-            entries[values[0]] = Recorded(where, *values[1:], tokens if type(tokens) is int else None)
+            found = Recorded(where, *values[1:])
+            entries[values[0]] = found._replace(tokens=tokens if type(tokens) is int else None)
     return entries
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from powernap.model.config import ModelConfig, SleepConfig, with_sections
 from powernap.model.errors import PowernapError
-from powernap.model.parameters import parameters
+from powernap.model.parameters import float32_names, parameters
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.shards import Split, shard
@@ -63,8 +63,9 @@ def export(checkpoint: Checkpoint, recipe: Recipe, to: Path) -> Path:
 
 def write_model(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Write weights and tokenizer into `folder`; returns what config.json says."""
+    dtypes = dict.fromkeys(float32_names(recipe.model, recipe.sleep), torch.float32)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    tensors = ((name, checkpoint.whole(name).to(dtype).contiguous()) for name in checkpoint.parameters)
+    tensors = ((n, checkpoint.whole(n).to(dtypes.get(n, dtype)).contiguous()) for n in checkpoint.parameters)
     write_weights(folder, tensors, FILE_MODE)
     return {
         "format": FORMAT,

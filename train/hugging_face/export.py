@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from powernap.model.config import ModelConfig
+from powernap.model.parameters import float32_names
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import FILE_MODE
 from powernap.train.config import Recipe
@@ -166,7 +167,7 @@ def _tensors(
     checkpoint: Checkpoint, recipe: Recipe, family: Family, source: HuggingFaceFolder | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor, in the order of the rules; then what `source` has besides."""
-    written = set()
+    written, unrounded = set(), float32_names(recipe.model, recipe.sleep)
     for rule in rules(recipe.model, family):
         for name, tensor in zip(rule.theirs, rule.part(checkpoint.whole(rule.ours)), strict=True):
             if source:
@@ -174,7 +175,8 @@ def _tensors(
                 tensor = tensor.to(source.tensor(name).dtype)
             else:
                 name = disk_name(name if name.startswith("lm_head.") else f"model.{name}", family)
-                tensor = tensor.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+                is_bf16 = recipe.train.precision == "bf16" and rule.ours not in unrounded
+                tensor = tensor.to(torch.bfloat16 if is_bf16 else torch.float32)
             written.add(name)
             yield name, tensor.contiguous()
     for name in source.files if source else ():

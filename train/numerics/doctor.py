@@ -47,7 +47,7 @@ def examine(topology: Topology) -> Iterator[Finding]:
         loss, expected = _gradients(model, topology, torch.float64, torch.device("cpu"))
         for dtype in (torch.float32, torch.bfloat16):
             kernel = topology.device.type == "cuda" and fla_is_precise_enough_for(dtype)
-            how = "FLA's kernel" if kernel else "torch, in chunks"
+            how = "Triton kernels" if kernel else "torch, in chunks"
             try:
                 for mixer in dict.fromkeys(model.mixers):
                     mixer.check_kernels(dtype, topology.device)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from powernap.model.batch import plan_segments
-from powernap.model.config import SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.mixers import MIXERS
 from powernap.model.mixers.recurrent import Recurrence
 from powernap.model.sleep import sleep_and_predict
 from tests.helpers import tiny
@@ -77,30 +78,56 @@ CASES = {
     "M": Case("M", 70),
 }
 STAGE, PASSES, PLANTED = "a stage that sleeps", "twelve passes", "decays too strong"
+LAUNCHES = "launches"
+
+
+@dataclass(frozen=True)
+class MixerCase:
+    """A whole mixer in kernels."""
+
+    fields: dict = field(default_factory=dict)
+    letter: str = "G"
+    length: int = 70
+    dtype: torch.dtype = torch.float32
+    pads: bool = True
+
+    def model(self) -> ModelConfig:
+        section = MIXERS[self.letter].section
+        sizes = {"heads": 2, "key_dim": 16, "value_dim": 24, "conv_kernel": 4} | self.fields
+        return tiny.model_config(pattern=self.letter, window=self.length, **{section: sizes})
+
+
+# Every option of the section in one of them.
+OPEN_MODELS = {"key_heads": 1, "scale_queries": True, "l2_eps": 1e-6, "norm_eps": 1e-5}
+MIXERS_IN_KERNELS = {
+    "mixer G": MixerCase(),
+    "mixer G, as in open models": MixerCase(OPEN_MODELS, length=20, pads=False),
+    "mixer G, bfloat16": MixerCase(OPEN_MODELS | {"allow_neg_eigval": True}, length=20, dtype=torch.bfloat16),
+    "mixer G, longer taps than window": MixerCase({"conv_kernel": 5, "key_dim": 5, "value_dim": 3}, length=3),
+    "mixer K": MixerCase({"allow_neg_eigval": True, "scale_queries": True}, letter="K", length=20),
+    "mixer K, bfloat16": MixerCase({"heads": 1}, letter="K", length=20, dtype=torch.bfloat16, pads=False),
+}
+FAULTS = {
+    "the convolution sees pads": ("powernap.model.mixers.conv_kernel.unpack", "padding_mask", lambda mask: None),
+    "beta is doubled": (
+        "powernap.model.mixers.kernels.gated_delta_rule", "allow_neg_eigval", lambda allowed: not allowed,
+    ),
+    "the state is not handed on": (
+        "powernap.model.mixers.kernels.gated_delta_rule", "state", lambda state: 0 * state,
+    ),
+}  # fmt: skip
+FAULTY = MixerCase(OPEN_MODELS, length=20)
 BF16 = 0.02  # FLA rounds inside; its own tests ask for as much
 BOUNDS = {torch.bfloat16: BF16, torch.float32: 1e-5}
 
 
-def stage_errors() -> dict[str, float]:
+def stage_errors(topology) -> dict[str, float]:
     """N=4 over three windows in float32: each gradient with the kernels, relative to those of torch's form."""
-    from powernap.parallel.topology import init_distributed
-
-    topology = init_distributed(store=torch.distributed.HashStore(), rank=0, world_size=1)
     tokens, loss_mask = tiny.batch(sequences=2, windows=3)
     tokens[0, :2] = 0  # pads
     found = []
-    for form in ("chunked", "kernel"):
-
-        def call(self, q, k, v, g, beta, state, need_output=True, form=form):
-            if q.shape[1] == 1:
-                return self.sequential(q, k, v, g, beta, state, need_output)
-            return (
-                self.kernel(q, k, v, g, beta, state)
-                if form == "kernel"
-                else self.chunked(q, k, v, g, beta, state, need_output)
-            )
-
-        with mock.patch.object(Recurrence, "__call__", call):
+    for kernels in (False, True):
+        with mock.patch("powernap.model.mixers.fla.kernels_compute", lambda x, kernels=kernels: kernels):
             stage = tiny.build_stage(topology, dtype=torch.float32)
             segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(passes=4), 4)
             loss = sleep_and_predict(stage, segments, tokens, loss_mask, recompute="none").loss
@@ -124,7 +151,8 @@ def found(tmp_path_factory):
         **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{KERNELS}:{ROOT}", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(out.parent),
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.helpers.interpreted", "|".join([*CASES, STAGE, PASSES, PLANTED]), str(out)]
+    names = "|".join([*CASES, *MIXERS_IN_KERNELS, *FAULTS, STAGE, PASSES, PLANTED, LAUNCHES])
+    command = [sys.executable, "-m", "tests.helpers.interpreted", names, str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
@@ -145,6 +173,20 @@ def test_a_call_that_is_wrong_is_seen(found):
     assert max(found[PLANTED].values()) > 2 * BF16
 
 
+@pytest.mark.parametrize("name", MIXERS_IN_KERNELS)
+def test_a_whole_mixer(found, name):
+    case, errors = MIXERS_IN_KERNELS[name], found[name]
+    assert len(errors) == 13  # the output, two states, two gates, two inputs, six parameters
+    if case.dtype == torch.float32:  # FLA's softplus has no log1p: steps of 1e-4 are off by 5e-4 of themselves
+        assert errors.pop("dA_log") < 1e-4 and errors.pop("ddt_bias") < 1e-4
+    assert max(errors.values()) < BOUNDS[case.dtype], errors
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mixer_that_is_wrong_is_seen(found, fault):
+    assert max(found[fault].values()) > 2 * BF16
+
+
 def test_a_whole_stage(found):
     assert len(found[STAGE]) > 20 and max(found[STAGE].values()) < 1e-4, found[STAGE]
 
@@ -154,3 +196,11 @@ def test_the_states_error_does_not_grow_with_the_passes(found):
     errors = [found[PASSES][f"bfloat16, {number}"] for number in range(1, 13)]
     assert 1e-4 < errors[0] < 5e-3 and max(errors) < 3 * errors[0], errors
     assert max(found[PASSES][f"float32, {number}"] for number in range(1, 13)) < 1e-5
+
+
+def test_launches(found):
+    """FLA's calls count what they launch. Two blocks of a segment: forward, recompute, backward."""
+    plain, kernels = found[LAUNCHES]["plain"], found[LAUNCHES]["kernels"]
+    assert plain["mixer, forward"] >= 42 and kernels["mixer, forward"] <= 15
+    assert plain["mixer, backward"] > 75 and kernels["mixer, backward"] <= 32
+    assert plain["pair of blocks"] > 240 and kernels["pair of blocks"] <= 140

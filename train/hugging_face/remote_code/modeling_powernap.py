@@ -433,6 +433,7 @@ class PowernapForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     _is_stateful = True  # a text that was slept on cannot be taken back
     _no_split_modules = ["Layer"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     def __init__(self, config: PowernapConfig):
         super().__init__(config)

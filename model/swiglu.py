@@ -1,0 +1,23 @@
+"""SwiGLU between the MLP's two projections, in one of FLA's kernels each way where kernels compute."""
+
+import torch
+import torch.nn.functional as F
+
+from powernap.model.megatron import TransformerConfig
+
+
+class GateAndUp(torch.nn.Module):
+    """[..., gate | up] -> SiLU(gate) * up."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from powernap.model.mixers.fla import kernels_compute
+
+        gate, up = x.chunk(2, dim=-1)
+        if not kernels_compute(x):
+            return F.silu(gate) * up
+        from powernap.model.mixers.kernels import swiglu
+
+        return swiglu(gate, up)
