@@ -168,7 +168,8 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
             continue
         most = max(most, now + kept + passing + heads[index].chunk)  # the head first, then the segment
         kept -= heads[index].kept
-        most = max(most, now + kept + passing + computed[index].again)
+        segment = heads[index].tied + computed[index].again
+        most = max(most, now + kept + passing + segment)
         saved += state if index + 1 == len(segments) else 0
         kept -= computed[index].kept
         late = longest * (in_pipeline and not recipe.train.offload_inputs and (blocks.start > 0 or index > 0))
@@ -404,24 +405,28 @@ class HeadBytes(NamedTuple):
 
     kept: int  # until its backward pass
     chunk: int  # while a chunk is computed, forward or back
+    tied: int  # a tied embedding's gradient, from the head until the segment begins from the same weight
 
 
 def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device = "cuda") -> HeadBytes:
     """As if every token of a window that is read bore loss: a recipe does not tell how many do."""
     model, size = recipe.model, bytes_per_number(recipe)
     if not segment.predicts or blocks.stop != model.num_layers:
-        return HeadBytes(0, 0)
+        return HeadBytes(0, 0, 0)
     tokens = len(segment.tokens) * recipe.micro_batch_size
     vocabulary = model.vocab_size / recipe.parallel.tensor
-    norm = _norm(recipe, device)
-    logits = vocabulary * (size + 2 * FP32)  # and their float32 softmax and its gradient
+    norm, rows = _norm(recipe, device), model.hidden_size * size
+    weight = int(vocabulary * rows)
+    tied = weight * (model.tie_embeddings and blocks.start == 0 and segment.from_embeddings)
+    softmax = vocabulary * FP32
+    gradients = 2 * softmax  # of the losses by log-probabilities, and by logits
     chunks = head_chunks(recipe, segment)
     if not recomputes_head(recipe, segment):
-        return HeadBytes(int(tokens * (norm + logits)), 0)
-    rows = model.hidden_size * size
+        return HeadBytes(int(tokens * (norm + softmax)), int(tokens * gradients), tied)
+    sums = (chunks > 1) * weight  # of its gradients from the chunks that are done
     if recipe.parallel.sequence:  # normed before they are gathered
-        return HeadBytes(int(tokens * (norm + rows)), int(tokens / chunks * logits))
-    return HeadBytes(tokens * rows, int(tokens / chunks * (norm + logits)))
+        return HeadBytes(int(tokens * (norm + rows)), int(tokens / chunks * (softmax + gradients)) + sums, tied)
+    return HeadBytes(tokens * rows, int(tokens / chunks * (norm + softmax + gradients)) + sums, tied)
 
 
 def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:
