@@ -169,7 +169,9 @@ def replay(recipe: Recipe, segments: list[Segment], stage: int, device: Device) 
         most = max(most, now + kept + passing + heads[index].chunk)  # the head first, then the segment
         kept -= heads[index].kept
         segment = heads[index].tied + computed[index].again
-        most = max(most, now + kept + passing + segment)
+        # The embedding's gradient comes last, when activations are gone; a tied head's is added to it, into a third tensor.
+        embedded = embedding_bytes(recipe, blocks, segments[index]) * (3 if heads[index].tied else 1)
+        most = max(most, now + kept + passing + max(segment, embedded - computed[index].kept))
         saved += state if index + 1 == len(segments) else 0
         kept -= computed[index].kept
         late = longest * (in_pipeline and not recipe.train.offload_inputs and (blocks.start > 0 or index > 0))
@@ -417,7 +419,7 @@ def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device =
     vocabulary = model.vocab_size / recipe.parallel.tensor
     norm, rows = _norm(recipe, device), model.hidden_size * size
     weight = int(vocabulary * rows)
-    tied = weight * (model.tie_embeddings and blocks.start == 0 and segment.from_embeddings)
+    tied = embedding_bytes(recipe, blocks, segment) * model.tie_embeddings
     softmax = vocabulary * FP32
     gradients = 2 * softmax  # of the losses by log-probabilities, and by logits
     chunks = head_chunks(recipe, segment)
@@ -427,6 +429,15 @@ def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device =
     if recipe.parallel.sequence:  # normed before they are gathered
         return HeadBytes(int(tokens * (norm + rows)), int(tokens / chunks * (softmax + gradients)) + sums, tied)
     return HeadBytes(tokens * rows, int(tokens / chunks * (norm + softmax + gradients)) + sums, tied)
+
+
+def embedding_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
+    """The gradient of the embedding by a segment that reads it: as large as the embedding."""
+    reads = blocks.start == 0 and segment.from_embeddings and segment.with_grad
+    if not reads or not recipe.train.trains("embedding.weight"):
+        return 0
+    model = recipe.model
+    return model.vocab_size * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
 
 
 def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:
