@@ -171,7 +171,7 @@ class Plan:
             lines.append(
                 f"{s.stage:<5} {blocks:<13} {in_units(s.parameters_per_rank):>6} {s.live_segments:>5} {numbers}"
             )
-        saved = "of the one that runs and the next" if self.offload_inputs else "of live segments"
+        saved = "of two segments" if self.offload_inputs else "of live segments"
         activations = {
             "none": "all of live segments",
             "selective": "what live segments keep, and of one block the rest",
