@@ -31,10 +31,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def scaled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The norm of x with this weight in the place of its own."""
-        if not self.zero_centred:
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 1 + weight would round the weight away
-        return F.rms_norm(x.to(dtype), self.normalized_shape, 1 + weight.to(dtype), self.eps).to(x.dtype)
+        return rms_norm(x, weight, self.eps, self.zero_centred)
 
     def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of residual + x, that sum), in one of FLA's kernels each way where kernels compute."""
@@ -47,3 +44,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
         weight = 1 + self.weight.float() if self.zero_centred else self.weight
         return norm_of_sum(x, residual, weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, zero_centred: bool) -> torch.Tensor:
+    if not zero_centred:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 1 + weight would round the weight away
+    return F.rms_norm(x.to(dtype), weight.shape, 1 + weight.to(dtype), eps).to(x.dtype)

@@ -15,9 +15,13 @@ class GateAndUp(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from powernap.model.mixers.fla import kernels_compute
 
-        gate, up = x.chunk(2, dim=-1)
         if not kernels_compute(x):
-            return F.silu(gate) * up
+            return gate_and_up(x)
         from powernap.model.mixers.kernels import swiglu
 
-        return swiglu(gate, up)
+        return swiglu(*x.chunk(2, dim=-1))
+
+
+def gate_and_up(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -216,6 +216,9 @@ class TrainConfig(Section):
         False,
         description="log the gradient noise scale in sequences (arXiv 1812.06162); needs parallel.data of 2 or more",
     )
+    compile: bool = Field(
+        False, description="torch.compile of norms, SwiGLU and rotation: fewer kernels, for a minute at the start"
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines, health metrics and tracking")
     skip_budget: int = Field(
         10, ge=0, description="steps a run may skip because loss or gradient is not finite; with one more it stops"

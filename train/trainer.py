@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from powernap.model.batch import pad_end, plan_segments
+from powernap.model.compiled import compile_functions
 from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.parameters import parameters
@@ -295,6 +296,8 @@ def build(
     )
     if start and recipe.train.start_optimizer:
         start.optimizer(stage, zero)
+    if recipe.train.compile:
+        compile_functions()
     return stage, zero
 
 
