@@ -130,9 +130,8 @@ class Past:
         for start in sorted({start for one in (self.recipe, now) for start, _ in one.phases}):
             had, has = (getattr(getattr(one.at(start + 1), section), name) for one in (self.recipe, now))
             if start < max(1, self.step) and had != has:
-                raise self._refusal(
-                    key, changes, how, f"step {start + 1}, which is done, had {field}={had}" * bool(self.step)
-                )
+                why = f"step {start + 1}, which is done, had {field}={had}" if start else ""
+                raise self._refusal(key, changes, how, why)
 
     def _check_schedule(self, now: Recipe, key: str, changes: dict[str, list[Any]], how: str) -> None:
         if now.train.steps < self.step:

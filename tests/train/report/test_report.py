@@ -180,7 +180,7 @@ def test_a_runs_flops_are_those_it_wrote_down_wherever_its_shards_are(tmp_path, 
     run = make_run(tmp_path, "mine", "data.train=data/demo/train-*.tar", evaluated=False)
     recipe = load_recipe("demo")
     at_start = [False, True, True, True]
-    RunFolder(run).write_work(work_of(recipe, at_start, []) | {"task": "depo", "fields": {"nodes": 8}})
+    RunFolder(run).write_work(work_of(recipe, [at_start], []) | {"task": "depo", "fields": {"nodes": 8}})
     found = []
     for place in (tmp_path, tmp_path.parent):
         monkeypatch.chdir(place)
