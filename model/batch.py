@@ -17,6 +17,7 @@ def plan_segments(
     passes: int,
     probes: Sequence[Probe] = (),
     sequence_shards: int = 1,
+    separate: bool = False,
 ) -> list[Segment]:
     """Cut a batch into segments.
 
@@ -26,6 +27,7 @@ def plan_segments(
         passes: N of this step.
         probes: (start, stop) of the tokens that are read, answered and forgotten, in every sequence.
         sequence_shards: ranks that split a window's tokens.
+        separate: documents begin within the sequences: every window is read, so that each document is read as if it were alone.
 
     A sequence with no loss tokens left follows the others: its results have no effect.
 
@@ -43,12 +45,12 @@ def plan_segments(
     for number, (window, probe) in enumerate((window.tokens, window.probe) for window in windows):
         ahead = answers[:, window.start + 1 :].any(dim=1)
         predicts = answers[ahead, window.start + 1 : window.stop + 1].any(dim=1)
-        if predicts.any() and not predicts.all() and not probe:
+        if predicts.any() and not predicts.all() and not probe and not separate:
             raise SegmentError(
                 f"window {number} (tokens {window.start}..{window.stop - 1}) holds loss tokens in {int(predicts.sum())} "
                 f"of {len(predicts)} sequences of a batch; all or none must"
             )
-        reads.append(bool(predicts.any()) or (sleep.every_window and not ahead.any()))
+        reads.append(separate or bool(predicts.any()) or (sleep.every_window and not ahead.any()))
     return cut(windows, reads, [_has_pads(tokens, window, model) for window in windows], model, sleep, passes)
 
 

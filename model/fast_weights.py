@@ -32,6 +32,12 @@ def reset_rows(layer_states: LayerStates, begins: torch.Tensor) -> LayerStates:
     return tuple(state.masked_fill_(begins[:, None, None, None], 0.0) for state in layer_states)
 
 
+def begin_anew(layer_states: LayerStates, begins: torch.Tensor) -> LayerStates:
+    """The states with zero fast weights in the rows that `begins`, bool [B], marks. Caches stay: attention masks them."""
+    rows = begins[:, None, None, None]
+    return tuple(state.masked_fill(rows, 0.0) if state.dim() == 4 else state for state in layer_states)
+
+
 def split_batch(layer_states: LayerStates, batch: int, size: int) -> list[LayerStates]:
     """Split the states of `batch` sequences into parts of `size`; each part is empty if no block has a state."""
     return [tuple(state[start : start + size] for state in layer_states) for start in range(0, batch, size)]

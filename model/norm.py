@@ -46,7 +46,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return norm_of_sum(x, residual, weight, self.eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, zero_centred: bool) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None, zero_centred: bool) -> torch.Tensor:
     if not zero_centred:
         return F.rms_norm(x, weight.shape, weight, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 1 + weight would round the weight away

@@ -41,11 +41,12 @@ def run_segment(
     hidden_states: torch.Tensor | None,
     layer_states: LayerStates,
     recompute: Recompute,
+    document_starts: torch.Tensor | None = None,
     *,
     inside: Context = nullcontext,
     keeping: Context = nullcontext,
 ) -> tuple[torch.Tensor | None, LayerStates]:
-    """`stage(segment, tokens, hidden_states, layer_states)`, of which autograd keeps what `recompute` says.
+    """`stage(segment, tokens, hidden_states, layer_states, document_starts)`, of which autograd keeps what `recompute` says.
 
     Args:
         inside: a context for all that is computed, and computed again.
@@ -63,7 +64,7 @@ def run_segment(
         run_part = partial(_checkpointed, inside, nullcontext, False)
 
     def run(hidden_states, *layer_states):
-        hidden_states, layer_states = stage(segment, tokens, hidden_states, layer_states, run_part)
+        hidden_states, layer_states = stage(segment, tokens, hidden_states, layer_states, document_starts, run_part)
         return hidden_states, *layer_states
 
     if recompute in ("segment", "nested"):

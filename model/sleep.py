@@ -33,6 +33,7 @@ def sleep_and_predict(
     loss_mask: torch.Tensor,
     *,
     layer_states: LayerStates | None = None,
+    document_starts: torch.Tensor | None = None,
     recompute: Recompute = "segment",
     predict: bool = False,
     health: FastWeightHealth | None = None,
@@ -42,6 +43,7 @@ def sleep_and_predict(
     Args:
         tokens, loss_mask: [B, T]; inputs are tokens[:, :-1], targets tokens[:, 1:].
         layer_states: the sequences' initial states; None: zero fast weights.
+        document_starts: bool [B, T], True at tokens that know nothing of those before; see HybridStage.forward.
         recompute: what is kept of each segment; the rest is computed again in the backward pass.
         predict: also return the predictions and the loss of each token.
         health: watches norms and gates of the fast weights.
@@ -57,7 +59,9 @@ def sleep_and_predict(
             nullcontext() if segment.with_grad else torch.no_grad(),
             health.watch(segment) if health else nullcontext(),
         ):
-            hidden_states, layer_states = run_segment(stage, segment, inputs, hidden_states, layer_states, recompute)
+            hidden_states, layer_states = run_segment(
+                stage, segment, inputs, hidden_states, layer_states, recompute, document_starts
+            )
         if health:
             health.record(segment, layer_states)
         if not segment.predicts:

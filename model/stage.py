@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from powernap.model.batch import find_loss_tokens, window_tokens
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
-from powernap.model.fast_weights import LayerStates
+from powernap.model.fast_weights import LayerStates, begin_anew
 from powernap.model.init import seeded_init
 from powernap.model.megatron import (
     ColumnParallelLinear,
@@ -161,6 +161,7 @@ class HybridStage(MegatronModule):
         tokens: torch.Tensor,
         hidden_states: torch.Tensor | None,
         layer_states: LayerStates,
+        document_starts: torch.Tensor | None = None,
         run_part: Callable = call,
     ) -> tuple[torch.Tensor | None, LayerStates]:
         """Run one segment.
@@ -170,12 +171,16 @@ class HybridStage(MegatronModule):
             hidden_states: [L, B, D] of the previous stage, or on the first stage of the previous pass; None on the
                 first stage if the segment starts from the embeddings.
             layer_states: fast weights and caches after the previous segment.
+            document_starts: bool [B, T or more], True at first tokens of windows at which a row begins anew: with zero fast weights,
+                its attention seeing nothing before. Every window is read then: its first segment is the one that predicts.
             run_part: called with each block, and what comes before the first, and its arguments (model/recompute.py).
 
         Returns:
             (hidden_states [L, B, D], None on the stage where a state_only segment ends; layer states)
         """
-        window = self._window(segment, tokens)
+        if document_starts is not None and segment.predicts:
+            layer_states = begin_anew(layer_states, document_starts[:, segment.tokens.start])
+        window = self._window(segment, tokens, document_starts)
         return self.run_pass(segment, tokens[:, segment.where], hidden_states, layer_states, window, run_part)
 
     def run_pass(
@@ -323,20 +328,26 @@ class HybridStage(MegatronModule):
             hidden_states = hidden_states + self._embed(tokens)
         return hidden_states
 
-    def _window(self, segment: Segment, tokens: torch.Tensor) -> Window:
+    def _window(self, segment: Segment, tokens: torch.Tensor, document_starts: torch.Tensor | None = None) -> Window:
         """The segment's window; tokens [B, T] are the whole sequences' inputs.
 
         Reads no parameter: ZeRO-3 gathers one on access and expects the same order in every segment.
         """
         length, cached = len(segment.tokens), sum(map(len, segment.cached))
         positions = Positions((segment.position if self.sleep.eviction == "sliding" else 0,), length)
-        if not segment.padded:
+        documents = None
+        if document_starts is not None and cached:
+            documents = window_tokens(document_starts.long().cumsum(1), segment)
+        if not segment.padded and documents is None:
             mask = self._mask(length, cached, tokens.device) if cached else None
             return Window(positions, None, mask, segment.final_blocks)
         assert self.model.pad_token_id is not None
         padding_mask = window_tokens(tokens, segment) != self.model.pad_token_id
+        own_padding = padding_mask[:, cached:].t() if segment.padded else None
+        if documents is not None:
+            padding_mask &= documents == documents[:, cached, None]
         mask = mask_padding(self._mask(length, cached, tokens.device), padding_mask)
-        return Window(positions, padding_mask[:, cached:].t(), mask, segment.final_blocks)
+        return Window(positions, own_padding, mask, segment.final_blocks)
 
     def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:
         mask = self._masks.get((length, cached))

@@ -36,6 +36,7 @@ class MicroBatch:
     tokens: torch.Tensor  # [b, T]
     loss_mask: torch.Tensor  # [b, T]
     layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: zero fast weights
+    document_starts: torch.Tensor | None = None  # bool [b, T]; see HybridStage.forward
     loss_tokens: list[torch.Tensor | None] = field(
         default_factory=list
     )  # of each segment that predicts; found if not given
@@ -52,12 +53,15 @@ class MicroBatch:
         tokens: torch.Tensor,
         loss_mask: torch.Tensor,
         layer_states: LayerStates | None,
+        document_starts: torch.Tensor | None = None,
     ) -> "MicroBatch":
         """From tokens and loss mask on the CPU, where finding the loss tokens waits for no GPU."""
         found = _loss_tokens(segments, loss_mask)
         loss_tokens = [None if where is None else where.to(device, non_blocking=True) for where in found]
         tokens, loss_mask = (x.to(device, non_blocking=True) for x in (tokens, loss_mask))
-        return cls(segments, tokens, loss_mask, layer_states, loss_tokens)
+        if document_starts is not None:
+            document_starts = document_starts.to(device, non_blocking=True)
+        return cls(segments, tokens, loss_mask, layer_states, document_starts, loss_tokens)
 
 
 def _loss_tokens(segments: list[Segment], loss_mask: torch.Tensor) -> list[torch.Tensor | None]:
@@ -118,7 +122,14 @@ def predict(
     if topology.pp_size == 1:
         with torch.no_grad():
             output = sleep_and_predict(
-                stage, segments, tokens, loss_mask, layer_states=batch.layer_states, recompute="none", predict=True
+                stage,
+                segments,
+                tokens,
+                loss_mask,
+                layer_states=batch.layer_states,
+                document_starts=batch.document_starts,
+                recompute="none",
+                predict=True,
             )
         assert output.predictions is not None and output.token_losses is not None
         return output.predictions, output.token_losses, output.layer_states
@@ -130,7 +141,7 @@ def predict(
         for index, segment in enumerate(segments):
             needs_input = not (stage.is_first and segment.from_embeddings)
             hidden_states = ring.receive(segment) if needs_input else None
-            hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states)
+            hidden_states, layer_states = stage(segment, inputs, hidden_states, layer_states, batch.document_starts)
             if segment.predicts and stage.is_last:
                 where = segment.where
                 predictions[:, 1:][:, where] = stage.predictions(hidden_states)
@@ -252,6 +263,7 @@ class StageStep:
                 hidden_states,
                 layer_states,
                 self.recompute,
+                batch.document_starts,
                 inside=cpu.as_it_is,
                 keeping=keeping,
             )

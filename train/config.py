@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -81,18 +82,20 @@ class DataConfig(Section):
         description="shards to train on: path, glob, brace list or URL, or a list of them; or a mixture, such as "
         "{web: {shards: web-*.tar, weight: 3}, depo: {shards: depo-*.tar, weight: 1}}"
     )
-    test: Shards | list[Shards] | None = Field(
+    test: Shards | list[Shards] | dict[str, Shards | list[Shards]] | None = Field(
         None,
-        description="held-out shards for the accuracy by depth; null: none. The entries of a list after the first may hold "
-        "sequences of other lengths, which are reported apart",
+        description="held-out shards for the loss and the accuracy by depth; null: none. The entries of a list after the first may "
+        "hold sequences of other lengths, which are reported apart. Several sets by name, such as {web: web/test-*.tar, books: "
+        "books/test-*.tar}, are reported apart, too; the first is the run's own",
     )
     sequence_length: int = Field(
         ge=2, description="T, tokens in every sequence: documents are cut to it, stored sequences must have it"
     )
-    documents: Literal["packed", "whole"] = Field(
+    documents: Literal["packed", "separate", "whole"] = Field(
         "packed",
-        description="how shards of documents are cut. packed: one after the other; whole: each into sequences of its own, the "
-        "last one padded, for sleep.carry. Stored sequences stay as they are",
+        description="how shards of documents are cut. packed: one after the other; separate: several to a sequence, each from a window "
+        "on and as if it were alone; whole: each into sequences of its own, the last one padded, for sleep.carry. Stored sequences "
+        "stay as they are",
     )
     workers: int = Field(0, ge=0, description="reader processes per data-parallel rank; 0: the trainer reads itself")
     shuffle_buffer: int = Field(2000, ge=1, description="samples of a shard that are mixed; 1: a shard keeps its order")
@@ -131,6 +134,17 @@ class DataConfig(Section):
             raise ValueError("an empty mixture: name at least one dataset")
         return train
 
+    @field_validator("test")
+    @classmethod
+    def _some_test_set(cls, test: object) -> object:
+        if isinstance(test, dict):
+            if not test:
+                raise ValueError("no test set: name at least one, or write null")
+            for name in test:
+                if not re.fullmatch(r"[\w.-]+", name):
+                    raise ValueError(f"'{name}' becomes part of a metric's name: write letters, digits, _ . -")
+        return test
+
     @property
     def datasets(self) -> dict[str, tuple[str | list[str], float]]:
         """name -> shards, weight; a single dataset has an empty name."""
@@ -142,7 +156,14 @@ class DataConfig(Section):
     def shard_lists(self) -> dict[str, str | list[str]]:
         """Recipe field -> its list of shards."""
         lists = {f"data.train.{name}" if name else "data.train": shards for name, (shards, _) in self.datasets.items()}
-        return lists | ({"data.test": self.test} if self.test is not None else {})
+        return lists | {f"data.test.{name}" if name else "data.test": shards for name, shards in self.tests.items()}
+
+    @property
+    def tests(self) -> dict[str, str | list[str]]:
+        """name -> test shards; a single set has an empty name."""
+        if isinstance(self.test, dict):
+            return dict(self.test)
+        return {} if self.test is None else {"": self.test}
 
     @property
     def cache_folder(self) -> Path:
@@ -475,6 +496,7 @@ class Recipe(Section):
         self._tensor_parallel_fits()
         self._pipeline_fits()
         self._zero_fits()
+        self._documents_fit()
         self._carry_fits()
         self._patterns_fit()
         self._insertion_fits()
@@ -559,6 +581,21 @@ class Recipe(Section):
             raise ValueError(
                 "zero.stage=3 with optimizer.name=muon: every data rank has a part of every matrix, Muon needs whole ones; use "
                 "zero.stage=2 or optimizer.name=adamw"
+            )
+
+    def _documents_fit(self) -> None:
+        if self.data.documents != "separate":
+            return
+        inputs, window = self.data.sequence_length - 1, self.model.window
+        if inputs % window:
+            raise ValueError(
+                f"data.documents=separate: each begins at a window, so data.sequence_length={inputs + 1} must be one more than a "
+                f"multiple of model.window={window}, such as {-(-inputs // window) * window + 1}"
+            )
+        if self.sleep.carry:
+            raise ValueError(
+                "sleep.carry=true with data.documents=separate: what a sequence leaves is of several documents: use "
+                "data.documents=whole"
             )
 
     def _carry_fits(self) -> None:

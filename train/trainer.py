@@ -28,7 +28,7 @@ from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.parallel.zero import EarlyPartition, ZeroOptimizer
 from powernap.train.config import Recipe
-from powernap.train.data.loader import Batch, State, merge_states, training_batches
+from powernap.train.data.loader import Batch, Dataset, State, find_datasets, merge_states, training_batches
 from powernap.train.data.sample import DataError
 from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
 from powernap.train.lr_schedule import lr_factor
@@ -418,6 +418,9 @@ def cut_batch(
     size = recipe.micro_batch_size
     tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     tokens, loss_mask = tokens.split(size), loss_mask.split(size)
+    starts: Sequence[torch.Tensor | None] = [None] * len(tokens)
+    if batch.document_starts is not None:
+        starts = batch.document_starts.split(size)
     parts: Sequence[LayerStates | None] = [None] * len(tokens)
     if layer_states is not None:
         parts = split_batch(
@@ -426,12 +429,22 @@ def cut_batch(
     return [
         MicroBatch.on(
             topology.device,
-            plan_segments(tokens, loss_mask, recipe.model, recipe.sleep, passes, batch.probes, recipe.sequence_shards),
+            plan_segments(
+                tokens,
+                loss_mask,
+                recipe.model,
+                recipe.sleep,
+                passes,
+                batch.probes,
+                recipe.sequence_shards,
+                separate=starts is not None,
+            ),
             tokens,
             loss_mask,
             part,
+            starts,
         )
-        for tokens, loss_mask, part in zip(tokens, loss_mask, parts, strict=True)
+        for tokens, loss_mask, part, starts in zip(tokens, loss_mask, parts, starts, strict=True)
     ]
 
 
@@ -442,9 +455,15 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     tokens, loss_mask = pad_end(tokens, loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
     predicts = []
     for _, phase in recipe.phases:
-        passes = max(phase.sleep.pass_choices)
         segments = plan_segments(
-            tokens, loss_mask, phase.model, phase.sleep, passes, batch.probes, phase.sequence_shards
+            tokens,
+            loss_mask,
+            phase.model,
+            phase.sleep,
+            max(phase.sleep.pass_choices),
+            batch.probes,
+            phase.sequence_shards,
+            separate=batch.document_starts is not None,
         )
         windows = itertools.groupby(segments, key=lambda segment: segment.window)
         predicts.append([any(segment.predicts for segment in same) for _, same in windows])
@@ -484,16 +503,34 @@ def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Ite
         batch_size=recipe.sequences_per_rank,
         vocab_size=recipe.model.vocab_size,
         pad_token_id=recipe.model.pad_token_id,
+        window=recipe.model.window,
         rank=topology.dp_rank,
         world_size=topology.dp_size,
         seed=recipe.run.seed,
         whole_documents=recipe.sleep.carry,
         state=state,
+        datasets=share_datasets(recipe, topology),
     )
     for batch, now in batches:
         if topology.groups.mp.size() > 1:
             receive_batch(batch, recipe, topology)
         yield batch, now
+
+
+def share_datasets(recipe: Recipe, topology: Topology) -> dict[str, Dataset]:
+    """Find the shards on one of the ranks that read; all open every shard otherwise. Raises DataError on all of them."""
+    found: dict[str, Dataset] | DataError | None = None
+    if topology.dp_rank == 0:
+        try:
+            found = find_datasets(recipe.data)
+        except DataError as error:
+            found = DataError(str(error))
+    topology.progress.note("waiting for the rank that looks at the shards")
+    found = topology.all_gather_over_data(found)[0]
+    if isinstance(found, DataError):
+        raise found
+    assert found is not None
+    return found
 
 
 def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Batch:
@@ -508,14 +545,18 @@ def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Ba
         ends = torch.zeros(2, shape[1], dtype=torch.int64)  # set at the first and at the last token of each probe
         for start, stop in batch.probes:
             ends[0, start] = ends[1, stop - 1] = 1
-        packed = torch.cat([batch.tokens, loss_mask.long(), ends])
+        flags = loss_mask.long()
+        if batch.document_starts is not None:
+            flags += 2 * batch.document_starts
+        packed = torch.cat([batch.tokens, flags, ends])
     packed = topology.broadcast_in_model(packed.to(topology.device)).cpu()
-    tokens, loss_mask, ends = packed.split((rows, rows, 2))
-    loss_mask, is_document_start = loss_mask.bool(), loss_mask[:, 0].bool()
+    tokens, flags, ends = packed.split((rows, rows, 2))
+    loss_mask, is_document_start = (flags % 2).bool(), (flags[:, 0] % 2).bool()
+    document_starts = flags > 1 if recipe.data.documents == "separate" else None
     loss_mask[:, 0] = False
     firsts, lasts = (row.nonzero().flatten().tolist() for row in ends)
     probes = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
-    return Batch(tokens, loss_mask, is_document_start, [], probes)
+    return Batch(tokens, loss_mask, is_document_start, [], probes, document_starts=document_starts)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

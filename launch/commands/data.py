@@ -149,7 +149,10 @@ def _add_stats(commands: argparse._SubParsersAction) -> None:
         "--window", type=count, metavar="L", help="(default: what the build of the first ones suggested)"
     )
     parser.add_argument(
-        "--documents", choices=["packed", "whole"], default="packed", help="as data.documents (default: packed)"
+        "--documents",
+        choices=["packed", "separate", "whole"],
+        default="packed",
+        help="as data.documents (default: packed)",
     )
     parser.add_argument(
         "--picture", type=path, metavar="FILE", help="draw the lengths of documents, as .png, .svg or .pdf"
@@ -160,15 +163,21 @@ def _add_stats(commands: argparse._SubParsersAction) -> None:
 def run_stats(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.data.cache import ShardCache
     from powernap.train.data.inspect import suggested_sizes
+    from powernap.train.data.sample import DataError
     from powernap.train.data.sequences import Cutting
     from powernap.train.data.stats import draw_lengths, stats_of, table
 
     length, window, pad = suggested_sizes(options.shards[0])
-    cutting = Cutting(options.sequence_length or length, options.documents, pad)
-    found = {spec: stats_of(spec, ShardCache(), cutting, options.window or window) for spec in options.shards}
+    length, window = options.sequence_length or length, options.window or window
+    if options.documents == "separate" and (length - 1) % window:
+        raise DataError(
+            f"--documents separate: write a --sequence-length of one more than a multiple of {window}, or another --window"
+        )
+    cutting = Cutting(length, options.documents, pad, window=window)
+    found = {spec: stats_of(spec, ShardCache(), cutting, window) for spec in options.shards}
     print(table(found))
     if options.picture:
-        draw_lengths(found, cutting.sequence_length or length, options.picture)
+        draw_lengths(found, length, options.picture)
         print(f"{options.picture} written")
     return 0
 

@@ -16,7 +16,7 @@ from powernap.model import recompute as recompute_module
 from powernap.model import stage as stage_module
 from powernap.model.batch import find_loss_tokens, plan_segments
 from powernap.model.config import SleepConfig
-from powernap.model.fast_weights import cat_batch
+from powernap.model.fast_weights import begin_anew, cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
 from powernap.model.recompute import Recompute
@@ -66,6 +66,9 @@ class Case:
     predicting: tuple[int, ...] = (2,)
     last_window: int = tiny.WINDOW  # tokens of the last window
     pads: bool = False
+    separate: bool = (
+        False  # rows of several documents, in place of `windows` and `predicting`: each is compared with itself alone
+    )
     probes: bool = False  # after each of the windows, in place of `predicting`
     passes: int = 2
     micro_batches: int = 2
@@ -150,19 +153,22 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     tokens, loss_mask = tiny.batch(2, case.windows, case.predicting, seed)
     stop = tokens.shape[1] - tiny.WINDOW + case.last_window
     tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
+    starts = None
+    if case.separate:
+        tokens, loss_mask, starts = tiny.separate_batch(seed, tiny.ROWS[seed % 2 * 2 :][:2])
     if case.probes:
         tokens, loss_mask, _ = tiny.batch_with_probes(2, case.windows, seed)
     if case.pads:
         tokens[seed % 2, : 2 + seed % 3] = model.pad_token_id
     if case.unequal:
         loss_mask = tiny.thin_out(loss_mask, seed)
-    segments = plan_segments(tokens, loss_mask, model, sleep, case.passes, probes_of(case))
+    segments = plan_segments(tokens, loss_mask, model, sleep, case.passes, probes_of(case), separate=starts is not None)
     layer_states = None
     if sleep.carry:
         shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
         layer_states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return schedule.MicroBatch.on(tokens.device, segments, tokens, loss_mask, layer_states)
+    return schedule.MicroBatch.on(tokens.device, segments, tokens, loss_mask, layer_states, starts)
 
 
 def probes_of(case: Case) -> list[tuple[int, int]]:
@@ -187,7 +193,9 @@ def train_step(case: Case, stage: HybridStage, own: list[schedule.MicroBatch], t
         optimizer={"warmup_steps": 0},
         parallel={"data": case.data, "tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
     )
-    batch = Batch(tokens, loss_mask, torch.ones(len(tokens), dtype=torch.bool), [], probes_of(case))
+    starts = torch.cat([part.document_starts for part in own]) if case.separate else None
+    begins = torch.ones(len(tokens), dtype=torch.bool)
+    batch = Batch(tokens, loss_mask, begins, [], probes_of(case), document_starts=starts)
     metrics, _ = trainer.train_step(recipe, stage, NoOptimizer(stage, topology), batch, 1, topology)
     return metrics
 
@@ -221,7 +229,8 @@ def own_states(layer_states, stage: HybridStage, topology) -> tuple[torch.Tensor
 def one_process(case: Case, model, sleep, batches, scale: float):
     """Loss, gradients by name, predictions, layer states left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], single_rank_groups()
-    of_data = (case.windows, case.predicting, case.last_window, case.pads, case.probes, case.unequal, len(batches))
+    of_data = (case.windows, case.predicting, case.last_window, case.pads, case.probes, case.unequal, len(batches),
+               case.separate)  # fmt: skip
     key = repr((model, sleep, case.passes, scale, of_data))
     if dist.get_rank() == 0:
         if key not in ANSWERS:
@@ -245,6 +254,7 @@ def compute_alone(
                 batch.tokens,
                 batch.loss_mask,
                 layer_states=batch.layer_states,
+                document_starts=batch.document_starts,
                 predict=True,
                 health=health,
             )
@@ -252,6 +262,8 @@ def compute_alone(
         predictions.append((output.predictions, output.token_losses))
         left.append(output.layer_states)
     tokens, loss_mask = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "loss_mask"))
+    if batches[0].document_starts is not None:
+        tokens, loss_mask = tiny.alone(tokens, loss_mask, torch.cat([batch.document_starts for batch in batches]))
     layer_states = cat_batch([batch.layer_states for batch in batches]) if stage.sleep.carry else None
     segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes, probes)
     loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute="none").loss
@@ -335,7 +347,7 @@ def broken(what: str | None):
     def without_fast_weights(ctx, gradient):
         return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
 
-    run_pass = HybridStage.run_pass
+    run_pass, window = HybridStage.run_pass, HybridStage._window
 
     def remembering(stage, segment, *arguments):
         return run_pass(stage, replace(segment, probe=False), *arguments)
@@ -387,6 +399,10 @@ def broken(what: str | None):
         schedule._schedule_config = batched
     elif what == "split of a mixer":
         MixerModule._parameter = of_the_next_rank
+    elif what == "fast weights of another document":
+        stage_module.begin_anew = lambda layer_states, begins: layer_states
+    elif what == "keys of another document":
+        HybridStage._window = lambda stage, segment, tokens, document_starts: window(stage, segment, tokens)
     elif what == "loss tokens":
         schedule.find_loss_tokens = lambda loss_mask: loss_mask.flatten().nonzero().squeeze(1)
     elif what in MEANS:
@@ -399,3 +415,5 @@ def broken(what: str | None):
     MixerModule._parameter = parameter
     HybridStage.run_pass = run_pass
     recompute_module._checkpointed, host_inputs.HostInputs._copied = checkpointed, copied
+    HybridStage._window = window
+    stage_module.begin_anew = begin_anew

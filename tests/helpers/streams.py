@@ -51,10 +51,12 @@ def config(train, **fields):
     )
 
 
-def stream(shards, *, batch_size=4, rank=0, world_size=1, seed=0, state=None, whole_documents=False, **fields):
+def stream(
+    shards, *, batch_size=4, rank=0, world_size=1, seed=0, state=None, whole_documents=False, datasets=None, **fields
+):
     """(batch, state) of one rank."""
     options = dict(batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, state=state)
-    options["whole_documents"] = whole_documents
+    options |= dict(whole_documents=whole_documents, window=4, datasets=datasets)
     return training_batches(config(shards, **fields), vocab_size=VOCABULARY, **options)
 
 

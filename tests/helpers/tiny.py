@@ -56,6 +56,43 @@ def batch(sequences=3, windows=3, predicting=(2,), seed=1, vocab_size=17) -> tup
     return tokens, loss_mask
 
 
+ROWS = [
+    [13, 5],
+    [6, 12, 4],
+    [25],
+    [3, 8, 6],
+]  # tokens of separate documents: four windows a row, some full, one with a single token
+
+
+def separate_batch(seed=1, rows=ROWS, vocab_size=17) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of documents that know nothing of each other: tokens with pads (0), loss mask, document starts [B, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(rows), 4 * WINDOW + 1)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    loss_mask, starts = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, lengths in enumerate(rows):
+        place = 0
+        for length in lengths:
+            tokens[row, place : place + length] = torch.randint(1, vocab_size, (length,), generator=generator)
+            loss_mask[row, place + 1 : place + length] = True
+            starts[row, place] = True
+            place += -(-length // WINDOW) * WINDOW
+    return tokens, loss_mask, starts
+
+
+def alone(tokens, loss_mask, starts) -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents of `separate_batch`, each in a row of its own."""
+    rows, masks = [], []
+    for row, is_start in enumerate(starts):
+        places = [*is_start.nonzero().flatten().tolist(), tokens.shape[1]]
+        for place, behind in zip(places[:-1], places[1:], strict=True):
+            rows.append(torch.zeros_like(tokens[row]))
+            masks.append(torch.zeros_like(loss_mask[row]))
+            rows[-1][: behind - place] = tokens[row, place:behind]
+            masks[-1][: behind - place] = loss_mask[row, place:behind]
+    return torch.stack(rows), torch.stack(masks)
+
+
 PROBE = 3  # tokens: two of question, one of answer
 
 
@@ -106,10 +143,10 @@ def crossing(stage, segments, between_windows: Callable | None) -> Iterator[None
     firsts = {a.window: a for a in reversed(segments)}
     forward = stage.forward
 
-    def with_other_states(segment, tokens, hidden_states, layer_states, run_part):
+    def with_other_states(segment, tokens, hidden_states, layer_states, document_starts, run_part):
         if segment.window and segment is firsts[segment.window]:
             layer_states = between_windows(layer_states)
-        return forward(segment, tokens, hidden_states, layer_states, run_part)
+        return forward(segment, tokens, hidden_states, layer_states, document_starts, run_part)
 
     if between_windows:
         stage.forward = with_other_states

@@ -105,9 +105,9 @@ def gradient_of_inputs(stage, tokens, loss_mask, probes, sleep, embedded):
     places = {id(segment): segment for segment in plan_segments(tokens, loss_mask, stage.model, sleep, 2, probes)}
     forward = stage.forward
 
-    def of_segment(segment, inputs, hidden_states, layer_states, run_part):
+    def of_segment(segment, inputs, hidden_states, layer_states, document_starts, run_part):
         stage._embed = lambda _: leaf[:, segment.where].transpose(0, 1)
-        return forward(segment, inputs, hidden_states, layer_states, run_part)
+        return forward(segment, inputs, hidden_states, layer_states, document_starts, run_part)
 
     stage.forward = of_segment
     try:

@@ -107,6 +107,18 @@ CASES = {
         **TEXT,
         sleep=dict(every_window=True, carry=True),
     ),
+    "one process, separate documents, sliding": Case(separate=True, sleep=dict(every_window=True, eviction="sliding")),
+    "TP2, separate documents, sliding": Case(
+        tensor=2, separate=True, recompute=True, sleep=dict(every_window=True, eviction="sliding")
+    ),
+    "TP2+SP, separate documents, further letters": Case(
+        tensor=2, sequence=True, separate=True, model=FURTHER, sleep=dict(every_window=True, eviction="sliding")
+    ),
+    "PP2, separate documents": Case(pipeline=2, separate=True, recompute=True, sleep=dict(every_window=True)),
+    "PP2, separate documents, every other mixer, sliding": Case(
+        pipeline=2, separate=True, model=with_others(), sleep=dict(every_window=True, eviction="sliding")
+    ),
+    "DP2, separate documents": Case(data=2, separate=True, unequal=True, sleep=dict(every_window=True)),
     "PP2, embeddings again": Case(pipeline=2, passes=3, sleep=dict(pass_input="embeddings")),
     "PP2, last write alone": Case(pipeline=2, recompute="segment", passes=3, sleep=dict(write="last")),
     "PP2, nothing after the last write": Case(pipeline=2, model={"pattern": "GA"}, predicting=(1,)),
@@ -165,6 +177,12 @@ WIDE = {
 }  # fmt: skip
 BROKEN = {
     "a token's loss at another token, TP2": Case(tensor=2, unequal=True, broken="loss tokens"),
+    "fast weights of another document, PP2": Case(
+        pipeline=2, separate=True, sleep=dict(every_window=True), broken="fast weights of another document"
+    ),
+    "keys of another document": Case(
+        separate=True, sleep=dict(every_window=True, eviction="sliding"), broken="keys of another document"
+    ),
     "fast weights' gradient lost": Case(broken="fast weights' gradient"),
     "fast weights' gradient lost, PP2": Case(pipeline=2, broken="fast weights' gradient"),
     "norm gradients not summed, TP2+SP": Case(tensor=2, sequence=True, broken="shared gradients"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 
@@ -13,6 +14,7 @@ from powernap.launch.cli import main
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import read_manifest, write_manifest
 from powernap.train.data.build import build
+from powernap.train.data.check import check_data
 from powernap.train.data.sample_sources import CorpusSource
 from powernap.train.data.sequences import Cutting
 from powernap.train.data.text import Text
@@ -75,6 +77,18 @@ def test_the_loss_falls_on_held_out_text_the_same_in_every_layout(trained):
         assert records[-1]["held_out_loss/N2"] == pytest.approx(one[-1]["held_out_loss/N2"], rel=0.02)
 
 
+def test_separate_documents_train_alike_in_a_pipeline(folder):
+    """A rank that does not read gets to know where documents begin."""
+    apart = ["sleep.carry=false", "data.documents=separate", "data.lanes=null"]
+    apart += ["train.steps=2", "checkpoint.every=2", "optimizer.warmup_steps=0"]
+    runs_of_both = runs.train_in_turn(folder, 1, {"apart": apart})
+    runs_of_both |= runs.train_in_turn(folder, 2, {"apart-pipeline": [*apart, "parallel.pipeline=2"]})
+    one, pipeline = (read_metrics(run / "metrics.jsonl") for run in runs_of_both.values())
+    for key in ("samples", "loss", "held_out_loss/N2"):
+        found = [[line.get(key) for line in lines] for lines in (one, pipeline)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4) if key != "samples" else found[0] == found[1]
+
+
 @pytest.mark.faults
 def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
     """The lines of both are equal to the last digit; without the carried fast weights they are not."""
@@ -127,6 +141,7 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
         ("carried", []),
         ("whole", [f"data.sequence_length={6 * WINDOWS * 32 + 1}"]),
         ("forgotten", ["sleep.carry=false"]),
+        ("separate", ["sleep.carry=false", "data.documents=separate"]),
     ):
         recipe = load_recipe(str(folder / "tiny.yaml"), [*changes, f"data.test={folder}/data/test-*.tar"])
         stage = HybridStage(recipe.model, recipe.sleep, topology.groups).double().to(topology.device)
@@ -135,6 +150,7 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
     losses = {name: result.loss["2"] for name, result in found.items()}
     assert losses["carried"] == pytest.approx(losses["whole"], rel=1e-9)
     assert abs(losses["forgotten"] / losses["whole"] - 1) > 1e-3
+    assert found["separate"] == found["forgotten"]  # held out, each document is read alone
 
     tokens = Counter()
     last_windows = {"1": 1, "2": 2, "3-4": 4, "5-8": 8, "9-16": 16}
@@ -156,6 +172,43 @@ def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topo
         False,
         False,
     ]
+
+
+def test_several_test_sets_are_reported_apart_and_in_bits_per_byte(folder, trained, topology):
+    """Each as it is alone; the first is the run's own."""
+    sets = {"some": f"{folder}/data/test-00000[0-2].tar", "others": [f"{folder}/data/test-00000[3-9].tar"]}
+    found = {}
+    for name, test in {**sets, "both": sets}.items():
+        recipe = load_recipe(str(folder / "tiny.yaml"), [f"data.test={json.dumps(test)}"])
+        check_data(
+            recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": f"{folder}/data/train-*.tar"})})
+        )
+        stage = HybridStage(recipe.model, recipe.sleep, topology.groups).double().to(topology.device)
+        RunFolder(trained["one"]).newest_checkpoint().load_weights(stage)
+        found[name] = evaluate(stage, recipe, [2], 1000, topology)
+    both = found["both"]
+    assert (both.name, list(both.others)) == ("some", ["others"])
+    assert both.loss == found["some"].loss and both.others["others"].loss == found["others"].loss
+    assert both.loss != found["others"].loss
+    names = {name.split("/")[2] for name in both.metrics()}
+    assert names == {"some", "others"} and both.metrics()["held_out_loss/N2/some"] == both.loss["2"]
+    assert found["some"].metrics()["held_out_loss/N2"] == both.loss["2"]
+    lines = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    split = json.loads((folder / "data" / "manifest.json").read_text())["splits"]["test"]
+    assert 0 < split["text_bytes"] < sum(len(line.encode()) for line in lines)
+    assert split["tokens"] == split["text_bytes"] + split["documents"]  # a byte a token, and the ends
+    bits = both.loss["2"] / math.log(2) * split["tokens"] / split["text_bytes"]
+    assert both.bits_per_byte["2"] == pytest.approx(bits, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [("{}", "no test set: name at least one"), ("{a/b: x.tar}", "'a/b' becomes part of a metric's name"),
+     ("{a: gone-*.tar}", "data.test.a=gone-*.tar: no file matches")],
+)  # fmt: skip
+def test_test_sets_that_cannot_be_are_answered_in_one_line(folder, test, message, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    runs.assert_refused(["train", "tiny.yaml", "run.name=none", f"data.test={test}"], capfd, message)
 
 
 def test_eval_tells_the_loss(folder, trained):
@@ -191,6 +244,11 @@ def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_proces
         (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
         (["model.pattern=AA", "sleep.passes=1"], ["needs a block with fast weights", "model.pattern=AA"]),
         (["data.sequence_length=3201"], ["no document in", "write a smaller data.sequence_length"]),
+        (["data.documents=separate"], ["what a sequence leaves is of several documents: use data.documents=whole"]),
+        (
+            ["data.documents=separate", "sleep.carry=false", "data.sequence_length=99"],
+            ["each begins at a window, so data.sequence_length=99", "such as 129"],
+        ),
         (["data.documents=packed"], ["a sequence goes on with the one before only if", "write data.documents=whole"]),
         (["model.pad_token_id=null"], ["holds documents, which end before a sequence does: write model.pad_token_id"]),
     ],

@@ -350,6 +350,7 @@ def make_shards(
         ],
         "skipped": tally.skipped,
         "documents": tally.documents,
+        "text_bytes": tally.text_bytes,
         "decoded": tally.decoded,
         "changed": tally.changed,
         "changed_example": tally.example,
@@ -378,6 +379,8 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
         members = [shard for shard in shards if shard["file"].startswith(split)]
         counted = ("samples", "documents", "tokens") if about.get("holds") == DOCUMENTS else ("samples",)
         splits[split] = {"shards": len(members)} | {what: sum(shard[what] for shard in members) for what in counted}
+        if text_bytes := sum(note.get("text_bytes", {}).get(split, 0) for note in made):
+            splits[split]["text_bytes"] = text_bytes
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     documents = {}
     if about["task"] in CORPORA:
@@ -391,6 +394,6 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
     return {**about, **documents, "splits": splits, "sha256": everything, "shards": shards}
 
 
-def _describe(samples: int, shards: int, documents: int | None = None, tokens: int = 0) -> str:
+def _describe(samples: int, shards: int, documents: int | None = None, tokens: int = 0, **_: int) -> str:
     what = f"{samples} samples" if documents is None else f"{documents:,} documents of {tokens:,} tokens"
     return f"{what} in {shards} shard{'' if shards == 1 else 's'}"

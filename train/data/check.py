@@ -16,7 +16,7 @@ from powernap.train.data.sample import DataError
 from powernap.train.data.sequences import Cutting, Sequences
 from powernap.train.data.shard_list import count_lanes, expand_shards, local_path
 from powernap.train.data.tar_index import not_a_tar
-from powernap.train.data.test_sets import test_sets
+from powernap.train.data.test_sets import is_test, named_tests, test_sets
 from powernap.train.data.verify import mismatch, not_recorded, recorded
 from powernap.train.tasks.sample import Sample, probes_of
 
@@ -33,7 +33,7 @@ def check_data(recipe: Recipe) -> None:
     """
     shards = {field: expand_shards(spec, field) for field, spec in recipe.data.shard_lists.items()}
     for field, names in shards.items():
-        if field != "data.test":
+        if not is_test(field):
             count_lanes(len(names), recipe.data.lanes, field)
     if recipe.data.on_error == "stop":
         for shard in itertools.chain.from_iterable(shards.values()):
@@ -52,12 +52,11 @@ def check_data(recipe: Recipe) -> None:
             vocabularies[field] = (f"{manifest.get('task')}, {tokenizer}", end)
         for _, phase in recipe.phases:
             _check_windows(names[0], samples, phase)
-    if recipe.data.test is not None:
-        for data in test_sets(recipe.data)[1:]:
-            assert data.test is not None
-            longer = recipe.model_copy(update={"data": data})
-            shard = expand_shards(data.test, "data.test")[0]
-            _check_windows(shard, _first_samples(shard, longer), longer)
+    for data in itertools.chain.from_iterable(test_sets(named)[1:] for named in named_tests(recipe.data).values()):
+        assert isinstance(data.test, list)
+        longer = recipe.model_copy(update={"data": data})
+        shard = expand_shards(data.test, "data.test")[0]
+        _check_windows(shard, _first_samples(shard, longer), longer)
     _check_vocabularies(vocabularies)
 
 
@@ -116,6 +115,11 @@ def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
         raise error
     if not samples:
         raise DataError(f"{shard}: its documents have no two tokens: take it out of the list")
+    if not opened.shard.holds_documents and recipe.data.documents == "separate":
+        raise DataError(
+            f"data.documents=separate, but {shard} holds sequences, in which documents are not known: build it again, or write "
+            "data.documents=packed"
+        )
     if opened.shard.holds_documents and recipe.model.pad_token_id is None:
         raise DataError(
             f"{shard} holds documents, which end before a sequence does: write model.pad_token_id, a token that none of them "
@@ -213,7 +217,7 @@ def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     ahead = np.logical_or.accumulate(others[:, ::-1], axis=1)[:, ::-1]  # whether it or a later window holds loss tokens
     disagreeing = (ahead & ~others).any(axis=0) & others.any(axis=0)
     predicts = np.logical_or.reduce(predicts, axis=0)
-    if disagreeing.any():
+    if disagreeing.any() and recipe.data.documents != "separate":
         number = int(disagreeing.argmax())
         first, last = windows[number].tokens[0], windows[number].tokens[-1]
         raise DataError(

@@ -86,6 +86,7 @@ class Tally:
     advance: Callable[[int], object] = lambda count: None
     skipped: list[str] = field(default_factory=list)
     documents: int = 0
+    text_bytes: dict[str, int] = field(default_factory=dict)  # of the documents that are text, by split
     decoded: int = 0  # pieces whose tokens were decoded again, and
     changed: int = 0  # those that came back as another text
     example: str = ""

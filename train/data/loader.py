@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,11 +54,22 @@ class Batch:
     answers: list[np.ndarray]  # B arrays of rows (start, stop, depth)
     probes: list[Probe] = field(default_factory=list)  # of every row: (start, stop) of tokens to be forgotten
     unusable: list[str] = field(default_factory=list)  # why samples and shards were left out, a line each
+    document_starts: torch.Tensor | None = (
+        None  # bool [B, T]: tokens that know nothing of those before; None: the first alone
+    )
     is_real: bool = True  # False: padding, present only because another rank has a batch
     sample_ids: list[tuple[str, int]] = field(default_factory=list)  # in training: each row's shard, and number there
 
 
 StreamItem = tuple[Batch, list[dict[int, Cursor]]]  # a batch, and each dataset's cursors of the lanes it read
+
+
+class Dataset(NamedTuple):
+    """The shards of a dataset."""
+
+    shards: tuple[str, ...]
+    lanes: int
+    fingerprint: str
 
 
 def training_batches(
@@ -67,11 +78,13 @@ def training_batches(
     batch_size: int,
     vocab_size: int,
     pad_token_id: int | None = None,
+    window: int | None = None,
     rank: int,
     world_size: int,
     seed: int,
     whole_documents: bool = False,
     state: State | None = None,
+    datasets: dict[str, Dataset] | None = None,
 ) -> Iterator[tuple[Batch, State]]:
     """Yield this rank's batches endlessly, each with the state after it, from the start or the batch after `state`.
 
@@ -82,18 +95,26 @@ def training_batches(
     Args:
         batch_size: sequences per rank.
         pad_token_id: fills up sequences that are cut from documents.
+        window: where separate documents begin.
         whole_documents: row by row, each batch continues the documents of the one before. Needs one dataset, and as
             many lanes as the global batch has rows.
+        datasets: what `find_datasets` finds, if another rank did.
 
     Raises:
         DataError: at the first batch if the shards are missing or not those of `state`, later if a shard or sample
             cannot be used and data.on_error is not skip.
     """
-    orders, fingerprints = _orders(data, seed, whole_documents)
+    datasets = find_datasets(data) if datasets is None else datasets
+    orders = [
+        Order(found.shards, found.lanes, seed, data.shuffle_buffer, whole_documents) for found in datasets.values()
+    ]
+    fingerprints = {name: found.fingerprint for name, found in datasets.items()}
     assert not whole_documents or [order.lanes for order in orders] == [batch_size * world_size]
     weights = {name: weight for name, (_, weight) in data.datasets.items()}
     settled = {"seed": seed, "shuffle_buffer": data.shuffle_buffer, "lanes": [order.lanes for order in orders],
                "weights": weights, "sequence_length": data.sequence_length, "documents": data.documents}  # fmt: skip
+    if data.documents == "separate":
+        settled["window"] = window
     if state:
         _check_state(state, fingerprints, settled)
     done = state["samples"] if state else 0
@@ -103,7 +124,7 @@ def training_batches(
         Mixture(tuple(weights.values()), seed),
         cursors,
         data,
-        Cutting(data.sequence_length, data.documents, pad_token_id, vocab_size),
+        Cutting(data.sequence_length, data.documents, pad_token_id, vocab_size, window),
         first=done,
         batch_size=batch_size,
         rank=rank,
@@ -120,15 +141,17 @@ def training_batches(
         yield batch, {"samples": done, "fingerprints": fingerprints, "settled": settled, "cursors": saved}
 
 
-def _orders(data: DataConfig, seed: int, whole_documents: bool) -> tuple[list[Order], dict[str, str]]:
-    """The order of each dataset's samples; dataset name -> fingerprint of its shards."""
-    orders, fingerprints = [], {}
+def find_datasets(data: DataConfig) -> dict[str, Dataset]:
+    """The training shards by dataset. Opens every local one for its fingerprint: one rank is enough.
+
+    Raises:
+        DataError: if one is missing, or there are too few.
+    """
+    found = {}
     for (name, (spec, _)), field_name in zip(data.datasets.items(), data.shard_lists, strict=False):
         shards = tuple(expand_shards(spec, field_name))
-        lanes = count_lanes(len(shards), data.lanes, field_name)
-        orders.append(Order(shards, lanes, seed, data.shuffle_buffer, whole_documents))
-        fingerprints[name] = fingerprint(shards)
-    return orders, fingerprints
+        found[name] = Dataset(shards, count_lanes(len(shards), data.lanes, field_name), fingerprint(shards))
+    return found
 
 
 def _cursors(state: State) -> list[dict[int, Cursor]]:
@@ -258,8 +281,10 @@ def evaluation_batches(
     Raises:
         DataError: if a shard is missing, cannot be read or does not fit.
     """
-    assert data.test is not None
-    cache, cutting = cache_of(data), Cutting(data.sequence_length, data.documents, pad_token_id, vocab_size)
+    assert isinstance(data.test, str | list), "one of named_tests"
+    # Alone a document is what it is beside others (sequences.py), and its windows are counted from its start.
+    mode = "whole" if data.documents == "separate" else data.documents
+    cache, cutting = cache_of(data), Cutting(data.sequence_length, mode, pad_token_id, vocab_size)
     shards = (Sequences.open(name, cache, cutting) for name in expand_shards(data.test, "data.test"))
     samples = itertools.islice(((shard, number) for shard in shards for number in range(len(shard))), limit)
     documents: list[DocumentParts] = []
@@ -427,4 +452,14 @@ def _collate(samples: list[Sample], starts: list[bool], unusable: Sequence[str] 
         answers=[sample.answers for sample in samples],
         probes=_probes(samples),
         unusable=list(unusable),
+        document_starts=_document_starts(samples),
     )
+
+
+def _document_starts(samples: list[Sample]) -> torch.Tensor | None:
+    """bool [B, T], if the sequences hold separate documents."""
+    if all(sample.document_starts is None for sample in samples):
+        return None
+    first = np.arange(len(samples[0].tokens)) == 0
+    starts = [first if sample.document_starts is None else sample.document_starts for sample in samples]
+    return torch.from_numpy(np.stack(starts))

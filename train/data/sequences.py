@@ -4,11 +4,16 @@ Documents are cut when they are read. The cut is a function of the tokens of a s
 fields alone, so order, cursors and resume are those of stored sequences.
 
 Packed documents follow each other in the order of the shard and are cut every T-1 tokens; a sequence begins with the last
-token of the one before, so that every token is a target once. Whole documents are cut separately, for training that
+token of the one before, so that every token is a target once. Whole documents are cut each by itself, for training that
 carries the fast weights from one sequence to the next. The last sequence of a shard, or of a whole document, is padded.
+
+Separate documents share sequences, too, but know nothing of each other: each begins at a window, where fast weights and
+attention begin anew, and its last window is padded. One that is longer than a sequence is cut as a whole one, and what is
+left of it begins anew. Best fit (Johnson, 1974), the longest first, puts them into sequences.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -26,13 +31,14 @@ class Cutting(NamedTuple):
     """How documents become sequences."""
 
     sequence_length: int | None  # T; None: as stored, not for documents
-    documents: Literal["packed", "whole"] = "packed"
+    documents: Literal["packed", "separate", "whole"] = "packed"
     pad_token_id: int | None = None  # fills the end of a sequence that is not a target; None: any token would do
     vocab_size: int | None = None  # None: any
+    window: int | None = None  # L, for separate documents
 
     @classmethod
     def of(cls, data: DataConfig, model: ModelConfig) -> Self:
-        return cls(data.sequence_length, data.documents, model.pad_token_id, model.vocab_size)
+        return cls(data.sequence_length, data.documents, model.pad_token_id, model.vocab_size, model.window)
 
 
 def cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,6 +57,31 @@ def cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarr
     return starts, np.minimum(starts + sequence_length, np.repeat(ends, counts)), parts
 
 
+def pack(lengths: np.ndarray, window: int, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best fit decreasing: put pieces of documents into sequences of whole windows.
+
+    Args:
+        lengths: int64 [p], tokens of each piece: at most window * windows, or one more where it fills a sequence.
+
+    Returns:
+        int64 [p] each: a piece's sequence, and its first window there
+    """
+    needed = np.minimum(-(-lengths // window), windows)
+    sequence, first = np.zeros_like(needed), np.zeros_like(needed)
+    room: list[list[int]] = [[] for _ in range(windows + 1)]  # windows that are free -> sequences
+    count = 0
+    for piece in np.argsort(-needed, kind="stable").tolist():
+        need = int(needed[piece])
+        free = next((free for free in range(need, windows) if room[free]), windows)
+        if free < windows:
+            sequence[piece] = room[free].pop()
+        else:
+            sequence[piece], count = count, count + 1
+        first[piece] = windows - free
+        room[free - need].append(int(sequence[piece]))
+    return sequence, first
+
+
 class Sequences:
     """The sequences of a shard by number."""
 
@@ -61,9 +92,23 @@ class Sequences:
         if shard.holds_documents:
             assert cutting.sequence_length
             self._ends = shard.tokens.cumsum()
-            stretches = document_lengths(shard) if cutting.documents == "whole" else self._ends[-1:]
-            self._starts, self._stops, parts = cut(stretches, cutting.sequence_length)
-            self._parts = parts if cutting.documents == "whole" else np.zeros_like(parts)
+            stretches = self._ends[-1:] if cutting.documents == "packed" else document_lengths(shard)
+            self._starts, self._stops, self._parts = cut(stretches, cutting.sequence_length)
+            # Of each stretch of tokens: its sequence, and its place there.
+            self._rows, self._places = np.arange(len(self._starts)), np.zeros_like(self._starts)
+            if cutting.documents == "separate":
+                self._pack(cutting.sequence_length - 1, cutting.window)
+            elif cutting.documents == "packed":
+                self._parts = np.zeros_like(self._parts)
+
+    def _pack(self, inputs: int, window: int | None) -> None:
+        """Put the stretches of separate documents together; each begins at a window."""
+        assert window and inputs % window == 0
+        rows, firsts = pack(self._stops - self._starts, window, inputs // window)
+        order = np.lexsort((firsts, rows))
+        self._starts, self._stops = self._starts[order], self._stops[order]
+        self._rows, self._places = rows[order], firsts[order] * window
+        self._parts = np.zeros(int(rows.max(initial=-1)) + 1, dtype=np.int64)
 
     @classmethod
     def open(cls, name: str, cache: ShardCache, cutting: Cutting, keep_readable: bool = False) -> Self:
@@ -85,14 +130,13 @@ class Sequences:
         Raises:
             DataError: if it is malformed, or does not fit data.sequence_length or model.vocab_size.
         """
-        length, _, pad, vocab_size = self._cutting
+        length, mode, pad, vocab_size, _ = self._cutting
         if not self.shard.holds_documents:
             return decode(self.shard[number], length, vocab_size)
         assert length
-        start, stop = int(self._starts[number]), int(self._stops[number])
         tokens = np.full(length, pad or 0, dtype=np.int64)
-        loss_mask = np.zeros(length, dtype=bool)
-        for sample, first, last, at in self._pieces(start, stop):
+        loss_mask, document_starts = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+        for sample, first, last, at in self._contents(number):
             here = slice(at, at + last - first)
             tokens[here] = self.shard.read_tokens(sample, first, last)
             spans = self.shard.loss_spans(sample)
@@ -104,8 +148,22 @@ class Sequences:
                     f"{self.shard.location(sample)} has token {largest}, model.vocab_size={vocab_size}: write "
                     f"model.vocab_size={largest + 1} or more"
                 )
-        loss_mask[0] = False  # nothing precedes it
-        return Sample(tokens, loss_mask, np.zeros((0, 3), np.int32))
+        document_starts[self._places[slice(*self._stretches(number))]] = True
+        loss_mask[document_starts] = False  # nothing precedes it
+        sequence = Sample(tokens, loss_mask, np.zeros((0, 3), np.int32))
+        return replace(sequence, document_starts=document_starts) if mode == "separate" else sequence
+
+    def _stretches(self, number: int) -> tuple[int, int]:
+        """The first stretch of tokens in a sequence, and the one behind the last."""
+        first, behind = np.searchsorted(self._rows, (number, number + 1))
+        return int(first), int(behind)
+
+    def _contents(self, number: int) -> Iterator[tuple[int, int, int, int]]:
+        """What a sequence holds, in order: (sample, first token in it, the one behind the last, place in the sequence)."""
+        for stretch in range(*self._stretches(number)):
+            place = int(self._places[stretch])
+            for sample, first, last, at in self._pieces(int(self._starts[stretch]), int(self._stops[stretch])):
+                yield sample, first, last, place + at
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[number] for number in range(len(self)))
@@ -140,7 +198,7 @@ class Sequences:
         """What sequences are called in messages: reads all headers again, once for all of them."""
         if not self.shard.holds_documents:
             return self.shard.keys(numbers)
-        firsts = [self._pieces(int(self._starts[n]), int(self._stops[n]))[0][:2] for n in numbers]
+        firsts = [next(self._contents(number))[:2] for number in numbers]
         keys = self.shard.keys([sample for sample, _ in firsts])
         return [f"{key} from token {first}" for key, (_, first) in zip(keys, firsts, strict=True)]
 

@@ -95,7 +95,7 @@ def documents_cut(lengths: np.ndarray, cutting: Cutting) -> int:
     """Documents whose targets, all tokens but the first, lie in several sequences."""
     assert cutting.sequence_length
     step = cutting.sequence_length - 1
-    if cutting.documents == "whole":
+    if cutting.documents != "packed":
         return int((lengths - 1 > step).sum())
     starts = lengths.cumsum() - lengths
     return int(((lengths > 1) & (starts // step != (starts + lengths - 2) // step)).sum())

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from powernap.train.data.bundle import Bundle
 from powernap.train.data.corpus import Corpus
-from powernap.train.data.documents import Document, Part, Reader, Tally, Tokens
+from powernap.train.data.documents import Document, Part, Piece, Reader, Tally, Tokens
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
 
@@ -71,14 +71,14 @@ class Text(Corpus):
                 continue
             split = self._split(document.head)
             used = False
-            for tokens in self._pieces(document, tally):
+            for tokens in self._pieces(document, split, tally):
                 used = True
                 yield split, tokens, False
             if used and document.ends:
                 tally.documents += 1
                 yield split, [] if tokens[-1:] == [self.vocabulary.end] else [self.vocabulary.end], True
 
-    def _pieces(self, document: Document, tally: Tally) -> Iterator[list[int]]:
+    def _pieces(self, document: Document, split: str, tally: Tally) -> Iterator[list[int]]:
         for piece in document.pieces:
             try:
                 if isinstance(piece, DataError):
@@ -87,6 +87,8 @@ class Text(Corpus):
             except DataError as error:
                 tally.skip(error)
             else:
+                if isinstance(piece, Piece):
+                    tally.text_bytes[split] = tally.text_bytes.get(split, 0) + len(piece.data)
                 yield tokens
 
     def _known(self, piece: Tokens) -> list[int]:

@@ -1,6 +1,7 @@
 """Accuracy by depth: how many hops, steps or operations a model can compute in its sleep, for several N."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,10 +15,10 @@ from powernap.model.segments import windows_of
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology, distributed_session
-from powernap.train.config import Recipe
+from powernap.train.config import DataConfig, Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
 from powernap.train.data.shard_list import expand_shards, local_path
-from powernap.train.data.test_sets import stored_length, test_sets
+from powernap.train.data.test_sets import named_tests, stored_length, test_sets, test_tokens_per_byte
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
@@ -47,16 +48,23 @@ class Evaluation:
     tokens_by_window: dict[str, int] = field(default_factory=dict)  # loss tokens
     # Other lengths than the training's, by windows; where two have as many, by tokens, too.
     lengths: "dict[str, Evaluation]" = field(default_factory=dict)
+    bits_per_byte: dict[str, float] = field(default_factory=dict)  # N -> of text whose manifest counts its bytes
+    name: str = ""  # of the test set, if there are several, and
+    others: "dict[str, Evaluation]" = field(default_factory=dict)  # the sets after the first
 
     def metrics(self, of_length: str = "") -> dict[str, float]:
         """Loss and accuracy under their names in metrics.jsonl and MLflow."""
+        of_length = f"/{self.name}{of_length}" if self.name else of_length
         found = {f"held_out_loss/N{passes}{of_length}": value for passes, value in self.loss.items()}
+        found |= {f"bits_per_byte/N{passes}{of_length}": value for passes, value in self.bits_per_byte.items()}
         for passes, by_window in self.loss_by_window.items():
             found |= {f"held_out_loss/N{passes}{of_length}/window_{which}": loss for which, loss in by_window.items()}
         for passes, by_depth in self.accuracy.items():
             found |= {f"accuracy/N{passes}{of_length}/depth_{depth}": value for depth, value in by_depth.items()}
         for windows, other in self.lengths.items():
-            found |= other.metrics(f"/windows_{windows}")
+            found |= other.metrics(f"{of_length}/windows_{windows}")
+        for other in self.others.values():
+            found |= other.metrics()
         return found
 
 
@@ -71,11 +79,28 @@ def evaluate(
     An answer is right if each of its tokens is the likeliest one given the true tokens before it, which holds exactly
     when greedy decoding would produce it.
     """
+    own, *others = [
+        replace(_evaluate_set(stage, recipe, data, passes, samples, topology, floors), name=name)
+        for name, data in named_tests(recipe.data).items()
+    ]
+    return replace(own, others={other.name: other for other in others})
+
+
+def _evaluate_set(
+    stage: HybridStage,
+    recipe: Recipe,
+    data: DataConfig,
+    passes: list[int],
+    samples: int,
+    topology: Topology,
+    floors: bool,
+) -> Evaluation:
+    """`evaluate` for one test set."""
     found: dict[str, Evaluation] = {}
-    for data in test_sets(recipe.data):
-        of_length = _evaluate(stage, recipe.model_copy(update={"data": data}), passes, samples, topology, floors)
+    for of_one in test_sets(data):
+        of_length = _evaluate(stage, recipe.model_copy(update={"data": of_one}), passes, samples, topology, floors)
         name = str(of_length.windows)
-        found[name if name not in found else f"{name}_of_{data.sequence_length}_tokens"] = of_length
+        found[name if name not in found else f"{name}_of_{of_one.sequence_length}_tokens"] = of_length
     own, *others = found
     return replace(found[own], lengths={name: found[name] for name in others})
 
@@ -129,8 +154,11 @@ def _evaluate(
         n: {d: Tally(**{field.name: by_sequence[n, d, field.name] for field in fields(Tally)}) for d in depths}
         for n in passes
     }
+    loss = {str(n): float(of_n.sum() / loss_tokens.sum()) for n, of_n in zip(passes, sums, strict=True)}
+    tokens_per_byte = test_tokens_per_byte(recipe.data)
     return Evaluation(
-        loss={str(n): float(of_n.sum() / loss_tokens.sum()) for n, of_n in zip(passes, sums, strict=True)},
+        loss=loss,
+        bits_per_byte={n: value / math.log(2) * tokens_per_byte for n, value in loss.items() if tokens_per_byte},
         accuracy={str(n): {str(depth): tally.share for depth, tally in tallies[n].items()} for n in passes},
         interval={str(n): {str(depth): tally.interval() for depth, tally in tallies[n].items()} for n in passes},
         floor={str(depth): max(by_depth[depth] for by_depth in guesses.values()) for depth in depths if guesses},
@@ -198,9 +226,12 @@ def evaluate_run(
 
 def _tables(result: Evaluation) -> list[str]:
     """Lines: what is found at each length."""
-    lines = _described(result)
+    lines = [f"{result.name}:"] if result.name else []
+    lines += _described(result)
     for windows, other in result.lengths.items():
         lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other)]
+    for other in result.others.values():
+        lines += ["", *_tables(other)]
     return lines
 
 
@@ -219,6 +250,8 @@ def _described(result: Evaluation) -> list[str]:
             f"{sum(result.answers.values()):,} answers; ±: 95 %, with the answers of one sequence counted together"
         )
     lines.append("loss: " + ", ".join(f"N={n} {loss:.4f}" for n, loss in result.loss.items()))
+    if result.bits_per_byte:
+        lines.append("bits per byte: " + ", ".join(f"N={n} {bits:.4f}" for n, bits in result.bits_per_byte.items()))
     if len(result.tokens_by_window) > 1:
         rows = {f"N={n}": by_window for n, by_window in result.loss_by_window.items()}
         lines += ["loss by window of the document:", format_rows(rows, "window", decimals=3)]
@@ -235,6 +268,10 @@ def _with_shards(recipe: Recipe, shards: list[str]) -> Recipe:
 def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recipe:
     """The recipe in a run's `config`, with `test` as data.test; RecipeError unless they are the same shards."""
     assert recipe.data.test is not None
+    if isinstance(recipe.data.test, dict):
+        if test:
+            raise RecipeError(f"--test: data.test in {config} are several sets by name: write --shards SHARDS")
+        return recipe
     known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
     if test and mask_values(test) != mask_values(known):
         given = mask_secrets(" ".join(test))

@@ -41,7 +41,7 @@ class Floor:
     @classmethod
     def of_test(cls, data: DataConfig) -> "Floor":
         """The floor for the test shards, whose manifest names the task; without one, only guesses that need no task."""
-        assert data.test is not None
+        assert isinstance(data.test, str | list), "one of named_tests"
         try:
             path = local_path(expand_shards(data.test, "data.test")[0])
             return cls(described_by(read_manifest(path)) if path else None)

@@ -15,6 +15,7 @@ from powernap.train.by_step import FIELDS as BY_STEP
 from powernap.train.config import Recipe
 from powernap.train.data.shard import fingerprint
 from powernap.train.data.shard_list import expand_shards
+from powernap.train.data.test_sets import is_test
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.recipe_file import RecipeError, check, flatten
 from powernap.train.run.secrets import mask_values
@@ -47,7 +48,6 @@ FREE = {
     "evaluation.passes",
     "evaluation.samples",
 }
-TEST = {"data.test"}  # no step depends on it
 # by_step.FIELDS may change as long as every step that is done has the value it had; these, the learning rate it had.
 SCHEDULE = {
     "train.steps",
@@ -103,9 +103,9 @@ class Past:
         changes = self.changes(now, other)
         data = [key for key in changes if key == "data.train" or key.startswith("data.train.")]
         by_step = {key: field for field in BY_STEP for key in changes if key == field or key.startswith(f"{field}.")}
-        allowed = {*FREE, *TEST, *SCHEDULE, *data, *by_step}
+        allowed = {*FREE, *SCHEDULE, *data, *by_step}
         for key in changes:
-            if key not in allowed and key.split(".")[0] not in FREE:
+            if key not in allowed and not is_test(key) and key.split(".")[0] not in FREE:
                 raise self._refusal(key, changes, how)
         for key, field in by_step.items():
             self._check_by_step(now, field, key, changes, how)

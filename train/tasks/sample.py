@@ -33,6 +33,8 @@ class Sample:
     answers: np.ndarray  # int32 [n, 3]: rows (start, stop, depth): tokens[start:stop], its number of hops or steps
     # int32 [p, 2]: rows (start, stop) in rising order: tokens[start:stop] are read, answered and then forgotten
     probes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int32))
+    # bool [T]: tokens at which fast weights and attention begin anew, each the first of a window; None: the first alone
+    document_starts: np.ndarray | None = None
 
 
 def probes_of(sample: Sample) -> list[tuple[int, int]]:

@@ -6,10 +6,23 @@ import json
 import numpy as np
 import pytest
 
-from powernap.train.data import sequences
+from powernap.model.config import SleepConfig
+from powernap.train.data import loader, sequences
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
-from tests.helpers.streams import evaluate, global_order, numbers, read, stream, write_documents, write_shard
+from powernap.train.trainer import share_datasets
+from tests.helpers import tiny
+from tests.helpers.streams import (
+    LENGTH,
+    config,
+    evaluate,
+    global_order,
+    numbers,
+    read,
+    stream,
+    write_documents,
+    write_shard,
+)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(w, n) for w in (1, 2, 4) for n in (0, 1, 2) if (w, n) != (1, 0)])
@@ -50,6 +63,21 @@ def test_going_on_opens_only_the_shards_it_reads_from(folder, monkeypatch):
     )
     next(stream(folder / "train-*.tar", lanes=2, state=state))
     assert len(decoded) == 4 and 2 <= len(opened) <= 4
+
+
+def test_ranks_that_are_given_the_datasets_look_at_no_shard(folder, monkeypatch, topology):
+    """One rank opens them all for their fingerprint, and shares it; what it cannot find is refused on all."""
+    expected, _ = global_order(folder / "train-*.tar", 2, 0, 3)
+    recipe = tiny.recipe(tiny.model_config(), SleepConfig(), 1, LENGTH, train={"steps": 100, "global_batch_size": 8})
+    recipe = recipe.model_copy(update={"data": config(folder / "train-*.tar")})
+    datasets = share_datasets(recipe, topology)
+    monkeypatch.setattr(loader, "fingerprint", None)
+    monkeypatch.setattr(loader, "expand_shards", None)
+    assert global_order(folder / "train-*.tar", 2, 0, 3, datasets=datasets)[0] == expected
+    monkeypatch.undo()
+    gone = recipe.model_copy(update={"data": config(folder / "gone-*.tar")})
+    with pytest.raises(DataError, match="no file matches"):
+        share_datasets(gone, topology)
 
 
 def test_other_shards_than_before_are_refused(copy):

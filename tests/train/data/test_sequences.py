@@ -9,7 +9,7 @@ import webdataset
 from powernap.train.data import bundle
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError, Documents, encode, token_type
-from powernap.train.data.sequences import Cutting
+from powernap.train.data.sequences import Cutting, pack
 from powernap.train.data.shard import Shard
 from tests.helpers.streams import (
     VOCABULARY,
@@ -53,6 +53,39 @@ def test_every_token_is_a_target_once_however_the_shard_groups_them(tmp_path, mo
         assert rows == expected(documents, length, mode)
         assert found.documents.tolist() == [n for n, row in enumerate(rows) if row[2]]
     assert len(Shard.open(f"{tmp_path}/7.tar", ShardCache(tmp_path / "cache"))) > 100
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_separate_documents_begin_at_windows_and_are_there_once(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(bundle, "SAMPLE_TOKENS", 50)
+    random = np.random.default_rng(seed)
+    window, windows = int(random.integers(1, 9)), int(random.integers(1, 6))
+    length = window * windows + 1
+    documents = some_documents(random, longest=int(random.choice([window + 2, 3 * length])))
+    write_tokens(tmp_path / "a.tar", documents)
+    found = sequences_of(tmp_path / "a.tar", Cutting(length, "separate", PAD, VOCABULARY, window))
+    pieces, used = [], []
+    for sample in found:
+        starts = sample.document_starts.nonzero()[0].tolist()
+        assert starts[0] == 0 and all(start % window == 0 and start < length - 1 for start in starts)
+        is_padded = sample.tokens == PAD
+        used.append(-(-int((~is_padded).nonzero()[0][-1]) // window))
+        for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            tokens = sample.tokens[start:stop][~is_padded[start:stop]].tolist()
+            mask = [0 < place < len(tokens) for place in range(stop - start)]
+            assert sample.loss_mask[start:stop].tolist() == mask
+            pieces.append(tokens)
+    cut = [document[at : at + length] for document in documents for at in range(0, len(document) - 1, length - 1)]
+    assert sorted(pieces) == sorted(cut)
+    needed = sum(min(-(-len(piece) // window), windows) for piece in cut)
+    assert len(found) <= 1 + 1.25 * needed / windows  # best fit decreasing: at most 11/9 of the best, and one
+    assert found.padded == sum(int((sample.tokens == PAD).sum()) for sample in found)
+
+
+def test_best_fit_leaves_the_least_room():
+    """Windows 3, 3, 2, 2, 1, 1 in sequences of four: the 1s go beside the 3s, not beside a 2."""
+    sequence, first = pack(np.array([20, 9, 28, 10, 12, 30]), 10, 4)
+    assert sequence.tolist() == [2, 1, 0, 0, 2, 1] and first.tolist() == [0, 3, 0, 3, 2, 0]
 
 
 @pytest.mark.parametrize(("vocab_size", "most"), [(256, 1.2), (258, 2.2), (65_536, 2.2), (65_537, 4.3)])
@@ -141,14 +174,12 @@ def library(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("trial", range(50))
 def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_sequences(library, trial, tmp_path):
-    """Ranks, readers and cache are others before and after; documents are cut at many lengths, packed or whole."""
+    """Ranks, readers and cache are others before and after; documents are cut at many lengths, in every way."""
     random = np.random.RandomState(trial)
-    mode, length = ("packed", "whole")[trial % 2], int(random.choice([5, 9, 33, 70]))
-    whole = mode == "whole" and trial % 4 == 1
+    mode, length = ("packed", "whole", "separate")[trial % 3], int(random.choice([5, 9, 33, 69]))
+    whole = mode == "whole" and trial % 2 == 1
     settings = dict(documents=mode, sequence_length=length, shuffle_buffer=int(random.choice([1, 3, 100])), seed=trial)
-    settings |= dict(lanes=12 if whole else [None, 1, 3][random.randint(3)], whole_documents=whole)
-    if whole:
-        settings["lanes"] = 6
+    settings |= dict(lanes=6 if whole else [None, 1, 3][random.randint(3)], whole_documents=whole)
     shards, size = library / "train-*.tar", 6 if whole else 12
     unbroken, _ = global_order(shards, 1, 0, 30, global_batch=size, **settings)
     found, state = [], None
@@ -162,7 +193,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_sequences(library
     assert found == unbroken[: len(found)]
 
 
-@pytest.mark.parametrize("change", [{"sequence_length": 17}, {"documents": "whole"}])
+@pytest.mark.parametrize("change", [{"sequence_length": 17}, {"documents": "whole"}, {"documents": "separate"}])
 def test_another_cut_than_before_is_refused(library, change):
     fields = {"sequence_length": 9, "documents": "packed"}
     _, state = next(stream(library / "train-*.tar", **fields))
