@@ -17,6 +17,7 @@ PATTERN = "AG"
 def compare(rank: int, store, world_size: int, backend: str, pattern: str) -> dict:
     """The largest difference of a gradient, relative to its largest; the graphs after the first and after further steps."""
     from torch._dynamo.utils import counters  # late: seconds
+    from torch._inductor import config as inductor
 
     topology = init_distributed(world_size, store=store, rank=rank, world_size=world_size, timeout_seconds=300)
     tokens, loss_mask = tiny.batch(sequences=2, windows=3)
@@ -26,6 +27,7 @@ def compare(rank: int, store, world_size: int, backend: str, pattern: str) -> di
         model = tiny.model_config(pattern=pattern, vocab_size=18)
         stage = tiny.build_stage(topology, model, dtype=torch.float32)
         if compiled:
+            inductor.cpp.simdlen = 1  # it asks a fresh interpreter what the CPU has, and the warm one cannot answer
             compile_functions(backend)
         for passes in (4, 2, 4):
             loss = tiny.run(stage, tokens, loss_mask, passes).loss
