@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,20 +16,23 @@ class Bundle:
 
     def __init__(self, dtype: np.dtype):
         self._dtype = dtype
-        self._whole: list[np.ndarray] = []  # documents that wait for a sample
-        self._open: list[np.ndarray] = []  # pieces of the document that has not ended
+        self._whole: list[_Tokens] = []  # documents that wait for a sample
+        self._open: list[_Tokens] = []  # pieces of the document that has not ended
         self._part: int | None = None  # of the open document's next sample; None: it is in no sample yet
         self._number = 0
 
-    def add(self, tokens: list[int] | np.ndarray, ends: bool) -> Iterator[tuple[str, Documents]]:
-        """Take the next tokens of a document, `ends` with its last. Yields the samples that are full."""
+    def add(self, tokens: list[int] | np.ndarray, ends: bool, loss: bool = True) -> Iterator[tuple[str, Documents]]:
+        """Take the next tokens of a document, `ends` with its last. Yields the samples that are full.
+
+        loss: whether they bear loss.
+        """
         if isinstance(tokens, list):  # four times as fast as NumPy reads a list
             tokens = np.frombuffer(array("I", tokens), np.uint32)
         if len(tokens):
-            self._open.append(tokens.astype(self._dtype))
+            self._open.append(_Tokens(tokens.astype(self._dtype), np.full(len(tokens), loss)))
         while sum(map(len, self._open)) >= SAMPLE_TOKENS:
             yield from self._all_whole()
-            together = np.concatenate(self._open)
+            together = self._join(self._open)
             self._open = [together[SAMPLE_TOKENS:]] if len(together) > SAMPLE_TOKENS else []
             yield self._next_part(together[:SAMPLE_TOKENS])
         if ends:
@@ -40,7 +44,7 @@ class Bundle:
         yield from self._all_whole()
 
     def _end(self) -> Iterator[tuple[str, Documents]]:
-        document = np.concatenate([np.zeros(0, self._dtype), *self._open])
+        document = self._join(self._open)
         self._open = []
         if self._part is not None:
             if len(document):
@@ -51,13 +55,32 @@ class Bundle:
             if sum(map(len, self._whole)) >= SAMPLE_TOKENS:
                 yield from self._all_whole()
 
-    def _next_part(self, tokens: np.ndarray) -> tuple[str, Documents]:
+    def _next_part(self, tokens: "_Tokens") -> tuple[str, Documents]:
         self._part = 0 if self._part is None else self._part + 1
-        lengths = np.array([len(tokens)], np.uint32)
-        return f"{self._number:06d}-part{self._part:06d}", Documents(tokens, lengths, part=self._part)
+        return f"{self._number:06d}-part{self._part:06d}", tokens.sample([len(tokens)], self._part)
 
     def _all_whole(self) -> Iterator[tuple[str, Documents]]:
         if self._whole:
-            lengths = np.array([len(document) for document in self._whole], np.uint32)
-            yield f"{self._number:06d}", Documents(np.concatenate(self._whole), lengths)
+            yield f"{self._number:06d}", self._join(self._whole).sample(list(map(len, self._whole)))
             self._whole, self._number = [], self._number + 1
+
+    def _join(self, parts: list["_Tokens"]) -> "_Tokens":
+        tokens = np.concatenate([np.zeros(0, self._dtype), *(part.tokens for part in parts)])
+        return _Tokens(tokens, np.concatenate([np.zeros(0, bool), *(part.loss for part in parts)]))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    tokens: np.ndarray
+    loss: np.ndarray  # bool [n]: which of them bear loss
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, where: slice) -> "_Tokens":
+        return _Tokens(self.tokens[where], self.loss[where])
+
+    def sample(self, lengths: list[int], part: int = 0) -> Documents:
+        borders = np.flatnonzero(np.diff(self.loss, prepend=False, append=False))
+        spans = None if self.loss.all() else borders.reshape(-1, 2).astype(np.uint32)
+        return Documents(self.tokens, np.array(lengths, np.uint32), spans, part)

@@ -120,6 +120,11 @@ def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:
             f"data.documents=separate, but {shard} holds sequences, in which documents are not known: build it again, or write "
             "data.documents=packed"
         )
+    if opened.shard.has_loss_spans and recipe.data.documents != "separate":
+        raise DataError(
+            f"{shard} holds answers and what they answer, in each document at other places: write data.documents=separate, which "
+            "reads every window"
+        )
     if opened.shard.holds_documents and recipe.model.pad_token_id is None:
         raise DataError(
             f"{shard} holds documents, which end before a sequence does: write model.pad_token_id, a token that none of them "

@@ -384,18 +384,30 @@ def read_object(line: Piece) -> dict[str, Any]:
 
 def _content_of(line: Piece, text_field: str) -> Piece | Tokens:
     """Raises DataError if a line is not a JSON object with text, or tokens."""
-    return _content(line.file, line.place, _field_of(_json_of(line), text_field, line), text_field)
+    return _content(line.file, line.place, field_of(_json_of(line), text_field, line), text_field)
 
 
-def _field_of(value: Any, field: str, line: object) -> Any:
-    """A field of a JSON object; its name as it is, or with dots for objects within objects. Raises DataError."""
-    if isinstance(value, dict) and field in value:
-        return value[field]
-    first, dot, rest = field.partition(".")
-    if dot and isinstance(value, dict) and isinstance(value.get(first), dict):
-        return _field_of(value[first], rest, line)
-    names = f" with one of {', '.join(map(str, value))}" if isinstance(value, dict) and value else ""
-    raise DataError(f"{line} is no JSON object with '{field}': write text_field=...{names}")
+def field_of(value: Any, field: str, line: object, option: str = "text_field") -> Any:
+    """A field of a JSON object; its name as it is, or with dots for objects within objects.
+
+    option: what names the field, for messages.
+
+    Raises:
+        DataError: if there is none.
+    """
+    found, rest = value, field
+    while isinstance(found, dict):
+        if rest in found:
+            return found[rest]
+        first, _, later = rest.partition(".")
+        if not later or not isinstance(found.get(first), dict):
+            break
+        found, rest = found[first], later
+    before = field.removesuffix(rest)
+    names = (
+        f" with one of {', '.join(f'{before}{name}' for name in found)}" if isinstance(found, dict) and found else ""
+    )
+    raise DataError(f"{line} is no JSON object with '{field}': write {option}=...{names}")
 
 
 def _of_rows(part: Part, rows: Iterator[tuple[str, Any]]) -> Iterator[Piece | Tokens | DataError]:

@@ -98,6 +98,11 @@ class Shard:
         """Whether its samples are documents, to be cut into sequences; else they are sequences."""
         return bool(len(self.tokens) and self.tokens[0])
 
+    @property
+    def has_loss_spans(self) -> bool:
+        """Whether some tokens of its documents bear no loss."""
+        return bool((self._extents[:, MEMBERS.index("loss_spans.npy"), 0] >= 0).any())
+
     def read_tokens(self, number: int, start: int, stop: int) -> np.ndarray:
         """tokens[start:stop] of a sample of documents, without reading the others. Raises DataError."""
         offset, size = self._extents[number, MEMBERS.index("tokens.npy")].tolist()

@@ -7,13 +7,16 @@ says (sequences.py). A hash of its content assigns a document to train or test.
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from powernap.train.data.bundle import Bundle
+from powernap.train.data.conversations import ASSISTANT, TEMPLATES, Turn, around, turns_of
 from powernap.train.data.corpus import Corpus
-from powernap.train.data.documents import Document, Part, Piece, Reader, Tally, Tokens
+from powernap.train.data.documents import HEAD, Document, Part, Piece, Reader, Tally, Tokens, field_of, read_object
+from powernap.train.data.input_files import kind_of
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
 
@@ -29,6 +32,19 @@ class Text(Corpus):
         description="what holds the text, or tokens as whole numbers: a field of .jsonl, a column of .parquet and .arrow (nested: "
         "a.b), a member of .tar (txt, tokens.npy, json.text)",
     )
+    answer_field: str | None = Field(
+        None, description="of records with a question in text_field: where the answer is, which alone bears the loss"
+    )
+    chat_field: str | None = Field(
+        None,
+        description="of records with a conversation: where its list of {role, content} or {from, value} is; what the assistant says "
+        "bears the loss. Both want data.documents=separate",
+    )
+    turn: str = Field(
+        "plain",
+        description="a turn of a conversation or question: plain, chatml, or a text with {role} and {content} of your own; special tokens "
+        "in it are the tokenizer's, in a content they are text",
+    )
     txt_document: Literal["file", "paragraph", "line"] = Field(
         "file", description="what a document of a .txt is: the file, a paragraph between blank lines, or a line"
     )
@@ -41,6 +57,14 @@ class Text(Corpus):
     )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
+    @model_validator(mode="after")
+    def _conversations_fit(self) -> Self:
+        if self.answer_field and self.chat_field:
+            raise ValueError("answer_field and chat_field are both given: records hold questions or conversations")
+        if TEMPLATES.get(self.turn, self.turn).count("{content}") != 1:
+            raise ValueError(f"turn={self.turn}: write {', '.join(TEMPLATES)} or a text with one {{content}}")
+        return self
+
     @property
     def sequence_length(self) -> int:
         """T: whole windows of inputs, and one more token as the last target."""
@@ -52,16 +76,70 @@ class Text(Corpus):
 
     @cached_property
     def reader(self) -> Reader:
-        return Reader(
-            self.text_field, self.txt_document, whole=self.documents == "whole" or not self.vocabulary.separable
+        fields = (
+            [self.chat_field] if self.chat_field else [self.text_field, self.answer_field] if self.answer_field else []
         )
+        return Reader(
+            self.text_field,
+            self.txt_document,
+            whole=self.documents == "whole" or not self.vocabulary.separable,
+            columns=tuple(dict.fromkeys(field.partition(".")[0] for field in fields if field)),
+        )
+
+    def files(self) -> tuple[list[str], dict[str, list[Path]]]:
+        """See `find_files`. Raises DataError for what holds no records, if conversations are wanted."""
+        files, left_out = super().files()
+        if self.reader.columns:
+            for file in files:
+                if kind_of(file)[0] not in (".jsonl", ".parquet", ".arrow"):
+                    raise DataError(f"{file}: no .jsonl, .parquet or .arrow, which hold conversations and questions")
+        return files, left_out
 
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Documents]]:
         bundles = {split: Bundle(token_type(self.vocab_size)) for split in SPLITS}
-        for split, tokens, ends in self._tokenized(parts, tally):
-            yield from ((split, key, sample) for key, sample in bundles[split].add(tokens, ends))
+        for split, tokens, ends, loss in self._bearing_loss(parts, tally):
+            yield from ((split, key, sample) for key, sample in bundles[split].add(tokens, ends, loss))
         for split, bundle in bundles.items():
             yield from ((split, key, sample) for key, sample in bundle.rest())
+
+    def _bearing_loss(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool, bool]]:
+        """`_tokenized`, and whether the tokens bear loss."""
+        if not self.reader.columns:
+            yield from ((*piece, True) for piece in self._tokenized(parts, tally))
+            return
+        for record in itertools.chain.from_iterable(self.reader.raw(part, tally) for part in parts):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                assert isinstance(record, Piece), "records are read as JSON"
+                turns = self._turns(record)
+                pieces = list(self._conversation(record, turns, tally))
+            except DataError as error:
+                tally.skip(error)
+                continue
+            split = self._split("".join(turn.content for turn in turns).encode()[:HEAD])
+            tally.documents += 1
+            for tokens, loss in pieces:
+                yield split, tokens, False, loss
+            yield split, [self.vocabulary.end], True, turns[-1].role == ASSISTANT
+
+    def _turns(self, record: Piece) -> list[Turn]:
+        fields = read_object(record)
+        if self.chat_field:
+            return turns_of(field_of(fields, self.chat_field, record, "chat_field"), record)
+        assert self.answer_field
+        question = field_of(fields, self.text_field, record)
+        answer = field_of(fields, self.answer_field, record, "answer_field")
+        return turns_of([{"role": "user", "content": question}, {"role": ASSISTANT, "content": answer}], record)
+
+    def _conversation(self, record: Piece, turns: list[Turn], tally: Tally) -> Iterator[tuple[list[int], bool]]:
+        """Tokens of what stands around each turn's content, and of the content; whether they bear loss."""
+        for role, content in turns:
+            before, after = around(self.turn, role)
+            loss = role == ASSISTANT
+            yield self.vocabulary.encode_template(before), False
+            yield self._read(record, content, tally), loss
+            yield self.vocabulary.encode_template(after), loss  # so that the end of an answer is learned
 
     def _tokenized(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool]]:
         """Split and tokens of each document, a piece at a time, and whether it ends with them."""

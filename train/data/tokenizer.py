@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Raises DataError for a text that no tokens represent unambiguously."""
 
+    def encode_template(self, text: str) -> list[int]:
+        """As `encode`, but the tokenizer's special tokens in it are these."""
+
     def difference(self, text: str, tokens: list[int]) -> str:
         """The first place where the tokens decode to another text; empty if they decode to the same."""
 
@@ -72,6 +75,12 @@ class _WithEndAndPad:
 
     def use(self, end: int, pad: int) -> None:
         self.end, self.pad, self.vocab_size = end, pad, max(self.vocab_size, end + 1, pad + 1)
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_template(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def difference(self, text: str, tokens: list[int]) -> str:
         return ""
@@ -252,6 +261,13 @@ class HuggingFace(_WithEndAndPad):
             )
         return ids
 
+    def encode_template(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._ids(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def _ids(self, text: str) -> list[int]:
         try:  # without offsets, a fifth faster
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -347,6 +363,9 @@ class Tiktoken(_WithEndAndPad):
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise DataError(f"cannot be tokenized by tiktoken ({' '.join(str(error).split())})") from None
             raise
+
+    def encode_template(self, text: str) -> list[int]:
+        return self._encoding.encode(text, allowed_special="all")
 
     def _name(self, token: int) -> str:
         return self._bytes(token).decode(errors="replace")

@@ -7,7 +7,6 @@ import io
 import json
 import threading
 
-import datasets
 import fsspec
 import numpy as np
 import pyarrow
@@ -60,6 +59,11 @@ def datatrove(folder):
     (folder / "a.ds.metadata").write_text("bytes\n1\n1 T")
 
 
+def hugging_face(folder):
+    datasets = pytest.importorskip("datasets")  # what evaluation in lm-evaluation-harness brings
+    datasets.Dataset(TABLE).save_to_disk(folder / "set", num_shards=3)
+
+
 def tar(folder, member):
     with TarWriter(str(folder / "a.tar")) as writer:
         for n, (document, tokens) in enumerate(zip(DOCUMENTS, TOKENS, strict=True)):
@@ -82,7 +86,7 @@ FORMS = {
     "arrow, streamed": (lambda f: arrow(TABLE, f / "a.arrow"), {}),
     "arrow, a file": (lambda f: arrow(TABLE, f / "a.arrow", ipc.new_file), {"text_field": "of.text"}),
     "arrow, compressed": (lambda f: arrow(TABLE, f / "a.arrow.zst", codec="zstd"), {"text_field": "ids"}),
-    "a data set of Hugging Face": (lambda f: datasets.Dataset(TABLE).save_to_disk(f / "set", num_shards=3), {}),
+    "a data set of Hugging Face": (hugging_face, {}),
     "Megatron": (megatron, {}),
     "Megatron, no ends": (lambda f: megatron(f, ends=False), {}),
     "datatrove": (datatrove, {}),
