@@ -5,6 +5,7 @@ orthogonalised by five Newton-Schulz steps, times sqrt(max(1, rows / columns)). 
 optimizer subtracts it. Newton-Schulz commutes with a permutation of rows or columns: the slices of tensor ranks are joined as they are.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +55,13 @@ def orthogonalised(
         decay: of the momentum.
         parameter: for its split, and its `projections` (model/part.py) if each is a matrix of its own.
     """
+    from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+    sizes = getattr(parameter, "projections", ())
+    if not sizes and (topology.tp_size == 1 or split_of(parameter) is None):
+        return muon_update(gradient, momentum, beta=decay, ns_steps=STEPS, ns_method="standard")
     momentum.lerp_(gradient, 1 - decay)
     update = gradient.lerp_(momentum, decay)
-    sizes = getattr(parameter, "projections", ())
     if not sizes:
         return _whole_update(update, parameter, topology)
     # [heads, rows of a head, columns]; a matrix that lists each projection once is cut in their proportion.
@@ -69,19 +74,24 @@ def orthogonalised(
 
 
 def _whole_update(update: torch.Tensor, parameter: torch.nn.Parameter, topology: Topology) -> torch.Tensor:
-    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
-
+    """This rank's slice of the update of a matrix, or of a projection in it, given its slice of the momentum."""
     split = split_of(parameter)
-    gathered = split is not None and topology.tp_size > 1
-    if gathered:
-        assert split is not None
-        slices = [torch.empty_like(update) for _ in range(topology.tp_size)]
-        dist.all_gather(slices, update.contiguous(), group=topology.groups.tp)
-        update = torch.cat(slices, split.dim)
-    rows, columns = update.shape
-    whole = zeropower_via_newtonschulz5(update, steps=STEPS)
-    whole *= max(1, rows / columns) ** 0.5
-    if gathered:
-        assert split is not None
-        whole = whole.chunk(topology.tp_size, split.dim)[topology.tp_rank]
-    return whole.to(update.dtype)
+    if split is None or topology.tp_size == 1:
+        return _orthogonal(update)
+    slices = [torch.empty_like(update) for _ in range(topology.tp_size)]
+    dist.all_gather(slices, update.contiguous(), group=topology.groups.tp)
+    return _orthogonal(torch.cat(slices, split.dim)).chunk(topology.tp_size, split.dim)[topology.tp_rank]
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as in DeepSpeed's `zeropower_via_newtonschulz5`, which is compiled for every shape that it meets."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    rows, columns = matrix.shape
+    x = matrix.to(original_muon.ns_compute_dtype("standard"))
+    x = x.T if rows > columns else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if rows > columns else x).to(matrix.dtype) * math.sqrt(max(1.0, rows / columns))

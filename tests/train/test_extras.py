@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extras")
     train = {"steps": STEPS, "global_batch_size": 8, "log_every": 1}
     sections = {"train": train, "checkpoint": {"every": 1, "keep_last": STEPS}, "model": {"vocab_size": 16}}
-    runs.prepare(folder, evaluation={"every": None}, **sections)
+    runs.prepare(folder, evaluation={"every": None}, optimizer={"hold": 1.0}, **sections)
     return folder
 
 
@@ -74,7 +74,7 @@ def test_the_running_mean_is_that_of_the_weights_after_every_step(trained, name)
 
 
 def test_the_running_mean_goes_on_in_another_layout(folder, trained):
-    runs.train_in_turn(folder, 1, {"ema_zero3": ["train.steps=6", "optimizer.hold=1", *EMA, "--resume"]})
+    runs.train_in_turn(folder, 1, {"ema_zero3": ["train.steps=6", *EMA, "--resume"]})
     mean, weights = checkpoint(trained["ema_zero3"]), checkpoint(trained["ema_zero3"], 5)
     for name in weights.parameters:
         expected = DECAY * mean.whole(name, "ema") + (1 - DECAY) * weights.whole(name)
