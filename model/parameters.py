@@ -6,12 +6,9 @@ from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.part import Weight
 
 
-def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range, global_names: bool = False) -> list[Weight]:
-    """The parameters of the stage that owns `blocks`, shaped as in stage.py, not split over tensor ranks.
-
-    Args:
-        global_names: blocks are counted over the whole model, not over the stage.
-    """
+def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
+    """The parameters of the stage that owns `blocks`, shaped as in stage.py, not split over tensor ranks; names are those in
+    the whole model (HybridStage.global_name)."""
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     vocabulary = (model.vocab_size, model.hidden_size)
     weights = []
@@ -20,8 +17,7 @@ def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range, global_nam
     if first and sleep.pass_norm:
         weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
     for block in blocks:
-        index = block if global_names else block - blocks.start
-        weights += [w._replace(name=f"decoder.layers.{index}.{w.name}") for w in _block_parameters(model, block)]
+        weights += [w._replace(name=f"decoder.layers.{block}.{w.name}") for w in _block_parameters(model, block)]
     if last:
         weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
         if not model.tie_embeddings:

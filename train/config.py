@@ -623,7 +623,7 @@ class Recipe(Section):
         train, groups = self.train, self.optimizer.groups
         if not (train.freeze or train.only or groups):
             return
-        weights = parameters(self.model, self.sleep, range(self.model.num_layers), global_names=True)
+        weights = parameters(self.model, self.sleep, range(self.model.num_layers))
         names = [weight.name for weight in weights]
         for field, patterns in (("train.freeze", train.freeze), ("train.only", train.only)):
             if patterns:

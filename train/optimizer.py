@@ -26,7 +26,7 @@ def build_optimizer(
     """
     for name, parameter in stage.named_parameters():
         parameter.requires_grad_(trains(stage.global_name(name)))
-    model = parameters(stage.model, stage.sleep, range(stage.model.num_layers), global_names=True)
+    model = parameters(stage.model, stage.sleep, range(stage.model.num_layers))
     weights = {weight.name: weight for weight in model if trains(weight.name)}
     named = stage.trained_parameters
     groups: list[dict[str, Any]] = []

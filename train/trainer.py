@@ -303,7 +303,7 @@ def build(
 
 def frozen_note(recipe: Recipe) -> str | None:
     """What a run trains, if that is not all."""
-    weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
+    weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
     sizes = {weight.name: weight.size() for weight in weights}
     trained = [name for name in sizes if recipe.train.trains(name)]
     if len(trained) == len(sizes):

@@ -37,7 +37,7 @@ def optimizer_groups(optimizer: Optimizer, model: list[Weight], stage: list[Weig
 
 def stage_groups(recipe: Recipe, stage: list[Weight]) -> list[Group]:
     """`optimizer_groups` of a stage with these weights."""
-    model = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
+    model = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
     groups = optimizer_groups(recipe.optimizer, trained(recipe, model), trained(recipe, stage))
     averages = recipe.train.ema is not None
     return [group._replace(moments=group.moments + averages) for group in groups]

@@ -57,7 +57,7 @@ def fits(memory: MemoryEstimate, limit: int) -> bool:
 
 def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
     """By name in the whole model."""
-    return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage], global_names=True)
+    return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage])
 
 
 class States(NamedTuple):
@@ -282,7 +282,7 @@ def handed_on(recipe: Recipe, blocks: range, segments: list[Segment], index: int
 
 def _begins_a_graph(recipe: Recipe, blocks: range) -> bool:
     """Whether something that a sequence's first segment uses on a stage has a gradient: a weight, or hidden states received."""
-    weights = parameters(recipe.model, recipe.sleep, blocks, global_names=True)
+    weights = parameters(recipe.model, recipe.sleep, blocks)
     return blocks.start > 0 or any(recipe.train.trains(weight.name) for weight in weights)
 
 
@@ -460,7 +460,7 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
 
 def _frozen_inputs(recipe: Recipe, block: int, state_only: bool) -> float:
     """Per token, of the inputs of frozen matrices: no gradient needs them."""
-    weights = parameters(recipe.model, recipe.sleep, range(block, block + 1), global_names=True)
+    weights = parameters(recipe.model, recipe.sleep, range(block, block + 1))
     inside = [w for w in weights if w.is_matrix and w.name.startswith("decoder.layers.")]
     frozen = [w for w in inside if not recipe.train.trains(w.name)]
     numbers = 0.0

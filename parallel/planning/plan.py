@@ -265,7 +265,7 @@ def plan(
             f"{parallel.pipeline} stages x {batches:,} micro-batches x {len(segments):,} segments are {steps:,} steps to "
             f"simulate, more than {MOST_STEPS:,}: write a larger train.micro_batch_size or model.window"
         )
-    weights = parameters(model, sleep, range(model.num_layers), global_names=True)
+    weights = parameters(model, sleep, range(model.num_layers))
     memories = [stage_memory(recipe, segments, stage) for stage in range(parallel.pipeline)]
     timeline = simulate(schedule(parallel.pipeline, batches, len(segments)), *step_times(recipe, segments))
     slept, read = windows_slept_and_read(segments)

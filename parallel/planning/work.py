@@ -150,7 +150,7 @@ def frozen_flops(recipe: Recipe, segment: Segment) -> list[int]:
     model, trains, less = recipe.model, recipe.train.trains, [0] * recipe.model.num_layers
     if not segment.with_grad:
         return less
-    for weight in parameters(model, recipe.sleep, range(model.num_layers), global_names=True):
+    for weight in parameters(model, recipe.sleep, range(model.num_layers)):
         if weight.is_matrix and weight.name.startswith("decoder.") and not trains(weight.name):
             block = int(weight.name.split(".")[2])
             less[block] += 2 * weight.size() * (block in segment.blocks)

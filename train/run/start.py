@@ -210,7 +210,7 @@ class Start:
 
         self.source, self._topology = source, topology
         self._inserted = recipe.train.insert or []
-        weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers), global_names=True)
+        weights = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
         self._output_projections = {weight.name for weight in weights if weight.split == 1}
         self._checkpoint: Checkpoint | None = None
         self._read: Callable[[str, Split | None, int, int], torch.Tensor]

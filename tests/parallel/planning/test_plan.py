@@ -56,7 +56,7 @@ def recipe(model=None, *, sleep=None, tokens=None, optimizer="adamw", zero=1, of
 
 
 def whole(planned):
-    return parameters(planned.model, planned.sleep, range(planned.model.num_layers), global_names=True)
+    return parameters(planned.model, planned.sleep, range(planned.model.num_layers))
 
 
 def large_model(**changes):
@@ -87,9 +87,9 @@ def every_stage():
 
 def stage_sizes(groups) -> dict[str, dict[str, int]]:
     """What the parameters of every stage of MODELS hold on this rank, by name."""
+    stages = {name: HybridStage(model, sleep, groups, blocks=blocks) for name, model, sleep, blocks in every_stage()}
     return {
-        name: {n: p.numel() for n, p in HybridStage(model, sleep, groups, blocks=blocks).named_parameters()}
-        for name, model, sleep, blocks in every_stage()
+        name: {stage.global_name(n): p.numel() for n, p in stage.named_parameters()} for name, stage in stages.items()
     }
 
 
