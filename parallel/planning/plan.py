@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -155,7 +157,8 @@ class Plan:
         if self.pipeline > 1:
             colours = [f"\033[38;5;{COLOURS[ord(label[0]) % len(COLOURS)]}m" for label in self.labels]
             lines += [*draw(self.picture, self.labels, 80, colours if colour else None), *self._legend()]
-        lines += [f"note: {note}" for note in self.notes]
+        for note in self.notes:
+            lines += textwrap.wrap(f"note: {note}", 80, subsequent_indent="      ")
         return "\n".join(lines)
 
     def _stage_table(self) -> list[str]:
@@ -367,12 +370,24 @@ def _stages(recipe: Recipe, segments: list[Segment], memories: list[MemoryEstima
     return stages
 
 
+# Adding to float32 gradients moves 12 bytes a parameter at 3 TB/s, a recomputed segment takes 8 FLOPs a parameter and token
+# at 400 TFLOP/s: 200 over its tokens, a tenth here.
+ENOUGH_TOKENS = 2048
+
+
 def _notes(recipe: Recipe) -> list[str]:
     notes, choices = [], recipe.sleep.pass_choices
     if len(choices) > 1:
         notes.append(f"N is drawn from {choices}: all numbers are for N={max(choices)}")
     if recipe.zero.stage >= 2:
         notes.append("ZeRO 2 and 3 hold all gradients until a step's last backward pass")
+    tokens = recipe.model.window * recipe.micro_batch_size
+    if recipe.train.precision == "bf16" and tokens < ENOUGH_TOKENS:
+        needed = math.ceil(ENOUGH_TOKENS / recipe.model.window)
+        notes.append(
+            f"a segment has {tokens:,} tokens; each adds to all gradients, on a GPU about {200 / tokens:.0%} of its compute "
+            f"(by arithmetic): train.micro_batch_size={needed} has {needed * recipe.model.window:,}"
+        )
     return notes
 
 

@@ -421,3 +421,13 @@ def test_no_layout_is_said():
 def test_no_torch():
     code = "import sys; import powernap.parallel.planning.suggest; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_few_tokens_in_a_segment_are_noted_with_the_micro_batch_that_has_enough():
+    def notes(micro_batch_size, precision="bf16"):
+        train = {"precision": precision, "micro_batch_size": micro_batch_size}
+        return plan(recipe(large_model(window=512), tokens=1025, train=train)).notes
+
+    (note,) = notes(1)
+    assert "512 tokens" in note and "39%" in note and "train.micro_batch_size=4 has 2,048" in note
+    assert notes(4) == notes(1, "fp32") == []
