@@ -109,12 +109,12 @@ CASES = {
     ),
     "one process, separate documents, sliding": Case(separate=True, sleep=dict(every_window=True, eviction="sliding")),
     "TP2, separate documents, sliding": Case(
-        tensor=2, separate=True, recompute=True, sleep=dict(every_window=True, eviction="sliding")
+        tensor=2, separate=True, recompute="segment", sleep=dict(every_window=True, eviction="sliding")
     ),
     "TP2+SP, separate documents, further letters": Case(
         tensor=2, sequence=True, separate=True, model=FURTHER, sleep=dict(every_window=True, eviction="sliding")
     ),
-    "PP2, separate documents": Case(pipeline=2, separate=True, recompute=True, sleep=dict(every_window=True)),
+    "PP2, separate documents": Case(pipeline=2, separate=True, recompute="segment", sleep=dict(every_window=True)),
     "PP2, separate documents, every other mixer, sliding": Case(
         pipeline=2, separate=True, model=with_others(), sleep=dict(every_window=True, eviction="sliding")
     ),

@@ -72,7 +72,7 @@ def losses_of(weights, recipe, folder, topology, monkeypatch):
         Checkpoint.open(weights / f"step_{step - 1:08}").load_weights(stage)
         segments = plan_segments(batch.tokens, batch.loss_mask, model, sleep, passes)
         with torch.no_grad():
-            total = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute=False).loss
+            total = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute="none").loss
         found.append(float(total / batch.loss_mask[:, 1:].sum()))
     return found
 

@@ -144,7 +144,7 @@ def test_noise_is_that_of_the_ranks_gradients(folder, trained, topology, monkeyp
     for rank in range(2):
         batch, _ = next(training_batches(recipe.data, batch_size=4, vocab_size=16, rank=rank, world_size=2, seed=0))
         segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, 2)
-        loss = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute=False).loss
+        loss = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute="none").loss
         tokens += int(batch.loss_mask[:, 1:].sum())
         gradients.append(torch.cat([g.flatten() for g in tiny.gradients(stage, loss).values()]))
     first, second = (2 * gradient / tokens for gradient in gradients)

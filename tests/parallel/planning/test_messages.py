@@ -22,7 +22,7 @@ MODEL = dict(
 
 
 def recipe(
-    micro_batches=None, precision="bf16", recompute=True, model=None, sleep=None, tokens=25, **parallel
+    micro_batches=None, precision="bf16", recompute="segment", model=None, sleep=None, tokens=25, **parallel
 ) -> Recipe:
     """Two blocks a stage, three windows; a rank runs as many micro-batches, of two sequences, as there are stages."""
     pipeline = parallel.get("pipeline", 1)
@@ -49,7 +49,7 @@ EIGHT = recipe(data=2, tensor=2, pipeline=2, sequence=True, model={"tie_embeddin
 CASES = {
     "8 ranks, sequence-parallel, tied": EIGHT,
     "512 ranks, fp32, kept": recipe(
-        data=32, tensor=4, pipeline=4, precision="fp32", recompute=False, sleep={"passes": 1}
+        data=32, tensor=4, pipeline=4, precision="fp32", recompute="none", sleep={"passes": 1}
     ),
 }
 NORMED = {"attention": {**ATTENTION, "qk_norm": True}}
@@ -62,8 +62,8 @@ WIDE = {  # layouts, then what changes a stage's messages
     "DP4xTP4xPP4": recipe(data=4, tensor=4, pipeline=4, micro_batches=12),
     "DP8xTP8xPP8": recipe(data=8, tensor=8, pipeline=8, sequence=True),
     "DP2xTP2xPP8, one segment": recipe(data=2, tensor=2, pipeline=8, sleep={"every_window": True}),
-    "fp32, kept": recipe(data=2, tensor=2, pipeline=2, precision="fp32", recompute=False),
-    "sequence-parallel, kept": recipe(tensor=2, sequence=True, recompute=False, micro_batches=2),
+    "fp32, kept": recipe(data=2, tensor=2, pipeline=2, precision="fp32", recompute="none"),
+    "sequence-parallel, kept": recipe(tensor=2, sequence=True, recompute="none", micro_batches=2),
     "last write, truncated": recipe(
         tensor=2, pipeline=2, sleep={"passes": 3, "write": "last", "backprop_passes": 1}
     ),
@@ -164,7 +164,7 @@ LARGE = {
     "DP8": dict(data=8),
     "DP64xTP8": dict(data=64, tensor=8, sequence=True),
     "DP4xPP8": dict(data=4, pipeline=8),
-    "TP8xPP8": dict(tensor=8, pipeline=8, sequence=True, recompute=False),
+    "TP8xPP8": dict(tensor=8, pipeline=8, sequence=True, recompute="none"),
     "DP2xTP2xPP2, fp32": dict(data=2, tensor=2, pipeline=2, precision="fp32"),
 }
 

@@ -13,7 +13,7 @@ from tests.helpers.compiled import KERNELS, run_with_kernels
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there")
 
 
-def recipe(pattern="AGAG", windows=4, window=1024, micro_batch=4, passes=1, vocabulary=32768, recompute=True) -> Recipe:
+def recipe(pattern="AGAG", windows=4, window=1024, micro_batch=4, passes=1, vocabulary=32768, recompute="segment") -> Recipe:
     """Blocks, windows and micro-batches of benchmarks/device.py's 1B, tied and in bf16."""
     wide = {"heads": 14, "key_dim": 128, "value_dim": 128}
     return Recipe(
@@ -38,7 +38,7 @@ CASES = {"four blocks": recipe(), MANY_SEGMENTS: recipe("AG", windows=12, window
 WIDE = {
     "1B": recipe("AG" * 12),
     "vocabulary of 152k": recipe(vocabulary=151936),
-    "activations kept": recipe(recompute=False),
+    "activations kept": recipe(recompute="none"),
     "four passes": recipe(passes=4),
     "Kimi": recipe("AK"),
     "Mamba-2": recipe("AM"),

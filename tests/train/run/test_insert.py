@@ -91,7 +91,7 @@ def logits_of(folder, overrides, topology, tokens, passes):
 
     stage.token_losses = keep
     with torch.no_grad():
-        sleep_and_predict(stage, segments, tokens, loss_mask, recompute=False)
+        sleep_and_predict(stage, segments, tokens, loss_mask, recompute="none")
     return torch.cat(found)
 
 
