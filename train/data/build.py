@@ -166,6 +166,8 @@ def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
 
 def _report(manifest: dict[str, Any]) -> None:
     """Print what was skipped or changed."""
+    for reason, count in (manifest.get("left_out") or {}).items():
+        print(f"{count:,} documents left out: {reason}")
     if skipped := manifest.get("skipped"):
         print(f"{len(skipped)} documents skipped:")
         print("".join(f"  {reason}\n" for reason in skipped[:_SHOWN]), end="")
@@ -351,6 +353,7 @@ def make_shards(
         "skipped": tally.skipped,
         "documents": tally.documents,
         "text_bytes": tally.text_bytes,
+        "left_out": tally.left_out,
         "decoded": tally.decoded,
         "changed": tally.changed,
         "changed_example": tally.example,
@@ -379,7 +382,8 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
         members = [shard for shard in shards if shard["file"].startswith(split)]
         counted = ("samples", "documents", "tokens") if about.get("holds") == DOCUMENTS else ("samples",)
         splits[split] = {"shards": len(members)} | {what: sum(shard[what] for shard in members) for what in counted}
-        if text_bytes := sum(note.get("text_bytes", {}).get(split, 0) for note in made):
+        text_bytes = sum(note.get("text_bytes", {}).get(split, 0) for note in made)
+        if text_bytes and not any(note.get("left_out") for note in made):  # else it counts more than the shards hold
             splits[split]["text_bytes"] = text_bytes
     everything = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     documents = {}
@@ -387,6 +391,7 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
         documents = {
             "documents": sum(note["documents"] for note in made),
             "skipped": [reason for note in made for reason in note["skipped"]],
+            "left_out": dict(sum((Counter(note.get("left_out", {})) for note in made), Counter())),
             "decoded": sum(note.get("decoded", 0) for note in made),
             "changed": sum(note["changed"] for note in made),
             "changed_example": next((note["changed_example"] for note in made if note["changed"]), ""),

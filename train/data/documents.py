@@ -87,6 +87,7 @@ class Tally:
     skipped: list[str] = field(default_factory=list)
     documents: int = 0
     text_bytes: dict[str, int] = field(default_factory=dict)  # of the documents that are text, by split
+    left_out: dict[str, int] = field(default_factory=dict)  # documents by the reason why they are not wanted
     decoded: int = 0  # pieces whose tokens were decoded again, and
     changed: int = 0  # those that came back as another text
     example: str = ""
@@ -99,6 +100,11 @@ class Tally:
             raise error
         self.skipped.append(str(error))
         check_budget(self.skipped, self.budget)
+
+    def leave_out(self, reason: str) -> None:
+        """Count a document, which was counted as one that is used, as one that is not wanted."""
+        self.documents -= 1
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def to_decode(self) -> bool:
         """Whether to decode the next piece again: the first ones of a job, then one in sixteen, since it takes time."""

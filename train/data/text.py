@@ -20,6 +20,10 @@ from powernap.train.data.input_files import kind_of
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
 
+_Piece = tuple[
+    str, list[int], bool, bool
+]  # split and tokens of a document, whether it ends with them, whether they bear loss
+
 
 class Text(Corpus):
     """Which text to read, and the sizes that the recipe may begin with."""
@@ -55,6 +59,10 @@ class Text(Corpus):
         description="data.documents there. whole: no document is divided between shards, so that it can be carried to its end; "
         "packed: a .txt above --shard-size is",
     )
+    min_tokens: int = Field(
+        1, ge=1, description="a document with fewer tokens, its end among them, is left out and counted"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="and so is one with more; null: none is")
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
     @model_validator(mode="after")
@@ -97,12 +105,32 @@ class Text(Corpus):
 
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Documents]]:
         bundles = {split: Bundle(token_type(self.vocab_size)) for split in SPLITS}
-        for split, tokens, ends, loss in self._bearing_loss(parts, tally):
+        for split, tokens, ends, loss in self._of_fitting_length(self._bearing_loss(parts, tally), tally):
             yield from ((split, key, sample) for key, sample in bundles[split].add(tokens, ends, loss))
         for split, bundle in bundles.items():
             yield from ((split, key, sample) for key, sample in bundle.rest())
 
-    def _bearing_loss(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool, bool]]:
+    def _of_fitting_length(self, pieces: Iterator[_Piece], tally: Tally) -> Iterator[_Piece]:
+        """The pieces of documents whose length is allowed; no more than `max_tokens` wait for a document's end."""
+        held: list[_Piece] = []
+        count, dropped = 0, False
+        for piece in pieces:
+            _, tokens, ends, _ = piece
+            held.append(piece)
+            count += len(tokens)
+            if self.max_tokens is not None and count > self.max_tokens:
+                held, dropped = [], True
+            if ends and (dropped or count < self.min_tokens):
+                tally.leave_out("more than max_tokens" if dropped else "fewer than min_tokens")
+                held = []
+            elif count >= self.min_tokens and (ends or self.max_tokens is None):
+                yield from held
+                held = []
+            if ends:
+                held, count, dropped = [], 0, False
+        yield from held  # of a document that goes on in the next shard
+
+    def _bearing_loss(self, parts: list[Part], tally: Tally) -> Iterator[_Piece]:
         """`_tokenized`, and whether the tokens bear loss."""
         if not self.reader.columns:
             yield from ((*piece, True) for piece in self._tokenized(parts, tally))

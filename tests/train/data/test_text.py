@@ -362,6 +362,35 @@ def test_files_that_are_left_out_are_listed_with_reason_and_count(tmp_path, caps
     assert f"3 hidden ({corpus}/._a.txt, ...)" in said and f"1 .csv ({corpus}/d.csv)" in said
 
 
+@pytest.mark.parametrize("shard_bytes", [10**6, 60])
+def test_documents_of_other_lengths_than_wanted_are_left_out_and_counted(tmp_path, capsys, shard_bytes):
+    texts = ["x" * n for n in (1, 8, 9, 10, 20, 21, 50)]  # with the end, one token more
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    fields = dict(inputs=tmp_path / "a.jsonl", test_share=0, shard_bytes=shard_bytes)
+    for limits, kept in (
+        (dict(min_tokens=10), texts[2:]),
+        (dict(max_tokens=21), texts[:5]),
+        (dict(min_tokens=10, max_tokens=21), texts[2:5]),
+    ):
+        folder = built(tmp_path / "-".join(limits), **fields, **limits)
+        assert [bytes(found).decode() for found in documents(folder, "train")] == kept
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["documents"] == len(kept) == manifest["splits"]["train"]["documents"]
+        assert sum(manifest["left_out"].values()) == len(texts) - len(kept)
+        assert "text_bytes" not in manifest["splits"]["train"]
+    assert "2 documents left out: fewer than min_tokens" in capsys.readouterr().out
+
+
+def test_a_long_document_passes_the_filters_a_piece_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 2**10)
+    path = long_text(tmp_path)
+    text = check(Text, {"inputs": str(path), "min_tokens": 5000})
+    pieces = text._of_fitting_length(text._bearing_loss([(str(path), 0, path.stat().st_size)], Tally()), Tally())
+    assert (
+        bytes(itertools.chain.from_iterable(tokens for _, tokens, ends, _ in pieces if not ends)) == path.read_bytes()
+    )
+
+
 def test_an_empty_result_is_refused(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="the input holds no text: no samples, so no shards"):
