@@ -28,7 +28,7 @@ def taken_out(values: Values) -> tuple[dict[str, Any], Schedule]:
     """
     plain = {**values}
     for field in IN_STEPS:
-        if isinstance(given := _get(plain, field), str):
+        if isinstance(given := _get(plain, field), str) and "token" in given:
             plain = replaced(plain, field, _steps(given, field, plain))
     schedule: Schedule = {}
     for field in FIELDS:

@@ -27,7 +27,7 @@ class PlainMuon(torch.optim.Optimizer):
 
 def orthogonalise(x):
     rows, columns = x.shape
-    x = (x.T if rows > columns else x) / x.norm()
+    x = (x.T if rows > columns else x) / (x.norm() + 1e-7)  # projections of few rows hardly have a gradient
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

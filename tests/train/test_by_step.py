@@ -109,6 +109,7 @@ def test_a_resumed_run_may_change_what_is_to_come_alone(folder, trained, capfd, 
     run = runs.train_in_turn(folder, 1, {"plain": [*plain, "sleep.passes=1"]})["plain"]
     again = ["train", "tiny.yaml", "run.name=plain", *plain, "--resume"]
     monkeypatch.chdir(folder)
+    capfd.readouterr()
     runs.assert_refused([*again, "sleep.passes=2"], capfd, "sleep.passes=2 cannot change on --resume: runs/plain has")
     runs.assert_refused(
         [*again, "sleep.passes={0: 1, 2: 2}"],
