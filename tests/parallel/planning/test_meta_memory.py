@@ -13,7 +13,9 @@ from tests.helpers.compiled import KERNELS, run_with_kernels
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there")
 
 
-def recipe(pattern="AGAG", windows=4, window=1024, micro_batch=4, passes=1, vocabulary=32768, recompute="segment") -> Recipe:
+def recipe(
+    pattern="AGAG", windows=4, window=1024, micro_batch=4, passes=1, vocabulary=32768, recompute="segment"
+) -> Recipe:
     """Blocks, windows and micro-batches of benchmarks/device.py's 1B, tied and in bf16."""
     wide = {"heads": 14, "key_dim": 128, "value_dim": 128}
     return Recipe(
