@@ -229,8 +229,8 @@ class _Gradients:
 
     def __init__(self, zero: Any):
         self.flat = [torch.zeros_like(weights) for weights in zero.bit16_groups_flat]  # laid out as DeepSpeed's weights
-        self.of = {
-            parameter: flat.narrow(0, parameter.storage_offset(), parameter.numel()).view_as(parameter)
+        self._parts = {
+            parameter: flat.narrow(0, parameter.storage_offset(), parameter.numel())
             for flat, group in zip(self.flat, zero.bit16_groups, strict=True)
             for parameter in group
         }
@@ -239,11 +239,17 @@ class _Gradients:
         """Zero the buffers, and make every parameter's gradient a view of them."""
         for flat in self.flat:
             flat.zero_()
-        for parameter, gradient in self.of.items():
-            parameter.grad = gradient
+        for (
+            parameter,
+            part,
+        ) in self._parts.items():  # new views: with offloading DeepSpeed gives those of a step other data
+            parameter.grad = part.view_as(parameter)
 
-    def attached(self) -> bool:
-        return all(parameter.grad is gradient for parameter, gradient in self.of.items())
+    def attached(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The gradients, which still must be views of the buffers."""
+        found = {parameter: parameter.grad for parameter in self._parts}
+        assert all(g is not None and g.data_ptr() == self._parts[p].data_ptr() for p, g in found.items())
+        return found  # type: ignore[return-value]  # by now none is None
 
 
 class ZeroOptimizer:
@@ -441,8 +447,8 @@ class ZeroOptimizer:
     def _step_alone(self) -> float:
         """Stage 1 in float32 where one data-parallel rank has everything, with the same results as DeepSpeed's step, which
         copies all gradients four times on their way to the optimizer and converts them to float64 as wholes."""
-        assert self._gradients and self._gradients.attached(), "backward passes belong inside accumulation()"
-        norm = self._norm_of(self._gradients.of)
+        assert self._gradients
+        norm = self._norm_of(self._gradients.attached())
         if finite := bool(norm.isfinite()):
             self.zero.unscale_and_clip_grads(self._gradients.flat, norm)
             for partition, gradient in zip(self._partitions(), self._gradients.flat, strict=True):

@@ -43,12 +43,14 @@ def without_kernels() -> None:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
+    from powernap.model.mixers import fla
     from powernap.model.mixers.recurrent import Recurrence
 
     pretend(CARDS["sm_90a"])
     JITFunction.run = Autotuner.run = lambda self, *args, **kwargs: None
     F.rms_norm = lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x, weight)
     F.scaled_dot_product_attention = flash_attention
+    fla.kernels_compute = lambda x: fla.fla_is_precise_enough_for(x.dtype)  # meta tensors are the GPU's
     Recurrence.__call__ = lambda self, q, k, v, g, beta, state, need_output=True: self.kernel(q, k, v, g, beta, state)
 
 
@@ -76,8 +78,8 @@ def peak_bytes(recipe) -> int:
         loss_mask[:, 1:][:, segment.where] |= segment.predicts
     where = [find_loss_tokens(loss_mask[:, 1:][:, s.where]).to("meta") if s.predicts else None for s in segments]
     tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-    batch = MicroBatch(segments, tokens, loss_mask.to("meta"), None, where)
-    step = StageStep(stage, [batch], 1.0, recipe.train.recompute, None, topology)
+    batch = MicroBatch(segments, tokens, loss_mask.to("meta"), loss_tokens=where)
+    step = StageStep(stage, [batch], 1.0, recipe.train.recompute, recipe.train.offload_inputs, None, topology)
     with LiveBytes([*stage.parameters()]) as live:
         _loop(step, 0)
     return live.peak

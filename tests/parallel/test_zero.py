@@ -128,6 +128,21 @@ def test_alone_in_float32_a_step_is_deepspeeds_to_the_bit(topology):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0][1], found[1][1], strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_offloaded_steps_are_the_others_in_float32(topology, name):
+    config, found = OptimizerConfig(name=name, warmup_steps=0), []
+    for offload in (False, True):
+        stage, zero = zero_for(topology, config, offload=offload)
+        norms = []
+        for step in range(3):
+            tokens, loss_mask = tiny.batch(seed=step)
+            with zero.accumulation():
+                tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+            norms.append(zero.step())
+        found.append(norms)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(topology, precision):
     """N=1 has no whole pass to recompute after the answer's: without gradients from the start its peak would be lower."""

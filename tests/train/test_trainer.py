@@ -160,7 +160,7 @@ def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained):
     for low in (trained["bf16"], trained["bf16_data"]):
         assert column(low, "loss") == pytest.approx(column(trained["one"], "loss"), rel=0.03)
         assert column(low, "loss") != column(trained["one"], "loss")
-        assert column(low, "grad_norm") == pytest.approx(column(trained["one"], "grad_norm"), rel=0.1)
+        assert column(low, "grad_norm") == pytest.approx(column(trained["one"], "grad_norm"), rel=0.15)
 
 
 def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(trained):
