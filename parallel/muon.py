@@ -55,11 +55,7 @@ def orthogonalised(
         decay: of the momentum.
         parameter: for its split, and its `projections` (model/part.py) if each is a matrix of its own.
     """
-    from deepspeed.runtime.zero.muon.original_muon import muon_update
-
     sizes = getattr(parameter, "projections", ())
-    if not sizes and (topology.tp_size == 1 or split_of(parameter) is None):
-        return muon_update(gradient, momentum, beta=decay, ns_steps=STEPS, ns_method="standard")
     momentum.lerp_(gradient, 1 - decay)
     update = gradient.lerp_(momentum, decay)
     if not sizes:
@@ -84,7 +80,7 @@ def _whole_update(update: torch.Tensor, parameter: torch.nn.Parameter, topology:
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz as in DeepSpeed's `zeropower_via_newtonschulz5`, which is compiled for every shape that it meets."""
+    """Newton-Schulz with the numbers of DeepSpeed's `zeropower_via_newtonschulz5`, which torch compiles for every shape that it meets."""
     from deepspeed.runtime.zero.muon import original_muon
 
     rows, columns = matrix.shape
@@ -94,4 +90,5 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(STEPS):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if rows > columns else x).to(matrix.dtype) * math.sqrt(max(1.0, rows / columns))
+    x = (x.T if rows > columns else x) * math.sqrt(max(1.0, rows / columns))
+    return x.to(matrix.dtype)

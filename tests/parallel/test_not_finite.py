@@ -36,7 +36,7 @@ WIDE = {
     "stage 3, DP2, offload": Case(zero_stage=3, data=2, offload=True),
     "stage 3, DP2, bf16": Case(zero_stage=3, data=2, precision="bf16"),
 }
-CONTROL = {"control": Case(control=True)}
+CONTROL = {"control": Case(data=2, control=True)}  # alone, the look is ours
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_a_bad_step_changes_nothing_in_the_whole_grid(wide_results, name):
 
 
 def test_without_the_look_at_the_norm_the_weights_are_lost(results):
-    (result,) = results["control"]
-    assert not any(result["unchanged"].values()) and not result["finite"] and not result["as_undisturbed"]
+    for result in results["control"]:
+        assert not any(result["unchanged"].values()) and not result["finite"] and not result["as_undisturbed"]
 
 
 def assert_nothing_changed(case: Case, results: list[dict]) -> None:
