@@ -37,9 +37,8 @@ class MicroBatch:
     loss_mask: torch.Tensor  # [b, T]
     layer_states: LayerStates | None = None  # this stage's, from which the sequences start; None: zero fast weights
     document_starts: torch.Tensor | None = None  # bool [b, T]; see HybridStage.forward
-    loss_tokens: list[torch.Tensor | None] = field(
-        default_factory=list
-    )  # of each segment that predicts; found if not given
+    # Of each segment that predicts; found if not given.
+    loss_tokens: list[torch.Tensor | None] = field(default_factory=list)
     left: LayerStates | None = None  # set by `forward_backward` under sleep.carry: the final states, detached
 
     def __post_init__(self) -> None:

@@ -110,18 +110,24 @@ def test_micro_batches_add_up_and_nothing_is_left_for_the_next_step(topology):
     assert tiny.largest_difference(a, b) < 1e-5
 
 
+def three_steps(stage, zero) -> list[float]:
+    """Gradient norms."""
+    norms = []
+    for step in range(3):
+        tokens, loss_mask = tiny.batch(seed=step)
+        with zero.accumulation():
+            tiny.run(stage, tokens, loss_mask, 2).loss.backward()
+        norms.append(zero.step())
+    return norms
+
+
 def test_alone_in_float32_a_step_is_deepspeeds_to_the_bit(topology):
     config, found = OptimizerConfig(warmup_steps=0), []
     for alone in (True, False):
         stage, zero = zero_for(topology, config)
         assert zero._alone
         zero._alone = alone
-        norms = []
-        for step in range(3):
-            tokens, loss_mask = tiny.batch(seed=step)
-            with zero.accumulation():
-                tiny.run(stage, tokens, loss_mask, 2).loss.backward()
-            norms.append(zero.step())
+        norms = three_steps(stage, zero)
         assert min(norms) > CLIP and all(p.grad is None for p in stage.parameters())
         found.append((norms, [p.detach().clone() for p in stage.parameters()]))
     assert found[0][0] == found[1][0]
@@ -133,13 +139,7 @@ def test_offloaded_steps_are_the_others_in_float32(topology, name):
     config, found = OptimizerConfig(name=name, warmup_steps=0), []
     for offload in (False, True):
         stage, zero = zero_for(topology, config, offload=offload)
-        norms = []
-        for step in range(3):
-            tokens, loss_mask = tiny.batch(seed=step)
-            with zero.accumulation():
-                tiny.run(stage, tokens, loss_mask, 2).loss.backward()
-            norms.append(zero.step())
-        found.append(norms)
+        found.append(three_steps(stage, zero))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
