@@ -43,11 +43,8 @@ def gated_delta_rule(
     allow_neg_eigval: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`Recurrence` from raw gates: q and k of G heads for H heads of values, g = -exp(A_log) softplus(alpha + dt_bias)."""
-    return chunk_gated_delta_rule(
-        parts.q, parts.k, parts.v, parts.alpha.squeeze(-1), parts.beta, scale=scale, initial_state=state,
-        output_final_state=True, use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias,
-        use_beta_sigmoid_in_kernel=True, allow_neg_eigval=allow_neg_eigval,
-    )  # fmt: skip
+    gates = parts.alpha.squeeze(-1), parts.beta
+    return _from_raw_gates(chunk_gated_delta_rule, parts, gates, state, A_log, dt_bias, scale, allow_neg_eigval)
 
 
 def kimi_delta_rule(
@@ -59,8 +56,13 @@ def kimi_delta_rule(
     allow_neg_eigval: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_delta_rule` with a decay for every channel of the keys; dt_bias [H, K]."""
-    return chunk_kda(
-        parts.q, parts.k, parts.v, parts.alpha, parts.beta, scale=scale, initial_state=state,
-        output_final_state=True, use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias.flatten(),
-        use_beta_sigmoid_in_kernel=True, allow_neg_eigval=allow_neg_eigval,
+    gates = parts.alpha, parts.beta
+    return _from_raw_gates(chunk_kda, parts, gates, state, A_log, dt_bias.flatten(), scale, allow_neg_eigval)
+
+
+def _from_raw_gates(rule, parts: Unpacked, gates, state, A_log, dt_bias, scale, allow_neg_eigval):
+    return rule(
+        parts.q, parts.k, parts.v, *gates, scale=scale, initial_state=state, output_final_state=True,
+        use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True,
+        allow_neg_eigval=allow_neg_eigval,
     )  # fmt: skip
