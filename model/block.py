@@ -130,7 +130,7 @@ def _layer_spec(model: ModelConfig, sleep: SleepConfig, block: int, built: Calla
         module=HybridLayer,
         params={"block": block, "norms": norms, "built": built},
         submodules=TransformerLayerSubmodules(
-            self_attention=model.mixers[block].module_spec(model, sleep, block),
+            self_attention=model.mixer(block).module_spec(model, sleep, block),
             pre_cross_attn_layernorm=IdentityOp,
             mlp=model.mlp.module_spec(model, sleep, block) if model.has_mlp(block) else IdentityOp,
             **before,

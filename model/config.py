@@ -83,7 +83,10 @@ class _ModelConfig(Section):
     @property
     def mixers(self) -> tuple[Mixer, ...]:
         """The mixer of each block."""
-        return tuple(getattr(self, MIXERS[letter].section) for letter in self.pattern.upper())
+        return tuple(map(self.mixer, range(self.num_layers)))
+
+    def mixer(self, block: int) -> Mixer:
+        return getattr(self, MIXERS[self.pattern[block].upper()].section)
 
     def has_mlp(self, block: int) -> bool:
         return self.pattern[block].isupper()
@@ -91,7 +94,7 @@ class _ModelConfig(Section):
     def block_norms(self, block: int) -> tuple[str, ...]:
         """Names of the RMSNorms around the mixer and the MLP of a block, in the order in which they run."""
         before, after = ("input_layernorm", "pre_mlp_layernorm"), ("post_mixer_layernorm", "post_mlp_layernorm")
-        where, names = self.mixers[block].norms, []
+        where, names = self.mixer(block).norms, []
         for norm_before, norm_after in zip(before, after, strict=True):
             names += [norm_before] * (where != "post") + [norm_after] * (where != "pre")
         return tuple(name for name in names if self.has_mlp(block) or "mlp" not in name)

@@ -201,7 +201,7 @@ class Decoder:
         )
 
     def _mixer(self, block: int) -> Mixer:
-        return self.stage.model.mixers[block]
+        return self.stage.model.mixer(block)
 
     def _mask(self, rows: list[int], offsets: torch.Tensor) -> torch.Tensor:
         """Attention mask of tokens at `offsets` [R, n] of their windows over cache slots: [R, 1, n, slots to the last].

@@ -1,12 +1,14 @@
 """All parameters of a model or a stage, as its parts list them. Nothing here imports torch."""
 
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.part import Weight
 
 
-def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[Weight]:
+@lru_cache(maxsize=1000)  # `powernap plan --suggest` asks thousands of times
+def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> tuple[Weight, ...]:
     """The parameters of the stage that owns `blocks`, shaped as in stage.py, not split over tensor ranks; names are those in
     the whole model (HybridStage.global_name)."""
     first, last = blocks.start == 0, blocks.stop == model.num_layers
@@ -22,7 +24,7 @@ def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> list[We
         weights.append(Weight("decoder.final_layernorm.weight", (model.hidden_size,)))
         if not model.tie_embeddings:
             weights.append(Weight("output_layer.weight", vocabulary, split=0))
-    return weights
+    return tuple(weights)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -42,7 +44,7 @@ def _block_parameters(model: ModelConfig, block: int) -> list[Weight]:
 
     norms = [Weight(f"{name}.weight", (model.hidden_size,)) for name in model.block_norms(block)]
     return [
-        *inside("self_attention", model.mixers[block].weights(model)),
+        *inside("self_attention", model.mixer(block).weights(model)),
         *(inside("mlp", model.mlp.weights(model)) if model.has_mlp(block) else []),
         *norms,
     ]

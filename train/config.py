@@ -645,8 +645,8 @@ class Recipe(Section):
         if len(inserted) == model.num_layers:
             raise ValueError(f"{given}: no block is left that train.start_from could have")
         for block in inserted:
-            if not any(weight.split == 1 for weight in model.mixers[block].weights(model)):
-                raise ValueError(f"{given}: a {model.mixers[block].title} has no output projection that could be zero")
+            if not any(weight.split == 1 for weight in model.mixer(block).weights(model)):
+                raise ValueError(f"{given}: a {model.mixer(block).title} has no output projection that could be zero")
 
     @property
     def run_folder(self) -> Path:

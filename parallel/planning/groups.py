@@ -1,5 +1,6 @@
 """The optimizer's parameter groups: which weights train together, and with what. Nothing here imports torch."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from powernap.model.parameters import matches, parameters
@@ -13,7 +14,7 @@ Optimizer = Any  # a train.config.OptimizerConfig: see Recipe
 class Group(NamedTuple):
     """Weights of one stage that train with the same settings; none on a stage that has none of the model's."""
 
-    weights: list[Weight]
+    weights: Sequence[Weight]
     is_muon: bool
     lr: float  # the peak
     weight_decay: float
@@ -21,7 +22,7 @@ class Group(NamedTuple):
     moments: int  # numbers that the optimizer keeps for each parameter
 
 
-def optimizer_groups(optimizer: Optimizer, model: list[Weight], stage: list[Weight]) -> list[Group]:
+def optimizer_groups(optimizer: Optimizer, model: Sequence[Weight], stage: Sequence[Weight]) -> list[Group]:
     """The groups of a stage: as many on every stage, since ZeRO sums the gradient norm group by group.
 
     Weight decay is for matrices, with Muon for those inside the blocks, which it trains; AdamW trains the rest. What a pattern of
@@ -35,7 +36,7 @@ def optimizer_groups(optimizer: Optimizer, model: list[Weight], stage: list[Weig
     return [_group(optimizer, *key, weights) for key, weights in of_stage.items()]
 
 
-def stage_groups(recipe: Recipe, stage: list[Weight]) -> list[Group]:
+def stage_groups(recipe: Recipe, stage: Sequence[Weight]) -> list[Group]:
     """`optimizer_groups` of a stage with these weights."""
     model = parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))
     groups = optimizer_groups(recipe.optimizer, trained(recipe, model), trained(recipe, stage))
@@ -43,7 +44,7 @@ def stage_groups(recipe: Recipe, stage: list[Weight]) -> list[Group]:
     return [group._replace(moments=group.moments + averages) for group in groups]
 
 
-def trained(recipe: Recipe, weights: list[Weight]) -> list[Weight]:
+def trained(recipe: Recipe, weights: Sequence[Weight]) -> list[Weight]:
     """Those that train.freeze and train.only leave."""
     return [weight for weight in weights if recipe.train.trains(weight.name)]
 
@@ -55,7 +56,7 @@ def _key(optimizer: Optimizer, weight: Weight) -> tuple[int, bool]:
     return patterns[0] if patterns else 0, not (weight.is_matrix and is_inside)
 
 
-def _group(optimizer: Optimizer, pattern: int, is_rest: bool, weights: list[Weight]) -> Group:
+def _group(optimizer: Optimizer, pattern: int, is_rest: bool, weights: Sequence[Weight]) -> Group:
     is_muon = optimizer.name == "muon" and not is_rest
     own = list(optimizer.groups.values())[pattern - 1] if pattern else None
     lr, decay, betas = (getattr(own, name, None) for name in ("lr", "weight_decay", "betas"))

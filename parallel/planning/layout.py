@@ -58,6 +58,7 @@ def format_layout(pattern: str, stages: list[range]) -> str:
     return "|".join(pattern[blocks.start : blocks.stop] for blocks in stages)
 
 
+@lru_cache(maxsize=256)
 def sequence_costs(
     model: ModelConfig, passes: int = 1, *, sleep: SleepConfig | None = None, consolidated: int = 1, predicted: int = 1
 ) -> Costs:
@@ -90,7 +91,7 @@ def consolidation_flops(model: ModelConfig, sleep: SleepConfig, passes: int) -> 
     for number, blocks in enumerate(sleep.pass_blocks(model, passes), start=1):
         flops.append([awake[block] if block in blocks else 0 for block in range(model.num_layers)])
         if blocks and sleep.only_writes(number, passes):  # its last block only writes
-            flops[-1][blocks[-1]] = model.mixers[blocks[-1]].flops(model, sleep, state_only=True)
+            flops[-1][blocks[-1]] = model.mixer(blocks[-1]).flops(model, sleep, state_only=True)
     return flops
 
 

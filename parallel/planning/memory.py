@@ -55,7 +55,7 @@ def fits(memory: MemoryEstimate, limit: int) -> bool:
     return memory.total <= (1 - RESERVE) * limit
 
 
-def stage_parameters(recipe: Recipe, stage: int) -> list[Weight]:
+def stage_parameters(recipe: Recipe, stage: int) -> tuple[Weight, ...]:
     """By name in the whole model."""
     return parameters(recipe.model, recipe.sleep, recipe.stage_blocks[stage])
 
@@ -70,7 +70,7 @@ class States(NamedTuple):
     step: int
 
 
-def state_bytes(recipe: Recipe, weights: list[Weight]) -> States:
+def state_bytes(recipe: Recipe, weights: Sequence[Weight]) -> States:
     """What ZeRO allocates for a stage with these parameters (deepspeed 0.19.8). Of frozen ones only the weights.
 
     ZeRO 1 and 2 flatten each parameter group and pad it to a multiple of twice the data ranks (stage_1_and_2.py,
@@ -384,7 +384,7 @@ class Products(NamedTuple):
 
 def _products(recipe: Recipe, block: int, state_only: bool) -> Products:
     model, number, tensor = recipe.model, bytes_per_number(recipe), recipe.parallel.tensor
-    mixer = model.mixers[block]
+    mixer = model.mixer(block)
     parts = [mixer, model.mlp] if model.has_mlp(block) and not state_only else [mixer]
     matrices = [w for part in parts for w in part.weights(model) if w.is_matrix]
     inner = sum(number * w.shape[0] for w in matrices if w.split == 0)
@@ -447,13 +447,13 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
     """
     model, norm = recipe.model, _norm(recipe, device)
     arguments = (model, recipe.sleep, bytes_per_number(recipe), device, state_only)
-    inside = model.mixers[block].activation_bytes(*arguments)
+    inside = model.mixer(block).activation_bytes(*arguments)
     if model.has_mlp(block):
         inside += model.mlp.activation_bytes(*arguments)
     norms = [name for name in model.block_norms(block) if not state_only or name == "input_layernorm"]
     # What a norm after a mixer or MLP returns is added to the residual stream, which is kept only where no norm follows it.
     added = 0.0
-    if model.mixers[block].norms == "sandwich" and not state_only:
+    if model.mixer(block).norms == "sandwich" and not state_only:
         added = len(norms) / 2 * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
     return norm * len(norms) - added + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
 

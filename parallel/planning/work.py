@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import parameters
@@ -76,12 +76,12 @@ def stage_work(recipe: Recipe, segments: list[Segment]) -> list[float]:
 
 def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
     """FLOPs of one optimizer step over all ranks: forward, twice that backward, and what is computed again."""
-    total, stages = 0, recipe.stage_blocks
+    total, stages, frozen = 0, recipe.stage_blocks, frozen_flops(recipe)
     for segment, by_block in zip(segments, segment_flops(recipe, segments), strict=True):
         flops = sum(by_block) + (head_flops(recipe.model) if segment.predicts else 0)
         if segment.with_grad:
             flops += 2 * flops + sum(flops_again(recipe, segment, blocks, by_block) for blocks in stages)
-        flops -= sum(frozen_flops(recipe, segment))
+        flops -= sum(frozen.of(segment))
         total += flops * len(segment.tokens)
     return total * recipe.train.global_batch_size
 
@@ -109,7 +109,7 @@ def flops_again(recipe: Recipe, segment: Segment, blocks: range, by_block: Seque
         head = head_flops(model) if recomputes_head(recipe, segment) else 0
     if recompute == "selective":
         write = segment.blocks.stop - 1 if segment.state_only else -1
-        return head + sum(model.mixers[block].flops_again(model, recipe.sleep, block == write) for block in ran)
+        return head + sum(model.mixer(block).flops_again(model, recipe.sleep, block == write) for block in ran)
     times = {"none": 0, "blocks": 1, "segment": 1, "nested": 2}[recompute]
     # The first time nested needs blocks' inputs alone, so the last block does not run.
     less = by_block[ran[-1]] if ran and recompute == "nested" else 0
@@ -130,7 +130,7 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
     """FLOPs of a forward and a backward step, [stages][segments], for one sequence on one rank."""
     forward: list[list[float]] = []
     backward: list[list[float]] = []
-    by_segment = segment_flops(recipe, segments)
+    by_segment, frozen = segment_flops(recipe, segments), frozen_flops(recipe)
     for blocks in recipe.stage_blocks:
         forward.append([])
         backward.append([])
@@ -139,25 +139,34 @@ def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float
             flops += embedding_flops(recipe.model) if blocks.start == 0 and segment.from_embeddings else 0
             flops += head_flops(recipe.model) if segment.predicts and blocks.stop == recipe.model.num_layers else 0
             again = flops_again(recipe, segment, blocks, by_block)
-            less = sum(frozen_flops(recipe, segment)[blocks.start : blocks.stop])
+            less = sum(frozen.of(segment)[blocks.start : blocks.stop])
             forward[-1].append(float(flops * len(segment.tokens)))
             backward[-1].append(float((2 * flops + again - less) * len(segment.tokens)) if segment.with_grad else 0.0)
     return forward, backward
 
 
-def frozen_flops(recipe: Recipe, segment: Segment) -> list[int]:
-    """FLOPs per token of the weight gradients that frozen matrices do not have, [blocks of the model]; the head's in the last."""
-    model, trains, less = recipe.model, recipe.train.trains, [0] * recipe.model.num_layers
-    if not segment.with_grad:
+class FrozenFlops(NamedTuple):
+    """FLOPs per token of the weight gradients that frozen matrices do not have."""
+
+    blocks: list[int]  # [blocks of the model]
+    head: int
+
+    def of(self, segment: Segment) -> list[int]:
+        """[blocks of the model]; the head's in the last."""
+        if not segment.with_grad:
+            return [0] * len(self.blocks)
+        less = [flops * (block in segment.blocks) for block, flops in enumerate(self.blocks)]
+        less[-1] += self.head * segment.predicts
         return less
+
+
+def frozen_flops(recipe: Recipe) -> FrozenFlops:
+    model, trains, less = recipe.model, recipe.train.trains, [0] * recipe.model.num_layers
     for weight in parameters(model, recipe.sleep, range(model.num_layers)):
         if weight.is_matrix and weight.name.startswith("decoder.") and not trains(weight.name):
-            block = int(weight.name.split(".")[2])
-            less[block] += 2 * weight.size() * (block in segment.blocks)
+            less[int(weight.name.split(".")[2])] += 2 * weight.size()
     head = "embedding.weight" if model.tie_embeddings else "output_layer.weight"
-    if segment.predicts and not trains(head):
-        less[-1] += 2 * model.vocab_size * model.hidden_size
-    return less
+    return FrozenFlops(less, 0 if trains(head) else 2 * model.vocab_size * model.hidden_size)
 
 
 def round_up(number: int, multiple: int) -> int:
