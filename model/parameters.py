@@ -7,16 +7,20 @@ from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.part import Weight
 
 
-@lru_cache(maxsize=1000)  # `powernap plan --suggest` asks thousands of times
 def parameters(model: ModelConfig, sleep: SleepConfig, blocks: range) -> tuple[Weight, ...]:
     """The parameters of the stage that owns `blocks`, shaped as in stage.py, not split over tensor ranks; names are those in
     the whole model (HybridStage.global_name)."""
+    return _parameters(model, sleep.pass_norm, blocks)
+
+
+@lru_cache(maxsize=1000)  # `powernap plan --suggest` asks thousands of times
+def _parameters(model: ModelConfig, pass_norm: bool, blocks: range) -> tuple[Weight, ...]:
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     vocabulary = (model.vocab_size, model.hidden_size)
     weights = []
     if first or (last and model.tie_embeddings):
         weights.append(Weight("embedding.weight", vocabulary, split=0))
-    if first and sleep.pass_norm:
+    if first and pass_norm:
         weights.append(Weight("pass_norm.weight", (model.hidden_size,)))
     for block in blocks:
         weights += [w._replace(name=f"decoder.layers.{block}.{w.name}") for w in _block_parameters(model, block)]

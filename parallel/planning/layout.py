@@ -58,7 +58,6 @@ def format_layout(pattern: str, stages: list[range]) -> str:
     return "|".join(pattern[blocks.start : blocks.stop] for blocks in stages)
 
 
-@lru_cache(maxsize=256)
 def sequence_costs(
     model: ModelConfig, passes: int = 1, *, sleep: SleepConfig | None = None, consolidated: int = 1, predicted: int = 1
 ) -> Costs:

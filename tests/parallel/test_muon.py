@@ -5,6 +5,7 @@ import torch
 
 from powernap.parallel import muon
 from tests.helpers import tiny, zero_layouts
+from tests.helpers.cases import asked_for, names
 from tests.helpers.plain_muon import orthogonalise, rows_of
 from tests.helpers.processes import run_cases
 from tests.helpers.zero_layouts import MUON, SPLIT_MUON, Case, Problem
@@ -17,17 +18,21 @@ CASES = {
     "one process": Case(problem=PLAIN),
     "one process, projections apart": Case(problem=SPLIT),
     "DP2": Case(data=2, problem=PLAIN),
-    "DP4": Case(data=4, problem=PLAIN),
     "DP2, ZeRO 2": Case(zero_stage=2, data=2, problem=PLAIN),
-    "DP2, offload": Case(data=2, offload=True, problem=PLAIN),
     "TP2": Case(tensor=2, problem=PLAIN),
-    "TP2, projections apart": Case(tensor=2, problem=SPLIT),
     "PP2": Case(pipeline=2, problem=PLAIN),
     "TP2xPP2+SP, projections apart": Case(**SP, pipeline=2, problem=SPLIT),
     "DP2xTP2, ZeRO 2": Case(zero_stage=2, data=2, tensor=2, problem=PLAIN),
 }
+WIDE = {
+    "DP4": Case(data=4, problem=PLAIN),
+    "DP2, offload": Case(data=2, offload=True, problem=PLAIN),
+    "TP2, projections apart": Case(tensor=2, problem=SPLIT),
+}
 ROUNDED = {
     "PP2, bf16": Case(pipeline=2, problem=BF16),
+}
+WIDE_ROUNDED = {
     "DP2xTP2, bf16": Case(data=2, tensor=2, problem=BF16),
     "DP2, ZeRO 2, bf16": Case(zero_stage=2, data=2, problem=BF16),
 }
@@ -35,21 +40,21 @@ BROKEN = {"a slice orthogonalised as if whole, TP2": Case(tensor=2, problem=PLAI
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_cases(zero_layouts.compare, CASES | ROUNDED | BROKEN)
+def results(request):
+    return run_cases(zero_layouts.compare, asked_for(request, CASES | WIDE | ROUNDED | WIDE_ROUNDED | BROKEN))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(CASES, WIDE))
 def test_six_steps_equal_muon_on_whole_matrices(results, name):
-    check_task(CASES[name], results[name])
+    check_task((CASES | WIDE)[name], results[name])
     for result in results[name]:
         assert result["loss"] < 1e-4 and result["norm"] < 1e-3
         assert result["weight"]["error"] < 1e-4, result["weight"]["name"]
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", names(ROUNDED, WIDE_ROUNDED))
 def test_six_steps_come_near_in_bf16(results, name):
-    check_task(ROUNDED[name], results[name])
+    check_task((ROUNDED | WIDE_ROUNDED)[name], results[name])
     for result in results[name]:
         assert result["first_norm"] < max(1e-2, result["rounding"]) and result["loss"] < 3e-2
 

@@ -8,6 +8,7 @@ from math import isfinite
 import pytest
 
 from tests.helpers import not_finite
+from tests.helpers.cases import asked_for, names
 from tests.helpers.not_finite import PARAMETER, Case
 from tests.helpers.processes import run_cases
 
@@ -40,24 +41,13 @@ CONTROL = {"control": Case(data=2, control=True)}  # alone, the look is ours
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_cases(not_finite.compare, CASES | CONTROL)
+def results(request):
+    return run_cases(not_finite.compare, asked_for(request, CASES | WIDE | CONTROL, *CONTROL))
 
 
-@pytest.fixture(scope="module")
-def wide_results():
-    return run_cases(not_finite.compare, WIDE)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(CASES, WIDE))
 def test_a_bad_step_changes_nothing(results, name):
-    assert_nothing_changed(CASES[name], results[name])
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("name", WIDE)
-def test_a_bad_step_changes_nothing_in_the_whole_grid(wide_results, name):
-    assert_nothing_changed(WIDE[name], wide_results[name])
+    assert_nothing_changed((CASES | WIDE)[name], results[name])
 
 
 def test_without_the_look_at_the_norm_the_weights_are_lost(results):

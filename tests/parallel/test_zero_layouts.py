@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from tests.helpers import layouts, zero_layouts
+from tests.helpers.cases import asked_for, names
 from tests.helpers.processes import run_cases
 from tests.helpers.zero_layouts import CLIP, Case, Problem
 
@@ -29,7 +30,6 @@ BF16_TIED = Problem(precision="bf16", model=TIED)
 # Each stage with each kind of layout, and what only some layouts can get wrong. The rest of the grid is WIDE.
 CASES = {
     "stage 1, one process": Case(),
-    "stage 1, DP2xTP2": Case(data=2, tensor=2),
     "stage 1, PP2, N changes": Case(pipeline=2, problem=CHANGING, recompute="segment", offload_inputs=True),
     "stage 1, DP2xPP2, a rank without loss tokens": Case(data=2, pipeline=2, problem=SILENT),
     "stage 1, TP2xPP2+SP, tied embeddings, N changes": Case(**SP, pipeline=2, problem=CHANGING_TIED),
@@ -38,10 +38,7 @@ CASES = {
     "stage 3, DP2, tied embeddings, N changes": Case(
         zero_stage=3, data=2, problem=CHANGING_TIED, recompute="nested", offload_inputs=True
     ),
-    "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP, recompute="blocks"),
     "stage 3, DP2, tied, the head in chunks": Case(zero_stage=3, data=2, head_numbers=40, problem=Problem(model=TIED)),
-    "stage 1, TP2xPP2, grouped and gated heads": Case(tensor=2, pipeline=2, problem=GROUPED),
-    "stage 2, DP2xTP2, further choices and letters": Case(zero_stage=2, data=2, tensor=2, problem=FURTHER),
     "stage 3, DP2xTP2+SP, further choices and letters": Case(zero_stage=3, data=2, **SP, problem=FURTHER),
     "stage 1, DP2, bf16, a rank without loss tokens": Case(data=2, problem=SILENT_BF16),
     "stage 3, DP2, bf16": Case(zero_stage=3, data=2, problem=BF16),
@@ -86,25 +83,30 @@ WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4} | {
     "stage 2, DP2, a rank without loss tokens": Case(zero_stage=2, data=2, problem=SILENT),
     "stage 1, DP2, bf16": Case(data=2, problem=BF16),
     "stage 2, DP2, bf16": Case(zero_stage=2, data=2, problem=BF16),
+    "stage 1, DP2xTP2": Case(data=2, tensor=2),
+    "stage 1, TP2xPP2, grouped and gated heads": Case(tensor=2, pipeline=2, problem=GROUPED),
+    "stage 2, DP2xTP2, further choices and letters": Case(zero_stage=2, data=2, tensor=2, problem=FURTHER),
+    "stage 3, DP2xTP2+SP": Case(zero_stage=3, data=2, **SP, recompute="blocks"),
 }
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_cases(zero_layouts.compare, CASES | ROUNDED | BROKEN | ROUNDED_GATES)
+def results(request):
+    grids = CASES | WIDE | ROUNDED | WIDE_ROUNDED | BROKEN | WIDE_BROKEN | ROUNDED_GATES
+    return run_cases(zero_layouts.compare, asked_for(request, grids))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(CASES, WIDE))
 def test_six_steps_equal_a_plain_optimizer(results, name):
-    assert_exact(CASES[name], results[name])
+    assert_exact((CASES | WIDE)[name], results[name])
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", names(ROUNDED, WIDE_ROUNDED))
 def test_six_steps_come_near_a_plain_optimizer(results, name):
-    check_rounded(ROUNDED[name], results[name])
+    check_rounded((ROUNDED | WIDE_ROUNDED)[name], results[name])
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", names(BROKEN, WIDE_BROKEN))
 def test_the_comparison_sees_what_is_broken(results, name):
     check_broken(results[name])
 
@@ -112,29 +114,6 @@ def test_the_comparison_sees_what_is_broken(results, name):
 @pytest.mark.parametrize("name", ROUNDED_GATES)
 def test_the_comparison_sees_gates_in_bf16(results, name):
     assert min(result["norm"] for result in results[name]) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def wide_results():
-    return run_cases(zero_layouts.compare, WIDE | WIDE_ROUNDED | WIDE_BROKEN)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("name", WIDE)
-def test_six_steps_in_the_whole_grid(wide_results, name):
-    assert_exact(WIDE[name], wide_results[name])
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("name", WIDE_ROUNDED)
-def test_six_steps_come_near_in_the_whole_grid(wide_results, name):
-    check_rounded(WIDE_ROUNDED[name], wide_results[name])
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("name", WIDE_BROKEN)
-def test_the_whole_grid_sees_what_is_broken(wide_results, name):
-    check_broken(wide_results[name])
 
 
 @pytest.mark.wide

@@ -11,6 +11,7 @@ from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from powernap.train.run.folder import RunFolder
 from tests.helpers import runs, tiny
+from tests.helpers.cases import asked_for, names
 
 STEPS = 6
 FIRST = ["embedding", "decoder.layers.0"]  # all of the first of two stages
@@ -18,8 +19,6 @@ SOME = ["decoder.layers.*.mlp", "output_layer", "decoder.layers.1.self_attention
 # name: processes, what is frozen, overrides
 LAYOUTS = {
     "one": (1, SOME, []),
-    "zero1": (2, FIRST, ["parallel.data=2"]),
-    "zero2": (2, SOME, ["parallel.data=2", "zero.stage=2"]),
     "zero3": (2, FIRST, ["parallel.data=2", "zero.stage=3"]),
     "sequence": (
         2,
@@ -27,20 +26,24 @@ LAYOUTS = {
         ["parallel.tensor=2", "parallel.sequence=true"],
     ),
     "pipeline": (2, FIRST, ["parallel.pipeline=2"]),
-    "bf16": (2, FIRST, ["parallel.pipeline=2", "train.precision=bf16"]),
     "tensor_pipeline": (4, SOME, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 WIDE = {
+    "zero1": (2, FIRST, ["parallel.data=2"]),
+    "zero2": (2, SOME, ["parallel.data=2", "zero.stage=2"]),
+    "bf16": (2, FIRST, ["parallel.pipeline=2", "train.precision=bf16"]),
     "offload": (2, SOME, ["parallel.data=2", "zero.offload=true"]),
     "tensor": (2, SOME, ["parallel.tensor=2"]),
     "tied": (2, ["embedding"], ["parallel.pipeline=2", "model.tie_embeddings=true"]),
 }
 # name: run that is resumed, processes, overrides
 RESUMED = {
-    "data_from_pipeline": ("pipeline", 2, ["parallel.data=2", "zero.stage=3"]),
     "pipeline_from_data": ("zero3", 2, ["parallel.pipeline=2"]),
-    "tensor_from_data": ("zero2", 2, ["parallel.tensor=2"]),
     "one_from_four": ("tensor_pipeline", 1, []),
+}
+WIDE_RESUMED = {
+    "data_from_pipeline": ("pipeline", 2, ["parallel.data=2", "zero.stage=3"]),
+    "tensor_from_data": ("zero2", 2, ["parallel.tensor=2"]),
 }
 
 
@@ -66,9 +69,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def trained(request, folder):
     """name -> the folder of that run; of a layout also NAME_still."""
-    return train_all(folder, LAYOUTS)
+    sources = (source for source, *_ in asked_for(request, RESUMED | WIDE_RESUMED).values())
+    return train_all(folder, asked_for(request, LAYOUTS | WIDE, "one", "zero3", "pipeline", *sources))
 
 
 def train_all(folder, layouts, more=()):
@@ -87,7 +91,7 @@ def is_frozen(recipe, name):
     return not recipe.train.trains(name)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, WIDE))
 def test_the_others_train_as_if_the_frozen_ones_had_a_learning_rate_of_zero(trained, name):
     assert_trained_alike(trained, name, STEPS // 2)
 
@@ -121,16 +125,16 @@ def test_a_frozen_run_has_no_states_of_what_is_frozen_and_says_what_it_trains(tr
 
 
 @pytest.fixture(scope="module")
-def resumed(folder, trained):
-    """name -> the folder of that run of RESUMED, which went on from the middle."""
+def resumed(request, folder, trained):
+    """name -> the folder of that run, which went on from the middle."""
     found = {}
     for processes in (1, 2):
-        for name, (source, needs, overrides) in RESUMED.items():
+        for name, (source, needs, overrides) in asked_for(request, RESUMED | WIDE_RESUMED).items():
             if needs != processes:
                 continue
             shutil.copytree(trained[source], folder / "again" / source)
             shutil.rmtree(folder / "again" / source / "checkpoints" / f"step_{STEPS:08}")
-            _, patterns, its = LAYOUTS[source]
+            _, patterns, its = (LAYOUTS | WIDE)[source]
             own = [one for one in its if not one.startswith(("parallel.", "zero."))]
             again = [*own, *overrides, frozen(patterns), "run.root=again", "--resume"]
             runs.train_in_turn(folder, processes, {source: again})
@@ -138,9 +142,9 @@ def resumed(folder, trained):
     return found
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", names(RESUMED, WIDE_RESUMED))
 def test_a_checkpoint_of_a_frozen_run_goes_on_in_another_layout(trained, resumed, name):
-    source = RESUMED[name][0]
+    source = (RESUMED | WIDE_RESUMED)[name][0]
     weights, expected = runs.weights(resumed[name]), runs.weights(trained[source])
     recipe = RunFolder(trained[source]).recipe()
     for parameter, value in weights.items():

@@ -17,6 +17,7 @@ from powernap.train.recipe_file import load_recipe
 from powernap.train.tasks import TASKS
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs, tiny, warm
+from tests.helpers.cases import asked_for, names
 from tests.helpers.runs import weights
 
 # The batch of a model's first rank, which alone reads, tells the others where the probes are.
@@ -62,11 +63,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def trained(request, folder):
     """name -> the folder of that run of RUNS."""
-    found = {}
+    found, asked = {}, asked_for(request, RUNS, "one", "micro", "half", "sliding", "readers", "data", "drawn", "probes")
     for processes in (1, 2):
-        chosen = {name: overrides for name, (needs, overrides) in RUNS.items() if needs == processes}
+        chosen = {name: overrides for name, (needs, overrides) in asked.items() if needs == processes}
         found |= runs.train_in_turn(folder, processes, chosen)
     return found
 
@@ -105,10 +106,11 @@ def test_two_readers_change_nothing(trained):
     assert column(trained["readers"], "loss") == column(trained["one"], "loss")
 
 
-@pytest.mark.parametrize("layout", ["muon_data", "muon_pipeline"])
-def test_muon_on_two_processes_equals_one(trained, layout):
+@pytest.mark.wide  # parallel/test_muon.py has every layout
+@pytest.mark.parametrize(("layout", "alone"), [("muon_data", "muon"), ("muon_pipeline", "muon")])
+def test_muon_on_two_processes_equals_one(trained, layout, alone):
     # Muon's orthogonalisation runs in bfloat16, where the last bits of an averaged gradient may tip a rounding.
-    assert_same_training(trained[layout], trained["muon"], 5e-3)
+    assert_same_training(trained[layout], trained[alone], 5e-3)
 
 
 def test_a_broken_all_reduce_would_be_seen(trained):
@@ -117,23 +119,24 @@ def test_a_broken_all_reduce_would_be_seen(trained):
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
 
 
-RESUMED = ["one", "data", "pipeline", "zero3"]
+RESUMED, WIDE_RESUMED = ["pipeline", "zero3"], ["one", "data"]
 
 
 @pytest.fixture(scope="module")
-def resumed(folder, trained):
+def resumed(request, folder, trained):
     """Copies of some runs, which go on from the middle with other readers; name -> folder."""
-    for name in RESUMED:
+    asked = [name for name in (*RESUMED, *WIDE_RESUMED) if name in asked_for(request, RUNS)]
+    for name in asked:
         broken = shutil.copytree(trained[name], folder / "again" / name)
         shutil.rmtree(broken / "checkpoints" / "step_00000006")  # as if it had been stopped between 3 and 6
     for processes in (1, 2):
-        chosen = {name: RUNS[name][1] for name in RESUMED if RUNS[name][0] == processes}
+        chosen = {name: RUNS[name][1] for name in asked if RUNS[name][0] == processes}
         further = ["data.workers=2", "run.root=again", "--resume"]
         runs.train_in_turn(folder, processes, {name: [*overrides, *further] for name, overrides in chosen.items()})
-    return {name: folder / "again" / name for name in RESUMED}
+    return {name: folder / "again" / name for name in asked}
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", names(RESUMED, WIDE_RESUMED))
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(trained, resumed, name):
     broken = resumed[name]
     assert "resumed after step 3 of 6" in (broken / "logs" / "train.log").read_text()
@@ -156,11 +159,12 @@ def test_other_shards_are_refused_on_resume(folder, trained, tmp_path):
     assert column(tmp_path / "runs" / "one", "step")[-1] == 3
 
 
-def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained):
-    for low in (trained["bf16"], trained["bf16_data"]):
-        assert column(low, "loss") == pytest.approx(column(trained["one"], "loss"), rel=0.03)
-        assert column(low, "loss") != column(trained["one"], "loss")
-        assert column(low, "grad_norm") == pytest.approx(column(trained["one"], "grad_norm"), rel=0.15)
+@pytest.mark.parametrize("name", names(["bf16_data"], wide=["bf16"]))
+def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained, name):
+    low, one = trained[name], trained["one"]
+    assert column(low, "loss") == pytest.approx(column(one, "loss"), rel=0.03)
+    assert column(low, "loss") != column(one, "loss")
+    assert column(low, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=0.15)
 
 
 def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(trained):

@@ -123,12 +123,12 @@ BOUNDS = {torch.bfloat16: BF16, torch.float32: 1e-5}
 
 def stage_errors(topology) -> dict[str, float]:
     """N=4 over three windows in float32: each gradient with the kernels, relative to those of torch's form."""
-    tokens, loss_mask = tiny.batch(sequences=2, windows=3)
+    tokens, loss_mask = tiny.batch(sequences=1, windows=3)
     tokens[0, :2] = 0  # pads
     found = []
     for kernels in (False, True):
         with mock.patch("powernap.model.mixers.fla.kernels_compute", lambda x, kernels=kernels: kernels):
-            stage = tiny.build_stage(topology, dtype=torch.float32)
+            stage = tiny.build_stage(topology, tiny.model_config(pattern="AG"), dtype=torch.float32)
             segments = plan_segments(tokens, loss_mask, stage.model, SleepConfig(passes=4), 4)
             loss = sleep_and_predict(stage, segments, tokens, loss_mask, recompute="none").loss
             loss.backward()
@@ -188,7 +188,7 @@ def test_a_mixer_that_is_wrong_is_seen(found, fault):
 
 
 def test_a_whole_stage(found):
-    assert len(found[STAGE]) > 20 and max(found[STAGE].values()) < 1e-4, found[STAGE]
+    assert len(found[STAGE]) > 15 and max(found[STAGE].values()) < 1e-4, found[STAGE]
 
 
 def test_the_states_error_does_not_grow_with_the_passes(found):

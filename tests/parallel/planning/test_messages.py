@@ -10,6 +10,7 @@ from powernap.parallel.planning.suggest import bytes_sent
 from powernap.parallel.planning.work import segments_of
 from powernap.train.config import Recipe
 from tests.helpers import fake_ranks
+from tests.helpers.cases import asked_for, names
 from tests.helpers.processes import in_processes
 
 ATTENTION = {"heads": 8, "head_dim": 8}
@@ -97,13 +98,8 @@ def run(cases: dict[str, Recipe]) -> dict[tuple[str, int], fake_ranks.Rank]:
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return run(CASES)
-
-
-@pytest.fixture(scope="module")
-def wide_ranks():
-    return run(WIDE)
+def ranks(request):
+    return run(asked_for(request, CASES | WIDE))
 
 
 def assert_as_planned(recipe: Recipe, rank: int, found: fake_ranks.Rank) -> None:
@@ -124,17 +120,11 @@ def collectives(messages: list[Message]) -> list[Message]:
     return [message for message in messages if message.kind not in ("send", "receive")]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(CASES, WIDE))
 def test_ranks_do_what_is_planned(ranks, name):
-    for rank in corners(CASES[name]):
-        assert_as_planned(CASES[name], rank, ranks[name, rank])
-
-
-@pytest.mark.wide  # test_ranks_do_what_is_planned
-@pytest.mark.parametrize("name", WIDE)
-def test_ranks_do_what_is_planned_in_every_layout(wide_ranks, name):
-    for rank in corners(WIDE[name]):
-        assert_as_planned(WIDE[name], rank, wide_ranks[name, rank])
+    recipe = (CASES | WIDE)[name]
+    for rank in corners(recipe):
+        assert_as_planned(recipe, rank, ranks[name, rank])
 
 
 def test_faults_are_seen():

@@ -8,6 +8,7 @@ import pytest
 from powernap.parallel.planning import memory
 from powernap.parallel.planning.work import segments_of
 from powernap.train.config import Recipe
+from tests.helpers.cases import asked_for, names
 from tests.helpers.compiled import KERNELS, run_with_kernels
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there")
@@ -48,13 +49,8 @@ WIDE = {
 
 
 @pytest.fixture(scope="module")
-def peaks():
-    return run_with_kernels("tests.helpers.meta_memory", "|".join(CASES))
-
-
-@pytest.fixture(scope="module")
-def wide_peaks():
-    return run_with_kernels("tests.helpers.meta_memory", "|".join(WIDE))
+def peaks(request):
+    return run_with_kernels("tests.helpers.meta_memory", "|".join(asked_for(request, CASES | WIDE, *CASES)))
 
 
 def planned(recipe: Recipe) -> int:
@@ -63,15 +59,9 @@ def planned(recipe: Recipe) -> int:
     return most
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(CASES, WIDE))
 def test_plan_is_what_a_gpu_would_hold(peaks, name):
-    assert planned(CASES[name]) == pytest.approx(peaks[name], rel=0.1)
-
-
-@pytest.mark.wide  # test_plan_is_what_a_gpu_would_hold
-@pytest.mark.parametrize("name", WIDE)
-def test_plan_is_what_a_gpu_would_hold_of_every_kind(wide_peaks, name):
-    assert planned(WIDE[name]) == pytest.approx(wide_peaks[name], rel=0.1)
+    assert planned((CASES | WIDE)[name]) == pytest.approx(peaks[name], rel=0.1)
 
 
 def test_a_plan_without_saved_inputs_is_seen(peaks, monkeypatch):

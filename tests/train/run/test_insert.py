@@ -13,6 +13,7 @@ from powernap.train.recipe_file import load_recipe
 from powernap.train.run.start import Source, Start
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import hugging_face, runs
+from tests.helpers.cases import asked_for, names
 
 SOURCES = {
     "attention": ["model.pattern=AA", "sleep.passes=1"],
@@ -23,11 +24,13 @@ ALONE = ["train.steps=2", "optimizer.warmup_steps=1"]
 INSERTED = {
     "one": (1, "attention", ["model.pattern=AgAG", "train.insert=[1,3]"]),
     "hybrid": (1, "hybrid", ["model.pattern=gAMG", "train.insert=[0,2]"]),
-    "norms": (1, "attention", ["model.pattern=AAG", "train.insert=[2]", "model.gdn.norms=sandwich"]),
     "bf16": (1, "attention", ["model.pattern=AAgA", "train.insert=[1,2]", "train.precision=bf16"]),
     "zero3": (2, "attention", ["model.pattern=AgAG", "train.insert=[1,3]", "parallel.data=2", "zero.stage=3"]),
-    "tensor": (2, "hybrid", ["model.pattern=AgGg", "train.insert=[1,3]", "parallel.tensor=2"]),
     "pipeline": (2, "attention", ["model.pattern=AgAG", "train.insert=[1,3]", "parallel.pipeline=2"]),
+}
+WIDE = {
+    "norms": (1, "attention", ["model.pattern=AAG", "train.insert=[2]", "model.gdn.norms=sandwich"]),
+    "tensor": (2, "hybrid", ["model.pattern=AgGg", "train.insert=[1,3]", "parallel.tensor=2"]),
 }
 
 
@@ -42,12 +45,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
-    """name -> the folder of that run of SOURCES or INSERTED, or of NAME_plain: from the source as it is, in the same layout."""
+def trained(request, folder):
+    """name -> the folder of that run of SOURCES, INSERTED or WIDE, or of NAME_plain: from the source as it is, in the same layout."""
     found = runs.train_in_turn(folder, 1, SOURCES)
     for processes in (1, 2):
         chosen = {}
-        for name, (needs, source, overrides) in INSERTED.items():
+        for name, (needs, source, overrides) in asked_for(request, INSERTED | WIDE).items():
             if needs == processes:
                 start = [f"train.start_from={source}", *ALONE]
                 layout = [one for one in overrides if not one.startswith(("model.", "train.insert"))]
@@ -56,7 +59,7 @@ def trained(folder):
     return found
 
 
-@pytest.mark.parametrize("name", INSERTED)
+@pytest.mark.parametrize("name", names(INSERTED, WIDE))
 def test_the_first_loss_is_the_sources_and_then_the_blocks_learn(trained, name):
     losses, expected = (
         [line["loss"] for line in read_metrics(trained[f"{name}_{kind}"] / "metrics.jsonl")]
@@ -65,7 +68,7 @@ def test_the_first_loss_is_the_sources_and_then_the_blocks_learn(trained, name):
     assert losses[0] == expected[0]
     assert losses[1] != expected[1]
     first, second = (Checkpoint.open(trained[f"{name}_new"] / "checkpoints" / f"step_{step:08}") for step in (1, 2))
-    for block in json.loads(INSERTED[name][2][1].partition("=")[2]):
+    for block in json.loads((INSERTED | WIDE)[name][2][1].partition("=")[2]):
         inside = f"decoder.layers.{block}.self_attention.out_proj.weight"
         before = f"decoder.layers.{block}.input_layernorm.weight"  # its gradient is zero until the projection is not
         assert first.whole(inside).any()

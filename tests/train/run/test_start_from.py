@@ -16,27 +16,30 @@ from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
+from tests.helpers.cases import asked_for, names
 
 ALONE = ["checkpoint.every=1", "train.steps=1", "optimizer.warmup_steps=1"]  # what starts from the sources, one step
 SOURCES = {"one": (1, []), "tensor": (2, ["parallel.tensor=2"]), "muon": (1, ["optimizer.name=muon"])}
 # name: processes, source, overrides
 STARTED = {
     "again": (1, "one", []),
-    "from_tensor": (1, "tensor", []),
     "from_checkpoint": (1, "runs/one/checkpoints/step_00000002", []),
     "from_export": (1, "exported", []),
     "states": (1, "one", ["train.start_optimizer=true"]),
     "muon_states": (1, "muon", ["train.start_optimizer=true", "optimizer.name=muon"]),
     "norm": (1, "one", ["sleep.pass_norm=true"]),
-    "data": (2, "one", ["parallel.data=2"]),
-    "tensor_of_one": (2, "one", ["parallel.tensor=2"]),
     "tensor_of_export": (2, "exported", ["parallel.tensor=2"]),
-    "pipeline": (2, "tensor", ["parallel.pipeline=2"]),
-    "zero2": (2, "one", ["parallel.data=2", "zero.stage=2"]),
     "zero3": (2, "one", ["parallel.data=2", "zero.stage=3"]),
     "zero3_states": (2, "one", ["parallel.data=2", "zero.stage=3", "train.start_optimizer=true"]),
     "bf16": (2, "one", ["parallel.data=2", "train.precision=bf16"]),
     "tensor_pipeline": (4, "tensor", ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+WIDE = {
+    "from_tensor": (1, "tensor", []),
+    "data": (2, "one", ["parallel.data=2"]),
+    "tensor_of_one": (2, "one", ["parallel.tensor=2"]),
+    "pipeline": (2, "tensor", ["parallel.pipeline=2"]),
+    "zero2": (2, "one", ["parallel.data=2", "zero.stage=2"]),
 }
 
 
@@ -49,8 +52,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def started(folder):
-    """name -> the folder of that run of SOURCES or STARTED."""
+def started(request, folder):
+    """name -> the folder of that run of SOURCES, STARTED or WIDE."""
     found = {}
     for processes in (1, 2):
         found |= runs.train_in_turn(folder, processes, {n: o for n, (p, o) in SOURCES.items() if p == processes})
@@ -58,7 +61,7 @@ def started(folder):
     for processes in (1, 2, 4):
         chosen = {
             name: [f"train.start_from={source}", *overrides, *ALONE]
-            for name, (needs, source, overrides) in STARTED.items()
+            for name, (needs, source, overrides) in asked_for(request, STARTED | WIDE, *STARTED).items()
             if needs == processes
         }
         found |= runs.train_in_turn(folder, processes, chosen)
@@ -85,9 +88,9 @@ def loss_of(weights: Checkpoint, folder, topology, monkeypatch, dtype=torch.floa
     return float(total / batch.loss_mask[:, 1:].sum())
 
 
-@pytest.mark.parametrize("name", STARTED)
+@pytest.mark.parametrize("name", names(STARTED, WIDE))
 def test_the_first_loss_is_that_of_the_source(folder, started, topology, monkeypatch, name):
-    source = STARTED[name][1]
+    source = (STARTED | WIDE)[name][1]
     run = {"exported": "one", "runs/one/checkpoints/step_00000002": "one"}.get(source, source)
     weights = Checkpoint.open(
         started[run] / "checkpoints" / ("step_00000002" if "step_" in source else "step_00000004")
