@@ -32,7 +32,7 @@ test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server
 
 test-vllm: install  ## exports in Hugging Face's format, served by vLLM on the CPU; gets vLLM (3.5 GB)
 	.ci/install-vllm
-	$(BIN)/python -m pytest tests/train/hugging_face/test_vllm.py
+	POWERNAP_TEST_VLLM=1 $(BIN)/python -m pytest tests/train/hugging_face/test_vllm.py
 
 test-all: install  ## all of these, and the whole grid of parallel layouts
 	$(BIN)/python -m pytest -m "wide or not wide"
