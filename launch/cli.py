@@ -4,6 +4,7 @@ Slow imports are deferred until their subcommand runs, so that --help answers at
 """
 
 import argparse
+import difflib
 import errno
 import io
 import os
@@ -19,6 +20,7 @@ from powernap.launch.commands import (
     cancel,
     checkpoint,
     compare,
+    completion,
     data,
     demo,
     doctor,
@@ -28,6 +30,7 @@ from powernap.launch.commands import (
     list_jobs,
     logs,
     plan,
+    recipe,
     report,
     status,
     submit,
@@ -45,6 +48,7 @@ DESCRIPTION = "Train hybrid language models that sleep: fast weights written by 
 COMMANDS = (
     train,
     plan,
+    recipe,
     submit,
     status,
     logs,
@@ -62,6 +66,7 @@ COMMANDS = (
     ui,
     doctor,
     demo,
+    completion,
 )
 
 STDOUT = "standard output"
@@ -106,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """argparse accepts key=value only before the options; here they may be anywhere."""
-    parser = _parser()
+    parser = command_parser()
     options, rest = parser.parse_known_args(arguments)
     pairs = getattr(options, "overrides", getattr(options, "fields", None))
     if wrong := [word for word in rest if pairs is None or word.startswith("-") or "=" not in word]:
@@ -120,6 +125,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """With an example of a complete command, if an argument is missing."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", wrong[2])
+            close = difflib.get_close_matches(wrong[1], known, n=1, cutoff=0.6)
+            super().error(
+                f"no command '{wrong[1]}'"
+                + (f": did you mean {close[0]}?" if close else f": choose one of {', '.join(known)}")
+            )
         example = re.search(r"examples?: (.*?)(; powernap|$)", self.epilog or "")
         missing = "are required" in message
         super().error(f"{message}, such as {example[1]}" if missing and example else message)
@@ -153,7 +165,7 @@ def _naming_stdout() -> Iterator[None]:
         raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="powernap", description=DESCRIPTION)
     parser.add_argument("--version", action=_Version, nargs=0, help="print version and commit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

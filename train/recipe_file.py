@@ -61,7 +61,7 @@ def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
     names = ", ".join(name for name in shipped if "/" not in name)
     raise RecipeError(
         f"no recipe '{name_or_path}': give a YAML file or one of {names}, a baseline such as depo/deeper, or a size such as sizes/1b"
-        + _did_you_mean(name_or_path, list(shipped))
+        + did_you_mean(name_or_path, list(shipped))
     )
 
 
@@ -86,25 +86,34 @@ def check(model: type[Section], values: Any, **context: Any) -> Any:
         raise RecipeError("; ".join(_explain(model, field, by_field[field]) for field in fields[:5])) from None
 
 
-def _read_recipe(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's sections, completed from its base; `derived`: the files that led here.
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's sections, completed from its base.
 
     A field is replaced as a whole: a mixture of datasets replaces the base's.
     """
-    derived = (*derived, path)
-    values = read_sections(path)
-    base = settle(values.pop("base", None), str | None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base={base}: write one recipe's name or path")
-    try:
-        base_path = find_recipe(base, path.parent)
-    except (RecipeError, PathError) as error:
-        raise RecipeError(f"{path}: base={base}: {error}") from None
-    if any(base_path.samefile(file) for file in derived):
-        raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
-    return _merged(_read_recipe(base_path, derived), values, Recipe)
+    values: dict[str, Any] = {}
+    for changes in reversed(read_bases(path).values()):
+        values = _merged(values, changes, Recipe)
+    return values
+
+
+def read_bases(path: Path) -> dict[Path, dict[str, Any]]:
+    """The sections of a recipe's file, then those of its base, and of that one's."""
+    found: dict[Path, dict[str, Any]] = {}
+    while True:
+        found[path] = values = read_sections(path)
+        base = settle(values.pop("base", None), str | None)
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: base={base}: write one recipe's name or path")
+        try:
+            base_path = find_recipe(base, path.parent)
+        except (RecipeError, PathError) as error:
+            raise RecipeError(f"{path}: base={base}: {error}") from None
+        if any(base_path.samefile(file) for file in found):
+            raise RecipeError(f"{path}: base={base}: its base in turn is {path}: one of them must stand alone")
+        path = base_path
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any], model: type[Section] | None) -> dict[str, Any]:
@@ -148,6 +157,17 @@ def _set(values: dict[str, Any], key: str, text: str, model: type[Section] | Non
     values[field] = _merged(before, now, kind) if both else value
 
 
+def has_field(values: dict[str, Any], field: str) -> bool:
+    """Whether unchecked sections name the dotted `field`."""
+    here: Any = values
+    for part in field.split("."):
+        here = _as_mapping(here)
+        if not isinstance(here, dict) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
 def _as_mapping(value: Any) -> Any:
     """The mapping in `a={b: c}` on the command line; other values unchanged."""
     return value.value if isinstance(value, Scalar) and isinstance(value.value, dict) else value
@@ -185,7 +205,7 @@ def _explain(model: type[Section], fields: tuple[str, ...], findings: list[Mappi
         assert section is not None
         names = [".".join([*fields[:-1], name]) for name in section.model_fields]
         everywhere = names if fields[:-1] else [*names, *field_names(model)]
-        return f"unknown key {field}" + (_did_you_mean(field, everywhere) or f": allowed are {', '.join(names)}")
+        return f"unknown key {field}" + (did_you_mean(field, everywhere) or f": allowed are {', '.join(names)}")
     if kind == "missing":
         return f"{field} is missing" + (f" ({description})" if description else "")
     message = findings[0]["msg"].removeprefix("Value error, ")
@@ -242,7 +262,7 @@ def field_names(model: type[Section], prefix: str = "") -> list[str]:
     return names
 
 
-def _did_you_mean(word: str, names: list[str]) -> str:
+def did_you_mean(word: str, names: list[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:  # the right field in the wrong section
         close = [name for name in names if name.split(".")[-1] == word.split(".")[-1]][:1]

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from powernap.launch.jobs.units import parse_duration, parse_size
 OVERRIDES = "fields of the recipe to change, such as train.steps=100 or sleep.passes=[1,2,4]"
 RUN = "a run's folder, or its name below runs/"
 LARGEST = 2**32  # upper bound of integers, as in a recipe
+WIDEST = 100  # columns that are read easily
 MOST_PASSES = 1024  # as sleep.passes
 
 
@@ -133,3 +135,7 @@ def shards(text: str) -> str:
         return expand_shards(text)
     except PathError as error:
         raise argparse.ArgumentTypeError(f"'{text:.60}': {error}") from None
+
+
+def terminal_width() -> int:
+    return min(shutil.get_terminal_size().columns, WIDEST)

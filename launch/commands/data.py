@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from powernap.launch.commands.arguments import count, part, path, seed, shards, size, whole
+from powernap.launch.commands.arguments import count, part, path, seed, shards, size, terminal_width, whole
 
 OF_TASKS = {"train_samples": 20_000, "test_samples": 1000, "samples_per_shard": 2500, "seed": 0}
 SHARD_SIZE = 64_000_000  # bytes
@@ -21,6 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _add_build(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "build",
+        add_help=False,
         help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
         "The same command resumes a build that was stopped, also after the input was fixed.",
@@ -32,6 +33,9 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "data build depo data/depo nodes=8 max_hop=4 --train-samples 50000; powernap data build text data/text "
         "inputs=corpus tokenizer=bytes window=256; powernap data build text data/mine inputs=s3://bucket/corpus text_field=meta.text "
         "tokenizer=tokenizer.json; powernap data build text data/mine inputs=megatron_text_document.bin tokenizer=ids:50257",
+    )
+    parser.add_argument(
+        "-h", "--help", action=_Help, nargs=0, help="show this help message, with a TASK its fields, and exit"
     )
     parser.add_argument(
         "task",
@@ -63,6 +67,22 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "ends last writes the manifest; without --part, the same command builds what is missing",
     )
     parser.set_defaults(run=run_build)
+
+
+class _Help(argparse.Action):
+    """Of a task named before it the fields, too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, *_: object) -> None:
+        parser.print_help()
+        if options.task:
+            from powernap.train.data.corpora import CORPORA
+            from powernap.train.fields import fields_of
+            from powernap.train.tasks import task_kind
+
+            print(f"\nfields of {options.task}:")
+            for entry in fields_of(CORPORA.get(options.task) or task_kind(options.task)):
+                print(entry.text(terminal_width()))
+        parser.exit()
 
 
 def run_build(options: argparse.Namespace, _: list[str]) -> int:

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from powernap.launch.cli import _parser, main
+from powernap.launch.cli import command_parser, main
 from powernap.launch.commands.demo import DEMOS
 from powernap.launch.side_by_side import powernap_side_by_side
 from powernap.train.data.build import build_task
@@ -93,7 +93,7 @@ def test_what_a_demo_would_build_and_train_fits(name):
     for task, *arguments in demo.shards.values():
         fields = dict(argument.split("=") for argument in arguments if "=" in argument)
         built = check(TASKS[task], {field: parse_overrides([f"{field}={fields[field]}"])[field] for field in fields})
-        assert _parser().parse_args(["data", "build", task, "folder", *arguments])
+        assert command_parser().parse_args(["data", "build", task, "folder", *arguments])
         assert built.vocab_size == load_recipe(demo.recipe, []).model.vocab_size
     for model in demo.models:
         load_recipe(demo.recipe, list(model.overrides))
