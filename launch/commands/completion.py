@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         elif action.metavar in ("FOLDER", "FILE", "SHARDS"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     preamble = {shell: text % " ".join(shipped_recipes()) for shell, text in RECIPES.items()}
-    print(shtab.complete(parser, options.shell, preamble=preamble))
+    print(shtab.complete(parser, options.shell, preamble=preamble))  # type: ignore[arg-type]  # its annotation is of one shell
     return 0
 
 
