@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
 
-.PHONY: help demo check test test-faults test-clusters test-vllm test-all chaos bench ui image test-image install clean
+.PHONY: help demo check test test-faults test-clusters test-vllm test-all chaos bench docs ui image test-image install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  \t/p' Makefile
@@ -42,6 +42,10 @@ chaos: install  ## 100 runs killed, stopped or damaged at random moments, resume
 
 bench: install  ## measure speed and memory on this machine, into benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+docs: install  ## these pages as a site, in runs/site; a broken link is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 ui: install  ## browse the runs in MLflow on http://127.0.0.1:5000
 	$(BIN)/powernap ui

@@ -180,7 +180,7 @@ def run_demo(demo: Demo, folder: Path, seed: int, overrides: list[str]) -> int:
     print(f"Numbers:   {results}")
     print("Curves:    make ui      (MLflow on http://127.0.0.1:5000)" if folder == Path("runs/demo") else
           f"Curves:    powernap ui --root {folder}")  # fmt: skip
-    print('Next:      powernap train --help, and "Your own run" in the README')
+    print('Next:      powernap recipe list; "A run of your own" in docs/start.md')
     return 0
 
 
