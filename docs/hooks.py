@@ -29,7 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     here = page.file.src_uri
-    folder = PurePosixPath(here).parent if here.startswith(JOIN) or RESULTS in here else PurePosixPath("docs") / here / ".."
+    folder = (
+        PurePosixPath(here).parent if here.startswith(JOIN) or RESULTS in here else PurePosixPath("docs") / here / ".."
+    )
 
     def in_site(match: re.Match) -> str:
         picture, text, target, place = match.groups()
