@@ -1,5 +1,6 @@
 """Whole runs through the command: data parallelism, resuming, learning, what a run leaves in its folder."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -214,10 +215,34 @@ def test_mlflow_has_the_run(trained):
     assert run.info.status == "FINISHED"
     assert run.data.params["sleep.passes"] == "2" and run.data.params["zero.stage"] == "1"
     recorded = {
-        "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "peak_memory_bytes", "accuracy/N2/depth_2",
-        "fast_weights/block_1/pass_2/norm", "fast_weights/block_1/pass_2/alpha", "fast_weights/block_1/pass_2/beta",
+        "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "peak_memory_bytes", "accuracy/N2/depth_2", "accuracy",
+        "fast_weights/norm_max", "fast_weights/alpha_min", "fast_weights/beta_max", "total_tokens", "total_flops",
+        "system/cpu_utilization_percentage", "system/system_memory_usage_megabytes",
     }  # fmt: skip
-    assert recorded <= set(run.data.metrics)
+    assert recorded <= set(run.data.metrics) and not any("block_" in name for name in run.data.metrics)
+    assert run.data.metrics["total_tokens"] == 6 * 16 * 23
+    work = json.loads((one_process / "work.json").read_text())
+    assert run.data.metrics["total_flops"] == 6 * work["flops_per_step"]["2"]
+    depths = [run.data.metrics[f"accuracy/N2/depth_{depth}"] for depth in (1, 2)]
+    assert run.data.metrics["accuracy"] == pytest.approx(sum(depths) / 2)
+    origin = json.loads((one_process / "origin.json").read_text())
+    assert run.data.tags["mlflow.source.git.commit"] == origin["commit"]
+    assert run.data.tags["folder"] == str(one_process) and run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert run.data.tags["mlflow.note.content"].endswith(
+        "N=2; 6 steps of 16 sequences of 23 tokens: 2,208 tokens; 1 process, fp32"
+    )
+    shards = json.loads((one_process.parents[1] / "data" / "manifest.json").read_text())["shards"]
+    inputs = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    for context in ("training", "testing"):
+        hashes = "".join(
+            shard["sha256"]
+            for shard in shards
+            if shard["file"].startswith({"training": "train", "testing": "test"}[context])
+        )
+        digest = hashlib.sha256(hashes.encode()).hexdigest()[:36]
+        assert (inputs[context].name, inputs[context].digest) == ("data", digest)
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")][-1] == column(one_process, "loss")[-1]
     assert "config.yaml" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
 

@@ -1,5 +1,6 @@
 """Deliver a run's spool to MLflow: every record, in order, once the server answers; always into the same MLflow run."""
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from powernap.model.errors import PowernapError
 from powernap.train.run.folder import RUN_ID_FILE
 from powernap.train.run.secrets import mask_secrets
+from powernap.train.tracking.about import EXPERIMENT_KIND
 from powernap.train.tracking.database import identity, prepare_database, sqlite_file
 from powernap.train.tracking.spool import SPOOL, Line, Position, Spool, delivery_lock
 
@@ -200,8 +202,11 @@ class Delivery:
             tags.append((start, RunTag("resumed_at_steps", ", ".join(once))))
         if changes:
             tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
+        tags += [(start, RunTag(name, shorten(value))) for name, value in record.get("tags", {}).items()]
         self._log("params", new)
         self._log("tags", tags)
+        if datasets := record.get("datasets"):
+            self._client.log_inputs(self._run_id, [_dataset_input(dataset) for dataset in datasets])
 
     def _log_artifact(self, start: int, record: dict[str, Any]) -> None:
         """Log an artifact; set it aside on any failure but the server's: the store may be on another machine."""
@@ -321,7 +326,7 @@ class Delivery:
         # A server knows where its artifacts go; without one MLflow would use the current folder.
         artifacts = (self._database[0].parent / "mlartifacts").as_uri() if self._database else None
         try:
-            return self._client.create_experiment(name, artifact_location=artifacts)
+            return self._client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_KIND)
         except MlflowException as error:  # another run created it first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -441,6 +446,15 @@ def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
         values += size
     if batch:
         yield batch
+
+
+def _dataset_input(dataset: dict[str, str]) -> Any:
+    """As MLflow's pages show one: by name, digest and what it is for."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": dataset["source"]})
+    entity = Dataset(dataset["name"], dataset["digest"], "webdataset", source)
+    return DatasetInput(entity, [InputTag("mlflow.data.context", dataset["context"])])
 
 
 def _metrics(record: dict[str, Any]) -> list[Any]:

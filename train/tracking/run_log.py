@@ -14,6 +14,7 @@ from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets
 from powernap.train.tracking.metrics import MetricsLog
+from powernap.train.tracking.tracked import Tracked
 from powernap.train.tracking.trackers import Trackers
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
@@ -78,6 +79,7 @@ class RunLog:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         self._tracker = Trackers.open(self._recipe, self._folder.path, self._resume_step)
+        self._tracked = Tracked(self._recipe, self._folder, resumed=self._resume_step is not None)
         self._bar = tqdm(
             total=self._recipe.train.steps,
             initial=self._first,
@@ -118,6 +120,7 @@ class RunLog:
         if not self._enabled:
             return
         record = self._metrics.write(step, **metrics)
+        self._tracked.add(record)
         if step == self._first + 1:
             self._begin_estimating()
         else:
@@ -125,7 +128,7 @@ class RunLog:
         accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
         loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
         if self._is_due(step) or loss:
-            self._tracker.log_metrics(step, record)
+            self._tracker.log_metrics(step, self._tracked.of(record))
             self._log_step(step, record)
         if loss:
             whole = {

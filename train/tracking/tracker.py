@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from powernap.model.errors import PowernapError
 from powernap.parallel import loopback
 from powernap.train.recipe_file import flatten
 from powernap.train.run.secrets import mask_values
+from powernap.train.tracking.about import About
 from powernap.train.tracking.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.tracking.metrics import to_json
 from powernap.train.tracking.spool import Spool, delivery_lock
@@ -42,7 +44,8 @@ class Tracker:
 
     run_folder: `runs/NAME`; NAME becomes the run's name; RECORDS are artifacts. experiment: MLflow's name for a group of
     runs. config: the resolved recipe, tracked as parameters with dotted keys, without its secrets. resume_step: the step
-    that a run resumes after. running: whether the run is training now; its evaluation does not change its status.
+    that a run resumes after. running: whether the run is training now; its evaluation does not change its status. about: tags and
+    data sets; with them the machine's load is tracked, too.
 
     No method raises, and none waits for MLflow except `close`: records are written to the run's spool, from which a daemon
     thread delivers them in order. Failures are retried; records left at the end wait for `powernap sync` or the next
@@ -57,6 +60,7 @@ class Tracker:
         config: Mapping[str, Any],
         resume_step: int | None = None,
         running: bool = True,
+        about: About | None = None,
     ) -> None:
         self._given_folder = run_folder
         self._folder = Path(os.path.abspath(run_folder))
@@ -78,12 +82,14 @@ class Tracker:
             },
             resume_step=resume_step,
             running=running,
+            **(about._asdict() if about else {}),
         )
         for name in RECORDS:
             if (self._folder / name).is_file():
                 self.log_artifact(self._folder / name)
         # Import here, not in the thread: data workers forked in the middle of an import can deadlock.
         prepare_mlflow()
+        self._monitors = _monitors() if about else []
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
@@ -94,7 +100,16 @@ class Tracker:
             for name, value in metrics.items()
             if isinstance(value, numbers.Real) and not isinstance(value, bool) and name != "step"
         }
-        self._put(type="metrics", step=step, values=to_json(values))
+        self._put(type="metrics", step=step, values=to_json(values | self._system()))
+
+    def _system(self) -> dict[str, float]:
+        """This machine's load, under the names of MLflow's page of system metrics."""
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+        return found
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Track a file, in `folder` among the run's artifacts. It must stay in place until it is delivered."""
@@ -163,6 +178,16 @@ class Tracker:
             return False
         self._failure = None
         return True
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
+    monitors: list[Any] = [CPUMonitor()]
+    with suppress(Exception):  # no GPU, or no pynvml
+        monitors.append(GPUMonitor())
+    return monitors
 
 
 def ui_command(root: Path, port: int = 5000) -> list[str]:

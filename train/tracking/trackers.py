@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from powernap.model.plugins import plugins
 from powernap.train.config import Recipe
 from powernap.train.run.secrets import mask_values
+from powernap.train.tracking.about import about
 from powernap.train.tracking.tracker import Status, Tracker
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class Trackers:
         others = plugins("trackers") if set(recipe.run.trackers) - {"mlflow"} else {}
         for name in recipe.run.trackers:
             if name == "mlflow":
-                opened._trackers[name] = Tracker(folder, recipe.run.experiment, config, resume_step, running)
+                more = about(recipe, folder) if running else None
+                opened._trackers[name] = Tracker(folder, recipe.run.experiment, config, resume_step, running, more)
             else:
                 arguments = (folder, recipe.run.experiment, mask_values(config), resume_step)
                 opened._add(name, functools.partial(others[name], *arguments))

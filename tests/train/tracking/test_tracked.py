@@ -1,0 +1,55 @@
+"""What trackers get of a step: sums that a resume goes on with, summaries, one accuracy for every N."""
+
+import json
+
+from powernap.train.recipe_file import load_recipe
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.about import datasets, story
+from powernap.train.tracking.tracked import Tracked
+
+
+def records():
+    base = {"loss": 1.0, "tokens": 10}
+    yield {"step": 1, **base, "passes": 1}
+    yield {"step": 2, **base, "passes": 1, "fast_weights/block_1/pass_1/norm": 2.0, "fast_weights/block_3/pass_1/norm": 5.0,
+           "fast_weights/block_1/pass_1/alpha": 0.9, "fast_weights/block_3/pass_1/alpha": 0.4}  # fmt: skip
+    yield {"step": 3, **base, "passes": 4, "accuracy/N4/depth_1": 1.0, "accuracy/N4/depth_2": 0.5, "accuracy/N1/depth_1": 0.0,
+           "held_out_loss/N4": 0.25, "held_out_loss/N1": 0.75}  # fmt: skip
+
+
+def tracked(tmp_path, resumed):
+    recipe = load_recipe("demo", ["sleep.passes={0: 1, 2: [1, 4]}"])
+    work = {"phases": [{"flops_per_step": {"1": 100}}, {"flops_per_step": {"1": 100, "4": 350}}]}
+    (tmp_path / "work.json").write_text(json.dumps(work))
+    return Tracked(recipe, RunFolder(tmp_path), resumed)
+
+
+def test_sums_summaries_and_one_accuracy(tmp_path):
+    log = tracked(tmp_path, resumed=False)
+    found = []
+    for record in records():
+        log.add(record)
+        found.append(log.of(record))
+    assert [f["total_tokens"] for f in found] == [10, 20, 30]
+    assert [f["total_flops"] for f in found] == [100, 200, 550]
+    assert found[1]["fast_weights/norm_max"] == 5.0 and found[1]["fast_weights/alpha_min"] == 0.4
+    assert not any("block_" in name for name in found[1])
+    assert found[2]["accuracy"] == 0.75 and found[2]["held_out_loss"] == 0.25
+    assert "accuracy" not in found[0]
+
+
+def test_a_resumed_run_goes_on_with_its_sums(tmp_path):
+    lines = [json.dumps({"grad_norm": 1.0, "lr": 0.1, "seconds": 1.0, **record}) for record in records()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    log, last = tracked(tmp_path, resumed=True), list(records())[2]
+    log.add(last)
+    assert (log.tokens, log.flops) == (30, 550)
+
+
+def test_a_run_in_a_line_and_its_data(tmp_path):
+    recipe = load_recipe("demo", ["data.train=nowhere.tar"])
+    assert story(recipe).startswith(
+        "110,824 parameters, pattern AG, windows of 18 tokens, N=4; 800 steps of 48 sequences of 71"
+    )
+    (found,) = [d for d in datasets(recipe) if d["context"] == "training"]
+    assert found["digest"] == "unknown"  # nothing is there

@@ -1,0 +1,103 @@
+"""What MLflow's pages show of a run beside its parameters: source, commit, place, data, and its story in a line."""
+
+import getpass
+import hashlib
+import json
+import os
+import shlex
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from powernap.model.parameters import parameters
+from powernap.train.config import Recipe
+from powernap.train.data.manifest import read_manifest
+from powernap.train.data.sample import DataError
+from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.run.secrets import mask_secrets
+
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens as that of model training
+JOBS = {"SLURM_JOB_ID": "SLURM", "JOB_NAME": "Kubernetes"}  # variable of a job's process -> scheduler
+DIGEST = 36  # characters, MLflow's limit
+
+
+class About(NamedTuple):
+    """Written once when a process starts to train."""
+
+    tags: dict[str, str]
+    datasets: list[dict[str, str]]  # name, digest, source, context
+
+
+def about(recipe: Recipe, folder: Path) -> About:
+    """Tags with MLflow's own names where it has one, and the data sets by digest, as their manifests have them."""
+    origin: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        origin = json.loads((folder / "origin.json").read_text())
+    job = next((f"{scheduler} {os.environ[name]}" for name, scheduler in JOBS.items() if name in os.environ), None)
+    tags = {
+        "mlflow.source.type": "JOB" if job else "LOCAL",
+        "mlflow.source.name": mask_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "mlflow.source.git.commit": origin.get("commit", "unknown"),
+        "mlflow.note.content": story(recipe),
+        "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
+        "host": socket.gethostname(),
+        "folder": os.path.abspath(folder),
+        "parameters": str(count_parameters(recipe)),
+        "passes": str(recipe.sleep.passes),
+    }
+    with suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    if job:
+        tags["job"] = job
+    return About(tags, datasets(recipe))
+
+
+def story(recipe: Recipe) -> str:
+    """The run in a line."""
+    model, train, tokens = recipe.model, recipe.train, recipe.data.sequence_length - 1
+    total, world_size = train.steps * train.global_batch_size * tokens, recipe.parallel.world_size
+    return (
+        f"{count_parameters(recipe):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
+        f"{train.steps:,} steps of {train.global_batch_size} sequences of {tokens:,} tokens: {total:,} tokens; "
+        f"{world_size} process{'es' if world_size > 1 else ''}, {train.precision}"
+    )
+
+
+def count_parameters(recipe: Recipe) -> int:
+    return sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers)))
+
+
+def datasets(recipe: Recipe) -> list[dict[str, str]]:
+    """Of the training and of each test set."""
+    train = recipe.data.train
+    named = {name: part.shards for name, part in train.items()} if isinstance(train, dict) else {"": train}
+    found = [("training", name, shards) for name, shards in named.items()]
+    found += [("testing", name, shards) for name, shards in recipe.data.tests.items()] if recipe.data.test else []
+    return [_dataset(context, name, shards) for context, name, shards in found]
+
+
+def _dataset(context: str, name: str, shards: str | list[str]) -> dict[str, str]:
+    folder, digest = None, "unknown"
+    with suppress(DataError):
+        paths = [path for shard in expand_shards(shards) if (path := local_path(shard))]
+        folder = paths[0].absolute().parent.name
+        digest = _digest(paths)
+    return {
+        "name": name or folder or context,
+        "digest": digest[:DIGEST],
+        "source": mask_secrets(shards if isinstance(shards, str) else " ".join(shards)),
+        "context": context,
+    }
+
+
+def _digest(paths: list[Path]) -> str:
+    """The hash of the shards' hashes in the manifests beside them."""
+    known = {
+        (folder, shard["file"]): shard["sha256"]
+        for folder, path in {path.parent: path for path in paths}.items()
+        for shard in read_manifest(path).get("shards", [])
+    }
+    hashes = [known.get((path.parent, path.name)) for path in paths]
+    return hashlib.sha256("".join(map(str, hashes)).encode()).hexdigest() if all(hashes) else "unknown"

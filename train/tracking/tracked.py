@@ -1,0 +1,65 @@
+"""What trackers get of a step: its record with fast weights as summaries, sums since the run began, one accuracy.
+
+metrics.jsonl keeps the whole record.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from powernap.train.config import Recipe
+from powernap.train.run.folder import RunFolder
+from powernap.train.tracking.metrics import read_metrics
+
+HEALTH = re.compile(r"fast_weights/block_\d+/pass_\d+/(\w+)")
+SUMMARY = {"norm": max, "alpha": min, "beta": max}  # the block and pass that is nearest to trouble
+
+
+class Tracked:
+    """Sums over all steps, those before a resume among them."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, resumed: bool) -> None:
+        self._recipe, self._folder = recipe, folder
+        self._flops_per_step: list[dict[str, int]] = []
+        self.tokens = self.flops = 0
+        if resumed and folder.metrics.exists():
+            for record in read_metrics(folder.metrics):
+                self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """A step that is done."""
+        self.tokens += record["tokens"]
+        self.flops += self._flops_of(record["step"], record.get("passes", max(self._recipe.sleep.pass_choices)))
+
+    def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of the last step added, as trackers get it."""
+        rest = {name: value for name, value in record.items() if not HEALTH.fullmatch(name)}
+        found = rest | self._health(record) | {"total_tokens": self.tokens}
+        if self.flops:
+            found["total_flops"] = self.flops
+        passes = max(self._recipe.sleep.pass_choices)
+        depths = [value for name, value in record.items() if re.fullmatch(rf"accuracy/N{passes}/depth_\w+", name)]
+        if depths:
+            found["accuracy"] = sum(depths) / len(depths)
+        if (loss := record.get(f"held_out_loss/N{passes}")) is not None:
+            found["held_out_loss"] = loss
+        return found
+
+    def _health(self, record: Mapping[str, Any]) -> dict[str, float]:
+        values = defaultdict(list)
+        for name, value in record.items():
+            if match := HEALTH.fullmatch(name):
+                values[match[1]].append(value)
+        return {f"fast_weights/{what}_{SUMMARY[what].__name__}": SUMMARY[what](found) for what, found in values.items()}
+
+    def _flops_of(self, step: int, passes: int) -> int:
+        """0 if the run has not recorded them: the first step does."""
+        if not self._flops_per_step:
+            with suppress(OSError, ValueError, KeyError):
+                phases = json.loads(self._folder.work.read_text())["phases"]
+                self._flops_per_step = [phase["flops_per_step"] for phase in phases]
+        phase = sum(start < step for start, _ in self._recipe.phases) - 1
+        return self._flops_per_step[phase].get(str(passes), 0) if phase < len(self._flops_per_step) else 0
