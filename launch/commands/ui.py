@@ -5,6 +5,7 @@ from pathlib import Path
 
 from powernap.launch.commands.arguments import path, whole
 
+TRAINING = "workflowType=machine_learning"  # else MLflow's pages open as those of language-model applications
 END_SECONDS = 10  # from SIGTERM to SIGKILL for the server
 
 
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.train.tracking.database import prepare_database
 
     prepare_database(options.root.absolute() / "mlflow.db")
+    place = f"[{host}]" if ":" in host else host
+    print(f"all runs: http://{place}:{options.port}/#/experiments?{TRAINING}", flush=True)
     return _serve(ui_command(options.root, options.port))
 
 

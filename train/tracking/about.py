@@ -33,12 +33,14 @@ class About(NamedTuple):
 def about(recipe: Recipe, folder: Path) -> About:
     """Tags with MLflow's own names where it has one, and the data sets by digest, as their manifests have them."""
     origin: dict[str, Any] = {}
+    words = sys.argv[1:]
     with suppress(OSError, ValueError):
         origin = json.loads((folder / "origin.json").read_text())
     job = next((f"{scheduler} {os.environ[name]}" for name, scheduler in JOBS.items() if name in os.environ), None)
     tags = {
         "mlflow.source.type": "JOB" if job else "LOCAL",
-        "mlflow.source.name": mask_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "mlflow.source.name": " ".join(["powernap", *words[:2]]),  # MLflow shows what follows the last slash
+        "command": mask_secrets(shlex.join(["powernap", *words])),
         "mlflow.source.git.commit": origin.get("commit", "unknown"),
         "mlflow.note.content": story(recipe),
         "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
