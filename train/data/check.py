@@ -162,7 +162,8 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
             f"model.vocab_size={vocabulary} or more"
         )
     whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
-    if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
+    shared = not recipe.sleep.every_window and context and context % recipe.model.window  # by context and questions
+    if not whole and window and recipe.model.window != window and shared:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
             f"({manifest_path}), or context shares its window and is not slept on: write model.window={window}"
