@@ -40,7 +40,7 @@ def small(command: list[str]) -> list[str]:
         arguments = [word if word != "6000" else "40" for word in arguments]
         return [name, *arguments, *more, *BUILD]
     if name in ("train", "plan"):
-        return [name, *(word.replace("300:", "1:") for word in arguments), *SMALL]
+        return [name, *(word.replace("150:", "1:") for word in arguments), *SMALL]
     return [name, *arguments]
 
 
@@ -49,10 +49,12 @@ def said(tmp_path_factory):
     """What each command printed, in a folder where all have run."""
     folder = tmp_path_factory.mktemp("retrofit")
     printed = {}
-    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, {"MLFLOW_TRACKING_URI": ""}):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands():
-            with open("output", "w+") as output, mock.patch("sys.stdout", output):
+            # Each as in a shell of its own: a command on a single process leaves torchrun's variables.
+            environment = mock.patch.dict(os.environ, {"MLFLOW_TRACKING_URI": ""})
+            with environment, open("output", "w+") as output, mock.patch("sys.stdout", output):
                 assert cli.main(small(command)) == 0, command
                 output.seek(0)
                 printed[" ".join(command[1:])] = output.read()
