@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from powernap.model.batch import find_loss_tokens, window_tokens
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.dropout import Dropout
 from powernap.model.fast_weights import LayerStates, begin_anew
 from powernap.model.init import seeded_init
 from powernap.model.loss_terms import LossTerms
@@ -100,6 +101,7 @@ class HybridStage(MegatronModule):
             built("output_layer", self.output_layer)
         self.z_loss = 0.0  # times log(Z)^2, in the gradient of `token_losses`
         self.loss_terms: LossTerms | None = None  # likewise
+        self.dropout = 0.0  # rate, in segments with `dropout_seeds`
         self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
 
     @property
@@ -370,14 +372,21 @@ class HybridStage(MegatronModule):
             documents = window_tokens(document_starts.long().cumsum(1), segment)
         if not segment.padded and documents is None:
             mask = self._mask(length, cached, tokens.device) if cached else None
-            return Window(positions, None, mask, segment.final_blocks)
+            return Window(positions, None, mask, segment.final_blocks, dropout=self._dropout(segment))
         assert self.model.pad_token_id is not None
         padding_mask = window_tokens(tokens, segment) != self.model.pad_token_id
         own_padding = padding_mask[:, cached:].t() if segment.padded else None
         if documents is not None:
             padding_mask &= documents == documents[:, cached, None]
         mask = mask_padding(self._mask(length, cached, tokens.device), padding_mask)
-        return Window(positions, own_padding, mask, segment.final_blocks)
+        return Window(positions, own_padding, mask, segment.final_blocks, dropout=self._dropout(segment))
+
+    def _dropout(self, segment: Segment) -> Dropout | None:
+        if not (self.dropout and segment.dropout_seeds):
+            return None
+        shard = self.tp_group.rank() if self.sequence_shards > 1 else 0
+        which = segment.window, segment.pass_number
+        return Dropout(self.dropout, segment.dropout_seeds, which, len(segment.tokens), shard)
 
     def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:
         mask = self._masks.get((length, cached))

@@ -223,6 +223,12 @@ class TrainConfig(Section):
     offload_inputs: bool = Field(
         False, description="keep the inputs that recomputation starts from in host memory until they are needed"
     )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what each mixer and MLP adds to the residual stream that becomes zero in training, for small data",
+    )
     z_loss: float = Field(
         0.0,
         ge=0,

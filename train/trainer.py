@@ -7,7 +7,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.compiled import compile_functions
+from powernap.model.dropout import row_seeds
 from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.loss_terms import LossTerm, LossTerms, Term
@@ -330,7 +331,7 @@ def build(
             draw=draw and (not start or bool(start.source.drawn(recipe))),
             built=built,
         ).to(topology.device)
-    stage.z_loss = recipe.train.z_loss
+    stage.z_loss, stage.dropout = recipe.train.z_loss, recipe.train.dropout
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer, recipe.train.trains),
@@ -402,6 +403,10 @@ def train_step(
         stage.loss_terms.begin(step)
     passes = draw_passes(recipe, step)
     micro_batches = cut_batch(recipe, batch, passes, topology, layer_states)
+    if recipe.train.dropout:
+        for micro_batch, rows in zip(micro_batches, batch.tokens.split(recipe.micro_batch_size), strict=True):
+            seeds = row_seeds(rows, recipe.run.seed, step)
+            micro_batch.segments = [replace(segment, dropout_seeds=seeds) for segment in micro_batch.segments]
     if recipe.zero.stage == 3:
         check_same_segments(micro_batches, topology)
     topology.progress.note("counting the loss tokens of all data ranks")

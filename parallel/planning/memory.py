@@ -453,12 +453,17 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
     inside = model.mixers[block].activation_bytes(*arguments)
     if model.has_mlp(block):
         inside += model.mlp.activation_bytes(*arguments)
+    masks = 0.0
+    if recipe.train.dropout and not state_only:  # its masks
+        masks = (1 + model.has_mlp(block)) * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
     norms = [name for name in model.block_norms(block) if not state_only or name == "input_layernorm"]
     # What a norm after a mixer or MLP returns is added to the residual stream, which is kept only where no norm follows it.
     added = 0.0
     if model.mixers[block].norms == "sandwich" and not state_only:
         added = len(norms) / 2 * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
-    return norm * len(norms) - added + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
+    return (
+        norm * len(norms) - added + masks + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
+    )
 
 
 def _frozen_inputs(recipe: Recipe, block: int, state_only: bool) -> float:

@@ -175,7 +175,24 @@ WIDE = {
         pipeline=2, recompute="segment", passes=3, sleep=dict(write="last", backprop_passes=1, loop_range=[1, 3])
     ),
 }  # fmt: skip
+DROPOUT = {
+    "dropout, computed again": Case(dropout=0.3, recompute="nested", **TEXT, sleep=dict(every_window=True)),
+    "dropout, selective": Case(dropout=0.3, recompute="selective", sleep=EVICTIONS["sliding"]),
+    "dropout, TP2+SP": Case(dropout=0.3, tensor=2, sequence=True, recompute="segment", pads=True),
+    "dropout, PP2, a block without an MLP": Case(
+        dropout=0.3,
+        pipeline=2,
+        recompute="blocks",
+        micro_batches=4,
+        model={"pattern": "AgGA", "gdn": {"norms": "sandwich"}},
+    ),
+    "dropout, DP2xTP2": Case(dropout=0.3, data=2, tensor=2),
+}
 BROKEN = {
+    "dropout of another rank's tokens, TP2+SP": Case(
+        dropout=0.3, tensor=2, sequence=True, broken="dropout of a rank's tokens"
+    ),
+    "dropout drawn anew": Case(dropout=0.3, recompute="segment", broken="dropout when computed again"),
     "a token's loss at another token, TP2": Case(tensor=2, unequal=True, broken="loss tokens"),
     "fast weights of another document, PP2": Case(
         pipeline=2, separate=True, sleep=dict(every_window=True), broken="fast weights of another document"
@@ -208,12 +225,12 @@ FREED = Case(pipeline=2, micro_batches=4, broken="memory of what is sent")
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(layouts.compare, CASES | BROKEN | {"freed": FREED})
+    return run_cases(layouts.compare, CASES | DROPOUT | BROKEN | {"freed": FREED})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | DROPOUT)
 def test_equals_one_process(results, name):
-    assert_exact(CASES[name], results[name])
+    assert_exact((CASES | DROPOUT)[name], results[name])
 
 
 @pytest.mark.parametrize("name", BROKEN)
