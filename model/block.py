@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.dropout import Dropout
 from powernap.model.fast_weights import LayerStates
 from powernap.model.init import seeded_init
 from powernap.model.megatron import (
@@ -29,6 +30,7 @@ class HybridLayer(TransformerLayer):
         `ModelConfig.block_norms` names them; built: as in HybridStage."""
         with seeded_init(f"block {block}"):
             super().__init__(config, *args, **kwargs)
+        self.block = block
         for name in ("post_mixer_layernorm", "post_mlp_layernorm"):
             norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon) if name in norms else None
             self.add_module(name, norm)
@@ -45,14 +47,15 @@ class HybridLayer(TransformerLayer):
             (hidden_states, state) after the window.
         """
         mixed, state = self.self_attention(self.input_layernorm(hidden_states), state, window)
-        return self._add(hidden_states, mixed), state
+        return self._add(hidden_states, mixed, window.dropout), state
 
     def decode(self, hidden_states: torch.Tensor, cache: Cache, window: Window) -> torch.Tensor:
         """`forward` for a chunk of a window: [n, B, D] -> [n, B, D]; updates `cache` for the next chunk."""
         return self._add(hidden_states, self.self_attention.decode(self.input_layernorm(hidden_states), cache, window))
 
-    def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    def _add(self, hidden_states: torch.Tensor, mixed: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
         mixed = self.post_mixer_layernorm(mixed) if self.post_mixer_layernorm else mixed
+        mixed = dropout(mixed, self.block, "mixer") if dropout else mixed
         if isinstance(self.mlp, IdentityOp):
             return hidden_states + mixed
         if isinstance(self.pre_mlp_layernorm, RMSNorm):
@@ -60,7 +63,8 @@ class HybridLayer(TransformerLayer):
         else:
             normed = hidden_states = hidden_states + mixed
         output, _ = self.mlp(normed)
-        return hidden_states + (self.post_mlp_layernorm(output) if self.post_mlp_layernorm else output)
+        output = self.post_mlp_layernorm(output) if self.post_mlp_layernorm else output
+        return hidden_states + (dropout(output, self.block, "mlp") if dropout else output)
 
     def write(self, hidden_states: torch.Tensor, state: torch.Tensor, window: Window) -> torch.Tensor:
         """Compute only the new state, for a layer whose output is unused."""

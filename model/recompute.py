@@ -87,7 +87,7 @@ def _checkpointed(inside: Context, keeping: Context, selective: bool, function: 
         with inside():
             return function(*arguments)
 
-    # No dropout anywhere: no random state to restore.
+    # Dropout has generators of its own: no random state to restore.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
         # To the end: what is kept of an all-reduce holds, through the request in C++, the graph that keeps it. Where it is

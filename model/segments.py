@@ -57,6 +57,7 @@ class Segment:
     cached: tuple[range, ...] = ()  # the tokens before the window that attention's cache holds
     probe: bool = False  # the states that the window leaves are forgotten
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
+    dropout_seeds: tuple[int, ...] = ()  # of each sequence (model/dropout.py); (): no dropout
 
     @property
     def where(self) -> slice:

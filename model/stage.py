@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from powernap.model.batch import find_loss_tokens, window_tokens
 from powernap.model.block import HybridBlock, block_submodules
 from powernap.model.config import ModelConfig, SleepConfig
+from powernap.model.dropout import Dropout
 from powernap.model.fast_weights import LayerStates, begin_anew
 from powernap.model.init import seeded_init
+from powernap.model.loss_terms import LossTerms
 from powernap.model.megatron import (
     ColumnParallelLinear,
     MegatronModule,
@@ -98,6 +100,8 @@ class HybridStage(MegatronModule):
                 )
             built("output_layer", self.output_layer)
         self.z_loss = 0.0  # times log(Z)^2, in the gradient of `token_losses`
+        self.loss_terms: LossTerms | None = None  # likewise
+        self.dropout = 0.0  # rate, in segments with `dropout_seeds`
         self._masks: dict[tuple[int, int], torch.Tensor] = {}  # by length and cached tokens
 
     @property
@@ -219,9 +223,10 @@ class HybridStage(MegatronModule):
         loss_mask: torch.Tensor,
         loss_tokens: torch.Tensor | None = None,
         recompute: bool = False,
+        taught: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0. Its gradient is that of the cross-entropy and
-        `z_loss` log(Z)^2, with Z the softmax's sum (arXiv 2204.02311).
+        """Cross-entropy in nats of the tokens in `loss_mask`, elsewhere 0. Its gradient is that of the cross-entropy,
+        `z_loss` log(Z)^2, with Z the softmax's sum (arXiv 2204.02311), and `loss_terms`.
 
         The head runs on these tokens alone, in chunks of at most HEAD_NUMBERS logits.
 
@@ -230,6 +235,7 @@ class HybridStage(MegatronModule):
             targets, loss_mask: [B, L].
             loss_tokens: of `find_loss_tokens`, on this device; None: found here, where a GPU has to be waited for.
             recompute: keep no logits, compute them again in the backward pass. So it is with several chunks, too.
+            taught: of a teacher, its `loss_rows` of the same tokens.
 
         Returns:
             [B, L]
@@ -237,19 +243,32 @@ class HybridStage(MegatronModule):
         length, batch = targets.shape[1], targets.shape[0]
         if loss_tokens is None:
             loss_tokens = find_loss_tokens(loss_mask)
-        if not len(loss_tokens):  # nothing bears loss: the head runs all the same, as on the other ranks
-            loss_tokens = loss_tokens.new_zeros(1)
-        rows = self._rows(hidden_states).index_select(0, loss_tokens)
+        rows = self.loss_rows(hidden_states, loss_tokens)
+        some = len(loss_tokens) > 0
+        loss_tokens = loss_tokens if some else loss_tokens.new_zeros(1)
         row_targets = targets.t().flatten().index_select(0, loss_tokens)
         # Not from the number of loss tokens: under ZeRO-3 all data ranks run the head as often.
         chunks = math.ceil(length * batch * self.model.vocab_size / self.tp_group.size() / HEAD_NUMBERS)
         run = self._row_losses
         if torch.is_grad_enabled() and (recompute or chunks > 1):
             run = partial(checkpoint, self._row_losses, use_reentrant=False, preserve_rng_state=False)
-        pairs = zip(rows.tensor_split(chunks), row_targets.tensor_split(chunks), strict=True)
-        losses = torch.cat([run(*pair) for pair in pairs])
+        parts = [part.tensor_split(chunks) for part in (rows, row_targets) + (() if taught is None else (taught,))]
+        losses, *values = (
+            torch.cat(part) for part in zip(*(run(*of_chunk) for of_chunk in zip(*parts, strict=True)), strict=True)
+        )
+        if values and some:
+            assert self.loss_terms
+            self.loss_terms.add(values[0])
         placed = losses.new_zeros(length * batch).index_copy(0, loss_tokens, losses)
         return placed.view(length, batch).t() * loss_mask
+
+    def loss_rows(self, hidden_states: torch.Tensor, loss_tokens: torch.Tensor) -> torch.Tensor:
+        """Of a window's hidden states those that `_row_losses` takes, [n, D]; loss_tokens [n].
+
+        Where nothing bears loss it is the first token's: the head runs all the same, as on the other ranks.
+        """
+        loss_tokens = loss_tokens if len(loss_tokens) else loss_tokens.new_zeros(1)
+        return self._rows(hidden_states).index_select(0, loss_tokens)
 
     def _rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states of all tokens of the window, [L * B, D]; with sequence parallelism normed."""
@@ -257,23 +276,36 @@ class HybridStage(MegatronModule):
             hidden_states = self._gathered(self.decoder.final_layernorm(hidden_states))
         return hidden_states.flatten(0, 1)
 
-    def _row_losses(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """rows [n, D] of `_rows`, targets [n] -> cross-entropy [n]."""
-        if not self.config.sequence_parallel:
-            rows = self.decoder.final_layernorm(rows)
-        logits = self._head(rows.unsqueeze(1))
-        of_targets = (
-            self._target_logits(logits.squeeze(1), targets) if self.z_loss and torch.is_grad_enabled() else None
-        )
+    def _row_losses(
+        self, rows: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """rows [n, D] of `loss_rows`, targets [n] -> cross-entropy [n], and with `loss_terms` their values [n, terms]."""
+        logits = self.row_logits(rows).unsqueeze(1)
+        training, values = torch.is_grad_enabled(), None
+        of_targets = self._target_logits(logits.squeeze(1), targets) if self.z_loss and training else None
+        if self.loss_terms and self.loss_terms.active and training:
+            exact = logits if logits.dtype == torch.float64 else logits.float()
+            values = self.loss_terms.values(exact.squeeze(1), targets, taught, self.tp_group)
         if self.tp_group.size() == 1:  # Megatron's is float32 only
             logits = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(logits.squeeze(1), targets, reduction="none")
         else:
             losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.unsqueeze(1)).squeeze(1)
-        if of_targets is None:
-            return losses
-        squared = (losses + of_targets).square()  # cross-entropy is log(Z) less the target's logit
-        return losses + self.z_loss * (squared - squared.detach())
+        more = []
+        if of_targets is not None:
+            more.append(self.z_loss * (losses + of_targets).square())  # cross-entropy is log(Z) less the target's logit
+        if values is not None:
+            assert self.loss_terms
+            more.append(self.loss_terms.weighted(values))
+        for one in more:
+            losses = losses + (one - one.detach())
+        return (losses,) if values is None else (losses, values.detach())
+
+    def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, D] of `loss_rows` -> [n, vocabulary/TP]."""
+        if not self.config.sequence_parallel:
+            rows = self.decoder.final_layernorm(rows)
+        return self._head(rows.unsqueeze(1)).squeeze(1)
 
     def _target_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """logits [n, vocabulary/TP], targets [n] -> [n]."""
@@ -340,14 +372,21 @@ class HybridStage(MegatronModule):
             documents = window_tokens(document_starts.long().cumsum(1), segment)
         if not segment.padded and documents is None:
             mask = self._mask(length, cached, tokens.device) if cached else None
-            return Window(positions, None, mask, segment.final_blocks)
+            return Window(positions, None, mask, segment.final_blocks, dropout=self._dropout(segment))
         assert self.model.pad_token_id is not None
         padding_mask = window_tokens(tokens, segment) != self.model.pad_token_id
         own_padding = padding_mask[:, cached:].t() if segment.padded else None
         if documents is not None:
             padding_mask &= documents == documents[:, cached, None]
         mask = mask_padding(self._mask(length, cached, tokens.device), padding_mask)
-        return Window(positions, own_padding, mask, segment.final_blocks)
+        return Window(positions, own_padding, mask, segment.final_blocks, dropout=self._dropout(segment))
+
+    def _dropout(self, segment: Segment) -> Dropout | None:
+        if not (self.dropout and segment.dropout_seeds):
+            return None
+        shard = self.tp_group.rank() if self.sequence_shards > 1 else 0
+        which = segment.window, segment.pass_number
+        return Dropout(self.dropout, segment.dropout_seeds, which, len(segment.tokens), shard)
 
     def _mask(self, length: int, cached: int, device: torch.device) -> torch.Tensor:
         mask = self._masks.get((length, cached))

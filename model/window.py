@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from powernap.model.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -31,6 +33,7 @@ class Window:
     attention_mask: torch.Tensor | None = None  # [L, n+L] or [B, 1, L, n+L], True where seen; None: causal, n = 0
     final_blocks: range = range(0)  # blocks of the model that run in no later pass over this window
     slots: torch.Tensor | None = None  # [B, L], cache slots for the keys and values of a chunk
+    dropout: Dropout | None = None  # of what blocks add to the residual stream
     computed: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

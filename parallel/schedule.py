@@ -7,7 +7,7 @@ a loop. The result is that of model/sleep.py, which every layout is tested again
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,8 +89,10 @@ def forward_backward(
     step = StageStep(stage, micro_batches, loss_scale, recompute, offload_inputs, health, topology)
     if topology.pp_size == 1:
         for number in range(len(micro_batches)):
+            step.teach([number])
             _loop(step, number)
     else:
+        step.teach(range(len(micro_batches)))
         _pipeline(step, topology)
     return topology.all_reduce_over_stages(step.loss)
 
@@ -182,6 +184,17 @@ class StageStep:
         self._carried: dict[int, list[torch.Tensor]] = {}  # micro-batch -> layer states for its next segment
         self._steps_done = 0
         self._sent: list[torch.Tensor] = []
+        self._taught: dict[int, list[torch.Tensor | None]] = {}  # micro-batch -> a teacher's states, by segment
+
+    def teach(self, numbers: Iterable[int]) -> None:
+        """Let the teacher, if there is one, read these micro-batches, and forget what it read before."""
+        teacher = self.stage.loss_terms.teacher if self.stage.loss_terms else None
+        if teacher is None:
+            return
+        self._taught.clear()
+        for number in numbers:
+            self.topology.progress.note(f"the teacher reads micro-batch {number}")
+            self._taught[number] = teacher.teach(self.micro_batches[number])
 
     def forward(
         self, number: int, index: int, received: torch.Tensor | None, link_length: int | None = None
@@ -271,9 +284,11 @@ class StageStep:
         loss = None
         if segment.predicts and stage.is_last:
             targets, loss_mask = batch.tokens[:, 1:][:, segment.where], batch.loss_mask[:, 1:][:, segment.where]
+            taught = self._taught[number][index] if self._taught else None
+            again = not keeps_activations(self.recompute)
             with cpu.as_it_is():
                 loss = stage.token_losses(
-                    hidden_states, targets, loss_mask, batch.loss_tokens[index], not keeps_activations(self.recompute)
+                    hidden_states, targets, loss_mask, batch.loss_tokens[index], again, taught
                 ).sum()
         return hidden_states, loss, *layer_states
 

@@ -3,10 +3,11 @@
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import common, text
+from benchmarks import common, retrofit, text
 from benchmarks.studies import STUDIES, TRACK
 from benchmarks.study import Trained, describe, draw, interval_over_seeds
 from powernap.train.data.text import Text
@@ -107,3 +108,34 @@ def test_every_number_on_a_page_is_in_its_json(path):
     changed = [replace(one, accuracy={w: dict.fromkeys(of, 0.123) for w, of in one.accuracy.items()}) for one in found]
     assert "\n".join(describe(study, changed)) not in page
     assert asdict(found[0]).keys() == document["trained"][0].keys()
+
+
+def retrofitted(seed: int, step: retrofit.Step, evicted: float, within: float) -> retrofit.Result:
+    windows = ("1",) if step.name == retrofit.BASE else ("1", "2", "3")
+    accuracy = {w: dict.fromkeys(retrofit.HOPS, evicted if w == "3" else 0.99) for w in windows}
+    floor = dict.fromkeys(retrofit.HOPS, 0.4)
+    return retrofit.Result(
+        seed, step.name, step.passes, 10, 1e12, accuracy, dict.fromkeys(windows, within), floor, "abc"
+    )
+
+
+def test_a_claim_about_the_retrofit_holds_only_in_every_seed():
+    found = []
+    for seed, taught in ((1, 0.95), (2, 0.85)):
+        for step in retrofit.STEPS:
+            shares = {retrofit.BEFORE: 0.2, "N=4": 0.95, "N=4, taught": taught, "N=1": 0.9}
+            found.append(retrofitted(seed, step, shares.get(step.name, 0.5), 0.103 if step.name == "N=4" else 0.1))
+    page = "\n".join(retrofit.describe(found))
+    for row in (
+        r"N=4: right at 1 hops with the cycle evicted, % +\| +95, 95 \| .* yes \|",
+        r"N=4, taught: right at 2 hops with the cycle evicted, % +\| +95, 85 \| .* NO \|",
+        r"N=4, taught: points above N=1 at 4 hops +\| +5, -5 \| .* NO \|",
+        r"N=4: loss within a window, after / before +\| 1.03, 1.03 \| .* NO \|",
+        r"without it, it guesses: points above the surface guess at 1 hop +\| +-20, -20 \| .* yes \|",
+        r"surface guess +\| +40.0",
+    ):
+        assert re.search(row, page), row
+    assert not retrofit.claims(found[:3])  # of a seed that is not done
+    for step in retrofit.STEPS:
+        one = retrofit.overrides(step, Path("runs"), 1)
+        assert load_recipe(step.recipe, one).run.name == retrofit.folder_of(step.name)

@@ -10,7 +10,14 @@ from typing import Any
 
 from powernap.train.yaml_core import YamlError, parse, settle
 
-FIELDS = ("sleep.passes", "sleep.pass_weights", "sleep.backprop_passes", "sleep.eviction", "model.window")
+FIELDS = (
+    "sleep.passes",
+    "sleep.pass_weights",
+    "sleep.backprop_passes",
+    "sleep.eviction",
+    "model.window",
+    "distillation.weight",
+)
 IN_STEPS = ("train.steps", "optimizer.warmup_steps")  # may be written in tokens
 
 Values = Mapping[str, Any]  # a recipe's sections

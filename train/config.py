@@ -30,6 +30,7 @@ from powernap.model.recompute import Recompute, keeps_activations
 from powernap.model.section import Section
 from powernap.parallel.planning.layout import format_layout, sequence_costs, split_layers
 from powernap.train import by_step
+from powernap.train.distillation import DistillationConfig, check_context, teacher_recipe
 from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
 
 MOST_SEGMENTS = 2**16  # per sequence: windows times passes
@@ -221,6 +222,12 @@ class TrainConfig(Section):
     )
     offload_inputs: bool = Field(
         False, description="keep the inputs that recomputation starts from in host memory until they are needed"
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what each mixer and MLP adds to the residual stream that becomes zero in training, for small data",
     )
     z_loss: float = Field(
         0.0,
@@ -430,6 +437,7 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    distillation: DistillationConfig = DistillationConfig()
 
     _schedule: by_step.Schedule = PrivateAttr({})
     _phases: list[tuple[int, "Recipe"]] = PrivateAttr([])
@@ -500,6 +508,7 @@ class Recipe(Section):
         self._carry_fits()
         self._patterns_fit()
         self._insertion_fits()
+        check_context(self)
         if train.gradient_noise and parallel.data == 1:
             raise ValueError(
                 "train.gradient_noise=true compares the gradients of data ranks: write parallel.data=2 or more"
@@ -665,6 +674,11 @@ class Recipe(Section):
         read = windows if self.sleep.every_window else 1
         costs = sequence_costs(self.model, passes, sleep=self.sleep, consolidated=max(1, windows - 1), predicted=read)
         return split_layers(self.model.pattern, parallel.pipeline, parallel.pipeline_layout, costs)
+
+    @property
+    def teacher(self) -> "Recipe | None":
+        """Of distillation.teacher, which is looked for each time. Raises RecipeError."""
+        return teacher_recipe(self) if self.distillation.teacher else None
 
     @property
     def sequence_shards(self) -> int:

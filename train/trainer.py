@@ -7,7 +7,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.compiled import compile_functions
+from powernap.model.dropout import row_seeds
 from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
 from powernap.model.health import FastWeightHealth
+from powernap.model.loss_terms import LossTerm, LossTerms, Term
 from powernap.model.parameters import parameters
 from powernap.model.segments import SegmentError
 from powernap.model.stage import HybridStage
@@ -27,9 +29,11 @@ from powernap.parallel.malloc import freed_memory_returned
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.parallel.zero import EarlyPartition, ZeroOptimizer
+from powernap.train.callbacks import Callback, Callbacks
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch, Dataset, State, find_datasets, merge_states, training_batches
 from powernap.train.data.sample import DataError
+from powernap.train.distillation import build_teacher
 from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.numerics.anomaly import anomalies_detected
@@ -48,12 +52,21 @@ from powernap.train.run.start import Source, Start, find_together
 from powernap.train.tracking.run_log import RunLog
 
 
-def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly: bool = False) -> bool:
+def train(
+    recipe: Recipe,
+    signals: Signals,
+    resume: bool = False,
+    detect_anomaly: bool = False,
+    callbacks: Sequence[Callback] = (),
+    loss_terms: Sequence[LossTerm] = (),
+) -> bool:
     """Run `recipe` in this process and its peers; with `resume`, from the newest valid checkpoint in the run's folder.
 
     Args:
         signals: if any rank's ask to stop, all ranks stop after the same step and save a checkpoint of it.
         detect_anomaly: end the run at the first non-finite number; see anomaly.py.
+        callbacks: see callbacks.py.
+        loss_terms: see model/loss_terms.py.
 
     Returns:
         whether the run is finished; False: it was asked to stop
@@ -64,7 +77,7 @@ def train(recipe: Recipe, signals: Signals, resume: bool = False, detect_anomaly
         distributed_session(parallel.tensor, parallel.pipeline, timeout_seconds=parallel.timeout_seconds) as topology,
         RunFolder(recipe.run_folder).locked(topology),
     ):
-        trainer = Trainer(recipe, topology, resume)
+        trainer = Trainer(recipe, topology, resume, callbacks, loss_terms)
         with trainer.log, anomalies_detected(trainer.stage, topology, detect_anomaly):
             stopped = trainer.train(signals)
         topology.progress.note("waiting for the other ranks to be done")
@@ -85,8 +98,17 @@ class TrainState:
 class Trainer:
     """A run on this rank: model, optimizer, data, log. All ranks hold one and call it together."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, resume: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        resume: bool,
+        callbacks: Sequence[Callback] = (),
+        loss_terms: Sequence[LossTerm] = (),
+    ):
         self.recipe, self.topology = recipe, topology
+        self.callbacks = Callbacks(callbacks)
+        self._stops = False
         self.folder = folder = RunFolder(recipe.run_folder)
         start, self.passed_over = find_checkpoint(folder, topology) if resume else (None, [])
         source = find_together(recipe, topology) if recipe.train.start_from and not start else None
@@ -97,6 +119,9 @@ class Trainer:
         topology.raise_together(partial(self.begin, start, source, resume, branches))
         opened = Start(source, recipe, topology) if source else None
         self.stage, self.zero = build(recipe, topology, opened, draw=start is None)
+        self.add_loss_terms(loss_terms)
+        if self.callbacks.names:
+            self.notes.append(f"callbacks: {', '.join(self.callbacks.names)}")
         self.state, skipped_steps = self.restore(start, branches) if start else (TrainState(), [])
         self.first_step = self.state.step + 1
         resume_step = self.state.step if resume or branches else None
@@ -124,6 +149,18 @@ class Trainer:
             self.notes.append(note)
         self.notes += [f"changed: {field}={now}, was {before}" for field, (before, now) in changes.items()]
 
+    def add_loss_terms(self, loss_terms: Sequence[LossTerm]) -> None:
+        """Those of the caller, and distillation, if the recipe has any."""
+        terms: list[Term] = [*loss_terms]
+        if loss_terms:
+            self.notes.append(f"loss terms: {', '.join(term.name for term in loss_terms)}")
+        if self.recipe.distillation.teacher:
+            teacher = build_teacher(self.recipe, self.topology)
+            self.notes.append(f"distillation: the teacher is {teacher.described}")
+            terms.append(teacher)
+        if terms:
+            self.stage.loss_terms = LossTerms(terms, self.topology.device)
+
     def restore(self, start: Checkpoint, branches: bool) -> tuple[TrainState, list[int]]:
         """Load weights and optimizer states; returns the rest of the checkpoint, and the steps skipped before it."""
         start.load(self.stage, self.zero, self.topology)
@@ -131,6 +168,7 @@ class Trainer:
         if not branches:  # a branch is a run of its own in MLflow
             self.topology.raise_together(lambda: self.folder.restore_mlflow_run_id(saved["mlflow_run_id"]))
         layer_states = start.load_layer_states(self.stage, self.topology) if self.recipe.sleep.carry else None
+        self.callbacks.restore(saved.get("callbacks", {}))
         return TrainState(start.step, saved["data"], saved["skipped"], layer_states), saved["skipped_steps"]
 
     def train(self, signals: Signals) -> bool:
@@ -138,18 +176,23 @@ class Trainer:
         recipe, topology, state = self.recipe, self.topology, self.state
         self.log.start(count_parameters(self.stage, topology), self.passed_over, self.notes)
         batches = read_batches(recipe, topology, state.data)
-        stop = agree_to_stop(signals, topology)
+        self.callbacks.call(Callback.on_train_begin, self)
+        stop = self.agree_to_stop(signals)
         while state.step < recipe.train.steps and not stop:
             signals.check()
             topology.progress.step = state.step + 1
             metrics = self.step(batches)
+            self.callbacks.step_end(self, metrics)
             last = state.step == recipe.train.steps
-            stop = agree_to_stop(signals, topology) and not last
+            stop = self.agree_to_stop(signals) and not last
             if recipe.data.test and not stop and (last or is_due(state.step, recipe.evaluation.every)):
                 topology.progress.note("evaluating")
                 now = recipe.at(state.step)
                 passes, samples = evaluation_passes(now), recipe.evaluation.samples
-                metrics |= evaluate(self.stage, now, passes, samples, topology, floors=False).metrics()
+                found = evaluate(self.stage, now, passes, samples, topology, floors=False).metrics()
+                metrics |= found
+                self.callbacks.call(Callback.on_evaluate, self, found)
+                stop = self.agree_to_stop(signals) and not last
             self.log.step(state.step, metrics)
             self.skipped_steps.check_budget()
             self.log.checkpoint(self.writer.news())
@@ -157,11 +200,21 @@ class Trainer:
                 self.save()
         topology.progress.note("waiting for the last checkpoint to be written")
         self.log.checkpoint(self.writer.finish())
+        self.callbacks.call(Callback.on_train_end, self)
         if state.unusable:
             self.log.event("%d samples or shards could not be used", state.unusable)
         if stop:
             self.log.stopped(state.step)
         return stop
+
+    def stop(self) -> None:
+        """Stop after this step with a checkpoint, as a signal would; on any rank, for all."""
+        self._stops = True
+
+    def agree_to_stop(self, signals: Signals) -> bool:
+        """Whether any rank was asked to stop; the same answer on all ranks."""
+        self.topology.progress.note("agreeing with all ranks on whether to stop")
+        return bool(self.topology.all_reduce_max(self._stops or signals.stop is not None))
 
     def step(self, batches: Iterator[tuple[Batch, State | None]]) -> dict[str, Any]:
         """Read a batch, step, log skips and spikes; returns the step's metrics."""
@@ -202,6 +255,7 @@ class Trainer:
     def save(self) -> None:
         """Start writing a checkpoint of the last step."""
         topology, state = self.topology, self.state
+        self.callbacks.call(Callback.on_save, self)
         topology.progress.note("saving a checkpoint")
         states = topology.all_gather_over_data(state.data)
         state.data = merge_states(states) if topology.is_data_source else None
@@ -211,6 +265,8 @@ class Trainer:
             "skipped_steps": self.skipped_steps.steps,
             "mlflow_run_id": self.folder.mlflow_run_id,
         }
+        if callbacks := self.callbacks.states():
+            saved["callbacks"] = callbacks
         self.writer.save(state.step, self.stage, self.zero, saved, state.layer_states)
 
 
@@ -240,12 +296,6 @@ def checkpoint_writer(recipe: Recipe, folder: RunFolder, topology: Topology) -> 
         keep_every=config.keep_every,
         asynchronous=config.asynchronous,
     )
-
-
-def agree_to_stop(signals: Signals, topology: Topology) -> bool:
-    """Whether any rank was asked to stop; the same answer on all ranks."""
-    topology.progress.note("agreeing with all ranks on whether to stop")
-    return bool(topology.all_reduce_max(signals.stop is not None))
 
 
 def build(
@@ -281,7 +331,7 @@ def build(
             draw=draw and (not start or bool(start.source.drawn(recipe))),
             built=built,
         ).to(topology.device)
-    stage.z_loss = recipe.train.z_loss
+    stage.z_loss, stage.dropout = recipe.train.z_loss, recipe.train.dropout
     zero = ZeroOptimizer(
         stage,
         build_optimizer(stage, recipe.optimizer, recipe.train.trains),
@@ -349,8 +399,14 @@ def train_step(
     recipe = recipe.at(step)
     if (recipe.model.window, recipe.sleep.eviction) != (stage.model.window, stage.sleep.eviction):
         stage.adopt(recipe.model, recipe.sleep)
+    if stage.loss_terms:
+        stage.loss_terms.begin(step)
     passes = draw_passes(recipe, step)
     micro_batches = cut_batch(recipe, batch, passes, topology, layer_states)
+    if recipe.train.dropout:
+        for micro_batch, rows in zip(micro_batches, batch.tokens.split(recipe.micro_batch_size), strict=True):
+            seeds = row_seeds(rows, recipe.run.seed, step)
+            micro_batch.segments = [replace(segment, dropout_seeds=seeds) for segment in micro_batch.segments]
     if recipe.zero.stage == 3:
         check_same_segments(micro_batches, topology)
     topology.progress.note("counting the loss tokens of all data ranks")
@@ -391,6 +447,9 @@ def train_step(
         "passes": passes,
         "samples": f"{samples:x}",
     }
+    if stage.loss_terms and stage.loss_terms.active:
+        sums = topology.all_reduce_over_data(topology.all_reduce_over_stages(stage.loss_terms.sums))
+        metrics |= zip(stage.loss_terms.names, (sums / loss_tokens).tolist(), strict=True)
     if not math.isfinite(grad_norm):
         metrics["skipped_step"] = True
     if unusable:

@@ -42,6 +42,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") -> int:
     from powernap.launch import torchrun
+    from powernap.launch.fit import check_sources
     from powernap.parallel.liveness import exit_codes
     from powernap.train.recipe_file import load_recipe
     from powernap.train.run.folder import RunFolder
@@ -58,19 +59,7 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         torchrun.check_world_size(processes, recipe.parallel.grid)
     else:
         torchrun.share_of_this_machine(processes)
-        from powernap.parallel.checkpoint.manifest import checkpoints
-        from powernap.train.data.check import check_data
-        from powernap.train.outputs import check_folder
-        from powernap.train.run import branch
-        from powernap.train.run.start import Source
-
-        check_folder(folder.path, f"run.root={recipe.run.root}:")
-        check_data(recipe)
-        if not (resume and checkpoints(folder.checkpoints)):
-            if recipe.train.start_from:
-                Source.find(recipe).check(recipe)
-            if recipe.train.branch_from:
-                branch.find(recipe)
+        check_sources(recipe, resume)
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:

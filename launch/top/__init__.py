@@ -8,21 +8,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same as _MODULES, for editors and type checkers
+    from powernap.launch.fit import fit
     from powernap.model.config import ModelConfig, SleepConfig
     from powernap.model.errors import PowernapError
+    from powernap.model.loss_terms import LossTerm
     from powernap.model.part import Mixer, Weight
     from powernap.model.section import Section
     from powernap.model.sleep import sleep_and_predict
     from powernap.model.stage import HybridStage
     from powernap.parallel.planning.plan import plan
+    from powernap.train.callbacks import Callback
     from powernap.train.config import Recipe
+    from powernap.train.data.build import build_task
     from powernap.train.data.task import Task
     from powernap.train.generation.generate import load_run
     from powernap.train.recipe_file import load_recipe
     from powernap.train.tasks.sample import Sample
 
 _MODULES = {
+    "Callback": "train.callbacks",
     "HybridStage": "model.stage",
+    "LossTerm": "model.loss_terms",
     "Mixer": "model.part",
     "ModelConfig": "model.config",
     "PowernapError": "model.errors",
@@ -32,6 +38,8 @@ _MODULES = {
     "SleepConfig": "model.config",
     "Task": "train.data.task",
     "Weight": "model.part",
+    "build_task": "train.data.build",
+    "fit": "launch.fit",
     "load_recipe": "train.recipe_file",
     "load_run": "train.generation.generate",
     "plan": "parallel.planning.plan",

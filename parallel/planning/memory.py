@@ -15,6 +15,7 @@ from powernap.model.parameters import parameters
 from powernap.model.part import FP32, Device, Mixer, Weight
 from powernap.model.segments import Segment
 from powernap.parallel.planning.groups import stage_groups
+from powernap.parallel.planning.teacher import teacher_bytes
 from powernap.parallel.planning.timeline import BACKWARD, FORWARD, Step, schedule
 from powernap.parallel.planning.work import Recipe, head_chunks, micro_batches, recomputes_head, round_up
 
@@ -29,7 +30,7 @@ GATHERED = 1_000_000_000  # elements that ZeRO 3 keeps gathered (deepspeed 0.19.
 class MemoryEstimate:
     """Bytes of one rank."""
 
-    weights: int
+    weights: int  # a teacher's, too
     gradients: int  # as they are accumulated
     optimizer: int  # float32 master weights, if weights are not, and moments; 0 if offloaded
     buffers: int  # DeepSpeed's others during the backward passes
@@ -45,6 +46,8 @@ def stage_memory(recipe: Recipe, segments: list[Segment], stage: int, device: De
     """Bytes of a rank of one pipeline stage."""
     weights, gradients, optimizer, buffers, step = state_bytes(recipe, stage_parameters(recipe, stage))
     saved, most, inputs = replay(recipe, segments, stage, device)
+    teacher, taught = teacher_bytes(recipe, segments, stage, bytes_per_number(recipe))
+    weights, saved, most = weights + teacher, saved + taught, most + taught
     host = optimizer if recipe.zero.offload else 0
     total = weights + gradients + optimizer - host + max(buffers + most, step)
     return MemoryEstimate(weights, gradients, optimizer - host, buffers, saved, most - saved, step, total, host, inputs)
@@ -450,12 +453,17 @@ def _block_activations(recipe: Recipe, block: int, device: Device, state_only: b
     inside = model.mixer(block).activation_bytes(*arguments)
     if model.has_mlp(block):
         inside += model.mlp.activation_bytes(*arguments)
+    masks = 0.0
+    if recipe.train.dropout and not state_only:  # its masks
+        masks = (1 + model.has_mlp(block)) * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
     norms = [name for name in model.block_norms(block) if not state_only or name == "input_layernorm"]
     # What a norm after a mixer or MLP returns is added to the residual stream, which is kept only where no norm follows it.
     added = 0.0
     if model.mixer(block).norms == "sandwich" and not state_only:
         added = len(norms) / 2 * model.hidden_size * bytes_per_number(recipe) / recipe.sequence_shards
-    return norm * len(norms) - added + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
+    return (
+        norm * len(norms) - added + masks + inside / recipe.parallel.tensor - _frozen_inputs(recipe, block, state_only)
+    )
 
 
 def _frozen_inputs(recipe: Recipe, block: int, state_only: bool) -> float:

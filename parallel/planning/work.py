@@ -14,6 +14,7 @@ from powernap.parallel.planning.layout import (
     head_flops,
     prediction_flops,
 )
+from powernap.parallel.planning.teacher import teacher_segments
 
 Recipe = Any  # a train.config.Recipe: this package cannot import it, train/ imports this one
 
@@ -83,7 +84,18 @@ def step_flops(recipe: Recipe, segments: list[Segment]) -> int:
             flops += 2 * flops + sum(flops_again(recipe, segment, blocks, by_block) for blocks in stages)
         flops -= sum(frozen.of(segment))
         total += flops * len(segment.tokens)
-    return total * recipe.train.global_batch_size
+    return (total + teacher_flops(recipe, segments)) * recipe.train.global_batch_size
+
+
+def teacher_flops(recipe: Recipe, segments: list[Segment]) -> int:
+    """FLOPs of distillation for one sequence: the teacher reads once, and its head runs as often as the trained model's."""
+    teacher = recipe.teacher if recipe.distillation.weight else None
+    if teacher is None:
+        return 0
+    read = teacher_segments(recipe, segments)
+    reading = sum(sum(flops) * len(s.tokens) for s, flops in zip(read, segment_flops(teacher, read), strict=True))
+    rows = sum(len(s.tokens) * (1 + recomputes_head(recipe, s)) for s in segments if s.predicts)
+    return reading + rows * head_flops(teacher.model)
 
 
 def step_flops_by_passes(recipe: Recipe, predicts: Sequence[bool] | None, probes: Sequence[Probe]) -> dict[int, int]:

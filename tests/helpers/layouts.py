@@ -16,11 +16,12 @@ from powernap.model import recompute as recompute_module
 from powernap.model import stage as stage_module
 from powernap.model.batch import find_loss_tokens, plan_segments
 from powernap.model.config import SleepConfig
+from powernap.model.dropout import Dropout, row_seeds
 from powernap.model.fast_weights import begin_anew, cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.module import MixerModule
 from powernap.model.recompute import Recompute
-from powernap.model.segments import HEAD_NUMBERS
+from powernap.model.segments import HEAD_NUMBERS, Segment
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel import host_inputs, schedule
@@ -73,6 +74,7 @@ class Case:
     passes: int = 2
     micro_batches: int = 2
     head_numbers: int = HEAD_NUMBERS  # logits in a chunk
+    dropout: float = 0.0
     unequal: bool = False  # sequences differ in their number of loss tokens, and the trainer scales the loss
     model: dict = field(default_factory=dict)
     sleep: dict = field(default_factory=dict)
@@ -97,6 +99,7 @@ def compare(case: Case, **process_group) -> dict:
     blocks = split_layers(model.pattern, case.pipeline, case.layout)[topology.pp_rank]
     with broken(case.broken):
         stage = build(model, sleep, topology.groups, blocks, case.sequence)
+    stage.dropout = case.dropout
     own = batches[topology.dp_rank :: case.data]
     if sleep.carry:
         for batch in own:
@@ -163,12 +166,19 @@ def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
     if case.unequal:
         loss_mask = tiny.thin_out(loss_mask, seed)
     segments = plan_segments(tokens, loss_mask, model, sleep, case.passes, probes_of(case), separate=starts is not None)
+    if case.dropout:
+        segments = seeded(segments, tokens)
     layer_states = None
     if sleep.carry:
         shapes = [(len(tokens), *model.mixers[block].state_shape) for block in model.fast_weight_blocks]
         generator = torch.Generator().manual_seed(seed)
         layer_states = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return schedule.MicroBatch.on(tokens.device, segments, tokens, loss_mask, layer_states, starts)
+
+
+def seeded(segments: list[Segment], tokens: torch.Tensor) -> list[Segment]:
+    """With dropout, as in some step."""
+    return [replace(segment, dropout_seeds=row_seeds(tokens, 1, 2)) for segment in segments]
 
 
 def probes_of(case: Case) -> list[tuple[int, int]]:
@@ -230,11 +240,13 @@ def one_process(case: Case, model, sleep, batches, scale: float):
     """Loss, gradients by name, predictions, layer states left and health of the loop on rank 0 alone, on all ranks."""
     found, groups = [None], single_rank_groups()
     of_data = (case.windows, case.predicting, case.last_window, case.pads, case.probes, case.unequal, len(batches),
-               case.separate)  # fmt: skip
+               case.separate, case.dropout)  # fmt: skip
     key = repr((model, sleep, case.passes, scale, of_data))
     if dist.get_rank() == 0:
         if key not in ANSWERS:
-            ANSWERS[key] = compute_alone(build(model, sleep, groups), batches, case.passes, scale, probes_of(case))
+            stage = build(model, sleep, groups)
+            stage.dropout = case.dropout
+            ANSWERS[key] = compute_alone(stage, batches, case.passes, scale, probes_of(case))
         found = [ANSWERS[key]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -266,6 +278,7 @@ def compute_alone(
         tokens, loss_mask = tiny.alone(tokens, loss_mask, torch.cat([batch.document_starts for batch in batches]))
     layer_states = cat_batch([batch.layer_states for batch in batches]) if stage.sleep.carry else None
     segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes, probes)
+    segments = seeded(segments, tokens) if stage.dropout else segments
     loss = sleep_and_predict(stage, segments, tokens, loss_mask, layer_states=layer_states, recompute="none").loss
     (loss * scale).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in stage.named_parameters()}
@@ -357,6 +370,14 @@ def broken(what: str | None):
         hidden_states, left = run_pass(stage, segment, tokens, hidden_states, read, *others)
         return hidden_states, layer_states if segment.probe else left
 
+    mask = Dropout.mask
+
+    def of_the_first_rank(dropout, values, block, place):
+        return mask(replace(dropout, shard=0), values, block, place)
+
+    def drawn_anew(dropout, values, block, place):
+        return (torch.rand_like(values) >= dropout.rate).to(values.dtype) / (1 - dropout.rate)
+
     checkpointed, copied = recompute_module._checkpointed, host_inputs.HostInputs._copied
     seen: list[torch.Tensor] = []
 
@@ -403,6 +424,10 @@ def broken(what: str | None):
         stage_module.begin_anew = lambda layer_states, begins: layer_states
     elif what == "keys of another document":
         HybridStage._window = lambda stage, segment, tokens, document_starts: window(stage, segment, tokens)
+    elif what == "dropout of a rank's tokens":
+        Dropout.mask = of_the_first_rank
+    elif what == "dropout when computed again":
+        Dropout.mask = drawn_anew
     elif what == "loss tokens":
         schedule.find_loss_tokens = lambda loss_mask: loss_mask.flatten().nonzero().squeeze(1)
     elif what in MEANS:
@@ -412,7 +437,7 @@ def broken(what: str | None):
     trainer.forward_backward = schedule.forward_backward
     schedule._SegmentBoundary.backward, schedule.sum_shared_gradients = backward, shared
     schedule._schedule_config, schedule.StageStep._keep = config, keep
-    MixerModule._parameter = parameter
+    MixerModule._parameter, Dropout.mask = parameter, mask
     HybridStage.run_pass = run_pass
     recompute_module._checkpointed, host_inputs.HostInputs._copied = checkpointed, copied
     HybridStage._window = window

@@ -181,7 +181,24 @@ WIDE = {
     ),
 }  # fmt: skip
 WIDE = {name: case for name, case in WIDE.items() if name not in CASES}
+DROPOUT = {
+    "dropout, computed again": Case(dropout=0.3, recompute="nested", **TEXT, sleep=dict(every_window=True)),
+    "dropout, selective": Case(dropout=0.3, recompute="selective", sleep=EVICTIONS["sliding"]),
+    "dropout, TP2+SP": Case(dropout=0.3, tensor=2, sequence=True, recompute="segment", pads=True),
+    "dropout, PP2, a block without an MLP": Case(
+        dropout=0.3,
+        pipeline=2,
+        recompute="blocks",
+        micro_batches=4,
+        model={"pattern": "AgGA", "gdn": {"norms": "sandwich"}},
+    ),
+    "dropout, DP2xTP2": Case(dropout=0.3, data=2, tensor=2),
+}
 BROKEN = {
+    "dropout of another rank's tokens, TP2+SP": Case(
+        dropout=0.3, tensor=2, sequence=True, broken="dropout of a rank's tokens"
+    ),
+    "dropout drawn anew": Case(dropout=0.3, recompute="segment", broken="dropout when computed again"),
     "a token's loss at another token, TP2": Case(tensor=2, unequal=True, broken="loss tokens"),
     "fast weights of another document, PP2": Case(
         pipeline=2, separate=True, sleep=dict(every_window=True), broken="fast weights of another document"
@@ -214,12 +231,13 @@ FREED = Case(pipeline=2, micro_batches=4, broken="memory of what is sent")
 
 @pytest.fixture(scope="module")
 def results(request):
-    return run_cases(layouts.compare, asked_for(request, CASES | WIDE | BROKEN | {"freed": FREED}, "freed"))
+    grids = CASES | WIDE | DROPOUT | BROKEN | {"freed": FREED}
+    return run_cases(layouts.compare, asked_for(request, grids, "freed"))
 
 
-@pytest.mark.parametrize("name", names(CASES, WIDE))
+@pytest.mark.parametrize("name", names(CASES | DROPOUT, WIDE))
 def test_equals_one_process(results, name):
-    assert_exact((CASES | WIDE)[name], results[name])
+    assert_exact((CASES | WIDE | DROPOUT)[name], results[name])
 
 
 @pytest.mark.parametrize("name", BROKEN)

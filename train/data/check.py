@@ -56,7 +56,7 @@ def check_data(recipe: Recipe) -> None:
         assert isinstance(data.test, list)
         longer = recipe.model_copy(update={"data": data})
         shard = expand_shards(data.test, "data.test")[0]
-        _check_windows(shard, _first_samples(shard, longer), longer)
+        _check_windows(shard, _first_samples(shard, longer), longer, sleeps=False)
     _check_vocabularies(vocabularies)
 
 
@@ -162,7 +162,8 @@ def _check_manifest(manifest: dict[str, Any], shard: str, samples: list[Sample],
             f"model.vocab_size={vocabulary} or more"
         )
     whole = recipe.model.window >= recipe.data.sequence_length - 1 and max(recipe.sleep.pass_choices) == 1
-    if not whole and window and context and recipe.model.window != window and context % recipe.model.window:
+    shared = not recipe.sleep.every_window and context and context % recipe.model.window  # by context and questions
+    if not whole and window and recipe.model.window != window and shared:
         raise DataError(
             f"model.window={recipe.model.window} must divide the {context} tokens before the first question "
             f"({manifest_path}), or context shares its window and is not slept on: write model.window={window}"
@@ -204,8 +205,12 @@ def _check_documents(shard: str, recipe: Recipe) -> None:
         )
 
 
-def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
-    """Check that samples agree on which windows hold loss tokens (see segments.py), and that a window is slept on."""
+def _check_windows(shard: str, samples: list[Sample], recipe: Recipe, sleeps: bool = True) -> None:
+    """Check that samples agree on which windows hold loss tokens (see segments.py), and that a window is slept on.
+
+    Args:
+        sleeps: False: none need be, as in a test set of what a window holds.
+    """
     window, probes = recipe.model.window, probes_of(samples[0])
     if other := next((sample for sample in samples if probes_of(sample) != probes), None):
         raise DataError(
@@ -232,7 +237,7 @@ def _check_windows(shard: str, samples: list[Sample], recipe: Recipe) -> None:
     last_answer = int(predicts.nonzero()[0][-1])
     slept_on = ~is_probe if recipe.sleep.every_window else ~predicts & ~is_probe
     sleeps_first = slept_on[:last_answer].any()
-    if max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
+    if sleeps and max(recipe.sleep.pass_choices) > 1 and not sleeps_first:
         raise DataError(
             f"model.window={window} leaves nothing to sleep on: every window of {shard} up to the last answer holds "
             f"loss tokens: write a smaller model.window, sleep.every_window=true or sleep.passes=1"

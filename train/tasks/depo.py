@@ -11,6 +11,8 @@ destination, so that a single attention layer can tell the ends of an edge apart
     [pad ...] source destination  source destination ...  | [hop k] source source  [hop k] source source ...
     one window of L >= 2 * nodes tokens, a multiple of 3  | 3 * queries tokens: no question straddles two windows
 
+With `delay` as many pads lie between the two: the cycle is evicted before the first question, whatever the window's length.
+
 No question is asked twice in a sequence: up to n `queries`, all starts differ, as in PhysicsLM4's generator; beyond
 that, a start returns with another hop. The loss is on the answers only.
 """
@@ -42,6 +44,7 @@ class Depo(Section):
         "sqrt(nodes)) from min_nodes (3) to `nodes`, hops go round the cycle, and a test cycle always has `nodes`",
     )
     names: Literal["words", "ends"] = Field("words", description="words: 1-2 tokens a node; ends: one token an end")
+    delay: int = Field(0, ge=0, multiple_of=3, description="names=ends: pads between the cycle and the questions")
     alphabet: int = Field(50, ge=1, description="plain tokens that words are made of, and as many marked ones")
 
     @model_validator(mode="after")
@@ -54,6 +57,8 @@ class Depo(Section):
                 f"max_hop={self.max_hop} must be below {field}={self.fewest_nodes}, or it goes round the whole cycle"
             )
         if self.names == "words":
+            if self.delay:
+                raise ValueError(f"delay={self.delay} is for names=ends")
             words = self.alphabet + self.alphabet**2
             if self.nodes > words:
                 raise ValueError(f"nodes={self.nodes} must not exceed the {words} words of alphabet={self.alphabet}")
@@ -78,7 +83,7 @@ class Depo(Section):
 
     @property
     def context_length(self) -> int:
-        return 4 * self.nodes if self.names == "words" else self.window
+        return 4 * self.nodes if self.names == "words" else self.window + self.delay
 
     @property
     def sequence_length(self) -> int:
@@ -117,7 +122,8 @@ class Depo(Section):
 
         edges = [(cycle[i], cycle[(i + 1) % n]) for i in rng.permutation(n)]
         context = [token for source, destination in edges for token in (*source, *self._as_destination(destination))]
-        tokens[self.context_length - len(context) : self.context_length] = context
+        end = self.context_length - self.delay
+        tokens[end - len(context) : end] = context
 
         position = self.context_length
         for start, hop in self._draw_questions(n, rng):

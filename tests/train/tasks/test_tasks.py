@@ -62,6 +62,21 @@ def test_samples_have_the_promised_shapes(task):
     assert np.array_equal(again.tokens, task.sample(rng(3), held_out=True).tokens)
 
 
+def test_a_delay_is_pads_between_cycle_and_questions():
+    """The same draw, moved: nothing else differs."""
+    plain, late = (
+        Depo(nodes=8, max_hop=4, queries=6, names="ends", delay=delay).sample(np.random.default_rng(1), False)
+        for delay in (0, 54)
+    )
+    assert len(late.tokens) == len(plain.tokens) + 54 and not late.tokens[18:72].any()
+    for name in ("tokens", "loss_mask"):
+        found, expected = getattr(late, name), getattr(plain, name)
+        assert (np.delete(found, slice(18, 72)) == expected).all()
+    assert (late.answers[:, :2] == plain.answers[:, :2] + 54).all()
+    with pytest.raises(ValueError, match="delay=3 is for names=ends"):
+        Depo(delay=3)
+
+
 def test_ends_token_by_token():
     depths = set()
     for seed in range(30):
