@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from powernap.launch.commands.arguments import add_recipe
 
 if TYPE_CHECKING:
+    from powernap.train.config import Recipe
     from powernap.train.run.signals import Signals
 
 
@@ -29,6 +30,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--detect-anomaly",
         action="store_true",
         help="stop at the first non-finite number and name the module that produced it; slow",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check recipe, data, weights and layout, say what would be done, and end"
     )
     parser.set_defaults(run=run)
 
@@ -60,6 +64,9 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
     else:
         torchrun.share_of_this_machine(processes)
         check_sources(recipe, resume)
+        if options.dry_run:
+            print("\n".join(_would_do(recipe, resume)))
+            return 0
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:
@@ -72,3 +79,25 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
     with readers_watched():
         done = train(recipe, signals, resume=resume, detect_anomaly=options.detect_anomaly)
     return 0 if done else exit_codes.PREEMPTED
+
+
+def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
+    """What this command would do, in lines."""
+    from powernap.parallel.checkpoint.manifest import checkpoints, step_of
+    from powernap.parallel.planning.plan import in_bytes, in_units, plan_run
+    from powernap.train.data.check import predicting_windows
+    from powernap.train.tracking.about import story
+
+    planned = plan_run(recipe, predicting_windows)
+    saved = checkpoints(recipe.run_folder / "checkpoints") if resume else []
+    after = f", from step {step_of(saved[-1]):,} on" if saved else ""
+    fullest = max(stage.memory.total for stage in planned.stages)
+    total = sum(phase.flops for phase in planned.phases) or planned.flops_per_step * recipe.train.steps
+    return [
+        f"would train {story(recipe)}",
+        f"into        {recipe.run_folder}{after}",
+        f"layout      {recipe.parallel.grid}, ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of "
+        f"{planned.micro_batch_size}",
+        f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank on CUDA; more: powernap plan",
+        "everything that can be checked before has been; nothing was written",
+    ]

@@ -241,6 +241,17 @@ def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):
     runs.assert_refused(["train", "broken.yaml"], capfd, "error: broken.yaml: not YAML")
 
 
+def test_a_dry_run_checks_says_and_writes_nothing(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["train", "tiny.yaml", "run.name=dry", "parallel.data=2", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "would train 22,964 parameters" in said and "parallel.data=2 x tensor=1 x pipeline=1" in said
+    assert max(map(len, said.splitlines()[1:])) <= 80
+    assert cli.main(["train", "tiny.yaml", "run.name=dry", "data.train=nowhere.tar", "--dry-run"]) == 2
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(folder):
     run = ("train", "tiny.yaml", "data.lanes=1", "train.steps=2", "run.name=kept")
     assert runs.warm_powernap(*run, cwd=folder).returncode == 0
