@@ -244,9 +244,9 @@ def test_a_broken_recipe_file_is_named(folder, capfd, monkeypatch):
 def test_a_dry_run_checks_says_and_writes_nothing(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
-    assert cli.main(["train", "tiny.yaml", "run.name=dry", "parallel.data=2", "--dry-run"]) == 0
+    assert cli.main(["train", "tiny.yaml", "run.name=dry", "data.lanes=1", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "would train 22,964 parameters" in said and "parallel.data=2 x tensor=1 x pipeline=1" in said
+    assert "would train 22,964 parameters" in said and "parallel.data=1 x tensor=1 x pipeline=1" in said
     assert max(map(len, said.splitlines()[1:])) <= 80
     assert cli.main(["train", "tiny.yaml", "run.name=dry", "data.train=nowhere.tar", "--dry-run"]) == 2
     assert sorted(folder.rglob("*")) == before
