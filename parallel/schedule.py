@@ -294,7 +294,7 @@ class StageStep:
         del self._sent[:-1]
         self._steps_done += 1
         step = Step(*step)
-        self.topology.progress.note(self._describe, self._steps_done, step, brief=lambda: self._name(step))
+        self.topology.progress.note(self._name(step), self._describe, self._steps_done, step)
 
     def _describe(self, done: int, step: Step) -> str:
         """What this stage is doing, and what it waits for once that is done."""
