@@ -147,6 +147,8 @@ def init_distributed(
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # What Triton's autotuner chose stays beside its compiled kernels, for the next start and for the other ranks.
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if on_cuda and backend == "gloo" and pipeline > 1:

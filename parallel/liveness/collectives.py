@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from powernap.parallel.grid import Grid, first_three
 
+BESIDE_TRAINING = "beside training"  # c10d's description of a group that a thread may wait in while training goes on
+
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the first in builds with NCCL alone
 _PEER = re.compile(r"send \d+->(\d+)|recv \d+<-(\d+)")
 
@@ -82,7 +84,7 @@ def _entries() -> list[dict[str, Any]]:
 
 
 def _first_pending(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first operation that is not done.
+    """The first operation that is not done; of those beside training only if there is no other.
 
     gloo retires what is done. Operations that NCCL sends off together have an entry each, which stays as it is, and a last
     one for all, of the same number, which is done when they are.
@@ -95,7 +97,8 @@ def _first_pending(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         first.setdefault(key, entry)
         if entry["retired"] or entry["state"] == "completed":
             done.add(key)
-    return next((entry for key, entry in first.items() if key not in done), None)
+    pending = [entry for key, entry in first.items() if key not in done]
+    return min(pending, key=lambda entry: entry["process_group"][1] == BESIDE_TRAINING, default=None)
 
 
 def _operation(entry: dict[str, Any], noted_at: Callable[[int], str | None]) -> Operation:

@@ -84,10 +84,22 @@ def test_without_the_recorder_the_report_says_so(capfd):
         assert "enqueued" not in lines[rank]
 
 
-def entry(name, number, *, group="5", done=False, p2p=False, at=0, sizes=((4,),), dtypes=("Float",), state="scheduled"):
+def entry(
+    name,
+    number,
+    *,
+    group="5",
+    about="undefined",
+    done=False,
+    p2p=False,
+    at=0,
+    sizes=((4,),),
+    dtypes=("Float",),
+    state="scheduled",
+):
     """One of torch 2.13's flight recorder, without what is not read."""
     return {
-        "process_group": [group, "undefined"],
+        "process_group": [group, about],
         "collective_seq_id": 0 if p2p else number,
         "p2p_seq_id": number if p2p else 0,
         "is_p2p": p2p,
@@ -130,6 +142,14 @@ def test_operations_that_nccl_sends_off_together_are_done_when_the_last_is(recor
     assert collectives.enqueued(lambda _: "note").pending.peer == 3
     nccl[2]["state"] = "started"
     assert collectives.enqueued(lambda _: "note").pending.name == "all_gather"
+
+
+def test_a_checkpoint_that_is_being_written_is_waited_for_last(recorders):
+    _, gloo = recorders
+    gloo.append(entry("gloo:gather", 1, group="9", about=collectives.BESIDE_TRAINING, at=1))
+    assert collectives.enqueued(lambda _: None).pending.name == "gather"
+    gloo.append(entry("gloo:all_reduce", 4, at=2))
+    assert collectives.enqueued(lambda _: None).pending.name == "all_reduce"
 
 
 def test_no_recorder(monkeypatch):
