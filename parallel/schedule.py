@@ -55,12 +55,19 @@ class MicroBatch:
         document_starts: torch.Tensor | None = None,
     ) -> "MicroBatch":
         """From tokens and loss mask on the CPU, where finding the loss tokens waits for no GPU."""
-        found = _loss_tokens(segments, loss_mask)
-        loss_tokens = [None if where is None else where.to(device, non_blocking=True) for where in found]
-        tokens, loss_mask = (x.to(device, non_blocking=True) for x in (tokens, loss_mask))
+        loss_tokens = [None if where is None else _moved(where, device) for where in _loss_tokens(segments, loss_mask)]
         if document_starts is not None:
-            document_starts = document_starts.to(device, non_blocking=True)
-        return cls(segments, tokens, loss_mask, layer_states, document_starts, loss_tokens)
+            document_starts = _moved(document_starts, device)
+        return cls(
+            segments, _moved(tokens, device), _moved(loss_mask, device), layer_states, document_starts, loss_tokens
+        )
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On `device`; to a GPU from pinned memory, since another copy waits for what the GPU does."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _loss_tokens(segments: list[Segment], loss_mask: torch.Tensor) -> list[torch.Tensor | None]:
@@ -309,7 +316,7 @@ class StageStep:
         del self._sent[:-1]
         self._steps_done += 1
         step = Step(*step)
-        self.topology.progress.note(self._describe, self._steps_done, step, brief=lambda: self._name(step))
+        self.topology.progress.note(self._name(step), self._describe, self._steps_done, step)
 
     def _describe(self, done: int, step: Step) -> str:
         """What this stage is doing, and what it waits for once that is done."""

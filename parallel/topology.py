@@ -1,13 +1,11 @@
 """From processes to process groups: torch.distributed and Megatron-core's parallel state, on CUDA or CPU."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +14,10 @@ import torch.distributed as dist
 from powernap.model.errors import PowernapError
 from powernap.model.megatron import ProcessGroupCollection, parallel_state
 from powernap.parallel import cpu, loopback
+from powernap.parallel.grid import Grid
 from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.heartbeat import beating
+from powernap.parallel.liveness.lost_ranks import why_lost
 from powernap.parallel.liveness.watchdog import JOINING, Progress, Watchdog
 from powernap.parallel.rendezvous import RENDEZVOUS, rendezvous
 
@@ -49,7 +49,7 @@ class Topology:
         return self.describe_rank(self.rank)
 
     def describe_rank(self, rank: int) -> str:
-        return describe_rank(rank, self.tp_size, self.dp_size)
+        return Grid(self.tp_size, self.dp_size, self.pp_size).describe_rank(rank)
 
     def rank_of_stage(self, stage: int) -> int:
         """The rank in this rank's pipeline that runs `stage`."""
@@ -127,12 +127,6 @@ class Topology:
         dist.barrier()
 
 
-def describe_rank(rank: int, tp_size: int, dp_size: int) -> str:
-    """A rank's place: Megatron-core counts tensor ranks first, then data, then stages."""
-    tensor, data = rank % tp_size, rank // tp_size % dp_size
-    return f"rank {rank} (data {data}, stage {rank // (tp_size * dp_size)}, tensor {tensor})"
-
-
 def init_distributed(
     tensor: int = 1,
     pipeline: int = 1,
@@ -153,6 +147,8 @@ def init_distributed(
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # What Triton's autotuner chose stays beside its compiled kernels, for the next start and for the other ranks.
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     # NCCL needs one GPU per rank; ranks that share a GPU, as in tests, use gloo.
     backend = "nccl" if on_cuda and local_world <= torch.cuda.device_count() else "gloo"
     if on_cuda and backend == "gloo" and pipeline > 1:
@@ -217,10 +213,6 @@ class RankLostError(PowernapError):
     exit_code = exit_codes.FAILED
 
 
-# Messages of gloo and of the ranks' common store after a peer has exited.
-_GONE = re.compile(r"gloo.*Connection (closed|reset) by peer|Did the remote server shutdown or crash", re.DOTALL)
-
-
 @contextmanager
 def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
     """`init_distributed`, with a watchdog if there are other ranks; leaves the process groups at the end.
@@ -228,14 +220,15 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
     Not after an error with other ranks: a failed rank must not wait for them, it exits and takes them down.
 
     Raises:
-        RankLostError: if another rank closed its connections.
+        RankLostError: if another rank closed its connections, or the network to it failed.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    who = partial(describe_rank, tp_size=tensor, dp_size=world_size // (tensor * pipeline))
+    grid = Grid(tensor, max(1, world_size // (tensor * pipeline)), pipeline)
+    who = grid.describe_rank(rank)
     progress, watchdog = Progress(), None
     progress.note(f"joining the other ranks{rendezvous_address()}")
     if world_size > 1:
-        watchdog = Watchdog(progress, who, rank, world_size, timeout_seconds)
+        watchdog = Watchdog(progress, grid, rank, timeout_seconds)
         watchdog.start()
     try:
         # The watchdog reports first, since it knows what the rank waited for.
@@ -247,13 +240,11 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
     except RuntimeError as error:
         if watchdog and watchdog.noticed:
             watchdog.join()  # it ends this process
-        if _GONE.search(str(error)):
-            raise RankLostError(
-                f"{who(rank)}: another rank is gone, and said why if it could; {progress.describe()}"
-            ) from None
+        if reason := why_lost(str(error)):
+            raise RankLostError(f"{who}: {reason}; {progress.describe()}") from None
         if not progress.joined:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RankLostError(f"{who(rank)}: {progress.describe()}: {reason}") from None
+            raise RankLostError(f"{who}: {progress.describe()}: {reason}") from None
         raise
     except ValueError:  # PowernapErrors, too
         if world_size == 1:  # at the interpreter's exit, threads of the group may abort the process

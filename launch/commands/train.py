@@ -98,6 +98,6 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
         f"into        {recipe.run_folder}{after}",
         f"layout      {recipe.parallel.grid}, ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of "
         f"{planned.micro_batch_size}",
-        f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank on CUDA; more: powernap plan",
+        f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank; more: powernap plan",
         "everything that can be checked before has been; nothing was written",
     ]

@@ -28,6 +28,7 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.shards import split_of, whole_shape
+from powernap.parallel.liveness.collectives import BESIDE_TRAINING
 from powernap.parallel.topology import Topology
 from powernap.parallel.zero import ZeroOptimizer
 
@@ -91,8 +92,7 @@ class Writer:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
         # A separate group: its messages, some from the thread, never mix with training's.
-        timeout = timedelta(seconds=topology.timeout_seconds)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if topology.world_size > 1 else None
+        self._group = _group_of_all(topology.timeout_seconds) if topology.world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._outcome: Outcome | None = None
@@ -331,6 +331,20 @@ class Writer:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+
+def _group_of_all(timeout_seconds: float) -> dist.ProcessGroup:
+    """Of all ranks. Two connect when they first talk, for a ring and a tree; gloo's own way is every one to all others."""
+    lazily = "TORCH_GLOO_LAZY_INIT"
+    before = os.environ.get(lazily)
+    os.environ[lazily] = "1"
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BESIDE_TRAINING)
+    finally:
+        if before is None:
+            del os.environ[lazily]
+        else:
+            os.environ[lazily] = before
 
 
 def layout_of(zero: ZeroOptimizer, topology: Topology) -> dict[str, int]:

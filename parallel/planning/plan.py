@@ -370,8 +370,8 @@ def _stages(recipe: Recipe, segments: list[Segment], memories: list[MemoryEstima
     return stages
 
 
-# Adding to float32 gradients moves 12 bytes a parameter at 3 TB/s, a recomputed segment takes 8 FLOPs a parameter and token
-# at 400 TFLOP/s: 200 over its tokens, a tenth here.
+# A product writes its bfloat16 gradient, adding it to the float32 sum reads both and writes one: 12 bytes a parameter at 3 TB/s. A
+# recomputed segment takes 8 FLOPs a parameter and token at 400 TFLOP/s. So 200 over its tokens, a tenth here.
 ENOUGH_TOKENS = 2048
 
 

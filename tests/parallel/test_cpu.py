@@ -1,5 +1,6 @@
 """Process groups without CUDA."""
 
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +18,19 @@ def test_deepspeed_is_imported_without_mlflow(monkeypatch):
 
     with cpu.without_mlflow():  # nothing is taken from a process that has it
         assert sys.modules["mlflow"] is mlflow
+
+
+def test_what_a_rank_imports_that_does_not_track():
+    """4.4 CPU seconds of torch, Megatron-core and DeepSpeed; docs/sizes.md says why no more can be left out."""
+    code = (
+        "import sys\n"
+        "from powernap.parallel.topology import alone, shutdown_distributed\n"
+        "import powernap.train.trainer\n"
+        "alone(); shutdown_distributed()\n"
+        "heavy = 'mlflow pandas sklearn matplotlib pyarrow transformers tensorboard fla torch._dynamo torch._inductor'\n"
+        "print([name for name in heavy.split() if sys.modules.get(name)])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "[]"
 
 
 def test_groups_of_the_same_ranks_are_one_and_no_others(monkeypatch):

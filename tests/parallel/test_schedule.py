@@ -1,8 +1,10 @@
 """What a schedule cannot run is said before anything is sent. Gradients: test_layouts.py; times: test_schedule_timing.py."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+import torch
 
 from powernap.model.batch import plan_segments
 from powernap.model.config import SleepConfig
@@ -39,3 +41,11 @@ def test_zero_3_wants_the_same_segments_on_all_data_ranks(topology, monkeypatch)
 
 def segments_of(micro_batches):
     return [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory():
+    tensor, gpu = mock.Mock(is_cuda=False), torch.device("cuda", 0)
+    assert schedule._moved(tensor, gpu) is tensor.pin_memory.return_value.to.return_value
+    tensor.pin_memory.return_value.to.assert_called_once_with(gpu, non_blocking=True)
+    there = torch.zeros(2)
+    assert schedule._moved(there, there.device) is there

@@ -1,9 +1,15 @@
 """ZeRO through DeepSpeed against a plain torch optimizer, on the same gradients. More processes: test_zero_layouts.py."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.model.batch import plan_segments
+from powernap.parallel import zero as zero_module
+from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.zero import ZeroOptimizer, _matrices_of_blocks
 from powernap.train.config import OptimizerConfig
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.optimizer import build_optimizer, set_lr
@@ -167,13 +173,14 @@ def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):
     assert places[0] == places[1] and len(places[0]) == 2  # matrices, and the rest
 
 
+@pytest.mark.parametrize("name", ["output_layer.weight", "decoder.layers.0.mlp.linear_fc1.weight"])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bf16_accumulates_in_float32(topology, zero_stage, offload):
+def test_bf16_accumulates_in_float32(topology, zero_stage, offload, name):
     """Many small gradients on a large one: bfloat16 would lose every one of them."""
     config = OptimizerConfig(lr=1e-2, warmup_steps=0)
     stage, zero = zero_for(topology, config, precision="bf16", zero_stage=zero_stage, offload=offload)
-    weight = dict(stage.named_parameters())["output_layer.weight"]
+    weight = dict(stage.named_parameters())[name]
     assert weight.dtype == torch.bfloat16
     with zero.accumulation(), zero.gathered_parameters():
         (weight.float().sum() * 1.0).backward()
@@ -184,6 +191,48 @@ def test_bf16_accumulates_in_float32(topology, zero_stage, offload):
     # rounded once, at the end.
     bound = 2**-8 if zero_stage == 2 and offload else 1e-6
     assert zero.step() == pytest.approx((1 + 257 / 512) * elements**0.5, rel=bound)
+
+
+class Float32Copies(TorchDispatchMode):
+    """Inside, counts the float32 copies of bfloat16 matrices, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16 and result.ndim == 2:
+            self.made[result.shape] += result.dtype == torch.float32
+        return result
+
+
+def test_bf16_gradients_are_added_without_a_float32_copy_to_the_same_bits(topology, monkeypatch):
+    """Against DeepSpeed's own way, in which every segment makes one of every weight's gradient."""
+
+    def accumulated():
+        torch.manual_seed(0)
+        stage, zero = zero_for(topology, OptimizerConfig(), precision="bf16")
+        tokens, loss_mask = tiny.batch()
+        segments = plan_segments(tokens, loss_mask, stage.model, stage.sleep, passes=2)
+        batches = [MicroBatch(segments, tokens, loss_mask)] * 2
+        with zero.accumulation(), Float32Copies() as copies:
+            forward_backward(stage, batches, 0.01, topology, recompute="segment")
+        weights = _matrices_of_blocks(stage)
+        assert len(weights) > 10
+        return [zero._accumulated(p).clone() for p in stage.parameters()], copies.made, {p.shape for p in weights}
+
+    totals, copies, shapes = accumulated()
+    assert not any(copies[shape] for shape in shapes)
+    with monkeypatch.context() as patch:
+        patch.setattr(zero_module, "_matrices_of_blocks", lambda stage: set())
+        patch.setattr(
+            ZeroOptimizer, "_add_gradient", property(lambda zero: type(zero.zero)._update_hp_grad.__get__(zero.zero))
+        )
+        theirs, copies, _ = accumulated()
+    assert min(copies[shape] for shape in shapes) >= 8
+    assert all(torch.equal(total, their) for total, their in zip(totals, theirs, strict=True))
+    assert any(total.bfloat16().float().ne(total).any() for total in totals)  # not a sum in bfloat16
 
 
 @pytest.mark.parametrize("offload", [False, True])

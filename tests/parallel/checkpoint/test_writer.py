@@ -7,8 +7,10 @@ import tempfile
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +19,13 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint import manifest, writer
 from powernap.parallel.checkpoint.manifest import CheckpointError, checkpoints, newest_valid, read_manifest, verify
 from powernap.parallel.checkpoint.reader import Checkpoint
-from powernap.parallel.checkpoint.writer import Writer
+from powernap.parallel.checkpoint.writer import Writer, _group_of_all
 from powernap.parallel.zero import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import tiny
 from tests.helpers.disks import small_disk
+from tests.helpers.processes import in_processes
 
 ABOUT = {"versions": {"powernap": "1"}, "config": {}}
 
@@ -293,3 +296,28 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, save):
         CheckpointError, match="names a file '../rank-00000.safetensors' that is none of a checkpoint's"
     ):
         verify(folder)
+
+
+def connections_of_groups(rank, store) -> tuple[int, int]:
+    """Sockets that a group of all ranks opens: the writer's, which is used like a save's, and another."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=8)
+    start = psutil.Process().num_fds()
+    group = _group_of_all(60)
+    gathered = [None] * 8 if rank == 0 else None
+    dist.gather_object(rank, gathered, dst=0, group=group)
+    outcome = [gathered]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    assert outcome[0] == list(range(8))
+    used = psutil.Process().num_fds()
+    dist.new_group(backend="gloo")
+    every = psutil.Process().num_fds() - used
+    dist.destroy_process_group()
+    return used - start, every
+
+
+def test_ranks_connect_to_those_that_they_talk_to():
+    """At thousands of ranks every one would have thousands of sockets."""
+    (first, every), *others = in_processes(connections_of_groups, 8)
+    assert first == every  # all ranks send to the first
+    assert max(used for used, _ in others) < every
+    assert sum(used for used, _ in others) < 0.75 * sum(every for _, every in others)
