@@ -37,6 +37,8 @@ def fit(
     Raises:
         PowernapError: a mistake, in one line, before anything is computed.
     """
+    import torch.distributed as dist
+
     from powernap.launch import torchrun
     from powernap.parallel.topology import shutdown_distributed
     from powernap.train.data.loader import readers_watched
@@ -46,7 +48,7 @@ def fit(
     if threading.current_thread() is not threading.main_thread():
         raise torchrun.LaunchError("powernap.fit handles signals: call it from the main thread")
     RunFolder(recipe.run_folder).check_start(recipe, resume)
-    processes = recipe.parallel.world_size
+    processes, joins = recipe.parallel.world_size, not dist.is_initialized()
     with _environment_as_before(), signal_handlers() as signals, readers_watched():
         if torchrun.already_started():
             torchrun.check_world_size(processes, recipe.parallel.grid)
@@ -61,7 +63,7 @@ def fit(
         try:
             return train(recipe, signals, resume, detect_anomaly, callbacks, loss_terms)
         finally:
-            if processes == 1:  # after an error, too: a notebook goes on
+            if processes == 1 and joins:  # after an error, too: a notebook goes on
                 shutdown_distributed()
 
 

@@ -215,7 +215,7 @@ class RankLostError(PowernapError):
 
 @contextmanager
 def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: float = 600.0) -> Iterator[Topology]:
-    """`init_distributed`, with a watchdog if there are other ranks; leaves the process groups at the end.
+    """`init_distributed`, with a watchdog if there are other ranks; at the end leaves the process groups that it has joined.
 
     Not after an error with other ranks: a failed rank must not wait for them, it exits and takes them down.
 
@@ -223,6 +223,7 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
         RankLostError: if another rank closed its connections, or the network to it failed.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    joins = not dist.is_initialized()  # else another model of this process computes in them, such as load_run's
     grid = Grid(tensor, max(1, world_size // (tensor * pipeline)), pipeline)
     who = grid.describe_rank(rank)
     progress, watchdog = Progress(), None
@@ -247,12 +248,13 @@ def distributed_session(tensor: int = 1, pipeline: int = 1, timeout_seconds: flo
             raise RankLostError(f"{who}: {progress.describe()}: {reason}") from None
         raise
     except ValueError:  # PowernapErrors, too
-        if world_size == 1:  # at the interpreter's exit, threads of the group may abort the process
+        if world_size == 1 and joins:  # at the interpreter's exit, threads of the group may abort the process
             shutdown_distributed()
         raise
     if watchdog:
         watchdog.stop()
-    shutdown_distributed()
+    if joins:
+        shutdown_distributed()
 
 
 def rendezvous_address() -> str:

@@ -96,8 +96,8 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
     return [
         f"would train {story(recipe)}",
         f"into        {recipe.run_folder}{after}",
-        f"layout      {recipe.parallel.grid}, ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of "
-        f"{planned.micro_batch_size}",
+        f"layout      {recipe.parallel.grid}",
+        f"            ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of {planned.micro_batch_size}",
         f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank; more: powernap plan",
         "everything that can be checked before has been; nothing was written",
     ]

@@ -13,10 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from powernap import Callback, LossTerm, fit, load_recipe
 from powernap.launch import cli
 from powernap.launch.torchrun import LaunchError
+from powernap.parallel.topology import alone as alone_in_this_process
 from powernap.train.callbacks import CallbackError, Callbacks
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
@@ -181,6 +183,14 @@ class Odd(Callback):
 def test_a_metric_that_rank_0_could_not_write_fails_on_all_ranks(change, words):
     with pytest.raises(CallbackError, match=f"callback Odd {words}"):
         Callbacks([Odd(change)]).step_end(None, {"loss": 1.0})
+
+
+def test_groups_that_were_there_stay(folder, monkeypatch):
+    """Another model of this process computes in them: that of `powernap.load_run`."""
+    monkeypatch.chdir(folder)
+    before = alone_in_this_process()
+    assert fit(load_recipe("tiny.yaml", ["run.name=beside", "train.steps=1", "optimizer.warmup_steps=1"]))
+    assert dist.is_initialized() and alone_in_this_process().groups.tp is before.groups.tp
 
 
 def test_names_and_states_are_checked():
