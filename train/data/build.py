@@ -26,6 +26,7 @@ from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manif
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
 from powernap.train.data.task import Task
+from powernap.train.data.tokenizer import use_threads
 from powernap.train.tasks.sample import PAD
 
 # Arguments that may differ when a build is continued, because each job records its own input.
@@ -75,7 +76,7 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
     whose input has changed since are rebuilt, the others are kept.
 
     Args:
-        workers: processes; None: one per core.
+        workers: processes at most; None: one per core. With fewer shards to build than that, several threads tokenize for each.
         part: (i, n), from 1: build every n-th shard alone, from the i-th. Parts may run at the same time, on several machines with
             the folder in common; the one that ends last writes the manifest.
 
@@ -83,6 +84,8 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
         DataError: if the folder holds something else or cannot be written, or the input cannot be read or is empty.
     """
     folder, task = Path(folder), source.task
+    workers = workers or len(os.sched_getaffinity(0))
+    use_threads(workers)
     print("".join(f"{note}\n" for note in source.notes()), end="")
     pad = getattr(task, "pad_token_id", PAD)
     fields = [
@@ -101,7 +104,7 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
         splits = _finished(folder, about)
         if splits is None:
             unfinished = _begin(folder, about)
-            made = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)), part)
+            made = _make_all(source, unfinished, workers, part)
             if missing := made.count(None):
                 print(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
                 return
@@ -223,7 +226,7 @@ def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] 
     total = sum(job.amount for job in jobs[first - 1 :: step])
     with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
         progress.update(total - sum(jobs[number].amount for number in missing))
-        for number, note in _run(source, jobs, missing, folder, min(workers, len(missing)), progress):
+        for number, note in _run(source, jobs, missing, folder, workers, progress):
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
@@ -237,13 +240,15 @@ def _run(
     source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int, progress: tqdm
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run jobs, and yield each one's number and note when it is done."""
-    if workers <= 1:
+    processes = min(workers, len(missing))
+    if processes <= 1:
         for number in missing:
             yield number, make_shards(source, number, jobs[number], folder, progress.update)
         return
     context = multiprocessing.get_context("spawn")
     advanced = context.Value("q", 0)  # by all workers
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(advanced,)) as pool:
+    use_threads(workers // processes)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(advanced,)) as pool:
         running = {pool.submit(_make_shards, source, number, jobs[number], folder): number for number in missing}
         waiting, shown = set(running), 0
         try:
@@ -256,8 +261,8 @@ def _run(
                     yield running[job], job.result()
         except BrokenProcessPool:
             raise DataError(
-                f"one of {workers} building processes was killed, as the system does when memory runs out: the same command "
-                f"continues, and --workers {max(1, workers // 2)} takes less memory"
+                f"one of {processes} building processes was killed, as the system does when memory runs out: the same command "
+                f"continues, and --workers {max(1, processes // 2)} takes less memory"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
