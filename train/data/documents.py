@@ -89,6 +89,7 @@ class Tally:
     documents: int = 0
     text_bytes: dict[str, int] = field(default_factory=dict)  # of the documents that are text, by split
     left_out: dict[str, int] = field(default_factory=dict)  # documents by the reason why they are not wanted
+    hashes: dict[str, list[bytes]] = field(default_factory=dict)  # of the documents in the shards, by split, if wanted
     decoded: int = 0  # pieces whose tokens were decoded again, and
     changed: int = 0  # those that came back as another text
     example: str = ""

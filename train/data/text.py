@@ -4,6 +4,7 @@ An end token closes each document. Nothing is cut: sequences are made of the doc
 says (sequences.py). A hash of its content assigns a document to train or test.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,6 +22,7 @@ from powernap.train.data.input_files import kind_of
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
 from powernap.train.data.tokenizer import token_array
+from powernap.train.data.unique import HASH
 
 # Split and tokens of a document, whether it ends with them, whether they bear loss.
 _Piece = tuple[str, np.ndarray, bool, bool]
@@ -67,6 +69,11 @@ class Text(Corpus):
         1, ge=1, description="a document with fewer tokens, its end among them, is left out and counted"
     )
     max_tokens: int | None = Field(None, ge=1, description="and so is one with more; null: none is")
+    unique: bool = Field(
+        False,
+        description="of documents with the same tokens the first is kept, in the order of the files; the others are left out and "
+        "counted. A .txt that is one document is then not divided between shards",
+    )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
     @model_validator(mode="after")
@@ -94,7 +101,7 @@ class Text(Corpus):
         return Reader(
             self.text_field,
             self.txt_document,
-            whole=self.documents == "whole" or not self.vocabulary.separable,
+            whole=self.documents == "whole" or self.unique or not self.vocabulary.separable,
             one_piece=not self.vocabulary.separable,
             columns=tuple(dict.fromkeys(field.partition(".")[0] for field in fields if field)),
         )
@@ -113,6 +120,8 @@ class Text(Corpus):
         pieces = self._bearing_loss(parts, tally)
         if self.min_tokens > 1 or self.max_tokens is not None:
             pieces = self._of_fitting_length(pieces, tally)
+        if self.unique:
+            pieces = self._hashed(pieces, tally)
         for split, tokens, ends, loss in pieces:
             for key, sample in bundles[split].add(tokens, ends, loss):
                 yield split, key, sample
@@ -138,6 +147,17 @@ class Text(Corpus):
             if ends:
                 held, count, dropped = [], 0, False
         yield from held  # of a document that goes on in the next shard
+
+    def _hashed(self, pieces: Iterator[_Piece], tally: Tally) -> Iterator[_Piece]:
+        """The same pieces, while the tally gets the hash of each document."""
+        digest = hashlib.blake2b(digest_size=HASH.itemsize)
+        for piece in pieces:
+            split, tokens, ends, _ = piece
+            digest.update(tokens.astype("<u4").tobytes())
+            if ends:
+                tally.hashes.setdefault(split, []).append(digest.digest())
+                digest = hashlib.blake2b(digest_size=HASH.itemsize)
+            yield piece
 
     def _bearing_loss(self, parts: list[Part], tally: Tally) -> Iterator[_Piece]:
         """`_tokenized`, and whether the tokens bear loss."""
