@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from powernap.train.data.corpora import CORPORA
@@ -107,6 +107,8 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
         splits = _finished(folder, about)
         if splits is None:
             unfinished = _begin(folder, about)
+            if about["fields"].get("unique"):
+                _refuse_while_another_part_finishes(folder)
             made = _make_all(source, unfinished, workers, part)
             if missing := made.count(None):
                 print(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
@@ -132,7 +134,7 @@ def _finish(
     about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path, workers: int
 ) -> dict[str, dict[str, int]]:
     """Write the manifest and let the folder appear, unless another part just did; returns the manifest's splits."""
-    lock = folder.parent / f".{folder.name}.lock"
+    lock = _lock(folder)
     with FileLock(lock):
         if not unfinished.exists():
             splits = _finished(folder, about)
@@ -156,6 +158,22 @@ def _finish(
         lock.unlink()
     _report(manifest)
     return manifest["splits"]
+
+
+def _lock(folder: Path) -> Path:
+    """Held, and there, while a build is finished."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _refuse_while_another_part_finishes(folder: Path) -> None:
+    """It may be writing shards again: their jobs must not be taken for undone meanwhile."""
+    lock = _lock(folder)
+    if lock.exists():
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            raise DataError(f"{folder}: another part is finishing this build: wait for it") from None
 
 
 def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:

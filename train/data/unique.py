@@ -33,6 +33,8 @@ def find_duplicates(folder: Path, jobs: int) -> dict[int, dict[str, np.ndarray]]
     Jobs without such documents are left out.
     """
     shards = [(n, split) for n in range(jobs) for split in SPLITS if hash_file(folder, split, n).exists()]
+    if not shards:
+        return {}
     files = [hash_file(folder, split, n) for n, split in shards]
     counts = np.array([path.stat().st_size // HASH.itemsize for path in files], dtype=np.int64)
     ends = counts.cumsum()

@@ -7,12 +7,14 @@ import random
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from powernap.train.data import build as building
 from powernap.train.data import bundle, unique
 from powernap.train.data.build import build
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.documents import Tally
+from powernap.train.data.sample import DataError
 from powernap.train.data.sample_sources import CorpusSource
 from powernap.train.data.sequences import Cutting
 from powernap.train.data.stats import stats_of
@@ -93,6 +95,19 @@ def test_on_several_cores_and_machines(tmp_path):
         part.join()
     assert [part.exitcode for part in parts] == [0, 0, 0]
     assert shards(tmp_path / "parts") == shards(tmp_path / "one")
+
+
+def test_a_part_that_starts_while_another_one_finishes(tmp_path):
+    """It must not take shards that are being written again for missing ones."""
+    corpus = write(tmp_path / "in", FILES)
+    with FileLock(tmp_path / ".data.lock"), pytest.raises(DataError, match="another part is finishing this build"):
+        build(source(corpus), tmp_path / "data", 1)
+    build(source(corpus), tmp_path / "data", 1)  # a lock that was left behind keeps nobody out
+
+
+def test_an_input_without_text(tmp_path):
+    with pytest.raises(DataError, match="the input holds no text"):
+        build(source(write(tmp_path / "in", [[], []])), tmp_path / "data", 1)
 
 
 @pytest.mark.parametrize("stopped_at", ["_write_shards", "hash_file", "_note"])
