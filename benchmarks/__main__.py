@@ -19,6 +19,7 @@ ON_CPU = [
     "pipeline",
     "stage_memory",
     "loader",
+    "corpora",
     "checkpoint",
     "tracking",
 ]

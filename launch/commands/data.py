@@ -58,7 +58,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help=f"size of the text in a shard (default: {SHARD_SIZE // 10**6}MB)",
     )
-    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=count, metavar="N", help="cores to use (default: all)")
     parser.add_argument(
         "--part",
         type=part,

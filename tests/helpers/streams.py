@@ -32,7 +32,7 @@ def write_tokens(path, documents, vocab_size=VOCABULARY):
     """A shard of documents, each a list of tokens, to be cut when it is read."""
     bundle = Bundle(token_type(vocab_size))
     with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
-        samples = itertools.chain.from_iterable(bundle.add(document, ends=True) for document in documents)
+        samples = itertools.chain.from_iterable(bundle.add(np.array(document), ends=True) for document in documents)
         for key, sample in itertools.chain(samples, bundle.rest()):
             tar.write(encode(key, sample))
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from powernap.train.data.corpora import CORPORA
@@ -25,11 +25,15 @@ from powernap.train.data.documents import check_budget
 from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
+from powernap.train.data.tar_index import index_file, index_tar, write_index
 from powernap.train.data.task import Task
-from powernap.train.tasks.sample import PAD
+from powernap.train.data.tokenizer import use_threads
+from powernap.train.data.unique import HASH, find_duplicates, hash_file, without
+from powernap.train.tasks.sample import PAD, Sample
 
 # Arguments that may differ when a build is continued, because each job records its own input.
 _MAY_CHANGE = ("command", "files")
+DUPLICATES = "the same as one before"  # why documents are left out
 _SHOWN = 5  # skipped documents in the report
 
 
@@ -75,7 +79,7 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
     whose input has changed since are rebuilt, the others are kept.
 
     Args:
-        workers: processes; None: one per core.
+        workers: processes at most; None: one per core. With fewer shards to build than that, several threads tokenize for each.
         part: (i, n), from 1: build every n-th shard alone, from the i-th. Parts may run at the same time, on several machines with
             the folder in common; the one that ends last writes the manifest.
 
@@ -83,6 +87,8 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
         DataError: if the folder holds something else or cannot be written, or the input cannot be read or is empty.
     """
     folder, task = Path(folder), source.task
+    workers = workers or len(os.sched_getaffinity(0))
+    use_threads(workers)
     print("".join(f"{note}\n" for note in source.notes()), end="")
     pad = getattr(task, "pad_token_id", PAD)
     fields = [
@@ -101,11 +107,13 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
         splits = _finished(folder, about)
         if splits is None:
             unfinished = _begin(folder, about)
-            made = _make_all(source, unfinished, workers or len(os.sched_getaffinity(0)), part)
+            if about["fields"].get("unique"):
+                _refuse_while_another_part_finishes(folder)
+            made = _make_all(source, unfinished, workers, part)
             if missing := made.count(None):
                 print(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
                 return
-            splits = _finish(about, [note for note in made if note is not None], unfinished, folder)
+            splits = _finish(about, [note for note in made if note is not None], unfinished, folder, workers)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
@@ -123,30 +131,49 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
 
 
 def _finish(
-    about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path
+    about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path, workers: int
 ) -> dict[str, dict[str, int]]:
     """Write the manifest and let the folder appear, unless another part just did; returns the manifest's splits."""
-    lock = folder.parent / f".{folder.name}.lock"
+    lock = _lock(folder)
     with FileLock(lock):
         if not unfinished.exists():
             splits = _finished(folder, about)
             assert splits is not None
             return splits
+        if about["fields"].get("unique"):
+            made = _leave_out_duplicates(made, unfinished, workers)
         manifest = _manifest(about, made)
         try:
             _refuse_empty(manifest, unfinished)
         except DataError:
             lock.unlink()
             raise
-        keep = {shard["file"] for shard in manifest["shards"]}
+        shards = [unfinished / shard["file"] for shard in manifest["shards"]]
+        keep = {path.name for shard in shards for path in (shard, index_file(shard))}
         for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
             if path.name not in keep:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         unfinished.rename(folder)
         lock.unlink()
     _report(manifest)
     return manifest["splits"]
+
+
+def _lock(folder: Path) -> Path:
+    """Held, and there, while a build is finished."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _refuse_while_another_part_finishes(folder: Path) -> None:
+    """It may be writing shards again: their jobs must not be taken for undone meanwhile."""
+    lock = _lock(folder)
+    if lock.exists():
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            raise DataError(f"{folder}: another part is finishing this build: wait for it") from None
 
 
 def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
@@ -217,34 +244,39 @@ def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] 
     first, step = part or (1, 1)
     notes = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
     done = {number: note for number, note in notes if note is not None}
+    if len(done) < len(jobs):  # a document may be the first of its kind now, which was left out of these
+        done = {number: note for number, note in done.items() if not note.get("duplicates_left_out")}
     missing = [number for number in range(first - 1, len(jobs), step) if number not in done]
     skipped = [reason for note in done.values() for reason in note["skipped"]]
     check_budget(skipped, source.skip_budget)
     total = sum(job.amount for job in jobs[first - 1 :: step])
     with tqdm(total=total, unit=source.unit, unit_scale=True, desc=source.name, disable=None) as progress:
         progress.update(total - sum(jobs[number].amount for number in missing))
-        for number, note in _run(source, jobs, missing, folder, min(workers, len(missing)), progress):
+        work = {number: (source, number, jobs[number], folder) for number in missing}
+        for number, note in _run(make_shards, work, workers, progress):
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
     others = [number for number in range(len(jobs)) if number not in done]
     notes = ((number, _done(source, number, jobs[number], folder)) for number in others)  # other parts went on
-    done |= {number: note for number, note in notes if note is not None}
+    done |= {number: note for number, note in notes if note and not note.get("duplicates_left_out")}
     return [done.get(number) for number in range(len(jobs))]
 
 
 def _run(
-    source: Source, jobs: list[Job], missing: list[int], folder: Path, workers: int, progress: tqdm
+    function: Callable[..., dict[str, Any]], work: dict[int, tuple], workers: int, progress: tqdm
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run jobs, and yield each one's number and note when it is done."""
-    if workers <= 1:
-        for number in missing:
-            yield number, make_shards(source, number, jobs[number], folder, progress.update)
+    """Run `function` on the arguments in `work`, and yield the number and note of each when it is done."""
+    processes = min(workers, len(work))
+    if processes <= 1:
+        for number, arguments in work.items():
+            yield number, function(*arguments, progress.update)
         return
     context = multiprocessing.get_context("spawn")
     advanced = context.Value("q", 0)  # by all workers
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(advanced,)) as pool:
-        running = {pool.submit(_make_shards, source, number, jobs[number], folder): number for number in missing}
+    use_threads(workers // processes)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(advanced,)) as pool:
+        running = {pool.submit(_in_worker, function, arguments): number for number, arguments in work.items()}
         waiting, shown = set(running), 0
         try:
             while waiting:
@@ -256,8 +288,8 @@ def _run(
                     yield running[job], job.result()
         except BrokenProcessPool:
             raise DataError(
-                f"one of {workers} building processes was killed, as the system does when memory runs out: the same command "
-                f"continues, and --workers {max(1, workers // 2)} takes less memory"
+                f"one of {processes} building processes was killed, as the system does when memory runs out: the same command "
+                f"continues, and --workers {max(1, processes // 2)} takes less memory"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -290,8 +322,8 @@ def _advance(count: int) -> None:
         _advanced.value += count
 
 
-def _make_shards(source: Source, number: int, job: Job, folder: Path) -> dict[str, Any]:
-    return make_shards(source, number, job, folder, _advance)
+def _in_worker(function: Callable[..., dict[str, Any]], arguments: tuple) -> dict[str, Any]:
+    return function(*arguments, _advance)
 
 
 class _Progress:
@@ -318,38 +350,18 @@ def make_shards(
     source: Source, number: int, job: Job, folder: Path, advance: Callable[[int], object] = lambda count: None
 ) -> dict[str, Any]:
     """Write a job's shards, then the note that marks them complete. Returns the note: shards and what was skipped."""
-    from webdataset.writer import TarWriter  # imports torch, which takes seconds
-
-    note = folder / f"{number:06d}.done"
-    note.unlink(missing_ok=True)  # of shards that are rebuilt
+    (folder / f"{number:06d}.done").unlink(missing_ok=True)  # of shards that are rebuilt
     progress = _Progress(job.amount, advance)
     tally = source.tally()
     tally.advance = progress.add
-    written: dict[str, Counter[str]] = {}  # file -> samples, and of documents their number and tokens
-    with ExitStack() as stack:
-        tars: dict[str, TarWriter] = {}
-        for split, key, sample in source.samples(job, tally):
-            name = f"{split}-{job.number:06d}.tar"
-            if name not in tars:
-                file = stack.enter_context(open(folder / name, "wb"))
-                # Owner and time are fixed, so that the bytes are reproducible.
-                tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
-            tars[name].write(encode(key, sample))
-            counts = written.setdefault(name, Counter())
-            counts["samples"] += 1
-            if isinstance(sample, Documents):
-                counts.update(documents=0 if sample.part else len(sample.lengths), tokens=len(sample.tokens))
+    shards = _write_shards(source.samples(job, tally), job.number, folder)
+    for split in SPLITS:
+        hash_file(folder, split, number).unlink(missing_ok=True)
+    for split, hashes in tally.hashes.items():
+        hash_file(folder, split, number).write_bytes(b"".join(hashes))
     progress.finish()
     made = {
-        "shards": [
-            {
-                "file": name,
-                **counts,
-                "bytes": (folder / name).stat().st_size,
-                "sha256": sha256_of(folder / name),
-            }
-            for name, counts in written.items()
-        ],
+        "shards": shards,
         "skipped": tally.skipped,
         "documents": tally.documents,
         "text_bytes": tally.text_bytes,
@@ -359,10 +371,101 @@ def make_shards(
         "changed_example": tally.example,
         "origin": source.origin(job, tally),
     }
+    _note(folder, number, made)
+    return made
+
+
+def _write_shards(
+    samples: Iterable[tuple[str, str, Sample | Documents]], number: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Write (split, key, sample) to one shard of each split, with its index. Returns their entries for the manifest."""
+    from webdataset.writer import TarWriter  # imports torch, which takes seconds
+
+    written: dict[str, Counter[str]] = {}  # file -> samples, and of documents their number and tokens
+    with ExitStack() as stack:
+        tars: dict[str, TarWriter] = {}
+        for split, key, sample in samples:
+            name = f"{split}-{number:06d}.tar"
+            if name not in tars:
+                file = stack.enter_context(open(folder / name, "wb"))
+                # Owner and time are fixed, so that the bytes are reproducible.
+                tars[name] = stack.enter_context(TarWriter(file, user="powernap", group="powernap", mtime=0))
+            tars[name].write(encode(key, sample))
+            counts = written.setdefault(name, Counter())
+            counts["samples"] += 1
+            if isinstance(sample, Documents):
+                counts.update(documents=0 if sample.part else len(sample.lengths), tokens=len(sample.tokens))
+    for name in written:
+        write_index(folder / name, index_tar(folder / name, name))
+    return [
+        {"file": name, **counts, "bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name, counts in written.items()
+    ]
+
+
+def _note(folder: Path, number: int, made: dict[str, Any]) -> None:
+    """Mark a job as done."""
     unfinished = folder / f"{number:06d}.tmp"
     unfinished.write_text(json.dumps(made))
-    unfinished.rename(note)
-    return made
+    unfinished.rename(folder / f"{number:06d}.done")
+
+
+def _leave_out_duplicates(made: list[dict[str, Any]], folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Write shards again that hold duplicates (see unique.py). Returns the notes of all jobs."""
+    found = find_duplicates(folder, len(made))
+    work = {number: (folder, number, made[number], repeated) for number, repeated in found.items()}
+    with tqdm(total=len(work), unit=" shards", desc="duplicates", disable=None) as progress:
+        rewritten = dict(_run(_rewrite, work, workers, progress))
+    return [rewritten.get(number, note) for number, note in enumerate(made)]
+
+
+def _rewrite(
+    folder: Path,
+    number: int,
+    made: dict[str, Any],
+    repeated: dict[str, np.ndarray],
+    advance: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """Write a job's shards again without the `repeated` documents of each split. Returns its note.
+
+    A build that is stopped meanwhile finds either the shards of before with their note, or makes them again.
+    """
+    room = folder / f"{number:06d}.rewritten"
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir()
+    samples = (
+        (split, f"{split}-{number:06d}-{key}", sample)
+        for split, which in repeated.items()
+        for key, sample in without(folder / f"{split}-{number:06d}.tar", which)
+    )
+    entries = {entry["file"]: entry for entry in _write_shards(samples, number, room)}
+    (folder / f"{number:06d}.done").unlink()
+    for split, which in repeated.items():
+        shard = folder / f"{split}-{number:06d}.tar"
+        shard.unlink()
+        index_file(shard).unlink()
+        hashes = np.fromfile(hash_file(folder, split, number), HASH)
+        hashes[~which].tofile(hash_file(folder, split, number))
+    for path in room.iterdir():
+        path.rename(folder / path.name)
+    room.rmdir()
+    stay = [
+        entries.get(shard["file"], shard)
+        for shard in made["shards"]
+        if shard["file"] in entries or shard["file"].partition("-")[0] not in repeated
+    ]
+    count = sum(int(which.sum()) for which in repeated.values())
+    left_out = Counter(made["left_out"]) + Counter({DUPLICATES: count})
+    note = {
+        **made,
+        "shards": stay,
+        "documents": made["documents"] - count,
+        "left_out": dict(left_out),
+        "duplicates_left_out": True,
+    }
+    _note(folder, number, note)
+    advance(1)
+    return note
 
 
 def _done(source: Source, number: int, job: Job, folder: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from powernap.train.data.manifest import MANIFEST
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import local_path
 from powernap.train.data.source import Unreachable, blocks_of, has_neighbours
-from powernap.train.data.tar_index import Damaged, index_tar, load_index, save_index
+from powernap.train.data.tar_index import Damaged, index_tar, load_index, read_index, save_index
 from powernap.train.data.verify import Recorded, mismatch, not_recorded, recorded, recorded_in, sha256_of
 from powernap.train.paths import expanded_path
 from powernap.train.run.secrets import mask_secrets
@@ -57,8 +57,9 @@ class ShardCache:
     timeout: seconds without another 64 KiB after which an attempt is given up.
     stop: set to end all fetches.
 
-    A URL's shard counts as unchanged as long as it is in the cache. Only a shard that is readable to its end and
-    matches its manifest, if it has one, gets a cached index: by then every byte of it has been read.
+    A URL's shard counts as unchanged as long as it is in the cache. A local shard with an index beside it is taken for the
+    one that the build wrote if its size and three blocks are the same. Of any other, every byte is read and compared with
+    its manifest, if it has one, before its index is cached.
     """
 
     folder: Path = field(default_factory=lambda: expanded_path("~/.cache/powernap"))
@@ -116,11 +117,16 @@ class ShardCache:
         return self.folder / "index" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
 
     def _index(self, shard: str, path: Path) -> np.ndarray:
-        """The cached index of the shard in the file `path`; if there is none, check the file and build it."""
+        """The cached index of the shard in the file `path`, or that beside it; else check the file and build it."""
         kept = self.index_file(path)
         index = load_index(kept, path.stat().st_size)
         if index is None:
-            index = self._check(shard, path)
+            try:
+                index = read_index(path, shard)
+            except DataError as error:
+                _log(f"{error}; until then the whole shard is read once")
+            if index is None:
+                index = self._check(shard, path)
             save_index(kept, index)
         return index
 

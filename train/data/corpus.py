@@ -144,6 +144,6 @@ class Corpus(Section):
     def _read(self, piece: Piece, text: str, tally: Tally) -> list[int]:
         """The tokens of `text`, which is of `piece`; of some it is counted whether they decode to another."""
         tokens = self._tokens(piece, text)
-        if tally.to_decode():
+        if tally.to_decode(len(text)):
             tally.decode(piece, self.vocabulary.difference(text, tokens))
         return tokens

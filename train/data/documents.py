@@ -19,9 +19,10 @@ import numpy as np
 from powernap.train.data import columns, token_files
 from powernap.train.data.input_files import foreign_format, is_remote, kind_of, on_disk, size_of
 from powernap.train.data.sample import DataError
+from powernap.train.data.tokenizer import threads
 
-PIECE = 2**20  # bytes of a document that are tokenized at once
-DECODED_FIRST, DECODED_ONE_IN = 64, 16  # pieces of a job that are decoded again
+PIECE = 2**17  # bytes of a document that are tokenized at once
+DECODED_FIRST, DECODED_ONE_IN = 2**18, 64  # bytes of a job that are decoded again: the first, and a share of the others
 HEAD = 2**20  # bytes of a document that decide between train and test
 _BOM = b"\xef\xbb\xbf"
 
@@ -88,10 +89,12 @@ class Tally:
     documents: int = 0
     text_bytes: dict[str, int] = field(default_factory=dict)  # of the documents that are text, by split
     left_out: dict[str, int] = field(default_factory=dict)  # documents by the reason why they are not wanted
+    hashes: dict[str, list[bytes]] = field(default_factory=dict)  # of the documents in the shards, by split, if wanted
     decoded: int = 0  # pieces whose tokens were decoded again, and
     changed: int = 0  # those that came back as another text
     example: str = ""
-    _pieces: int = 0
+    _read: int = 0  # bytes of text, and
+    _decoded: int = 0  # those that were decoded again
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def skip(self, error: DataError) -> None:
@@ -106,10 +109,12 @@ class Tally:
         self.documents -= 1
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
-    def to_decode(self) -> bool:
-        """Whether to decode the next piece again: the first ones of a job, then one in sixteen, since it takes time."""
-        self._pieces += 1
-        return self._pieces <= DECODED_FIRST or self._pieces % DECODED_ONE_IN == 0
+    def to_decode(self, size: int) -> bool:
+        """Whether to decode the next piece of `size` bytes again: the first ones of a job, then few, since it takes time."""
+        wanted = self._decoded <= DECODED_FIRST + self._read // DECODED_ONE_IN
+        self._read += size
+        self._decoded += size * wanted
+        return wanted
 
     def decode(self, piece: Piece, difference: str) -> None:
         """Count a piece that was decoded; `difference` is empty if it came back as it was."""
@@ -117,6 +122,11 @@ class Tally:
         if difference:
             self.changed += 1
             self.example = self.example or f"{piece}: {difference}"
+
+
+def bytes_at_once() -> int:
+    """How much text is tokenized at once, on all threads."""
+    return PIECE * threads()
 
 
 def check_budget(skipped: list[str], budget: int) -> None:
@@ -133,13 +143,15 @@ class Reader:
         text_field: what holds the text, or tokens: field of .jsonl, column of .parquet and .arrow, member of .tar; nested ones with
             dots.
         txt_document: what makes a document in a .txt: file, paragraph or line.
-        whole: documents are not divided: each is in one part, and is one piece.
+        whole: no document is divided between parts.
+        one_piece: nor is it between pieces, so it is held in memory.
         columns: of .parquet and .arrow, those that `raw` yields of each row, as a JSON object; empty: the text alone.
     """
 
     text_field: str
     txt_document: str
     whole: bool
+    one_piece: bool = False
     columns: tuple[str, ...] = ()
 
     def parts(self, file: str, size: int, check: bool) -> Iterator[tuple[Part, int]]:
@@ -191,7 +203,7 @@ class Reader:
                 yield Document(content.data[:HEAD], iter([content]), True)
                 continue
             document = content._replace(data=content.data.removeprefix(_BOM))
-            pieces = [document] if self.whole or len(document.data) <= PIECE else _pieces(document)
+            pieces = [document] if self.one_piece or len(document.data) <= PIECE else _pieces(document)
             yield Document(document.data[:HEAD], iter(pieces), True)
 
     def raw(self, part: Part, tally: Tally) -> Iterator[Piece | Tokens | DataError]:
@@ -208,7 +220,7 @@ class Reader:
             elif kind in token_files.KINDS:
                 pieces = _of_rows(part, token_files.documents(part, tally.advance))
             elif self._is_one_document(kind):
-                pieces = _blocks(part, codec, self.whole, tally)
+                pieces = _blocks(part, codec, self.one_piece, tally)
             elif kind == ".txt" and self.txt_document == "paragraph":
                 pieces = _paragraphs(part, codec, tally)
             else:
@@ -285,7 +297,7 @@ def _next_break(file: io.BufferedReader, place: int) -> int:
     return place + (character.start() if character else len(near) - 1)
 
 
-def _blocks(part: Part, codec: str | None, whole: bool, tally: Tally) -> Iterator[Piece]:
+def _blocks(part: Part, codec: str | None, one_piece: bool, tally: Tally) -> Iterator[Piece]:
     """One long text, in pieces that end with a line or word."""
     file = part[0]
     place, stop = (0, sys.maxsize) if codec else _aligned(part)
@@ -294,13 +306,13 @@ def _blocks(part: Part, codec: str | None, whole: bool, tally: Tally) -> Iterato
             opened.seek(place)
         remaining, rest, more = stop - place, b"", True
         while more:
-            block = opened.read(-1 if whole else min(PIECE, remaining))
+            block = opened.read(-1 if one_piece else min(PIECE, remaining))
             remaining -= len(block)
             more = remaining > 0 and len(block) > 0
             rest += block
             if place == 0 and rest.startswith(_BOM):
                 place, rest = len(_BOM), rest[len(_BOM) :]
-            cut = _last_break(rest) if more and not whole else len(rest)
+            cut = _last_break(rest) if more and not one_piece else len(rest)
             if cut:
                 yield Piece(file, "", place, rest[:cut])
             place, rest = place + cut, rest[cut:]

@@ -1,12 +1,13 @@
 """What shards hold, by source: documents and their lengths, loss tokens, and what cutting them into sequences cuts and pads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from powernap.train.data.cache import ShardCache
+from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.sequences import Cutting, Sequences, document_lengths
 from powernap.train.data.shard import Shard
@@ -29,6 +30,7 @@ class Stats:
     padded: int  # so many only fill them
     cut: int  # documents whose targets lie in several sequences
     stored: bool  # as sequences
+    left_out: Mapping[str, int] = field(default_factory=dict)  # documents by the reason why the build left them out
 
     @property
     def tokens(self) -> int:
@@ -36,6 +38,7 @@ class Stats:
 
     def row(self) -> dict[str, str]:
         """The figures for a table."""
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         quantiles = [f"{length:,.0f}" for length in np.quantile(self.lengths, [0, 0.5, 0.9, 1])]
         return {
             "shards": f"{self.shards:,}",
@@ -47,6 +50,7 @@ class Stats:
             **({} if self.stored else {"cut into sequences": f"{self.sequences:,} of {self.windows} windows"}),
             **({} if self.stored else {"documents cut": f"{self.cut:,} ({self.cut / len(self.lengths):.1%})"}),
             "padded": f"{self.padded:,} ({self.padded / max(self.room, 1):.1%})",
+            **({"left out by the build": left_out} if left_out else {}),
         }
 
 
@@ -88,7 +92,14 @@ def stats_of(spec: str, cache: ShardCache, cutting: Cutting, window: int) -> Sta
         padded=padded,
         cut=cut,
         stored=False,
+        left_out=_left_out(shards[0]),
     )
+
+
+def _left_out(shard: Shard) -> dict[str, int]:
+    """What the manifest beside a shard says that the build left out."""
+    found = read_manifest(shard.path).get("left_out") if shard.path else None
+    return found if isinstance(found, dict) else {}
 
 
 def documents_cut(lengths: np.ndarray, cutting: Cutting) -> int:

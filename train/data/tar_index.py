@@ -1,17 +1,19 @@
 """An index of the samples in a tar, for random access. Nothing here imports torch.
 
-A tar has no index. Ours is built by reading its headers once, and cached: a run that resumes in the middle of a million
-samples must not read the half before.
+A tar has no index. Ours is built by reading its headers once, and cached, or lies beside the shard: a run that resumes in
+the middle of a million samples must not read the half before.
 
 A document longer than a sample is several samples in a row, whose keys end in -part000000, -part000001 and so on. Any
 other sample is a document of its own, or holds several whole ones.
 """
 
+import hashlib
 import io
 import itertools
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +47,10 @@ _OTHERS = {
 }
 LARGEST_SAMPLE = 1 << 30  # bytes of all members, read at once
 _PART = re.compile(r"(.*)-part(\d{1,9})")  # a key as document and part
+_MAGIC = b"powernap index 1\n"  # an index beside a shard; another number if its rows are others
+_HASH = 32  # bytes
+_ROW = 8 * 2 * (len(MEMBERS) + 1)  # bytes
+_BLOCK = 1 << 14
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key and its member's suffix, as WebDataset splits names
 
 
@@ -220,6 +226,58 @@ def _document(key: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (key, 0)
 
 
+def index_file(shard: Path) -> Path:
+    """Where the index beside a shard is: it travels with it, so that no machine has to read all headers."""
+    return shard.with_suffix(".index")
+
+
+def write_index(shard: Path, index: np.ndarray) -> None:
+    """Write the index beside a shard: what the shard is known by, a hash, and the differences of rows, compressed."""
+    content = zlib.compress(np.diff(index, axis=0, prepend=0).astype("<i8").tobytes())
+    index_file(shard).write_bytes(_MAGIC + _mark(shard) + hashlib.sha256(content).digest() + content)
+
+
+def read_index(shard: Path, name: str) -> np.ndarray | None:
+    """The index beside a shard; None if there is none.
+
+    Raises:
+        DataError: if it is damaged, or of another file: size and three blocks of the shard are compared.
+    """
+    file = index_file(shard)
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    size = shard.stat().st_size
+    begin = len(_MAGIC) + 2 * _HASH
+    mark, digest, content = data[len(_MAGIC) : begin - _HASH], data[begin - _HASH : begin], data[begin:]
+    if not data.startswith(_MAGIC) or hashlib.sha256(content).digest() != digest:
+        raise DataError(f"{file}: damaged: copy it again, or delete it")
+    if mark != _mark(shard):
+        raise DataError(f"{file}: of another file than {name}: copy both again, or delete it")
+    rows = zlib.decompressobj().decompress(content, size)  # it takes less room than the shard
+    if len(rows) % _ROW or (index := _fitting(_summed(rows), size)) is None:
+        raise DataError(f"{file}: does not fit {name}: delete it")
+    return index
+
+
+def _summed(rows: bytes) -> np.ndarray:
+    return np.frombuffer(rows, "<i8").reshape(-1, len(MEMBERS) + 1, 2).cumsum(axis=0, dtype=np.int64)
+
+
+def _mark(shard: Path) -> bytes:
+    """A hash of a shard's size, and of its first, middle and last 16 KiB."""
+    size = shard.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with open(shard, "rb") as file:
+        for offset in (0, size // 2, max(0, size - _BLOCK)):
+            file.seek(offset)
+            digest.update(file.read(_BLOCK))
+    return digest.digest()
+
+
 def load_index(file: Path, shard_size: int) -> np.ndarray | None:
     """A cached index, if there is one that fits such a shard; any other file in its place is ignored."""
     try:
@@ -227,6 +285,11 @@ def load_index(file: Path, shard_size: int) -> np.ndarray | None:
         index = np.array(np.lib.format.open_memmap(file, mode="r"))
     except Exception:  # no file yet, half a file, or whatever NumPy's header parser raises
         return None
+    return _fitting(index, shard_size)
+
+
+def _fitting(index: np.ndarray, shard_size: int) -> np.ndarray | None:
+    """An index, unless a shard of this size cannot have it."""
     if index.dtype != np.int64 or index.shape[1:] != (len(MEMBERS) + 1, 2) or not len(index):
         return None
     offsets, sizes, parts, tokens = index[:, :-1, 0], index[:, :-1, 1], index[:, -1, 0], index[:, -1, 1]

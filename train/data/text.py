@@ -4,25 +4,31 @@ An end token closes each document. Nothing is cut: sequences are made of the doc
 says (sequences.py). A hash of its content assigns a document to train or test.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from powernap.train.data.bundle import Bundle
 from powernap.train.data.conversations import ASSISTANT, TEMPLATES, Turn, around, turns_of
 from powernap.train.data.corpus import Corpus
-from powernap.train.data.documents import HEAD, Document, Part, Piece, Reader, Tally, Tokens, field_of, read_object
+from powernap.train.data.documents import HEAD, Part, Piece, Reader, Tally, Tokens, bytes_at_once, field_of, read_object
 from powernap.train.data.input_files import kind_of
 from powernap.train.data.manifest import DOCUMENTS, SPLITS
 from powernap.train.data.sample import DataError, Documents, token_type
+from powernap.train.data.tokenizer import token_array
+from powernap.train.data.unique import HASH
 
-_Piece = tuple[
-    str, list[int], bool, bool
-]  # split and tokens of a document, whether it ends with them, whether they bear loss
+# Split and tokens of a document, whether it ends with them, whether they bear loss.
+_Piece = tuple[str, np.ndarray, bool, bool]
+# Split and a piece of a document, or why it cannot be used, or whether the document ends with those before.
+_Read = tuple[str, Piece | Tokens | DataError | bool]
+MOST_READ = 1024  # pieces that wait to be tokenized
 
 
 class Text(Corpus):
@@ -63,6 +69,11 @@ class Text(Corpus):
         1, ge=1, description="a document with fewer tokens, its end among them, is left out and counted"
     )
     max_tokens: int | None = Field(None, ge=1, description="and so is one with more; null: none is")
+    unique: bool = Field(
+        False,
+        description="of documents with the same tokens the first is kept, in the order of the files; the others are left out and "
+        "counted. A .txt that is one document is then not divided between shards",
+    )
     test_share: float = Field(0.01, ge=0, lt=1, description="documents held out for the test")
 
     @model_validator(mode="after")
@@ -90,7 +101,8 @@ class Text(Corpus):
         return Reader(
             self.text_field,
             self.txt_document,
-            whole=self.documents == "whole" or not self.vocabulary.separable,
+            whole=self.documents == "whole" or self.unique or not self.vocabulary.separable,
+            one_piece=not self.vocabulary.separable,
             columns=tuple(dict.fromkeys(field.partition(".")[0] for field in fields if field)),
         )
 
@@ -105,8 +117,14 @@ class Text(Corpus):
 
     def samples(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, str, Documents]]:
         bundles = {split: Bundle(token_type(self.vocab_size)) for split in SPLITS}
-        for split, tokens, ends, loss in self._of_fitting_length(self._bearing_loss(parts, tally), tally):
-            yield from ((split, key, sample) for key, sample in bundles[split].add(tokens, ends, loss))
+        pieces = self._bearing_loss(parts, tally)
+        if self.min_tokens > 1 or self.max_tokens is not None:
+            pieces = self._of_fitting_length(pieces, tally)
+        if self.unique:
+            pieces = self._hashed(pieces, tally)
+        for split, tokens, ends, loss in pieces:
+            for key, sample in bundles[split].add(tokens, ends, loss):
+                yield split, key, sample
         for split, bundle in bundles.items():
             yield from ((split, key, sample) for key, sample in bundle.rest())
 
@@ -130,6 +148,17 @@ class Text(Corpus):
                 held, count, dropped = [], 0, False
         yield from held  # of a document that goes on in the next shard
 
+    def _hashed(self, pieces: Iterator[_Piece], tally: Tally) -> Iterator[_Piece]:
+        """The same pieces, while the tally gets the hash of each document."""
+        digest = hashlib.blake2b(digest_size=HASH.itemsize)
+        for piece in pieces:
+            split, tokens, ends, _ = piece
+            digest.update(tokens.astype("<u4").tobytes())
+            if ends:
+                tally.hashes.setdefault(split, []).append(digest.digest())
+                digest = hashlib.blake2b(digest_size=HASH.itemsize)
+            yield piece
+
     def _bearing_loss(self, parts: list[Part], tally: Tally) -> Iterator[_Piece]:
         """`_tokenized`, and whether the tokens bear loss."""
         if not self.reader.columns:
@@ -148,8 +177,8 @@ class Text(Corpus):
             split = self._split("".join(turn.content for turn in turns).encode()[:HEAD])
             tally.documents += 1
             for tokens, loss in pieces:
-                yield split, tokens, False, loss
-            yield split, [self.vocabulary.end], True, turns[-1].role == ASSISTANT
+                yield split, token_array(tokens), False, loss
+            yield split, token_array([self.vocabulary.end]), True, turns[-1].role == ASSISTANT
 
     def _turns(self, record: Piece) -> list[Turn]:
         fields = read_object(record)
@@ -169,39 +198,75 @@ class Text(Corpus):
             yield self._read(record, content, tally), loss
             yield self.vocabulary.encode_template(after), loss  # so that the end of an answer is learned
 
-    def _tokenized(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, list[int], bool]]:
+    def _tokenized(self, parts: list[Part], tally: Tally) -> Iterator[tuple[str, np.ndarray, bool]]:
         """Split and tokens of each document, a piece at a time, and whether it ends with them."""
+        end = token_array([self.vocabulary.end])
+        held: np.ndarray | None = None  # the piece before, of the same document: it may be the last
+        for batch in self._batches(parts, tally):
+            for (split, piece), tokens in zip(batch, self._encoded(batch), strict=True):
+                if isinstance(tokens, DataError):
+                    tally.skip(tokens)
+                elif tokens is not None:
+                    if isinstance(piece, Piece):
+                        self._count(split, piece, tokens, tally)
+                    if held is not None:
+                        yield split, held, False
+                    held = tokens
+                elif held is not None:
+                    if piece:
+                        tally.documents += 1
+                        held = held if held[-1:].tolist() == end.tolist() else np.concatenate((held, end))
+                    yield split, held, bool(piece)
+                    held = None
+
+    def _batches(self, parts: list[Part], tally: Tally) -> Iterator[list[_Read]]:
+        """What is read, in order, so much at a time as is tokenized at once; of each document at last whether it ends here."""
+        batch: list[_Read] = []
+        size = 0
         for document in itertools.chain.from_iterable(self.reader.documents(part, tally) for part in parts):
             if isinstance(document, DataError):
-                tally.skip(document)
+                batch.append(("", document))
                 continue
             split = self._split(document.head)
-            used = False
-            for tokens in self._pieces(document, split, tally):
-                used = True
-                yield split, tokens, False
-            if used and document.ends:
-                tally.documents += 1
-                yield split, [] if tokens[-1:] == [self.vocabulary.end] else [self.vocabulary.end], True
+            for piece in document.pieces:
+                batch.append((split, piece))
+                size += 0 if isinstance(piece, DataError) else len(piece.data)
+                if size >= bytes_at_once() or len(batch) > MOST_READ:
+                    yield batch
+                    batch, size = [], 0
+            batch.append((split, document.ends))
+        yield batch
 
-    def _pieces(self, document: Document, split: str, tally: Tally) -> Iterator[list[int]]:
-        for piece in document.pieces:
+    def _encoded(self, batch: list[_Read]) -> list[np.ndarray | DataError | None]:
+        """The tokens of each piece in a batch, or why it cannot be used; None for a document's end."""
+        found: list[np.ndarray | DataError | None] = []
+        texts: dict[int, str] = {}
+        for number, (_, piece) in enumerate(batch):
+            tokens: np.ndarray | DataError | None = None
             try:
-                if isinstance(piece, DataError):
-                    raise piece
-                tokens = self._known(piece) if isinstance(piece, Tokens) else self._read(piece, piece.text(), tally)
+                if isinstance(piece, Tokens):
+                    tokens = self._known(piece)
+                elif isinstance(piece, Piece):
+                    texts[number] = piece.text()
             except DataError as error:
-                tally.skip(error)
-            else:
-                if isinstance(piece, Piece):
-                    tally.text_bytes[split] = tally.text_bytes.get(split, 0) + len(piece.data)
-                yield tokens
+                tokens = error
+            found.append(piece if isinstance(piece, DataError) else tokens)
+        for number, encoded in zip(texts, self.vocabulary.encode_batch(list(texts.values())), strict=True):
+            piece = batch[number][1]
+            found[number] = DataError(f"{piece} {encoded}") if isinstance(encoded, DataError) else encoded
+        return found
 
-    def _known(self, piece: Tokens) -> list[int]:
+    def _count(self, split: str, piece: Piece, tokens: np.ndarray, tally: Tally) -> None:
+        """Count the text of a piece; of some it is counted, too, whether its tokens decode to another."""
+        tally.text_bytes[split] = tally.text_bytes.get(split, 0) + len(piece.data)
+        if tally.to_decode(len(piece.data)):
+            tally.decode(piece, self.vocabulary.difference(piece.text(), tokens.tolist()))
+
+    def _known(self, piece: Tokens) -> np.ndarray:
         """A document that is tokens already. Raises DataError for tokens that the vocabulary does not have."""
         if (largest := int(piece.tokens.max())) >= self.vocab_size:
             raise DataError(
                 f"{piece} has token {largest}, tokenizer={self.tokenizer} counts {self.vocab_size}: write the tokenizer that "
                 f"made them, or tokenizer=ids:{largest + 1}"
             )
-        return piece.tokens.tolist()
+        return piece.tokens

@@ -2,12 +2,31 @@
 
 import codecs
 import json
+import os
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from powernap.train.data.sample import DataError
+
+
+def use_threads(count: int) -> None:
+    """Tokenize on so many cores, in this process and those that it starts. Counts until the first text is tokenized."""
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+    os.environ["TOKENIZERS_PARALLELISM"] = str(count > 1).lower()
+
+
+def threads() -> int:
+    return int(os.environ.get("RAYON_NUM_THREADS", "1"))
+
+
+def token_array(tokens: list[int]) -> np.ndarray:
+    """uint32 [n]; four times as fast as NumPy reads a list."""
+    return np.frombuffer(array("I", tokens), np.uint32)
 
 
 class Detokenizer(Protocol):
@@ -31,6 +50,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Raises DataError for a text that no tokens represent unambiguously."""
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | DataError]:
+        """The tokens of each text, unsigned integers [n], or the error that `encode` raises for it."""
 
     def encode_template(self, text: str) -> list[int]:
         """As `encode`, but the tokenizer's special tokens in it are these."""
@@ -78,6 +100,15 @@ class _WithEndAndPad:
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | DataError]:
+        return [self._encoded(text) for text in texts]
+
+    def _encoded(self, text: str) -> np.ndarray | DataError:
+        try:
+            return token_array(self.encode(text))
+        except DataError as error:
+            return error
 
     def encode_template(self, text: str) -> list[int]:
         return self.encode(text)
@@ -131,6 +162,9 @@ class Bytes(_WithEndAndPad):
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def _encoded(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
 
     def _name(self, token: int) -> str:
         return chr(token) if 32 <= token < 127 or token == 10 else f"<{token:02x}>"
@@ -188,7 +222,8 @@ class HuggingFace(_WithEndAndPad):
         end = self._find("eos_token", END_TOKENS, special, ())
         pad = self._find("pad_token", PAD_TOKENS, special, (end and end[0], unknown))
         super().__init__(str(path), max(ids, default=-1) + 1, len(ids), end, pad)
-        self._control = {*special.values()} - {unknown} | {self.end, self.pad}
+        self._is_control = np.zeros(self.vocab_size, dtype=bool)
+        self._is_control[[*({*special.values()} - {unknown} | {self.end, self.pad})]] = True
         self.notes += [f"tokenizer={path}: {change}" for change in changes + self._describe(settings)]
         self.separable = self._is_separable()
         if not self.separable:
@@ -253,13 +288,24 @@ class HuggingFace(_WithEndAndPad):
 
     def encode(self, text: str) -> list[int]:
         ids = self._ids(text)
-        if not self._control.isdisjoint(ids):
-            token = next(token for token in ids if token in self._control)
-            raise DataError(
-                f"holds '{self._tokenizer.id_to_token(token)}' as text, which tokenizer={self._path} cannot tell from its "
-                "special token"
-            )
+        if isinstance(found := self._checked(ids), DataError):
+            raise found
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | DataError]:
+        try:  # without offsets, a fifth faster
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception:  # the library does not say of which text
+            return super().encode_batch(texts)
+        return [self._checked(encoding.ids) for encoding in encodings]
+
+    def _checked(self, ids: list[int]) -> np.ndarray | DataError:
+        tokens = token_array(ids)
+        control = self._is_control[tokens]
+        if not control.any():
+            return tokens
+        name = self._tokenizer.id_to_token(int(tokens[control.argmax()]))
+        return DataError(f"holds '{name}' as text, which tokenizer={self._path} cannot tell from its special token")
 
     def encode_template(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = False
@@ -269,7 +315,7 @@ class HuggingFace(_WithEndAndPad):
             self._tokenizer.encode_special_tokens = True
 
     def _ids(self, text: str) -> list[int]:
-        try:  # without offsets, a fifth faster
+        try:
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # the library raises Exception itself, such as for an unknown word without unk_token
             raise DataError(f"cannot be tokenized by {self._path} ({' '.join(str(error).split())})") from None
@@ -359,10 +405,14 @@ class Tiktoken(_WithEndAndPad):
     def encode(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
-        except BaseException as error:  # a panic of its regex engine, as on a million blanks, is no Exception
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise DataError(f"cannot be tokenized by tiktoken ({' '.join(str(error).split())})") from None
-            raise
+        except BaseException as error:
+            raise _panic(error) from None
+
+    def _encoded(self, text: str) -> np.ndarray | DataError:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            return _panic(error)
 
     def encode_template(self, text: str) -> list[int]:
         return self._encoding.encode(text, allowed_special="all")
@@ -375,6 +425,13 @@ class Tiktoken(_WithEndAndPad):
             return self._encoding.decode_single_token_bytes(token)
         except KeyError:  # some ids are unused
             return f"<{token}>".encode()
+
+
+def _panic(error: BaseException) -> DataError:
+    """Raises `error` unless it is tiktoken's; a panic of its regex engine, as on a million blanks, is no Exception."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return DataError(f"cannot be tokenized by tiktoken ({' '.join(str(error).split())})")
+    raise error
 
 
 def load_tokenizer(name: str) -> Tokenizer:

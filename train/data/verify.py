@@ -12,9 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
 from powernap.train.data.sample import DataError
-from powernap.train.data.tar_index import index_tar
+from powernap.train.data.tar_index import index_file, index_tar, read_index
 
 BLOCK = 1 << 20
 
@@ -147,6 +149,12 @@ def _problem(path: Path, listed: Recorded, progress: Callable[[int], None]) -> s
         return f"cannot be read ({error.strerror or error})"
     except DataError as error:
         return str(error).removeprefix(f"{path.name}: ")
+    try:
+        beside = read_index(path, path.name)
+    except DataError as error:
+        return str(error)
+    if beside is not None and not np.array_equal(beside, index):
+        return f"{index_file(path)}: has other samples: delete it"
     samples, tokens = len(index), int(index[:, -1, 1].sum())
     if samples != listed.samples:
         return f"{samples:,} samples, not {listed.samples:,}"

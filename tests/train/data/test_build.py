@@ -39,7 +39,7 @@ def read(shard):
 def test_samples_lie_in_the_shards_as_the_task_drew_them(tmp_path):
     folder = build_small(tmp_path / "data")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "manifest.json", "test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000002.tar",
+        "manifest.json", "test-000000.index", "test-000000.tar", *(f"train-00000{n}.{kind}" for n in range(3) for kind in ("index", "tar")),
     ]  # fmt: skip
     for split, stream, count in (("train", 0, 10), ("test", 1, 3)):
         numbers, sizes = iter(range(count)), []
@@ -190,7 +190,7 @@ def test_numbers_without_sense_are_refused(tmp_path, change, message):
 
 def test_a_test_set_alone(tmp_path, capsys):
     folder = build_small(tmp_path / "data", train_samples=0)
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "test-000000.tar"]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "test-000000.index", "test-000000.tar"]
     assert f"data.train=... data.test={folder}/test-*.tar" in capsys.readouterr().out
     build_small(tmp_path / "data", train_samples=0)
     assert "is built already" in capsys.readouterr().out

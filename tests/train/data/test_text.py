@@ -26,7 +26,7 @@ from powernap.train.data.sample import DataError
 from powernap.train.data.sample_sources import CorpusSource, Job
 from powernap.train.data.sequences import Cutting
 from powernap.train.data.text import Text
-from powernap.train.data.tokenizer import load_tokenizer
+from powernap.train.data.tokenizer import load_tokenizer, use_threads
 from powernap.train.recipe_file import RecipeError, check
 from tests.helpers.streams import sequences_of
 
@@ -386,9 +386,8 @@ def test_a_long_document_passes_the_filters_a_piece_at_a_time(tmp_path, monkeypa
     path = long_text(tmp_path)
     text = check(Text, {"inputs": str(path), "min_tokens": 5000})
     pieces = text._of_fitting_length(text._bearing_loss([(str(path), 0, path.stat().st_size)], Tally()), Tally())
-    assert (
-        bytes(itertools.chain.from_iterable(tokens for _, tokens, ends, _ in pieces if not ends)) == path.read_bytes()
-    )
+    tokens = np.concatenate([tokens for _, tokens, _, _ in pieces])
+    assert bytes(tokens[:-1].astype(np.uint8)) == path.read_bytes() and tokens[-1] == 256
 
 
 def test_an_empty_result_is_refused(tmp_path):
@@ -438,6 +437,41 @@ def test_memory_is_bounded_in_a_long_document(tmp_path, monkeypatch):
     assert len(advanced) > 20 and sum(advanced) >= path.stat().st_size
 
 
+def test_a_document_that_is_carried_whole_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
+    """Unless its tokens depend on where a text begins: then it is one piece."""
+    path = long_text(tmp_path)
+    text, size = check(Text, {"inputs": str(path), "documents": "whole"}), path.stat().st_size
+    monkeypatch.setattr(reading, "PIECE", 2**12)
+    pieces = list(text.reader.raw((str(path), 0, size), Tally()))
+    assert len(pieces) > 20 and b"".join(piece.data for piece in pieces) == path.read_bytes()
+    in_one = Reader("text", "file", whole=True, one_piece=True)
+    assert [piece.data for piece in in_one.raw((str(path), 0, size), Tally())] == [path.read_bytes()]
+
+
+def test_texts_are_tokenized_together_as_one_by_one(tmp_path):
+    """In the order of the files, each error beside its document, the same tokens on several threads."""
+    corpus = write(tmp_path / "corpus", "jsonl")
+    (corpus / "b.jsonl").write_text(
+        '{"text": "good one"}\n{"text": "no </s> good"}\n{"text": null}\n{"text": "last one"}\n'
+    )
+    vocabulary = {character: n for n, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({**vocabulary, "</s>": 256}, unk_token="!"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fields = {"inputs": str(corpus), "tokenizer": str(tmp_path / "tokenizer.json"), "on_error": "skip"}
+    found = []
+    for threads in (1, 3):
+        use_threads(threads)
+        text, tally = check(Text, fields), Tally(9)
+        parts = [(str(corpus / name), 0, 10**9) for name in ("all.jsonl", "b.jsonl")]
+        found.append([tokens.tolist() for _, tokens, _ in text._tokenized(parts, tally)])
+        assert len(tally.skipped) == 1 and "has no text in 'text', but null" in tally.skipped[0]
+    use_threads(1)
+    assert found[0] == found[1] and len(found[0]) == len(DOCUMENTS) + 3
+    assert all(tokens == [*text.vocabulary.encode(d), 256] for tokens, d in zip(found[0], DOCUMENTS, strict=False))
+
+
 def test_the_progress_bar_moves_within_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PIECE", 2**12)
     path = long_text(tmp_path)
@@ -459,10 +493,10 @@ def test_one_long_text_is_divided_among_shards(tmp_path, monkeypatch, line_ends)
     assert len(jobs) == -(-path.stat().st_size // 10_000)
     found = [list(text._tokenized(parts, Tally())) for parts, _ in jobs]
     assert len({split for job in found for split, _, _ in job}) == 1
-    pieces = [bytes(tokens) for job in found for _, tokens, ends in job if not ends]
+    assert [ends for job in found for _, _, ends in job].count(True) == 1 and found[-1][-1][1][-1] == 256
+    pieces = [bytes(tokens[tokens < 256].astype(np.uint8)) for job in found for _, tokens, _ in job]
     assert b"".join(pieces) == path.read_bytes() and len(pieces) > 2 * len(jobs)
     assert all(piece[:1] == b" " or before[-1:] == b"\n" for before, piece in itertools.pairwise(pieces))
-    assert [ends for job in found for _, _, ends in job].count(True) == 1 and found[-1][-1][1] == [256]
     whole = check(Text, {"inputs": str(path), "documents": "whole"})
     assert [parts for parts, _ in whole.jobs(10_000)] == [[(str(path), 0, path.stat().st_size)]]
 

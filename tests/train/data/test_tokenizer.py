@@ -95,6 +95,9 @@ def test_special_tokens_in_a_text_are_text(load):
     loaded = load(unigram)
     with pytest.raises(DataError, match="holds '</s>' as text, which tokenizer=.* cannot tell from its special token"):
         loaded.encode("a</s>a")
+    one, error, other = loaded.encode_batch(["aa", "a</s>a", "a"])
+    assert [one.tolist(), other.tolist()] == [loaded.encode("aa"), loaded.encode("a")]
+    assert "holds '</s>' as text" in str(error)
     assert loaded.difference("aéa", loaded.encode("aéa")) == "'aéa' became 'a <unk> a'"
 
 
@@ -149,8 +152,13 @@ def test_a_text_that_a_library_cannot_tokenize_is_refused(load, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     with pytest.raises(DataError, match=r"cannot be tokenized by tiktoken \(.*StackOverflow"):
         load_tokenizer("tiktoken:tiny").encode(" " * 1_000_000 + "x")
+    one, error = load_tokenizer("tiktoken:tiny").encode_batch(["x y", " " * 1_000_000 + "x"])
+    assert one.tolist() == [120, 32, 121] and "cannot be tokenized by tiktoken" in str(error)
+    loaded = load(Tokenizer(models.WordLevel({"The": 0}, unk_token="<none>")))
     with pytest.raises(DataError, match="cannot be tokenized by .*tokenizer.json"):
-        load(Tokenizer(models.WordLevel({"The": 0}, unk_token="<none>"))).encode("word")
+        loaded.encode("word")
+    one, error = loaded.encode_batch(["The", "word"])  # the library answers for all of them at once
+    assert one.tolist() == [0] and "cannot be tokenized by" in str(error)
 
 
 def test_a_broken_file_beside_the_tokenizer_is_named(load, tmp_path):
