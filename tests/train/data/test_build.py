@@ -82,6 +82,7 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, capsys):
             "lengths": "uniform",
             "names": "ends",
             "alphabet": 50,
+            "delay": 0,
         },
         "seed": 5,
         "vocab_size": 16,
