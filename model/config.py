@@ -180,7 +180,7 @@ class SleepConfig(Section):
     )
     carry: bool = Field(
         False,
-        description="a document longer than a sequence goes on in the next step, from the fast weights it left",
+        description="a document longer than a sequence continues in the next step, from the fast weights that it left",
     )
     pass_norm: bool = Field(False, description="RMSNorm on the hidden states handed from pass to pass")
     reinject_embeddings: bool = Field(False, description="add the window's embeddings to the input of every pass")

@@ -83,9 +83,10 @@ def datasets(recipe: Recipe) -> list[dict[str, str]]:
 def _dataset(context: str, name: str, shards: str | list[str]) -> dict[str, str]:
     folder, digest = None, "unknown"
     with suppress(DataError):
-        paths = [path for shard in expand_shards(shards) if (path := local_path(shard))]
-        folder = paths[0].absolute().parent.name
-        digest = _digest(paths)
+        names = expand_shards(shards)
+        paths = [path for shard in names if (path := local_path(shard))]
+        if len(paths) == len(names):  # no manifest is read over the network
+            folder, digest = paths[0].absolute().parent.name, _digest(paths)
     return {
         "name": name or folder or context,
         "digest": digest[:DIGEST],

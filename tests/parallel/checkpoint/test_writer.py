@@ -311,6 +311,7 @@ def connections_of_groups(rank, store) -> tuple[int, int]:
     used = psutil.Process().num_fds()
     dist.new_group(backend="gloo")
     every = psutil.Process().num_fds() - used
+    dist.barrier()  # a rank that leaves closes what another may still be opening
     dist.destroy_process_group()
     return used - start, every
 

@@ -53,3 +53,5 @@ def test_a_run_in_a_line_and_its_data(tmp_path):
     )
     (found,) = [d for d in datasets(recipe) if d["context"] == "training"]
     assert found["digest"] == "unknown"  # nothing is there
+    remote = load_recipe("demo", ["data.train=https://me:hunter2@host/a.tar"])
+    assert "hunter2" not in str(datasets(remote)) and datasets(remote)[0]["digest"] == "unknown"
