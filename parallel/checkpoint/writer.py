@@ -93,6 +93,8 @@ class Writer:
         self._asynchronous = asynchronous
         # A separate group: its messages, some from the thread, never mix with training's.
         self._group = _group_of_all(topology.timeout_seconds) if topology.world_size > 1 else None
+        # As a save does: ranks connect now, while the launcher, which may keep the addresses, is alive.
+        self._broadcast(self._gather(None))
         self._thread: threading.Thread | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._outcome: Outcome | None = None
