@@ -15,7 +15,7 @@ RECIPES = [name for name in shipped_recipes() if "/" not in name]
 
 def test_these_are_shipped():
     assert RECIPES == [
-        "automata", "demo", "depo", "gsm", "program", "prose", "rule110", "text", "track", "trend_depo", "trend_rule110",
+        "automata", "demo", "depo", "gsm", "own_text", "program", "prose", "rule110", "text", "track", "trend_depo", "trend_rule110",
     ]  # fmt: skip
 
 
@@ -25,7 +25,12 @@ def test_a_recipe_fits_its_data(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = shipped_recipes()[name].read_text()
     (command,) = re.findall(r"#   powernap (data build .*)", text)
-    command = re.sub(r"--(train|test)-samples \d+", "", command).replace("CORPUS", "corpus").replace("0.5MB", "0.05MB")
+    command = (
+        re.sub(r"--(train|test)-samples \d+", "", command)
+        .replace("CORPUS", "corpus")
+        .replace("FOLDER", "corpus")
+        .replace("0.5MB", "0.05MB")
+    )
     arguments = [*shlex.split(command), "--workers", "1"]
     if "corpus" in command:
         (tmp_path / "corpus").mkdir()
