@@ -28,11 +28,11 @@ def fit(
         recipe: of `load_recipe`.
         callbacks: called at the places that `Callback` names.
         loss_terms: added to the loss of each loss token.
-        resume: go on from the newest checkpoint of the run's folder.
+        resume: continue from the newest checkpoint of the run's folder.
         detect_anomaly: end the run at the first number that is not finite.
 
     Returns:
-        whether the run is finished; False: a signal or a callback asked to stop, and `resume` goes on.
+        whether the run is finished; False: a signal or a callback asked to stop, and `resume` continues.
 
     Raises:
         PowernapError: a mistake, in one line, before anything is computed.
