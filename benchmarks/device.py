@@ -43,6 +43,7 @@ from powernap.parallel.planning.plan import plan
 from powernap.parallel.planning.work import segments_of
 from powernap.parallel.topology import init_distributed
 from powernap.train import trainer
+from powernap.train.batches import cut_batch
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch
 from powernap.train.numerics import deterministic as switch
@@ -173,7 +174,7 @@ def one_step(size: str, precision: str) -> torch.Tensor:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device, dtype)
-    batches = trainer.cut_batch(recipe, synthetic_batch(recipe), 2, topology, None)
+    batches = cut_batch(recipe, synthetic_batch(recipe), 2, topology, None)
     schedule.forward_backward(stage, batches, 1e-3, topology, recompute="segment")
     return torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, rounded, table, write
 from powernap.launch.commands.demo import flops_of_step
-from powernap.model.parameters import parameters
+from powernap.model.parameters import count_parameters
 from powernap.parallel.planning.plan import in_units
 from powernap.train.evaluation.pictures import GREY, new_figure, share_axis
 from powernap.train.evaluation.tables import FLOOR_LABEL, some_depths
@@ -162,7 +162,7 @@ def run_of(path: Path, seed: int, model: Model) -> tuple[Run, dict[str, Any]]:
         seed=seed,
         model=model.name,
         passes=passes,
-        parameters=sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers))),
+        parameters=count_parameters(recipe.model, recipe.sleep),
         steps=evaluation["step"],
         flops=float(evaluation["step"] * work["flops_per_step"][str(passes)]),
         commit=json.loads(folder.origin.read_text())["commit"][:10],

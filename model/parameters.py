@@ -31,6 +31,11 @@ def _parameters(model: ModelConfig, pass_norm: bool, blocks: range) -> tuple[Wei
     return tuple(weights)
 
 
+def count_parameters(model: ModelConfig, sleep: SleepConfig) -> int:
+    """Of the whole model."""
+    return sum(weight.size() for weight in parameters(model, sleep, range(model.num_layers)))
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` is the name of the parameter or of a module around it; *, ? and [0-3] are those of a shell."""
     parts = name.split(".")

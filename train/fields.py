@@ -65,7 +65,7 @@ def markdown(entries: Sequence[FieldEntry]) -> str:
             section = own
             lines += ["", f"## {section}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         lines.append(entry.row())
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines).strip()
 
 
 def recipe_schema(model: type[Section]) -> dict[str, Any]:

@@ -5,9 +5,8 @@ import math
 import random
 import resource
 import time
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,23 +14,22 @@ import torch
 
 from powernap.model.batch import pad_end, plan_segments
 from powernap.model.compiled import compile_functions
-from powernap.model.dropout import row_seeds
-from powernap.model.fast_weights import LayerStates, cat_batch, reset_rows, split_batch
+from powernap.model.fast_weights import LayerStates, cat_batch
 from powernap.model.health import FastWeightHealth
 from powernap.model.loss_terms import LossTerm, LossTerms, Term
 from powernap.model.parameters import parameters
-from powernap.model.segments import SegmentError
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.malloc import freed_memory_returned
-from powernap.parallel.schedule import MicroBatch, forward_backward
+from powernap.parallel.schedule import forward_backward
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.parallel.zero import EarlyPartition, ZeroOptimizer
+from powernap.train.batches import check_same_segments, cut_batch, fingerprint, read_batches, seed_dropout
 from powernap.train.callbacks import Callback, Callbacks
 from powernap.train.config import Recipe
-from powernap.train.data.loader import Batch, Dataset, State, find_datasets, merge_states, training_batches
+from powernap.train.data.loader import Batch, State, merge_states
 from powernap.train.data.sample import DataError
 from powernap.train.distillation import build_teacher
 from powernap.train.evaluation.evaluate import evaluate, evaluation_passes
@@ -404,9 +402,7 @@ def train_step(
     passes = draw_passes(recipe, step)
     micro_batches = cut_batch(recipe, batch, passes, topology, layer_states)
     if recipe.train.dropout:
-        for micro_batch, rows in zip(micro_batches, batch.tokens.split(recipe.micro_batch_size), strict=True):
-            seeds = row_seeds(rows, recipe.run.seed, step)
-            micro_batch.segments = [replace(segment, dropout_seeds=seeds) for segment in micro_batch.segments]
+        seed_dropout(micro_batches, batch, recipe.run.seed, step)
     if recipe.zero.stage == 3:
         check_same_segments(micro_batches, topology)
     topology.progress.note("counting the loss tokens of all data ranks")
@@ -465,48 +461,6 @@ def train_step(
     return metrics, cat_batch(states)
 
 
-def fingerprint(tokens: torch.Tensor) -> int:
-    """A checksum of the sequences in any order: the sum of their CRC-32. tokens [B, T]."""
-    return sum(zlib.crc32(row.numpy().tobytes()) for row in tokens)
-
-
-def cut_batch(
-    recipe: Recipe, batch: Batch, passes: int, topology: Topology, layer_states: LayerStates | None
-) -> list[MicroBatch]:
-    """Split this rank's sequences into micro-batches, each with its segments and its part of `layer_states`."""
-    size = recipe.micro_batch_size
-    tokens, loss_mask = pad_end(batch.tokens, batch.loss_mask, recipe.sequence_shards, recipe.model.pad_token_id)
-    tokens, loss_mask = tokens.split(size), loss_mask.split(size)
-    starts: Sequence[torch.Tensor | None] = [None] * len(tokens)
-    if batch.document_starts is not None:
-        starts = batch.document_starts.split(size)
-    parts: Sequence[LayerStates | None] = [None] * len(tokens)
-    if layer_states is not None:
-        parts = split_batch(
-            reset_rows(layer_states, batch.is_document_start.to(topology.device)), len(batch.tokens), size
-        )
-    return [
-        MicroBatch.on(
-            topology.device,
-            plan_segments(
-                tokens,
-                loss_mask,
-                recipe.model,
-                recipe.sleep,
-                passes,
-                batch.probes,
-                recipe.sequence_shards,
-                separate=starts is not None,
-            ),
-            tokens,
-            loss_mask,
-            part,
-            starts,
-        )
-        for tokens, loss_mask, part, starts in zip(tokens, loss_mask, parts, starts, strict=True)
-    ]
-
-
 def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     """Record for reports what a step computes, from the windows of the first micro-batch. Raises OSError."""
     size = recipe.micro_batch_size
@@ -529,17 +483,6 @@ def write_work(folder: RunFolder, recipe: Recipe, batch: Batch) -> None:
     folder.write_work(work_of(recipe, predicts, batch.probes))
 
 
-def check_same_segments(micro_batches: list[MicroBatch], topology: Topology) -> None:
-    """Raise SegmentError unless all data ranks run the same segments: under ZeRO-3 each gathers weights from all."""
-    segments = [[(segment.window, segment.pass_number) for segment in batch.segments] for batch in micro_batches]
-    topology.progress.note("comparing the segments of all data ranks")
-    if any(other != segments for other in topology.all_gather_over_data(segments)):
-        raise SegmentError(
-            f"{topology.describe()}: the data ranks' sequences hold loss tokens in different windows: zero.stage=3 runs the "
-            "same segments on all; batch such sequences apart, or use zero.stage=1"
-        )
-
-
 def draw_passes(recipe: Recipe, step: int) -> int:
     """N of this step. It depends only on seed and step, so it is the same on every rank and after a resume."""
     choices, weights = recipe.sleep.pass_choices, recipe.sleep.pass_weights
@@ -547,75 +490,6 @@ def draw_passes(recipe: Recipe, step: int) -> int:
     if len(choices) == 1:
         return choices[0]
     return generator.choices(choices, weights)[0] if weights else generator.choice(choices)
-
-
-def read_batches(recipe: Recipe, topology: Topology, state: State | None) -> Iterator[tuple[Batch, State | None]]:
-    """Yield this rank's share of each global batch and the stream's state after it, from the batch after `state` on.
-
-    One rank of each model reads, and broadcasts the batch to the others, which have no state.
-    """
-    if not topology.is_data_source:
-        while True:
-            yield receive_batch(None, recipe, topology), None
-    batches = training_batches(
-        recipe.data,
-        batch_size=recipe.sequences_per_rank,
-        vocab_size=recipe.model.vocab_size,
-        pad_token_id=recipe.model.pad_token_id,
-        window=recipe.model.window,
-        rank=topology.dp_rank,
-        world_size=topology.dp_size,
-        seed=recipe.run.seed,
-        whole_documents=recipe.sleep.carry,
-        state=state,
-        datasets=share_datasets(recipe, topology),
-    )
-    for batch, now in batches:
-        if topology.groups.mp.size() > 1:
-            receive_batch(batch, recipe, topology)
-        yield batch, now
-
-
-def share_datasets(recipe: Recipe, topology: Topology) -> dict[str, Dataset]:
-    """Find the shards on one of the ranks that read; all open every shard otherwise. Raises DataError on all of them."""
-    found: dict[str, Dataset] | DataError | None = None
-    if topology.dp_rank == 0:
-        try:
-            found = find_datasets(recipe.data)
-        except DataError as error:
-            found = DataError(str(error))
-    topology.progress.note("waiting for the rank that looks at the shards")
-    found = topology.all_gather_over_data(found)[0]
-    if isinstance(found, DataError):
-        raise found
-    assert found is not None
-    return found
-
-
-def receive_batch(batch: Batch | None, recipe: Recipe, topology: Topology) -> Batch:
-    """Broadcast `batch` from this model's first rank to all its ranks."""
-    rows = recipe.sequences_per_rank
-    shape = (2 * rows + 2, recipe.data.sequence_length)
-    if batch is None:
-        packed = torch.empty(shape, dtype=torch.int64)
-    else:
-        # The first token is never a target, so its slot in the loss mask carries is_document_start.
-        loss_mask = torch.cat([batch.is_document_start[:, None], batch.loss_mask[:, 1:]], dim=1)
-        ends = torch.zeros(2, shape[1], dtype=torch.int64)  # set at the first and at the last token of each probe
-        for start, stop in batch.probes:
-            ends[0, start] = ends[1, stop - 1] = 1
-        flags = loss_mask.long()
-        if batch.document_starts is not None:
-            flags += 2 * batch.document_starts
-        packed = torch.cat([batch.tokens, flags, ends])
-    packed = topology.broadcast_in_model(packed.to(topology.device)).cpu()
-    tokens, flags, ends = packed.split((rows, rows, 2))
-    loss_mask, is_document_start = (flags % 2).bool(), (flags[:, 0] % 2).bool()
-    document_starts = flags > 1 if recipe.data.documents == "separate" else None
-    loss_mask[:, 0] = False
-    firsts, lasts = (row.nonzero().flatten().tolist() for row in ends)
-    probes = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
-    return Batch(tokens, loss_mask, is_document_start, [], probes, document_starts=document_starts)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -103,9 +103,5 @@ def show_fields(options: argparse.Namespace, _: list[str]) -> int:
         return 0
     entries = fields_of(Recipe)
     entries = chosen(entries, options.name) if options.name else entries
-    print(
-        (
-            markdown(entries) if options.markdown else "\n".join(entry.text(terminal_width()) for entry in entries)
-        ).rstrip()
-    )
+    print(markdown(entries) if options.markdown else "\n".join(entry.text(terminal_width()) for entry in entries))
     return 0

@@ -11,7 +11,7 @@ from powernap.model.config import SleepConfig
 from powernap.model.segments import SegmentError
 from powernap.parallel import schedule
 from powernap.parallel.schedule import MicroBatch
-from powernap.train.trainer import check_same_segments
+from powernap.train.batches import check_same_segments
 from tests.helpers import tiny
 
 

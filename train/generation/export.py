@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from powernap.model.config import ModelConfig, SleepConfig, with_sections
 from powernap.model.errors import PowernapError
-from powernap.model.parameters import float32_names, parameters
+from powernap.model.parameters import count_parameters, float32_names
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.shards import Split, shard
@@ -164,7 +164,7 @@ def load_exported_weights(folder: Path, stage: HybridStage) -> None:
 
 def _check_size(folder: Path, model: ModelConfig, sleep: SleepConfig) -> None:
     """Check that a model of these sizes has as many weights as the file, before memory is allocated."""
-    expected = sum(weight.size() for weight in parameters(model, sleep, range(model.num_layers)))
+    expected = count_parameters(model, sleep)
     stored = sum(map(prod, ExportedWeights(folder).shapes.values()))
     if stored != expected:
         raise ExportError(

@@ -12,7 +12,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from powernap.model.errors import PowernapError
-from powernap.model.parameters import parameters
+from powernap.model.parameters import count_parameters
 from powernap.model.segments import Probe
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
@@ -96,8 +96,7 @@ class ReportedRun:
 
     @property
     def parameters(self) -> int:
-        model = self.recipe.model
-        return sum(weight.size() for weight in parameters(model, self.recipe.sleep, range(model.num_layers)))
+        return count_parameters(self.recipe.model, self.recipe.sleep)
 
     @cached_property
     def windows_known(self) -> bool:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from powernap.model.parameters import parameters
+from powernap.model.parameters import count_parameters
 from powernap.train.config import Recipe
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
@@ -19,7 +19,6 @@ from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.run.secrets import mask_secrets
 
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens as that of model training
-JOBS = {"SLURM_JOB_ID": "SLURM", "JOB_NAME": "Kubernetes"}  # variable of a job's process -> scheduler
 DIGEST = 36  # characters, MLflow's limit
 
 
@@ -36,7 +35,7 @@ def about(recipe: Recipe, folder: Path) -> About:
     words = sys.argv[1:]
     with suppress(OSError, ValueError):
         origin = json.loads((folder / "origin.json").read_text())
-    job = next((f"{scheduler} {os.environ[name]}" for name, scheduler in JOBS.items() if name in os.environ), None)
+    job = job_of_process()
     tags = {
         "mlflow.source.type": "JOB" if job else "LOCAL",
         "mlflow.source.name": " ".join(["powernap", *words[:2]]),  # MLflow shows what follows the last slash
@@ -46,7 +45,7 @@ def about(recipe: Recipe, folder: Path) -> About:
         "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
         "host": socket.gethostname(),
         "folder": os.path.abspath(folder),
-        "parameters": str(count_parameters(recipe)),
+        "parameters": str(count_parameters(recipe.model, recipe.sleep)),
         "passes": str(recipe.sleep.passes),
     }
     with suppress(KeyError, OSError):  # a container's user may have no name
@@ -56,19 +55,22 @@ def about(recipe: Recipe, folder: Path) -> About:
     return About(tags, datasets(recipe))
 
 
+def job_of_process() -> str | None:
+    """The scheduler that started this process, and its name for the job or pod."""
+    if number := os.environ.get("SLURM_JOB_ID"):
+        return f"SLURM job {number}"
+    return f"Kubernetes pod {socket.gethostname()}" if "KUBERNETES_SERVICE_HOST" in os.environ else None
+
+
 def story(recipe: Recipe) -> str:
     """The run in a line."""
     model, train, tokens = recipe.model, recipe.train, recipe.data.sequence_length - 1
     total, world_size = train.steps * train.global_batch_size * tokens, recipe.parallel.world_size
     return (
-        f"{count_parameters(recipe):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
+        f"{count_parameters(recipe.model, recipe.sleep):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
         f"{train.steps:,} steps of {train.global_batch_size} sequences of {tokens:,} tokens: {total:,} tokens; "
         f"{world_size} process{'es' if world_size > 1 else ''}, {train.precision}"
     )
-
-
-def count_parameters(recipe: Recipe) -> int:
-    return sum(w.size() for w in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers)))
 
 
 def datasets(recipe: Recipe) -> list[dict[str, str]]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from powernap.model.config import SleepConfig
+from powernap.train.batches import share_datasets
 from powernap.train.data import loader, sequences
 from powernap.train.data.sample import DataError, decode
 from powernap.train.data.shard import Shard
-from powernap.train.trainer import share_datasets
 from tests.helpers import tiny
 from tests.helpers.streams import (
     LENGTH,

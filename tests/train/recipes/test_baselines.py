@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
-from powernap.model.parameters import parameters
+from powernap.model.parameters import count_parameters
 from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train import trainer
+from powernap.train.batches import read_batches
 from powernap.train.data.build import build_task
 from powernap.train.data.check import check_data
 from powernap.train.evaluation.evaluate import evaluate
@@ -22,7 +23,7 @@ PREDICTS = {"depo": [False] * 4 + [True], "demo": [False] + [True] * 3}  # windo
 
 
 def size(recipe) -> int:
-    return sum(weight.size() for weight in parameters(recipe.model, recipe.sleep, range(recipe.model.num_layers)))
+    return count_parameters(recipe.model, recipe.sleep)
 
 
 def flops(name: str) -> int:
@@ -96,7 +97,7 @@ def test_a_baseline_trains(folder, topology, monkeypatch, name):
     check_data(recipe)
     stage, zero = trainer.build(recipe, topology)
     before = [parameter.detach().clone() for parameter in stage.parameters()]
-    batches = trainer.read_batches(recipe, topology, None)
+    batches = read_batches(recipe, topology, None)
     losses = [trainer.train_step(recipe, stage, zero, next(batches)[0], step, topology)[0]["loss"] for step in (1, 2)]
     assert all(math.isfinite(loss) for loss in losses)
     changed = [not torch.equal(*pair) for pair in zip(before, stage.parameters(), strict=True)]

@@ -4,7 +4,7 @@ import json
 
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
-from powernap.train.tracking.about import datasets, story
+from powernap.train.tracking.about import datasets, job_of_process, story
 from powernap.train.tracking.tracked import Tracked
 
 
@@ -55,3 +55,19 @@ def test_a_run_in_a_line_and_its_data(tmp_path):
     assert found["digest"] == "unknown"  # nothing is there
     remote = load_recipe("demo", ["data.train=https://me:hunter2@host/a.tar"])
     assert "hunter2" not in str(datasets(remote)) and datasets(remote)[0]["digest"] == "unknown"
+
+
+def test_a_job_is_named_by_its_scheduler(monkeypatch):
+    for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    assert job_of_process() is None
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr("socket.gethostname", lambda: "mine-0-abcde")
+    assert job_of_process() == "Kubernetes pod mine-0-abcde"
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert job_of_process() == "SLURM job 4711"
+
+
+def test_what_another_packages_mixer_watches_is_summarised_too(tmp_path):
+    found = tracked(tmp_path, resumed=False).of({"step": 1, "fast_weights/block_1/pass_1/gamma": 3.0})
+    assert found["fast_weights/gamma_max"] == 3.0
