@@ -82,13 +82,8 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def whole_database(tmp_path_factory):
-    """An empty MLflow database to copy: making one takes seconds."""
-    from powernap.train.tracking.delivery import prepare_mlflow, store_uri
+def whole_database():
+    """An empty MLflow database to copy."""
+    from tests.helpers.runs import empty_database
 
-    prepare_mlflow()
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    folder = tmp_path_factory.mktemp("database")
-    SqlAlchemyStore(store_uri(folder), "file:///nowhere").engine.dispose()
-    return folder / "mlflow.db"
+    return empty_database()

@@ -53,6 +53,7 @@ def _call(folder: Path, rank: int) -> None:
     """What one of the processes does."""
     torch.set_num_threads(1)
     function, port, arguments = pickle.loads((folder / "call").read_bytes())
+    gc.freeze()  # what is imported by now: each of _run's collections would visit it again
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
     (folder / str(rank)).write_bytes(pickle.dumps(function(rank, store, *arguments)))
 

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,8 +45,13 @@ RECIPE = {
 }  # fmt: skip
 
 
-def prepare(folder: Path, train_samples: int = 256, seed: int = 0, max_hop: int = 2, **sections: dict) -> Path:
-    """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed."""
+def prepare(
+    folder: Path, train_samples: int = 256, seed: int = 0, max_hop: int = 2, database: bool = True, **sections: dict
+) -> Path:
+    """Shards of 6-node cycles in folder/data and a recipe folder/tiny.yaml, RECIPE with `sections` changed.
+
+    database: an empty one for MLflow in folder/runs, too; otherwise the first run makes it.
+    """
     task = TASKS["depo"](nodes=6, max_hop=max_hop, queries=4, names="ends")
     build_task(
         "depo",
@@ -57,9 +63,23 @@ def prepare(folder: Path, train_samples: int = 256, seed: int = 0, max_hop: int 
         seed=seed,
         workers=1,
     )
+    if database:
+        (folder / "runs").mkdir()
+        shutil.copyfile(empty_database(), folder / "runs" / "mlflow.db")
     recipe = {name: {**RECIPE.get(name, {}), **sections.get(name, {})} for name in RECIPE | sections}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def empty_database() -> Path:
+    """An MLflow database to copy: making one takes a CPU second, and seconds of waiting for the disk."""
+    from powernap.train.tracking.database import prepare_database
+    from powernap.train.tracking.delivery import prepare_mlflow
+
+    prepare_mlflow()
+    path = Path(warm.begin_session()) / "mlflow.db"
+    prepare_database(path)
     return path
 
 

@@ -1,7 +1,8 @@
 """Processes forked from a server that has imported a run's libraries, which takes ten CPU seconds.
 
 Use `python()` in place of sys.executable: `python() -m MODULE ARGUMENTS` gets the working directory, environment, standard
-streams, signals and exit code of a fresh process, and imports powernap itself.
+streams, signals and exit code of a fresh process. Where its PYTHONPATH names other folders than this repository, it imports
+powernap anew: packages there may have entry points.
 
     test, or a process it started -> client (this file's main) -> socket -> server -> watcher -> process that runs MODULE
 
@@ -16,12 +17,21 @@ import socket
 import sys
 
 SESSION = "POWERNAP_TESTS_WARM"  # environment variable, "OWNER FOLDER": all workers of xdist share one server
-LIBRARIES = ("deepspeed", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store", "megatron.core.transformer")
+LIBRARIES = (
+    "deepspeed", "torch._dynamo", "megatron.core.transformer", "mlflow.store.tracking.sqlalchemy_store",
+    # What a run imports late.
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "megatron.core.transformer.moe.experts", "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "mlflow.system_metrics.metrics.cpu_monitor", "mlflow.system_metrics.metrics.gpu_monitor",
+    "sqlalchemy.dialects.sqlite", "alembic.command",
+    "powernap.launch.fit", "powernap.model.mixers.fla", "powernap.model.mixers.delta_rule", "tests.helpers.runs",
+)  # fmt: skip
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def begin_session() -> None:
-    """Make the server's folder. The first process to call it owns the server, which ends with it."""
+def begin_session() -> str:
+    """Make the folder that this session's processes share. The first process to call it owns the server, which ends with it."""
     import atexit
     import shutil
     import tempfile
@@ -30,6 +40,7 @@ def begin_session() -> None:
         folder = tempfile.mkdtemp(prefix="powernap-warm-")
         os.environ[SESSION] = f"{os.getpid()} {folder}"
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.environ[SESSION].split(" ", 1)[1]
 
 
 def python() -> str:
@@ -39,8 +50,8 @@ def python() -> str:
 
     from filelock import FileLock
 
-    begin_session()
-    owner, folder = os.environ[SESSION].split(" ", 1)
+    folder = begin_session()
+    owner = os.environ[SESSION].split(" ", 1)[0]
     client = Path(folder) / "python"
     with FileLock(f"{folder}/lock"):
         if not client.exists():
@@ -92,6 +103,7 @@ def serve(owner: int, folder: str) -> None:
     import shutil
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA must not be initialised before a fork
+    sys.path[0] = ROOT  # for `tests`
     import torch
 
     if not torch.cuda.is_available():  # or DeepSpeed would initialise it
@@ -164,10 +176,14 @@ def run(streams: list[int], arguments: list[str], folder: str, environment: dict
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = executable  # so its own children are forked too
-    sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    packages = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:1] = [folder, *packages]
     option, module, *rest = arguments[1:] if arguments[0] == "-u" else arguments  # torchrun's: unbuffered
     assert option == "-m", arguments
     sys.argv = [module, *rest]
+    anew = ("powernap", "tests") if {*packages} - {ROOT} else ()
+    for name in [name for name in sys.modules if name.split(".")[0] in anew or name == module]:
+        del sys.modules[name]
     code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

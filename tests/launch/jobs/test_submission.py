@@ -22,7 +22,7 @@ from tests.helpers import runs, warm
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("submission")
-    runs.prepare(folder, train_samples=64, data={"lanes": 1})
+    runs.prepare(folder, train_samples=64, database=False, data={"lanes": 1})
     clusters = folder / "clusters"
     clusters.mkdir()
     (clusters / "gpus.yaml").write_text("kind: local\ndevice_memory: 1MB\njob: {device: gpu, retries: 7}\n")

@@ -81,7 +81,9 @@ def play(tmp_path):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return load_recipe(str(runs.prepare(tmp_path_factory.mktemp("script"), train_samples=64, data={"lanes": 1})), [])
+    return load_recipe(
+        str(runs.prepare(tmp_path_factory.mktemp("script"), train_samples=64, database=False, data={"lanes": 1})), []
+    )
 
 
 def job(recipe, play: Play, profile: dict | None = None, submit_dir: Path | None = None, **description) -> Job:
@@ -320,7 +322,7 @@ def test_shellcheck_finds_nothing(recipe, play):
 )
 def test_what_could_not_work_is_refused(tmp_path, monkeypatch, capfd, profile, overrides, words):
     monkeypatch.chdir(tmp_path)
-    runs.prepare(tmp_path, train_samples=64, data={"lanes": 1})
+    runs.prepare(tmp_path, train_samples=64, database=False, data={"lanes": 1})
     Path("here.yaml").write_text(profile + "\n")
     capfd.readouterr()
     runs.assert_refused(["submit", "tiny.yaml", "--on", "here.yaml", *overrides], capfd, *words)
