@@ -39,6 +39,7 @@ from powernap.model.stage import HybridStage
 from powernap.parallel import schedule
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.planning.memory import stage_memory
+from powernap.parallel.planning.peak import peak_flops
 from powernap.parallel.planning.plan import plan
 from powernap.parallel.planning.work import segments_of
 from powernap.parallel.topology import init_distributed
@@ -56,9 +57,6 @@ SIZES = {  # name: blocks, width, MLP width, sequences of a step
     "350M": (24, 1024, 2816, 16),
     "1B": (24, 1792, 4864, 8),
 }
-# Dense bf16 TFLOP/s by the data sheets, by a part of the device's name; the first match counts.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
-
 Found = dict[str, Any]
 
 
@@ -405,8 +403,7 @@ def synthetic_batch(recipe: Recipe) -> Batch:
 def device_peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return peak_flops(torch.cuda.get_device_name())
 
 
 WITHOUT_RECOMPUTE, ONE_SEQUENCE = {"recompute": "none"}, {"micro_batch_size": 1}

@@ -7,8 +7,8 @@ from powernap.train.recipe_file import flatten
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 
-# Metrics that depend on the clock or the machine, not on the run.
-NOT_COMPARED = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+# Metrics that depend on the clock, the machine or what is recomputed, not on the run.
+NOT_COMPARED = {"seconds", "tokens_per_second", "peak_memory_bytes", "flops"}
 
 
 def compare(one: Path, other: Path) -> tuple[str, bool]:

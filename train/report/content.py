@@ -212,11 +212,37 @@ def _held_out_loss(groups: list[Group]) -> Section:
 
 
 def _training(groups: list[Group], styles: Styles) -> Section:
-    trained = [group for group in groups if any(run.metrics for run in group.runs)]
+    trained = [group for group in groups if group.started]
     if not trained:
         return Section("Training", ["No run has done a step yet."])
-    tables = [_phases(group) for group in trained if len(group.runs[0].recipe.phases) > 1]
-    return Section("Training", pictures=[loss_curves(trained, styles)], tables=tables)
+    tables = [_at_equal_cost(trained, styles)] if len(trained) > 1 else []
+    tables += [_phases(group) for group in trained if len(group.runs[0].recipe.phases) > 1]
+    return Section("Training", pictures=loss_curves(trained, styles), tables=tables)
+
+
+def _at_equal_cost(groups: list[Group], styles: Styles) -> Table:
+    """The training loss of each group after as many steps, and after as many FLOPs, as all have done."""
+    steps = min(group.course[-1].step for group in groups)
+    flops = min(group.course[-1].flops for group in groups)
+    rows = []
+    for group in groups:
+        by_step = [point for point in group.course if point.step <= steps]
+        by_flops = [point for point in group.course if point.flops <= flops]
+        cells = [_loss(by_step[-1].loss), Cell(in_units(by_step[-1].flops))] if by_step else [Cell("-"), Cell("-")]
+        cells += [_loss(by_flops[-1].loss), Cell(f"{by_flops[-1].step:,}")] if by_flops else [Cell("-"), Cell("-")]
+        rows.append([_mark(group, styles), *cells])
+    columns = [
+        "",
+        f"loss after {steps:,} steps",
+        "FLOPs by then",
+        f"loss after {in_units(flops)} FLOPs",
+        "steps by then",
+    ]
+    return Table(columns, rows, f"Training loss, smoothed as in the curves, at the most that all have done. {SEEDS}")
+
+
+def _loss(loss: Share) -> Cell:
+    return Cell(f"{loss.mean:.4f}", f"{loss.low:.4f}–{loss.high:.4f}" if loss.low != loss.high else "")
 
 
 def _phases(group: Group) -> Table:
@@ -323,8 +349,9 @@ def _percent(group: Group, passes: str, depth: str) -> Cell:
         return Cell("-")
     low, high = f"{100 * share.low:.1f}", f"{100 * share.high:.1f}"
     count = len(group.evaluated)
-    reach = f"[{low}, {high}]" if count == 1 else f"{low}–{high}"
-    return Cell(f"{100 * share.mean:.1f}", reach + (f" of {count}" if count < len(group.runs) else ""))
+    reach = f"[{low}, {high}]" if count == 1 else f"{low}–{high}" if low != high else ""
+    partly = f"of {count}" if count < len(group.runs) else ""
+    return Cell(f"{100 * share.mean:.1f}", f"{reach} {partly}".strip())
 
 
 def _floor_cell(floors: list[Share]) -> Cell:
@@ -339,7 +366,7 @@ def _number(group: Group, passes: str) -> Cell:
     loss = group.held_out_loss(passes)
     if loss is None:
         return Cell("-")
-    return Cell(f"{loss.mean:.4f}", f"{loss.low:.4f}–{loss.high:.4f}" if len(group.evaluated) > 1 else "")
+    return _loss(loss)
 
 
 def _mean(values) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from powernap.parallel.planning.plan import in_units
-from powernap.train.evaluation.pictures import share_axis, smooth
+from powernap.train.evaluation.pictures import MOST_TICKS, share_axis
 from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.runs import Group, Share
 
@@ -88,20 +88,22 @@ def named(depth: str, depth_name: str) -> str:
 
 def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, styles: Styles) -> Picture:
     """Accuracy of each group at the N it was trained with."""
+    positions = [int(depth) for depth in depths]
 
     def draw(axes):
         for group in groups:
             style = {**styles[group.label], "label": f"{group.label} (N={group.read_passes})"}
-            _line(axes, depths, [group.accuracy(group.read_passes, depth) for depth in depths], style)
-        floors = [_floor(groups, depth) for depth in depths]
-        axes.plot(depths, floors, ":", color=FLOOR, label=FLOOR_LABEL)
+            _line(axes, positions, [group.accuracy(group.read_passes, depth) for depth in depths], style)
+        _draw_floor(axes, groups, depths, positions)
         _share_axis(axes)
+        if len(positions) <= MOST_TICKS:
+            axes.set_xticks(positions)
         axes.set_xlabel(depth_name)
 
     return Picture(
         "accuracy_by_depth",
         f"Right answers by {depth_name}",
-        f"Each read with the N in brackets. {_band_means(groups)}",
+        f"Each read with the N in brackets. {_band_means(groups)}{_floor_means(groups, depths)}",
         "; ".join(
             f"{group.label}: "
             + ", ".join(f"{depth}: {_percent(group.accuracy(group.read_passes, depth))}" for depth in depths)
@@ -113,19 +115,26 @@ def accuracy_by_depth(groups: list[Group], depths: list[str], depth_name: str, s
 
 def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles: Styles) -> Picture:
     """Accuracy at one depth by the N read with."""
-    passes = sorted({n for group in groups for n in group.all_passes}, key=int)
+    passes = sorted({int(n) for group in groups for n in group.all_passes})
 
     def draw(axes):
         for group in groups:
-            _line(axes, passes, [group.accuracy(n, depth) for n in passes], styles[group.label])
-        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
+            style = styles[group.label]
+            _line(axes, passes, [group.accuracy(str(n), depth) for n in passes], style)
+            if at_trained := group.accuracy(group.read_passes, depth):
+                ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.4, "clip_on": False}
+                axes.plot([int(group.read_passes)], [at_trained.mean], "o", color=style["color"], **ring)
+        _draw_floor(axes, groups, [depth] * 2, axes.get_xlim())
         _share_axis(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(passes, [str(n) for n in passes])
+        axes.minorticks_off()
         axes.set_xlabel("N, passes of sleep when reading")
 
     return Picture(
         f"accuracy_by_N_{depth}",
         f"Right answers at {named(depth, depth_name)} by N",
-        f"Each group read with other N than it was trained with. {_band_means(groups)}",
+        f"A ring marks the N that a recipe was trained with, the largest of several. {_band_means(groups)}{_floor_means(groups, [depth])}",
         "; ".join(
             f"{group.label}: " + ", ".join(f"N={n}: {_percent(group.accuracy(n, depth))}" for n in group.all_passes)
             for group in groups
@@ -134,30 +143,38 @@ def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles:
     )
 
 
-def loss_curves(groups: list[Group], styles: Styles) -> Picture:
-    """Smoothed training loss; over seeds the mean and the range, up to the last step that all have done."""
-    curves = {}
-    for group in groups:
-        losses = [[record["loss"] for record in run.metrics] for run in group.runs if run.metrics]
-        if losses:
-            window = max(1, min(map(len, losses)) // 30)
-            smoothed = zip(*(smooth(values, window) for values in losses), strict=False)
-            curves[group.label] = [Share(sum(v) / len(v), min(v), max(v)) for v in smoothed]
+def loss_curves(groups: list[Group], styles: Styles) -> list[Picture]:
+    """Smoothed training loss by step, and by training FLOPs."""
+    by = {
+        "step": ("optimizer step", "step", lambda point: point.step),
+        "flops": ("training FLOPs", "training FLOPs", lambda point: point.flops),
+    }
+    return [_loss_curve(groups, styles, name, *about) for name, about in by.items()]
 
+
+def _loss_curve(groups: list[Group], styles: Styles, name: str, label: str, what: str, position: Callable) -> Picture:
     def draw(axes):
-        for label, curve in curves.items():
-            style = {**styles[label], "marker": ""}
-            _line(axes, range(1, len(curve) + 1), curve, style, width=1.4)
+        for group in groups:
+            style = {**styles[group.label], "marker": ""}
+            course = group.course
+            _line(axes, [position(point) for point in course], [point.loss for point in course], style, width=1.4)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlim(left=0)
+        if name == "flops":
+            axes.xaxis.set_major_formatter(lambda flops, _: in_units(flops))
+        axes.set_xlabel(label)
         axes.set_ylabel("training loss, nats per loss token")
 
+    several = any(len(group.started) > 1 for group in groups)
     return Picture(
-        "loss",
-        "Training loss",
-        "The mean of the last thirtieth of the steps at each point; over seeds the mean, the range as a band, "
-        "and as far as all have come.",
-        "; ".join(f"{label}: from {curve[0].mean:.2f} to {curve[-1].mean:.2f}" for label, curve in curves.items()),
+        f"loss_by_{name}",
+        f"Training loss by {what}",
+        "Each point is the mean of the last thirtieth of the steps."
+        + (" Of several seeds: the mean, the range as a band, as far as all have come." if several else ""),
+        "; ".join(
+            f"{group.label}: from {group.course[0].loss.mean:.2f} to {group.course[-1].loss.mean:.2f}"
+            for group in groups
+        ),
         draw,
     )
 
@@ -173,16 +190,16 @@ def accuracy_by_cost(groups: list[Group], depth: str, depth_name: str, styles: S
             reach = [[max(0, share.mean - share.low)], [max(0, share.high - share.mean)]]
             style = {**styles[group.label], "linestyle": "none", "markersize": 8}
             axes.errorbar([cost[group.label]], [share.mean], reach, capsize=3, clip_on=False, **style)
-        axes.axhline(_floor(groups, depth), color=FLOOR, linestyle=":", label=FLOOR_LABEL)
-        _share_axis(axes)
         axes.set_xlim(left=0, right=1.08 * max(cost.values()))
+        _draw_floor(axes, groups, [depth] * 2, axes.get_xlim())
+        _share_axis(axes)
         axes.xaxis.set_major_formatter(lambda flops, _: in_units(flops))
         axes.set_xlabel("training FLOPs")
 
     return Picture(
         "accuracy_by_cost",
         f"Right answers at {named(depth, depth_name)} by training FLOPs",
-        f"FLOPs of the whole training, recomputation included. {_band_means(groups)}",
+        f"FLOPs of the whole training, recomputation included. {_band_means(groups)}{_floor_means(groups, [depth])}",
         "; ".join(
             f"{group.label}: {cost[group.label]:.2g} FLOPs, {_percent(group.accuracy(group.read_passes, depth))}"
             for group in groups
@@ -205,10 +222,23 @@ def _line(axes, positions, shares: Sequence[Share | None], style: dict, width: f
         axes.fill_between(xs, lows, highs, color=style["color"], alpha=BAND, linewidth=0)
 
 
-def _floor(groups: list[Group], depth: str) -> float:
-    """The share of the best surface guess; its mean if the groups' tests differ."""
-    floors = [floor.mean for group in groups if (floor := group.floor(depth))]
-    return sum(floors) / len(floors)
+def _draw_floor(axes, groups: list[Group], depths: Sequence[str], positions: Sequence[float]) -> None:
+    """The best surface guess; if the groups' tests differ, from the lowest to the highest."""
+    lows, highs = zip(*(_floors(groups, depth) for depth in depths), strict=True)
+    axes.plot(positions, highs, ":", color=FLOOR, label=FLOOR_LABEL)
+    if lows != highs:
+        axes.fill_between(positions, lows, highs, color=FLOOR, alpha=BAND, linewidth=0)
+
+
+def _floors(groups: list[Group], depth: str) -> tuple[float, float]:
+    floors = [floor for group in groups if (floor := group.floor(depth))]
+    return min(floor.low for floor in floors), max(floor.high for floor in floors)
+
+
+def _floor_means(groups: list[Group], depths: Sequence[str]) -> str:
+    """How to read the floor's line where the groups' tests differ."""
+    ends = [_floors(groups, depth) for depth in depths]
+    return " The floor differs by test: its line is the highest." if any(low != high for low, high in ends) else ""
 
 
 def _band_means(groups: list[Group]) -> str:

@@ -4,12 +4,12 @@ import itertools
 import json
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import count_parameters
@@ -18,6 +18,7 @@ from powernap.parallel.planning.work import segments_of, step_flops
 from powernap.train.config import Recipe
 from powernap.train.data.check import predicting_windows
 from powernap.train.data.sample import DataError
+from powernap.train.evaluation.pictures import smooth
 from powernap.train.recipe_file import flatten
 from powernap.train.run.folder import RunFolder, first_manifest
 from powernap.train.run.resume import FREE
@@ -38,6 +39,14 @@ class Share:
     mean: float
     low: float
     high: float
+
+
+class Point(NamedTuple):
+    """A group's training after a step."""
+
+    step: int
+    flops: float  # so far, the mean over seeds
+    loss: Share
 
 
 class ReportedRun:
@@ -119,12 +128,21 @@ class ReportedRun:
         return step_flops(recipe, segments_of(recipe, *self._predicts))
 
     @cached_property
+    def flops_until(self) -> list[int]:
+        """Training FLOPs up to each step, as the run wrote them, or by its work.json if it is of an older version."""
+        of_step: dict[tuple[int, int], int] = {}
+        counts = []
+        for record in self.metrics:
+            kind = record.get("passes", self.trained_passes), self._phase(record["step"])
+            if "flops" not in record and kind not in of_step:
+                of_step[kind] = self._flops_of(*kind)
+            counts.append(record.get("flops") or of_step[kind])
+        return list(itertools.accumulate(counts))
+
+    @property
     def flops(self) -> int:
         """Training FLOPs of all steps so far."""
-        steps = Counter(
-            (record.get("passes", self.trained_passes), self._phase(record["step"])) for record in self.metrics
-        )
-        return sum(count * self._flops_of(passes, phase) for (passes, phase), count in steps.items())
+        return self.flops_until[-1] if self.metrics else 0
 
     def _phase(self, step: int) -> int:
         """Which of the recipe's phases a step is in."""
@@ -134,6 +152,11 @@ class ReportedRun:
         phases = self.work.get("phases", [])
         known = phases[phase]["flops_per_step"].get(str(passes)) if phase < len(phases) else None
         return known or self.step_flops(passes)
+
+    def held_out(self, depth: str) -> dict[int, float]:
+        """Step -> held-out accuracy at a depth and the N of the main figures, where it was evaluated while it trained."""
+        name = f"accuracy/N{self.read_passes}/depth_{depth}"
+        return {record["step"]: record[name] for record in self.metrics if name in record}
 
     @property
     def seconds(self) -> float:
@@ -194,6 +217,27 @@ class Group:
 
     def floor(self, depth: str) -> Share | None:
         return share_of([one["floor"][depth] for one in self.evaluations if depth in one["floor"]])
+
+    @property
+    def started(self) -> list[ReportedRun]:
+        return [run for run in self.runs if run.metrics]
+
+    @cached_property
+    def course(self) -> list[Point]:
+        """Loss over the steps that all its started runs have done: over seeds the mean, and the range."""
+        smoothed = [smooth([record["loss"] for record in run.metrics], self._window) for run in self.started]
+        first = self.started[0].metrics
+        flops = zip(*(run.flops_until for run in self.started), strict=False)
+        rows = zip(first, flops, zip(*smoothed, strict=False), strict=False)
+        return [
+            Point(record["step"], statistics.fmean(f), Share(statistics.fmean(v), min(v), max(v)))
+            for record, f, v in rows
+        ]
+
+    @property
+    def _window(self) -> int:
+        """Steps that a point of the loss curve is the mean of."""
+        return max(1, min(len(run.metrics) for run in self.started) // 30)
 
     def held_out_loss(self, passes: str) -> Share | None:
         losses = [evaluation["loss"] for evaluation in self.evaluations]

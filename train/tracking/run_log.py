@@ -14,6 +14,7 @@ from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets
 from powernap.train.tracking.metrics import MetricsLog
+from powernap.train.tracking.summary import Summary, duration, held_out
 from powernap.train.tracking.tracked import Tracked
 from powernap.train.tracking.trackers import Trackers
 
@@ -84,10 +85,12 @@ class RunLog:
             total=self._recipe.train.steps,
             initial=self._first,
             desc=self._recipe.run.name,
-            unit="step",
+            unit=" steps",
+            smoothing=0,  # the mean: single steps differ, and some are followed by an evaluation
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
+        self._summary = Summary(self._recipe, self._folder.path, self._topology)
         self._start = time.monotonic()
         return self
 
@@ -119,24 +122,20 @@ class RunLog:
         """Record a step; log and track it only every train.log_every steps, and after an evaluation."""
         if not self._enabled:
             return
-        record = self._metrics.write(step, **metrics)
+        flops = self._tracked.flops_of({"step": step, **metrics})
+        record = self._metrics.write(step, **metrics, **({"flops": flops} if flops else {}))
         self._tracked.add(record)
         if step == self._first + 1:
             self._begin_estimating()
         else:
             self._bar.update()
-        accuracy = {name: value for name, value in record.items() if name.startswith("accuracy/")}
-        loss = {name: value for name, value in record.items() if name.startswith("held_out_loss/")}
-        if self._is_due(step) or loss:
+        self._summary.add(record)
+        found = held_out(record)
+        if self._is_due(step) or found:
             self._tracker.log_metrics(step, self._tracked.of(record))
             self._log_step(step, record)
-        if loss:
-            whole = {
-                name[14:]: value for name, value in loss.items() if "/window_" not in name
-            }  # the rest is in MLflow
-            logger.info("step %d, held-out loss: %s", step, "  ".join(f"{n} {v:.4f}" for n, v in whole.items()))
-        if accuracy:
-            logger.info("step %d, held-out accuracy: %s", step, _short(accuracy))
+        for line in found:
+            logger.info("step %s: %s", f"{step:,}", line)
 
     def event(self, text: str, *arguments: Any) -> None:
         """Log a line to the terminal and the log file."""
@@ -164,7 +163,8 @@ class RunLog:
         elif self._stopped_after is not None:  # the grace period before a kill is short
             self._tracker.close("KILLED", timeout=5.0)
         else:
-            logger.info("done in %s", _duration(time.monotonic() - self._start))
+            for line in self._summary.lines(time.monotonic() - self._start):
+                logger.info("%s", line)
             self._tracker.close()
         self._metrics.close()
         for handler in self._handlers:
@@ -188,7 +188,7 @@ class RunLog:
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s")
         steps = self._recipe.train.steps
         timed = step - self._first - 1
-        eta = f"{_duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
+        eta = f"{duration((time.monotonic() - self._warm) / timed * (steps - step))} left" if timed else "first step"
         step_logger.info(
             "step %*d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s  %s",
             len(str(steps)), step, steps, record["loss"], record["grad_norm"], record["lr"],
@@ -237,17 +237,3 @@ def _file_handler(folder: RunFolder) -> logging.Handler:
     handler = _LogFile(folder.logs / "train.log", encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
-
-
-def _short(accuracy: dict[str, float]) -> str:
-    """accuracy/N4/depth_1 ... as `N=4: 1.00 0.98`, in the order of depth."""
-    by_passes: dict[str, list[str]] = {}
-    for name, value in accuracy.items():
-        by_passes.setdefault(name.split("/")[1], []).append(f"{value:.2f}")
-    return "; ".join(f"N={passes[1:]}: {' '.join(values)}" for passes, values in by_passes.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

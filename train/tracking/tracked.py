@@ -32,7 +32,7 @@ class Tracked:
     def add(self, record: Mapping[str, Any]) -> None:
         """A step that is done."""
         self.tokens += record["tokens"]
-        self.flops += self._flops_of(record["step"], record.get("passes", max(self._recipe.sleep.pass_choices)))
+        self.flops += record.get("flops") or self.flops_of(record)  # records of an older version lack them
 
     def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The record of the last step added, as trackers get it."""
@@ -56,11 +56,12 @@ class Tracked:
         summaries = {what: SUMMARY.get(what, max) for what in values}  # a mixer of another package may watch more
         return {f"fast_weights/{what}_{way.__name__}": way(values[what]) for what, way in summaries.items()}
 
-    def _flops_of(self, step: int, passes: int) -> int:
-        """0 if the run has not recorded them: the first step does."""
+    def flops_of(self, record: Mapping[str, Any]) -> int:
+        """Training FLOPs of a step, on all ranks; 0 if the run has not recorded them: the first step does."""
         if not self._flops_per_step:
             with suppress(OSError, ValueError, KeyError):
                 phases = json.loads(self._folder.work.read_text())["phases"]
                 self._flops_per_step = [phase["flops_per_step"] for phase in phases]
-        phase = sum(start < step for start, _ in self._recipe.phases) - 1
+        phase = sum(start < record["step"] for start, _ in self._recipe.phases) - 1
+        passes = record.get("passes", max(self._recipe.sleep.pass_choices))
         return self._flops_per_step[phase].get(str(passes), 0) if phase < len(self._flops_per_step) else 0

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +24,9 @@ DEPTHS = ("1", "2", "4")
 VOID = {"meta", "link", "br", "path", "use", "line", "rect"}
 
 
-def make_run(root, name, *overrides, level=0.9, passes=("1", "4"), evaluated=True, steps=40, task="depo", nodes=8):
+def make_run(
+    root, name, *overrides, level=0.9, passes=("1", "4"), evaluated=True, steps=40, task="depo", nodes=8, flops=None
+):
     """A run's folder as training and evaluation leave it, with accuracies that only this run has."""
     data = root / f"data-{task}-{nodes}"
     data.mkdir(exist_ok=True)
@@ -41,6 +45,8 @@ def make_run(root, name, *overrides, level=0.9, passes=("1", "4"), evaluated=Tru
     with MetricsLog(folder / "metrics.jsonl") as log:
         for step in range(1, steps + 1):
             more = {"passes": recipe.sleep.pass_choices[step % len(recipe.sleep.pass_choices)]}
+            if flops:
+                more["flops"] = flops(step)
             log.write(
                 step,
                 loss=level + 4 / step,
@@ -125,7 +131,7 @@ def test_the_page_is_whole_and_needs_nothing_else(written, folders):
         and "@import" not in html
         and "url(" not in re.sub(r"url\(#\w+\)", "", html)
     )
-    assert len(page.images) == 5 and all(len(image["aria-label"]) > 20 for image in page.images)
+    assert len(page.images) == 6 and all(len(image["aria-label"]) > 20 for image in page.images)
     for folder in folders:
         assert str(folder) in html
     assert "<title>Sleep &amp; others</title>" in html
@@ -195,6 +201,80 @@ def test_a_runs_flops_are_those_it_wrote_down_wherever_its_shards_are(tmp_path, 
     assert "FLOPs of mine assume that only the last window predicts" in files[1].read_text()
 
 
+def test_flops_are_those_of_each_step_as_the_run_wrote_them(tmp_path):
+    """As after a resume with another train.recompute, which writes work.json anew."""
+    run = make_run(tmp_path, "mine", evaluated=False, flops=lambda step: 100 if step <= 10 else 70)
+    RunFolder(run).write_work(work_of(load_recipe("demo"), [[False, False, False, True]], []))
+    (read,) = read_runs([run])
+    assert read.flops == 10 * 100 + 30 * 70 and read.flops_until[9:11] == [1000, 1070]
+
+
+def test_equal_steps_and_equal_flops_stand_side_by_side(tmp_path):
+    """The one with half the FLOPs a step has done twice the steps at equal FLOPs."""
+    dear = make_run(tmp_path, "dear", "sleep.passes=4", level=0.5, flops=lambda step: 20)
+    cheap = make_run(tmp_path, "cheap", "sleep.passes=1", level=0.9, flops=lambda step: 10)
+    markdown = write_report([dear, cheap], tmp_path / "report")[1].read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
+    start = next(number for number, row in enumerate(rows) if row[1].startswith("loss after"))
+    assert rows[start] == ["", "loss after 40 steps", "FLOPs by then", "loss after 400 FLOPs", "steps by then"]
+    loss = lambda level, step: f"{level + 4 / step:.4f}"  # noqa: E731
+    assert rows[start + 2 : start + 4] == [
+        ["dear", loss(0.5, 40), "800", loss(0.5, 20), "20"],
+        ["cheap", loss(0.9, 40), "400", loss(0.9, 40), "40"],
+    ]
+
+
+def drawn(picture):
+    """The lines of a picture: label -> (x values, y values)."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    picture.draw(axes)
+    return {line.get_label(): tuple(list(map(float, values)) for values in line.get_data()) for line in axes.lines}
+
+
+def test_positions_are_values_and_captions_say_what_is_drawn(folders, tmp_path):
+    groups = group_runs(read_runs(folders))[:2]
+    styles = figures.styles_of(groups)
+    by_depth = drawn(figures.accuracy_by_depth(groups, list(DEPTHS), "hops", styles))
+    assert by_depth["sleep (N=4)"][0] == [1, 2, 4] and by_depth[figures.FLOOR_LABEL][1] == [0.125] * 3
+    picture = figures.accuracy_by_passes(groups, "4", "hops", styles)
+    assert drawn(picture)["sleep"][0] == [1, 4]
+    assert "A ring marks the N" in picture.caption and "floor differs" not in picture.caption
+    by_step, by_flops = figures.loss_curves(groups, styles)
+    assert drawn(by_step)["n1"][0] == list(range(1, 41))
+    assert drawn(by_flops)["n1"][0] == [float(f) for f in groups[1].runs[0].flops_until]
+
+
+def test_the_floor_of_tests_that_differ_is_the_highest(tmp_path):
+    runs = [make_run(tmp_path, name, *more) for name, more in {"a": (), "b": ("sleep.passes=1",)}.items()]
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation | {"floor": {d: 0.25 for d in DEPTHS}}))
+    groups = group_runs(read_runs(runs))
+    picture = figures.accuracy_by_cost(groups, "4", "hops", figures.styles_of(groups))
+    assert drawn(picture)[figures.FLOOR_LABEL][1] == [0.25, 0.25]
+    assert "its line is the highest" in picture.caption
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not there")
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_runs_out_of_the_page(written, tmp_path, width):
+    say = "document.title = `${document.documentElement.scrollWidth} of ${window.innerWidth}`"
+    (tmp_path / "page.html").write_text(written[0].replace("</body>", f"<script>{say}</script></body>"))
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={width},900",
+        "--dump-dom",
+    ]
+    command = [*browser, f"--user-data-dir={tmp_path / 'browser'}", (tmp_path / "page.html").as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"<title>{width} of {width}</title>" in page
+
+
 def test_an_evaluation_whose_floor_is_a_constant_only_is_reported(tmp_path):
     run = make_run(tmp_path, "old")
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -229,11 +309,11 @@ def test_markdown_tables_are_well_formed_and_pictures_are_there(written):
         elif block:
             tables.append(block)
             block = []
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert len({line.count("|") for line in table}) == 1 and re.fullmatch(r"\|(-+:?\|)+", table[1])
     named = re.findall(r"!\[[^\]]+\]\((.+?)\)", markdown)
-    assert named == [file.name for file in files[2:]] and len(named) == 5
+    assert named == [file.name for file in files[2:]] and len(named) == 6
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[2:])
 
 
