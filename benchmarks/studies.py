@@ -191,6 +191,21 @@ DEPO = Study(
         "Up to four edges of a cycle of eight nodes that was read in random order. Following a permutation is linear, and N",
         "sweeps of the delta rule over the same pairs solve the linear system better: no feedback is needed.",
     ),
+    found=(
+        "With the same FLOPs N=4 is right at four hops in every seed; N=1 has 70 to 76 %, with write strengths up to two 71 to 77,",
+        "where the surface guess has 56. N=2 has 99 % and more after as many steps, with 70 % of the FLOPs: two writes are enough.",
+        "",
+        "**The gain is repeated writing, not feedback**: four passes that all see the embeddings again, and so cannot think about what",
+        "the pass before wrote, are right in every seed too.",
+        "",
+        "**Refuted: that a model of one pass cannot.** Twice as deep, with the same FLOPs, N=1 is 6 to 7 points below N=4, not 20.",
+        "",
+        "**Refuted: that one write is never enough.** Four passes of which the last alone writes have 70 % in two seeds and 96 % in one.",
+    ),
+    not_tried=(
+        "- Learning rates of their own for the models at N=1: all have the recipe's.",
+        "- Longer cycles at this size, more hops than four, attention with its whole cache.",
+    ),
 )
 
 AUTOMATA = Study(

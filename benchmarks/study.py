@@ -367,6 +367,7 @@ def draw(study: Study, trained: list[Trained], to: Path) -> None:
         panel.plot(depths, floor, ":", color=GREY, label=FLOOR_LABEL)
         panel.set_title(f"{windows} windows", loc="left", fontsize=10)
         panel.set_xlabel("depth")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         share_axis(panel)
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.savefig(to, dpi=120)
