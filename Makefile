@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # A file of tests on each core, in the order of tests/conftest.py.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
+STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/codespell && $(BIN)/mypy
 
 .PHONY: help demo check test test-faults test-clusters test-vllm test-all chaos bench docs ui image test-image install clean
 

@@ -147,7 +147,7 @@ def resume(folder: Path, shards: int):
         *table(["form", "seconds"], [[form, value] for form, value in seconds.items()]),
         "",
     ]
-    return seconds, report, [("seconds to go on, with indexes", seconds["with indexes"], "<=", 2.0)]
+    return seconds, report, [("seconds to continue, with indexes", seconds["with indexes"], "<=", 2.0)]
 
 
 def state_at(names: list[str], cache: Path, length: int, done: int) -> dict:

@@ -65,7 +65,7 @@ TRACK = Study(
         "**Refuted: that only sleep does it.** N=1 with write strengths up to two, which may flip a sign (negative eigenvalues,",
         "arXiv 2411.12537), solves it as well, at every length. With strengths up to one N=1 does not, with three times the FLOPs or",
         "twice the depth either; nor does Mamba-2 at N=1, nor attention with its whole cache, three times the FLOPs and any of",
-        "three learning rates. What tells sleep from a linear recurrence must be a step that no product of such matrices makes:",
+        "three learning rates. What separates sleep from a linear recurrence must be a step that no product of such matrices makes:",
         "the study `program` asks that, with the same baseline.",
         "",
         "Mamba-2 gains from a second pass and does not solve it in these steps.",
@@ -150,7 +150,7 @@ def program(statements: int) -> Study:
             Claim("N=2 above N=1 in 16 statements, chain 8", "N=2", ("N=1", "N=1, AGAG"), 16 // statements, 8, 30),
         ),
         about=(
-            "Each statement tells a quantity by earlier ones, such as `a - b >c`; a probe asks what a quantity is worth, and is",
+            "Each statement defines a quantity by earlier ones, such as `a - b >c`; a probe asks what a quantity is worth, and is",
             "forgotten. Depth is the longest chain of operations that an answer needs. Programs that begin alike, whatever the",
             "names, are on one side of the split; 16 and 32 statements are never trained.",
         ),

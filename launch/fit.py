@@ -63,7 +63,7 @@ def fit(
         try:
             return train(recipe, signals, resume, detect_anomaly, callbacks, loss_terms)
         finally:
-            if processes == 1 and joins:  # after an error, too: a notebook goes on
+            if processes == 1 and joins:  # after an error, too: a notebook continues
                 shutdown_distributed()
 
 

@@ -197,7 +197,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             if -failure.exitcode in forwarded:  # a rank without a handler yet: no rank has trained
                 return exit_codes.PREEMPTED
             name = signal.Signals(-failure.exitcode).name
-            print(f"powernap: error: rank {rank} was ended by {name}; go on with --resume", file=sys.stderr)
+            print(f"powernap: error: rank {rank} was ended by {name}; continue with --resume", file=sys.stderr)
             return 128 - failure.exitcode
         except (RendezvousError, DistError) as error:
             raise MeetingError(f"the machines did not meet at {config.rdzv_endpoint}: {error}") from None

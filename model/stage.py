@@ -148,7 +148,7 @@ class HybridStage(MegatronModule):
         return {block: layer.self_attention for block, layer in layers if block in self.model.fast_weight_blocks}
 
     def adopt(self, model: ModelConfig, sleep: SleepConfig) -> None:
-        """Go on with another window length, or another way to sleep: fields that change no parameter."""
+        """Continue with another window length, or another way to sleep: fields that change no parameter."""
         self.model, self.sleep = model, sleep
         self._masks.clear()
         for layer in self.decoder.layers:

@@ -584,7 +584,7 @@ class Recipe(Section):
         if stage == 3 and self.train.recompute == "selective":
             raise ValueError(
                 "train.recompute=selective with zero.stage=3: weights are not gathered at the same places forward and "
-                "backward, so what is kept cannot be told from what is not; use train.recompute=blocks or zero.stage=1"
+                "backward, so what is kept cannot be distinguished from what is not; use train.recompute=blocks or zero.stage=1"
             )
         if stage == 3 and self.optimizer.name == "muon":
             raise ValueError(
@@ -613,7 +613,7 @@ class Recipe(Section):
         batch, inputs, window = self.train.global_batch_size, self.data.sequence_length - 1, self.model.window
         if self.data.lanes != batch:
             raise ValueError(
-                f"sleep.carry=true: each of the {batch} sequences of a step goes on with a lane of its own: write "
+                f"sleep.carry=true: each of the {batch} sequences of a step continues a lane of its own: write "
                 f"data.lanes={batch}"
             )
         if inputs % window:
@@ -625,7 +625,7 @@ class Recipe(Section):
             raise ValueError("sleep.carry=true reads one dataset, data.train is a mixture: build them into one folder")
         if self.data.on_error == "skip":
             raise ValueError(
-                "sleep.carry=true with data.on_error=skip would go on behind a hole: use data.on_error=stop"
+                "sleep.carry=true with data.on_error=skip would continue behind a hole: use data.on_error=stop"
             )
 
     def _patterns_fit(self) -> None:

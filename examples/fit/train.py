@@ -52,7 +52,7 @@ class Recall(Section):
 
 
 class LossMean(Callback):
-    """A running mean of the loss: a metric more, which goes on after a resume."""
+    """A running mean of the loss: a metric more, which continues after a resume."""
 
     def __init__(self, keep: float = 0.95):
         self.keep, self.mean = keep, None

@@ -14,7 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "submit",
         help="train a recipe as a job: local, SLURM, Kubernetes",
-        description="Train a recipe as a job that is restarted after pre-emption and failures. job.NAME=VALUE requests "
+        description="Train a recipe as a job that is restarted after preemption and failures. job.NAME=VALUE requests "
         "resources of the cluster; values separated by commas make a sweep. After a failure the same command resumes "
         "the run. A copy of everything submitted is kept in runs/NAME/jobs/.",
         epilog="examples: powernap submit demo --on local run.name=mine; powernap submit demo --on slurm job.nodes=2 "

@@ -47,7 +47,7 @@ class JobDescription(Section):
     )
     grace: str = Field("2m", description="time to save between the warning and the time limit, or after an eviction")
     retries: int = Field(
-        3, ge=0, le=1000, description="restarts after failures; those after a time limit or pre-emption do not count"
+        3, ge=0, le=1000, description="restarts after failures; those after a time limit or preemption do not count"
     )
     image: str | None = Field(
         None, pattern=r"^[\w./:@+\-]+$", description="container image with powernap; null: no container"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from powernap.parallel.grid import Grid, first_three
 
-BESIDE_TRAINING = "beside training"  # c10d's description of a group that a thread may wait in while training goes on
+BESIDE_TRAINING = "beside training"  # c10d's description of a group that a thread may wait in while training continues
 
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the first in builds with NCCL alone
 _PEER = re.compile(r"send \d+->(\d+)|recv \d+<-(\d+)")

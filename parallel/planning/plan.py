@@ -236,7 +236,7 @@ class Plan:
         kind = "prediction" if first[1] == "?" else f"pass {first[1]}"
         return [
             f"         {first} forward, window {first[0]}, {kind}; {first.upper()} backward; x? window x predicts;",
-            "         -- goes on; . waits; .. the middle is left out",
+            "         -- continues; . waits; .. the middle is left out",
         ]
 
 

@@ -1,6 +1,6 @@
 """A real SLURM cluster of child processes on loopback: a controller, and a few nodes with fake CPUs and GPUs.
 
-Two partitions share all nodes: "main", and "urgent", whose jobs pre-empt those of "main" by requeueing them. Each cluster
+Two partitions share all nodes: "main", and "urgent", whose jobs preempt those of "main" by requeueing them. Each cluster
 has its own folder and free ports: several can run side by side.
 """
 

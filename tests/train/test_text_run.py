@@ -238,11 +238,11 @@ def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_proces
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.lanes=null"], ["each of the 8 sequences of a step goes on with a lane of its own", "data.lanes=8"]),
+        (["data.lanes=null"], ["each of the 8 sequences of a step continues a lane of its own", "data.lanes=8"]),
         (["data.sequence_length=96"], ["data.sequence_length=96 cuts a document inside a window", "such as 97"]),
         (["sleep.eviction=sliding"], ["carry=true carries fast weights alone", "eviction=hard"]),
         (["data.train={a: {shards: data/train-*.tar}}"], ["data.train is a mixture"]),
-        (["data.on_error=skip"], ["would go on behind a hole", "data.on_error=stop"]),
+        (["data.on_error=skip"], ["would continue behind a hole", "data.on_error=stop"]),
         (["model.pattern=AA", "sleep.passes=1"], ["needs a block with fast weights", "model.pattern=AA"]),
         (["data.sequence_length=3201"], ["no document in", "write a smaller data.sequence_length"]),
         (["data.documents=separate"], ["what a sequence leaves is of several documents: use data.documents=whole"]),
@@ -250,7 +250,7 @@ def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_proces
             ["data.documents=separate", "sleep.carry=false", "data.sequence_length=99"],
             ["each begins at a window, so data.sequence_length=99", "such as 129"],
         ),
-        (["data.documents=packed"], ["a sequence goes on with the one before only if", "write data.documents=whole"]),
+        (["data.documents=packed"], ["a sequence continues the one before only if", "write data.documents=whole"]),
         (["model.pad_token_id=null"], ["holds documents, which end before a sequence does: write model.pad_token_id"]),
     ],
 )

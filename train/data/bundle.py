@@ -41,7 +41,7 @@ class Bundle:
             yield from self._end()
 
     def rest(self) -> Iterator[tuple[str, Documents]]:
-        """The last samples; a document that has not ended goes on in another shard."""
+        """The last samples; a document that has not ended continues in another shard."""
         yield from self._end()
         yield from self._all_whole()
 

@@ -195,7 +195,7 @@ def _check_documents(shard: str, recipe: Recipe) -> None:
     opened = _open(shard, recipe)
     if opened.shard.holds_documents and recipe.data.documents != "whole":
         raise DataError(
-            f"sleep.carry=true with data.documents={recipe.data.documents}: a sequence goes on with the one before only if "
+            f"sleep.carry=true with data.documents={recipe.data.documents}: a sequence continues the one before only if "
             "documents are cut each by itself: write data.documents=whole"
         )
     if len(opened.documents) == len(opened):

@@ -219,7 +219,7 @@ def _reader_error(pid: int | str, number: signal.Signals | None) -> ReaderError:
     """`number`: the signal that ended it, if known."""
     by = f"was ended by {number.name}" if number else "ended unexpectedly"
     why = ", as the system does when memory runs out: try fewer data.workers" if number == signal.SIGKILL else ""
-    return ReaderError(f"a reader process (pid {pid}) {by}{why}; go on with --resume")
+    return ReaderError(f"a reader process (pid {pid}) {by}{why}; continue with --resume")
 
 
 def _check_state(state: State, fingerprints: dict[str, str], settled: dict[str, Any]) -> None:

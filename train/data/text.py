@@ -146,7 +146,7 @@ class Text(Corpus):
                 held = []
             if ends:
                 held, count, dropped = [], 0, False
-        yield from held  # of a document that goes on in the next shard
+        yield from held  # of a document that continues in the next shard
 
     def _hashed(self, pieces: Iterator[_Piece], tally: Tally) -> Iterator[_Piece]:
         """The same pieces, while the tally gets the hash of each document."""

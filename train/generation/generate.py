@@ -214,11 +214,11 @@ class Stream:
         tokens = [self.model.encode(prompt) for prompt in prompts]
         for row, length in enumerate(self.decoder.lengths):
             if not (length or self.unread[row] or tokens[row]):
-                raise GenerateError("empty prompt: the model needs a token to go on from")
+                raise GenerateError("empty prompt: the model needs a token to continue from")
         return self._generate(tokens, max_tokens, temperature, top_p, stops)
 
     def ask(self, questions: Sequence[Prompt], **options) -> Iterator[TokenOutput]:
-        """`generate`, then forget questions and answers: the streams go on as if they had not been asked.
+        """`generate`, then forget questions and answers: the streams continue as if they had not been asked.
 
         Abandoned halfway, they are forgotten as well.
         """

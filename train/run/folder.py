@@ -77,7 +77,7 @@ class RunFolder:
 
     @property
     def history(self) -> Path:
-        """A line for each start: date, commit, the step it goes on from, what has changed."""
+        """A line for each start: date, commit, the step it continues from, what has changed."""
         return self.path / "history.jsonl"
 
     @property
@@ -120,7 +120,7 @@ class RunFolder:
         self.origin.write_text(json.dumps(about, indent=2) + "\n")
 
     def record(self, step: int, **about: Any) -> None:
-        """Append a line to the history: the run starts, or goes on after `step`."""
+        """Append a line to the history: the run starts, or continues after `step`."""
         code = origin()
         line = {"date": code["date"], "commit": code["commit"], "step": step, **about}
         with self.history.open("a", encoding="utf-8") as file:
@@ -168,7 +168,7 @@ class RunFolder:
         exists = self.config.is_file()
         if not resume:
             if exists:
-                raise RecipeError(f"{self.path} exists: go on with --resume, or choose another run.name")
+                raise RecipeError(f"{self.path} exists: continue with --resume, or choose another run.name")
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")

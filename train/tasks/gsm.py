@@ -57,7 +57,7 @@ class Gsm(Section):
     )
     mode: Literal["forward", "reverse", "both"] = Field(
         "both",
-        description="forward: from numbers to what is asked; reverse: the last quantity is told, a number asked for",
+        description="forward: from numbers to what is asked; reverse: the last quantity is given, a number asked for",
     )
     depth: Literal["ops", "chain"] = Field(
         "ops", description="what an answer's depth counts: operations, or quantities derived one from the other"

@@ -109,11 +109,11 @@ def solve(relations: Sequence[Relation]) -> dict[Name, Found]:
                 left.append(relation)
                 continue
             if not missing or missing & new.keys():
-                raise TaskError(f"gsm: {relation.of} is told twice")
+                raise TaskError(f"gsm: {relation.of} is stated twice")
             (name,) = missing
             new[name] = Found(relation.solved_for(name, values), relation, chain)
         if not new and chain:
-            raise TaskError("gsm: quantities are told by each other")
+            raise TaskError("gsm: quantities are stated by each other")
         found |= new
         waiting = left
         chain += 1

@@ -252,7 +252,7 @@ class Delivery:
         experiment = self._experiment_id(self._spool.experiment())
         if self._id_file.exists():
             logger.warning(
-                "MLflow %s the run in %s: tracking goes on in a new one",
+                "MLflow %s the run in %s: tracking continues in a new one",
                 "has deleted" if known else "does not know",
                 self._id_file,
             )

@@ -150,7 +150,7 @@ class RunLog:
     def stopped(self, step: int) -> None:
         """Log that the run stopped after `step`, as it was asked to."""
         self._stopped_after = step
-        self.event("asked to stop: stopped after step %d of %d; go on with --resume", step, self._recipe.train.steps)
+        self.event("asked to stop: stopped after step %d of %d; continue with --resume", step, self._recipe.train.steps)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if not self._enabled:

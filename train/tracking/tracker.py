@@ -173,7 +173,7 @@ class Tracker:
             self._failure = one_line(error)
             # A library's error may differ each time, so only the first is logged; ours give advice.
             if not self._reported or isinstance(error, PowernapError) and self._failure not in self._reported:
-                logger.warning("tracking to MLflow failed, training goes on and records wait: %s", self._failure)
+                logger.warning("tracking to MLflow failed, training continues and records wait: %s", self._failure)
             self._reported.add(self._failure)
             return False
         self._failure = None

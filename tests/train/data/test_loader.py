@@ -62,7 +62,7 @@ def test_a_reader_that_is_killed_is_one_line(folder, number, words):
     process.join()
     assert kind is ReaderError and exit_code == exit_codes.FAILED, text
     assert text.startswith(f"a reader process (pid {pid}) was ended by {words}") and text.endswith(
-        "go on with --resume"
+        "continue with --resume"
     )
 
 

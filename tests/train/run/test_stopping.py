@@ -86,7 +86,7 @@ def test_sigterm_to_the_command_stops_all_ranks_after_a_step_with_a_checkpoint(f
     assert [line["step"] for line in read_metrics(folder / "runs" / "asked" / "metrics.jsonl")] == list(
         range(1, step + 1)
     )
-    assert f"asked to stop: stopped after step {step} of 100000; go on with --resume" in errors
+    assert f"asked to stop: stopped after step {step} of 100000; continue with --resume" in errors
     resumed = runs.warm_powernap(
         "train", "tiny.yaml", "run.name=asked", *LONG[1:], f"train.steps={2 * step}", "--resume", cwd=folder
     )
@@ -196,7 +196,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left_running(folder):
     ranks[1].kill()
     code, errors = end(process)
     assert code not in (0, 75)
-    assert "rank 1 was ended by SIGKILL; go on with --resume" in errors or "another rank is gone" in errors
+    assert "rank 1 was ended by SIGKILL; continue with --resume" in errors or "another rank is gone" in errors
     assert "step" in errors
     assert not any(rank.is_running() for rank in ranks)
 

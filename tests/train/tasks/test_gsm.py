@@ -291,9 +291,9 @@ A, B, C = ("apples", "barn"), ("beans", "barn"), ("coats", "barn")
 @pytest.mark.parametrize(
     ("relations", "message"),
     [
-        ([("number", A, (), 3), ("sum", B, (A, C), None), ("more", C, (B,), 2)], "told by each other"),
-        ([("number", A, (), 3), ("number", A, (), 3)], "told twice"),
-        ([("number", A, (), 3), ("more", B, (A,), 1), ("fewer", B, (A,), 1)], "told twice"),
+        ([("number", A, (), 3), ("sum", B, (A, C), None), ("more", C, (B,), 2)], "stated by each other"),
+        ([("number", A, (), 3), ("number", A, (), 3)], "stated twice"),
+        ([("number", A, (), 3), ("more", B, (A,), 1), ("fewer", B, (A,), 1)], "stated twice"),
         ([("number", A, (), 0), ("total of parts", B, (A, C), None), ("number", B, (), 0)], "leaves .* open"),
         ([("times", B, (A,), 2), ("number", B, (), 3)], "leaves .* open"),
     ],

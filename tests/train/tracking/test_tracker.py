@@ -182,7 +182,7 @@ def test_a_run_that_mlflow_does_not_know_gets_a_new_one(run_folder, caplog):
     run_id = (run_folder / "mlflow_run_id").read_text().strip()
     assert open_client(run_folder).get_run(run_id).info.status == "FINISHED"
     assert run_id != "0123456789abcdef0123456789abcdef"
-    assert "tracking goes on in a new one" in caplog.text
+    assert "tracking continues in a new one" in caplog.text
 
 
 def dead_server(monkeypatch):

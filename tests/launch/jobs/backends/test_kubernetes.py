@@ -132,7 +132,7 @@ def objects(kube) -> int:
 
 @pytest.mark.parametrize("form", ["kube", "trainer"])
 def test_a_job_trains_like_a_local_run_through_a_preemption(form, submit, command, kube, nodes, local, folder):
-    name = f"pre-empted-{form}"
+    name = f"preempted-{form}"
     id = submit(name, on=form)
     again = command("submit", "tiny.yaml", "--on", form, f"run.name={name}", "parallel.data=4")
     runs.assert_one_line(again, f"{name} is", f"powernap cancel {name}")

@@ -76,7 +76,7 @@ def test_cancel_saves_leaves_no_process_and_the_same_submit_goes_on(folder):
         assert runs.powernap("cancel", "stopped", cwd=folder).returncode == 0
         assert runs.powernap("wait", "stopped", "--timeout", "1m", cwd=folder).returncode == 3
         assert not any(process.is_running() for process in family)
-        assert "go on with --resume" in follower.communicate(timeout=10)[0]
+        assert "continue with --resume" in follower.communicate(timeout=10)[0]
     assert status(folder, "stopped")["exit_code"] == 75
     reached = len(steps(folder, "stopped"))
     with submitted(folder, "stopped", "parallel.data=2", "train.steps=100000", submit=runs.warm_powernap):

@@ -139,7 +139,7 @@ def test_two_nodes_by_two_ranks_train_as_four_local_processes(jobs):
 
 
 def test_whatever_stops_it_its_losses_are_those_of_an_unbroken_run(jobs):
-    """A warning before the time limit, a pre-emption, a killed rank, a drained node: one job, five starts."""
+    """A warning before the time limit, a preemption, a killed rank, a drained node: one job, five starts."""
     fields = ["parallel.data=2", "train.steps=100000", "checkpoint.every=100000"]
     id = jobs.submit("hard", *fields, "job.nodes=2", "job.time=2h", "job.grace=1s", "job.retries=1")
 
@@ -168,7 +168,7 @@ def test_whatever_stops_it_its_losses_are_those_of_an_unbroken_run(jobs):
     assert jobs.powernap("cancel", "hard").returncode == 0
     assert jobs.wait("hard") == 3 and jobs.status("hard")["restarts"] == 3
     log = jobs.log("hard")
-    assert log.count("go on with --resume") == 3 and "exit code 137: restarting" in log
+    assert log.count("continue with --resume") == 3 and "exit code 137: restarting" in log
     found = jobs.records("hard")
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     assert losses(found) == losses(jobs.unbroken("hard-here", len(found), *fields))
@@ -206,7 +206,7 @@ def test_cancel_saves_leaves_no_process_and_the_same_submit_goes_on(jobs):
     assert jobs.wait("stopped") == 3
     row = jobs.status("stopped")
     assert (row["state"], row["exit_code"], row["restarts"]) == ("cancelled", 75, 0)
-    assert "go on with --resume" in follower.communicate(timeout=60)[0]
+    assert "continue with --resume" in follower.communicate(timeout=60)[0]
     left = jobs.cluster.processes() - before
     assert not psutil.wait_procs(left, timeout=20)[1], [(p, cmdline(p)) for p in left if p.is_running()]
     assert jobs.cluster.run("squeue", "--noheader", "--jobs", id, check=False).strip() == ""

@@ -114,7 +114,7 @@ REQUEUE = "requeue 37\n"
         ("exit 0", "RUNNING None", [], 0, "succeeded", "", ""),
         ("exit 75", "RUNNING None", [], 0, "running", REQUEUE, ""),
         ("exit 75", "COMPLETING TimeLimit", [], 0, "running", REQUEUE, ""),
-        ("exit 75", "COMPLETING None", [], 75, "cancelled", "", ""),  # scancel, or pre-empted: SLURM's own affair
+        ("exit 75", "COMPLETING None", [], 75, "cancelled", "", ""),  # scancel, or preempted: SLURM's own affair
         ("exit 75", "RUNNING None", ["cancelled"], 75, "cancelled", "", ""),
         ("exit 1", "RUNNING None", [], 0, "running", REQUEUE, "1\n"),
         ("exit 1", "COMPLETING None", [], 1, "cancelled", "", ""),
