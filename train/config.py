@@ -58,6 +58,12 @@ class RunSection(Section):
     # MLflow's database is stored there, and ? and % have a meaning of their own in its URL.
     root: SharedPath = Field("runs", pattern=r"^[^?%]+$", description="folder that holds all runs, without ? and %")
     experiment: str = Field("powernap", min_length=1, max_length=500, description="MLflow experiment")
+    sweep: str | None = Field(
+        None,
+        min_length=1,
+        max_length=60,
+        description="the sweep that the run is part of: MLflow shows its runs below one. `submit` sets it",
+    )
     trackers: list[str] = Field(
         ["mlflow"], description="where metrics go beside metrics.jsonl: mlflow, or trackers of installed packages"
     )

@@ -80,11 +80,14 @@ def prepare_submission(recipe: str, overrides: list[str], on: str, resume: bool 
     description = check(_Jobs, parse_overrides(job_overrides, into=defaults)).job
     combinations = expand([override for override in overrides if not override.startswith("job.")])
     base = load_recipe(recipe, combinations[0][1], cluster.files).run
+    is_sweep = len(combinations) > 1
+    sweep = [f"run.sweep={base.name}"] if is_sweep else []
     jobs = [
-        _job(load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}"], cluster.files), description, cluster)
+        _job(
+            load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}", *sweep], cluster.files), description, cluster
+        )
         for suffix, chosen in combinations
     ]
-    is_sweep = len(jobs) > 1
     if len({job.name for job in jobs}) < len(jobs):
         raise JobError(f"two runs of the sweep {base.name} would have the same name: give every value once")
     folder = Path(base.root) / base.name

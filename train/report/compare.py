@@ -10,6 +10,8 @@ from powernap.train.tracking.metrics import read_metrics
 # Metrics that depend on the clock, the machine or what is recomputed, not on the run.
 NOT_COMPARED = {"seconds", "tokens_per_second", "peak_memory_bytes", "flops"}
 
+OF_A_RUN = {"run.name", "run.sweep"}
+
 
 def compare(one: Path, other: Path) -> tuple[str, bool]:
     """Compare the metrics of two run folders.
@@ -67,7 +69,9 @@ def _config_differences(one: Path, other: Path) -> list[str]:
     if not all(config.is_file() for config in configs):
         return []
     a, b = (flatten(RunFolder(folder).recipe().model_dump(mode="json")) for folder in (one, other))
-    return [f"{key} = {a.get(key)} and {b.get(key)}" for key in a | b if a.get(key) != b.get(key) and key != "run.name"]
+    return [
+        f"{key} = {a.get(key)} and {b.get(key)}" for key in a | b if a.get(key) != b.get(key) and key not in OF_A_RUN
+    ]
 
 
 def _same(a: object, b: object) -> bool:

@@ -32,6 +32,7 @@ FREE = {
     "train.micro_batch_size",
     "run.root",
     "run.experiment",
+    "run.sweep",
     "run.trackers",
     "train.log_every",
     "train.recompute",

@@ -52,6 +52,8 @@ def about(recipe: Recipe, folder: Path) -> About:
         tags["mlflow.user"] = getpass.getuser()
     if job:
         tags["job"] = job
+    if recipe.run.sweep:
+        tags["sweep"] = recipe.run.sweep
     return About(tags, datasets(recipe))
 
 

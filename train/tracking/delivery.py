@@ -1,5 +1,6 @@
 """Deliver a run's spool to MLflow: every record, in order, once the server answers; always into the same MLflow run."""
 
+import hashlib
 import json
 import logging
 import os
@@ -202,7 +203,10 @@ class Delivery:
             tags.append((start, RunTag("resumed_at_steps", ", ".join(once))))
         if changes:
             tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
-        tags += [(start, RunTag(name, shorten(value))) for name, value in record.get("tags", {}).items()]
+        about = dict(record.get("tags", {}))
+        if sweep := about.get("sweep"):
+            about["mlflow.parentRunId"] = self._sweep_run(run.info.experiment_id, sweep)
+        tags += [(start, RunTag(name, shorten(value))) for name, value in about.items()]
         self._log("params", new)
         self._log("tags", tags)
         if datasets := record.get("datasets"):
@@ -300,8 +304,9 @@ class Delivery:
         return False
 
     def _runs_with_key(self, experiment: str, key: str) -> list[str]:
-        """Ids of this run's MLflow runs, in a stable order."""
-        return sorted(run.info.run_id for run in self._client.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'"))
+        """Ids of the MLflow runs with our key, the oldest first."""
+        found = self._client.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'")
+        return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
 
     def _remove_doubles(self) -> None:
         """Delete the empty runs that a frozen server created from requests that had timed out and were sent again."""
@@ -310,6 +315,19 @@ class Delivery:
             for other in self._runs_with_key(run.info.experiment_id, key):
                 if other != self._run_id and not self._client.get_run(other).data.metrics:
                     self._client.delete_run(other)
+
+    def _sweep_run(self, experiment: str, name: str) -> str:
+        """The run that stands for a sweep, under which MLflow's pages fold those of its parts. Any of them may create it."""
+        key = hashlib.sha256(os.fsencode(self._folder.parent / name)).hexdigest()
+        if not self._runs_with_key(experiment, key):
+            note = f"The runs of the sweep {name} are below this one, which has no numbers of its own."
+            created = self._client.create_run(
+                experiment, run_name=name, tags={KEY_TAG: key, "mlflow.note.content": note}
+            )
+            self._client.set_terminated(created.info.run_id)
+            if self._runs_with_key(experiment, key)[0] != created.info.run_id:  # another part was as quick
+                self._client.delete_run(created.info.run_id)
+        return self._runs_with_key(experiment, key)[0]
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException

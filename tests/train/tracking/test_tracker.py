@@ -18,7 +18,8 @@ import pytest
 
 from powernap.launch import cli
 from powernap.train.recipe_file import flatten
-from powernap.train.tracking.delivery import sync_run
+from powernap.train.tracking.about import About
+from powernap.train.tracking.delivery import Delivery, sync_run
 from powernap.train.tracking.tracker import Tracker
 from powernap.train.tracking.trackers import Trackers
 from tests.helpers import runs
@@ -407,3 +408,25 @@ def test_flatten_gives_dotted_keys():
     assert flat == {
         "run.name": "demo", "sleep.passes": [1, 4], "sleep.loop_range": None, "train.steps": 100, "empty": {},
     }  # fmt: skip
+
+
+def test_parts_of_a_sweep_that_start_at_once_have_one_run_above_them(run_folder, monkeypatch):
+    """The second creates its own before it sees the first's: as two nodes do."""
+    calls, find = [], Delivery._runs_with_key
+
+    def late(delivery, experiment, key):
+        """Of its calls for b the first is for b's own run, the second for that of the sweep."""
+        calls.append(key)
+        return [] if len(calls) == 2 else find(delivery, experiment, key)
+
+    for name in ("a", "b"):
+        folder = run_folder.parent / name
+        folder.mkdir()
+        assert Tracker(folder, "sleep", CONFIG, about=About({"sweep": "it's all"}, [])).close() == 0
+        monkeypatch.setattr(Delivery, "_runs_with_key", late)
+    client = open_client(run_folder)
+    tracked = client.search_runs([client.get_experiment_by_name("sleep").experiment_id])
+    by_name = {run.info.run_name: run for run in tracked}
+    assert sorted(run.info.run_name for run in tracked) == ["a", "b", "it's all"] and calls[1] == calls[2]
+    parents = {by_name[name].data.tags["mlflow.parentRunId"] for name in ("a", "b")}
+    assert parents == {by_name["it's all"].info.run_id}

@@ -119,6 +119,13 @@ def test_a_launcher_that_was_killed_is_started_again_when_its_ranks_have_left(fo
     assert (row["state"], row["restarts"], row["step"]) == ("succeeded", 1, STEPS)
 
 
+def tracked_runs(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    return client.search_runs([client.get_experiment_by_name("powernap").experiment_id])
+
+
 def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     sweep = ["submit", "tiny.yaml", "--on", "local", "run.name=sweep", "sleep.passes=1,2", "train.steps=2"]
     assert runs.warm_powernap(*sweep, cwd=folder).returncode == 0
@@ -129,6 +136,10 @@ def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     names = {"sweep-passes1", "sweep-passes2"}
     assert names == {line.split()[0] for line in table.splitlines()[1:]} and table.count("succeeded") == 2
     assert max(map(len, table.splitlines())) <= 80
+    tracked = tracked_runs(folder)
+    parent = next(run for run in tracked if run.info.run_name == "sweep")
+    below = {run.info.run_name for run in tracked if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert below == names and parent.info.status == "FINISHED" and not parent.data.metrics
     runs.assert_one_line(runs.powernap(*sweep, cwd=folder), "all 2 runs of the sweep sweep have succeeded already")
     listed = {row["run"] for row in json.loads(runs.powernap("list", "--json", cwd=folder).stdout)}
     assert names <= listed
