@@ -46,6 +46,11 @@ def add(commands: argparse._SubParsersAction) -> None:
                 type=path,
                 help="with hf: the folder that training started from: keep its config, tokenizer, precision, other tensors",
             )
+            action.add_argument(
+                "--register",
+                metavar="MODEL",
+                help="then copy it to MLflow, as a new version of this registered model",
+            )
         action.set_defaults(run=run)
 
 
@@ -106,6 +111,11 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
     if options.like and options.remote_code:
         raise ExportError("--like keeps the source's class, which does not sleep: leave out --like or --remote-code")
     checkpoint = Checkpoint.open(_checkpoints(options)[0]) if options.step else folder.newest_checkpoint()
+    registry = None
+    if options.register is not None:
+        from powernap.train.tracking.registry import Registry
+
+        registry = Registry(folder.path, options.register)
     if options.ema:
         checkpoint = checkpoint.averaged()
     if options.remote_code:
@@ -120,6 +130,8 @@ def export(options: argparse.Namespace, _: list[str]) -> int:
         write(checkpoint, folder.recipe(), options.to)
     size = sum(file.stat().st_size for file in options.to.iterdir())
     print(f"{options.to}: the model after step {checkpoint.step:,}, {size:,} bytes")
+    if registry:
+        print(f"MLflow: {options.register}, version {registry.add(options.to, checkpoint.step)}")
     return 0
 
 
