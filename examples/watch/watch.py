@@ -20,6 +20,7 @@ from powernap.train.data.test_sets import named_tests, test_sets
 from powernap.train.data.vocabulary import find_task
 from powernap.train.evaluation.pictures import BLUE, GREY, ORANGE
 from powernap.train.generation.generate import RunModel
+from powernap.train.outputs import check_file
 from powernap.train.run.folder import RunFolder
 from powernap.train.tasks.track import FIRST_GENERATOR, MOVE, Track
 
@@ -61,9 +62,8 @@ def watch(model: RunModel, task: Track, windows: list[list[int]]) -> list[Moment
         right, start, after = task._first_element + places, decoder.state(), []
         for passes in range(model.passes + 2):
             decoder.load_state(start)
-            if passes:
-                decoder.passes = passes
-                decoder.feed([window] * task.points)
+            decoder.passes = max(1, passes)
+            decoder.feed([window if passes else []] * task.points)
             with decoder.forgetting():  # a full window sleeps first
                 read = decoder.feed(questions).softmax(-1).cpu()
             after.append(decoder.state())
@@ -107,8 +107,7 @@ def draw(task: Track, moments: list[Moment], title: str, to: Path) -> None:
             shown = (state.abs() / most[block]).sqrt() * state.sign()  # small ones show, too
             shown = torch.nn.functional.pad(shown, (0, 0, 0, 1), value=torch.nan).flatten(0, 1)[:-1]
             axes.imshow(shown.numpy(), "RdBu_r", vmin=-1, vmax=1, extent=(*sides, 1, 0), aspect="auto")
-            if m.moved:
-                axes.text(x, 1.03, f"{m.moved[block]:.0%}", ha="center", va="top", color=GREY, fontsize=7)
+            axes.text(x, 1.03, f"{m.moved[block]:.0%}" if m.moved else "", ha="center", va="top", color=GREY, size=7)
     legend = "Columns: passes, 0 before the sleep. Blue: probability of the right answer. Below: fast weights, and what a pass changed"
     names = [task.token_name(task._first_question + element) for element in range(task.points)]
     ticks = {n * (columns + 0.6) + passes: str(passes) for n in range(beside) for passes in range(columns)}
@@ -131,6 +130,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, default=Path("watch.png"), help="the picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        check_file(options.to, "--to")
         (task, windows), model = read_word(options.run, options.sample), load_run(options.run)
     except PowernapError as error:
         sys.exit(f"watch.py: error: {error}")
