@@ -7,16 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import kubernetes_validate
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from powernap.launch import cli
+from powernap.model.batch import plan_segments
+from powernap.model.decoder import Decoder
+from powernap.model.sleep import sleep_and_predict
+from powernap.train.data.build import build_task
+from powernap.train.data.loader import evaluation_batches
+from powernap.train.generation.generate import load_run
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
+from powernap.train.tasks import TASKS
 from tests.helpers import runs, warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,3 +286,122 @@ def test_what_each_pass_reads_and_writes(tmp_path, topology, monkeypatch, capsys
             pairs[int(p), int(q)] == int(a)
             for p, q, a in zip(permutations[:, window], asked[:, window - 1], answers[:, window - 1], strict=True)
         )
+
+
+def drawn_run(folder: Path, topology, name: str, sizes: dict, *overrides: str) -> RunFolder:
+    """Shards of a task, and a run of recipe track with weights that were drawn and not trained."""
+    task = TASKS[name](**sizes)
+    shards = {"train_samples": 1, "test_samples": 6, "samples_per_shard": 6, "seed": 0, "workers": 1}
+    build_task(name, task, folder / "data", **shards)
+    run = RunFolder(folder / "runs" / "mine")
+    data = [f"data.{split}={folder}/data/{split}-*.tar" for split in ("train", "test")]
+    length = f"data.sequence_length={task.sequence_length}"
+    run.create(load_recipe("track", ["run.name=mine", *data, length, *overrides]))
+    runs.write_drawn(run, topology)
+    return run
+
+
+@contextmanager
+@torch.no_grad()
+def remembering(decoder):
+    """Decoder.forgetting, broken: what is read inside stays."""
+    if decoder._is_full(0):
+        decoder._sleep(range(decoder.batch))
+    yield
+
+
+@pytest.mark.parametrize(("asked", "broken"), [("each", False), ("end", False), ("each", True)])
+def test_watching_a_sleep(tmp_path, topology, monkeypatch, capsys, asked, broken):
+    """What is read from the states after the last pass is what evaluation reads; not so if a probe leaves a trace."""
+    watch = load_example(ROOT / "examples" / "watch" / "watch.py")
+    sizes = {"windows": 5, "min_windows": 2, "asked": asked}
+    run = drawn_run(tmp_path, topology, "track", sizes, "model.pattern=GAG")
+    recipe, model = run.recipe(), load_run(run.path)
+    if broken:
+        monkeypatch.setattr(Decoder, "forgetting", remembering)
+    task, windows = watch.read_word(run.path, 3)
+    moments = {(moment.window, moment.passes): moment for moment in watch.watch(model, task, windows)}
+
+    *_, batch = evaluation_batches(recipe.data, batch_size=1, vocab_size=10, rank=0, world_size=1, limit=4)
+    (tokens,), (answers,) = batch.tokens.tolist(), batch.answers
+    assert 2 <= len(windows) < 5, "a word with pads"
+    different = 0.0
+    for passes in (1, 2, 3):
+        plan = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, passes, batch.probes)
+        with torch.no_grad():
+            output = sleep_and_predict(model.stage, plan, batch.tokens, batch.loss_mask, predict=True)
+        for start, _, depth in answers.tolist():
+            if passes != 2 and depth > 1:  # N passes go on to the next window
+                continue
+            element, moment = tokens[start - 1] - task._first_question, moments[depth - 1, passes]
+            assert moment.right[element] == task.token_name(tokens[start])
+            different += abs(moment.shares[element] - float((-output.token_losses[0, start]).exp()))
+            if not broken:
+                assert moment.answers[element] == task.token_name(int(output.predictions[0, start]))
+    assert (different > 1e-5) == broken, different
+    if broken:
+        return
+
+    for window in range(1, len(windows)):
+        before, left = moments[window, 0], moments[window - 1, 2]
+        assert all(torch.equal(before.states[block], left.states[block]) for block in (0, 2))
+        assert before.shares != moments[window, 2].shares and before.moved == {}
+        new = moments[window, 1].states[0]
+        assert moments[window, 1].moved[0] == pytest.approx(float((new - before.states[0]).norm() / new.norm()))
+    capsys.readouterr()
+    watch.main([str(run.path), "--to", str(tmp_path / "watch.png")])
+    answered, *others = capsys.readouterr().out.split("\n\n")
+    assert "mine, N=2, sample 3 of the test" in answered
+    assert [table[:8] for table in others] == ["Block 0:", "Block 2:", "Picture:"]
+    rows = answered.strip().splitlines()[2:]
+    assert len(rows) == len(windows)
+    for number, row in enumerate(rows):
+        moment = moments[number, 2]
+        assert f"{' '.join(moment.answers)} {np.mean(moment.shares):6.1%}" in row and row.startswith(f"{number + 1} ")
+    assert (tmp_path / "watch.png").stat().st_size > 10_000
+
+
+def test_what_is_watched_is_counted(monkeypatch, capsys):
+    """Two samples: the old places before; after pass 1 the new ones in the second sample alone; after pass 2 in both."""
+    watch = load_example(ROOT / "examples" / "watch" / "watch.py")
+    places = [["1", "2"], ["2", "1"], ["1", "2"]]
+
+    def moments(_, sample):
+        written = 2 - sample  # the pass that writes the new places
+        return [
+            watch.Moment(
+                window, passes, [], right, right if passes >= written else places[window - 1], [], {}, {0: passes / 4}
+            )
+            for window, right in enumerate(places)
+            for passes in range(3)
+        ]
+
+    for name, stand_in in {"load_run": str, "read_word": lambda _, sample: (sample,), "watch": moments}.items():
+        monkeypatch.setattr(watch, name, stand_in)
+    monkeypatch.setitem(sys.modules, "watch", watch)
+    load_example(ROOT / "examples" / "watch" / "many.py").main(Path("mine"), 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "pass 0: new places 0%, old ones 100%, moved by 0%, 4 windows",
+        "pass 1: new places 50%, old ones 50%, moved by 25%, 4 windows",
+        "pass 2: new places 100%, old ones 0%, moved by 50%, 4 windows",
+    ]
+
+
+def test_what_cannot_be_watched_is_one_line(tmp_path, topology):
+    watch = load_example(ROOT / "examples" / "watch" / "watch.py")
+    none = drawn_run(tmp_path / "none", topology, "track", {}, "model.pattern=AA", "sleep.passes=1")
+    other = drawn_run(
+        tmp_path / "other", topology, "depo", {"nodes": 6, "max_hop": 2, "queries": 1}, "model.vocab_size=40"
+    )
+    run = drawn_run(tmp_path / "run", topology, "track", {})
+    for arguments, message in [
+        ([tmp_path / "nowhere"], "nowhere: no run there"),
+        ([none.path], "write a run with fast weights and model.window=2"),
+        ([other.path], "write a run of task track with data.test, such as runs/demo/sleep"),
+        ([run.path, "--sample=6"], "--sample 6: the test has no such sample; they count from 0"),
+        ([run.path, "--sample=-1"], "--sample -1: the test has no such sample"),
+        ([run.path, f"--to={tmp_path}/nowhere/watch.png"], "no folder .*nowhere: make it first"),
+    ]:
+        with pytest.raises(SystemExit, match=message) as error:
+            watch.main([str(argument) for argument in arguments])
+        assert "\n" not in str(error.value)
