@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from powernap.train.report.runs import differing_fields, group_runs, read_runs
 from powernap.train.report.write import write_report
 from powernap.train.run.folder import RunFolder, save_recipe, work_of
 from powernap.train.tracking.metrics import MetricsLog
-from tests.helpers import runs
+from tests.helpers import browser, runs
 
 DEPTHS = ("1", "2", "4")
 VOID = {"meta", "link", "br", "path", "use", "line", "rect"}
@@ -256,23 +254,13 @@ def test_the_floor_of_tests_that_differ_is_the_highest(tmp_path):
     assert "its line is the highest" in picture.caption
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not there")
+@browser.needs_chromium
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_runs_out_of_the_page(written, tmp_path, width):
     say = "document.title = `${document.documentElement.scrollWidth} of ${window.innerWidth}`"
-    (tmp_path / "page.html").write_text(written[0].replace("</body>", f"<script>{say}</script></body>"))
-    browser = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--window-size={width},900",
-        "--dump-dom",
-    ]
-    command = [*browser, f"--user-data-dir={tmp_path / 'browser'}", (tmp_path / "page.html").as_uri()]
-    page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert f"<title>{width} of {width}</title>" in page
+    page = tmp_path / "page.html"
+    page.write_text(written[0].replace("</body>", f"<script>{say}</script></body>"))
+    assert f"<title>{width} of {width}</title>" in browser.source_of(page.as_uri(), tmp_path / "browser", width)
 
 
 def test_an_evaluation_whose_floor_is_a_constant_only_is_reported(tmp_path):
