@@ -2,7 +2,7 @@
 # # Watch one sequence being slept on
 # `python watch.py RUN [--sample 3] [--to watch.png]`, for runs trained on task track; or cell by cell, as a notebook.
 # Before the sleep on each window, and after 1, 2, .. N + 1 passes, the fast weights are asked where every element is by now.
-# A question is a probe: read, answered and forgotten. What N passes leave goes on to the next window.
+# A question is a probe: read, answered and forgotten. What N passes leave is carried to the next window.
 
 # %%
 import argparse
