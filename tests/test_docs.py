@@ -266,6 +266,13 @@ def test_what_each_pass_reads_and_writes(tmp_path, topology, monkeypatch, capsys
     inside.main([run.path])
     said = capsys.readouterr().out
     assert "mine: which of the six permutations?" in said and (tmp_path / "inside.png").exists()
+    other = RunFolder(tmp_path / "runs" / "other")
+    other.create(
+        load_recipe("track", ["run.name=other", "data.train=train-0.tar", "data.test=null", "model.vocab_size=14"])
+    )
+    runs.write_drawn(other, topology)
+    with pytest.raises(SystemExit, match="other: write a run of task track with group=s3 moves=1"):
+        inside.main([other.path])
     places = [line[:24].strip() for line in said.splitlines()[2:6]]
     assert places == [f"pass {n}, {what}" for n in (1, 2) for what in ("hidden states", "fast weights")]
     rng = np.random.default_rng(0)
@@ -275,8 +282,8 @@ def test_what_each_pass_reads_and_writes(tmp_path, topology, monkeypatch, capsys
     task = inside.Track(asked="each", windows=8, min_windows=8)
     tokens, _, probes, permutations = inside.words(task, seed=1)
     assert len(probes) == 8 and permutations.shape == (80, 9) and permutations.max() == 5
-    answers = tokens[:, [stop - 1 for _, stop in probes]] - task._first_element
-    asked = tokens[:, [start for start, _ in probes]] - task._first_question
+    answers = tokens[:, [stop - 1 for _, stop in probes]] - task.first_element
+    asked = tokens[:, [start for start, _ in probes]] - task.first_question
     for window in range(1, 9):  # the same permutation and question have the same answer
         pairs = {
             (int(p), int(q)): int(a)
@@ -333,7 +340,7 @@ def test_watching_a_sleep(tmp_path, topology, monkeypatch, capsys, asked, broken
         for start, _, depth in answers.tolist():
             if passes != 2 and depth > 1:  # N passes go on to the next window
                 continue
-            element, moment = tokens[start - 1] - task._first_question, moments[depth - 1, passes]
+            element, moment = tokens[start - 1] - task.first_question, moments[depth - 1, passes]
             assert moment.right[element] == task.token_name(tokens[start])
             different += abs(moment.shares[element] - float((-output.token_losses[0, start]).exp()))
             if not broken:

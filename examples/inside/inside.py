@@ -45,7 +45,7 @@ def history(task: Track, moves: np.ndarray) -> list[np.ndarray]:
     """Where each element is after 0 .. 8 windows."""
     places = [np.arange(task.points)]
     for window in moves:
-        places.append(task._after(window, places[-1]))
+        places.append(task.after(window, places[-1]))
     return places
 
 
@@ -89,6 +89,9 @@ def inside(run: Path) -> tuple[dict[str, dict[str, float]], dict[int, float]]:
     """Place -> question -> share decoded; pass -> mean move of the fast weights."""
     model = load_run(run)
     task = Track(asked="each", windows=WINDOWS, min_windows=WINDOWS)
+    sizes = model.stage.model
+    if (sizes.vocab_size, sizes.window) != (task.vocab_size, task.window):
+        sys.exit(f"inside.py: error: {run}: write a run of task track with group=s3 moves=1")
     tokens, loss_mask, probes, permutations = words(task, seed=0)
     found, moved = passes(model.stage, model.passes, tokens, loss_mask, probes)
     table = {}

@@ -56,10 +56,10 @@ class Moment(NamedTuple):
 
 def watch(model: RunModel, task: Track, windows: list[list[int]]) -> list[Moment]:
     decoder, elements, moments = model.stream(task.points).decoder, np.arange(task.points), []
-    questions, places = (task._first_question + elements)[:, None].tolist(), elements  # row x asks where x is
+    questions, places = (task.first_question + elements)[:, None].tolist(), elements  # row x asks where x is
     for number, window in enumerate(windows):
-        places = task._after(np.array(window[1:]) - FIRST_GENERATOR, places)
-        right, start, after = task._first_element + places, decoder.state(), []
+        places = task.after(np.array(window[1:]) - FIRST_GENERATOR, places)
+        right, start, after = task.first_element + places, decoder.state(), []
         for passes in range(model.passes + 2):
             decoder.load_state(start)
             decoder.passes = max(1, passes)
@@ -109,7 +109,7 @@ def draw(task: Track, moments: list[Moment], title: str, to: Path) -> None:
             axes.imshow(shown.numpy(), "RdBu_r", vmin=-1, vmax=1, extent=(*sides, 1, 0), aspect="auto")
             axes.text(x, 1.03, f"{m.moved[block]:.0%}" if m.moved else "", ha="center", va="top", color=GREY, size=7)
     legend = "Columns: passes, 0 before the sleep. Blue: probability of the right answer. Below: fast weights, and what a pass changed"
-    names = [task.token_name(task._first_question + element) for element in range(task.points)]
+    names = [task.token_name(task.first_question + element) for element in range(task.points)]
     ticks = {n * (columns + 0.6) + passes: str(passes) for n in range(beside) for passes in range(columns)}
     for strip, *below in panels:
         strip.set(ylim=(task.points - 0.5, -2.1), yticks=range(task.points), yticklabels=names)

@@ -62,7 +62,7 @@ class Track(Section):
 
     @property
     def vocab_size(self) -> int:
-        return self._first_element + self.points
+        return self.first_element + self.points
 
     @property
     def window(self) -> int:
@@ -87,11 +87,11 @@ class Track(Section):
             return "[pad]"
         if token == MOVE:
             return "[move]"
-        if token < self._first_question:
+        if token < self.first_question:
             return chr(ord("a") + token - FIRST_GENERATOR)
-        if token < self._first_element:
-            return f"[where {token - self._first_question + 1}]"
-        return str(token - self._first_element + 1)
+        if token < self.first_element:
+            return f"[where {token - self.first_question + 1}]"
+        return str(token - self.first_element + 1)
 
     def sample(self, rng: np.random.Generator, held_out: bool) -> Sample:
         """A word that belongs to the test (`held_out`) or to the training, and questions about it."""
@@ -104,10 +104,10 @@ class Track(Section):
             start = (pads + windows - 1) * self._stride
             stop = start + self.window
             tokens[start:stop] = [MOVE, *(FIRST_GENERATOR + moves)]
-            places = self._after(moves, places)
+            places = self.after(moves, places)
             if windows == len(word) or self.asked == "each":
                 for element in rng.permutation(self.points)[: self.questions]:
-                    tokens[stop : stop + 2] = self._first_question + element, self._first_element + places[element]
+                    tokens[stop : stop + 2] = self.first_question + element, self.first_element + places[element]
                     loss_mask[stop + 1] = True
                     answers.append((stop + 1, stop + 2, windows))
                     stop += 2
@@ -122,13 +122,13 @@ class Track(Section):
         end = 0
         for start, stop, _ in sample.answers.tolist():
             if self.asked == "each" or not end:  # an answer that is forgotten takes nothing
-                free = set(range(self._first_element, self.vocab_size))
+                free = set(range(self.first_element, self.vocab_size))
             if start - 1 > end:  # the first question after a window
                 end = start - 1
                 moves = np.array(tokens[end - self.moves : end]) - FIRST_GENERATOR
-                last = self._after(moves, np.arange(self.points))
+                last = self.after(moves, np.arange(self.points))
             untaken.append([(token,) for token in sorted(free)])
-            last_window.append([(self._first_element + int(last[tokens[start - 1] - self._first_question]),)])
+            last_window.append([(self.first_element + int(last[tokens[start - 1] - self.first_question]),)])
             free -= {tokens[start]}
             end = stop
         return {"an element not taken": untaken, "the last window alone": last_window}
@@ -144,12 +144,12 @@ class Track(Section):
     # Token ids: pad, [move], the generators, [where x] for each element, the elements.
 
     @property
-    def _first_question(self) -> int:
+    def first_question(self) -> int:
         return FIRST_GENERATOR + len(GROUPS[self.group])
 
     @property
-    def _first_element(self) -> int:
-        return self._first_question + self.points
+    def first_element(self) -> int:
+        return self.first_question + self.points
 
     def _draw_word(self, rng: np.random.Generator, held_out: bool) -> np.ndarray:
         """The generators of a word, by number."""
@@ -162,7 +162,7 @@ class Track(Section):
             return draw()
         return draw_problem(draw, lambda word: word[:BEGINNING].tolist(), held_out, f"track with moves={self.moves}")
 
-    def _after(self, moves: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def after(self, moves: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Where each element at `places` is after the generators `moves`, the first of them first."""
         for generator in moves.tolist():
             places = np.array(GROUPS[self.group][generator])[places]
