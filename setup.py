@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -25,9 +26,12 @@ def write_commit(folder: str | Path) -> None:
 
 class BuildWithCommit(build_py):
     def run(self) -> None:
+        if self.editable_mode:  # which has its checkout beside it
+            return super().run()
+        # An earlier build's, with modules that are gone.
+        shutil.rmtree(Path(self.build_lib, "powernap"), ignore_errors=True)
         super().run()
-        if not self.editable_mode:  # which has its checkout beside it
-            write_commit(Path(self.build_lib, "powernap", "train", "run"))
+        write_commit(Path(self.build_lib, "powernap", "train", "run"))
 
 
 class SourceWithCommit(sdist):

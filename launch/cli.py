@@ -42,6 +42,7 @@ from powernap.launch.commands import (
 from powernap.model.errors import PowernapError
 from powernap.parallel.liveness import exit_codes
 from powernap.parallel.liveness.parent import follow_parent
+from powernap.train.home import provide_home
 
 DESCRIPTION = "Train hybrid language models that sleep: fast weights written by recurrent passes over each window."
 # In the order of --help.
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         options = _parse(arguments)
+        provide_home()
         code = options.run(options, arguments) or 0
         sys.stdout.flush()
         return code

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from powernap.train.config import Recipe
+from powernap.train.home import provide_home
 from powernap.train.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def fit(
 
     if threading.current_thread() is not threading.main_thread():
         raise torchrun.LaunchError("powernap.fit handles signals: call it from the main thread")
+    provide_home()
     RunFolder(recipe.run_folder).check_start(recipe, resume)
     processes, joins = recipe.parallel.world_size, not dist.is_initialized()
     with _environment_as_before(), signal_handlers() as signals, readers_watched():

@@ -31,7 +31,7 @@ from powernap.model.section import Section
 from powernap.parallel.planning.layout import format_layout, sequence_costs, split_layers
 from powernap.train import by_step
 from powernap.train.distillation import DistillationConfig, check_context, teacher_recipe
-from powernap.train.paths import MachinePath, PathError, Shards, SharedPath, expanded_path
+from powernap.train.paths import CACHE, CachePath, PathError, Shards, SharedPath, cache_folder
 
 MOST_SEGMENTS = 2**16  # per sequence: windows times passes
 
@@ -113,11 +113,11 @@ class DataConfig(Section):
         "stop", description="a sample or shard that cannot be used: stop, or train without it"
     )
     skip_budget: int = Field(100, ge=0, description="with on_error=skip: samples and shards a run may do without")
-    cache: MachinePath = Field(
-        "~/.cache/powernap",
+    cache: CachePath = Field(
+        CACHE,
         min_length=1,
-        validate_default=True,
-        description="folder for remote shards, taken for unchanged while there, and indexes",
+        description="folder for remote shards, taken for unchanged while there, and indexes; the default is a folder among "
+        "temporary files where there is no HOME",
     )
     cache_limit_gb: float | None = Field(
         None, gt=0, le=1e9, description="most of remote shards to keep there; null: all"
@@ -175,7 +175,7 @@ class DataConfig(Section):
     @property
     def cache_folder(self) -> Path:
         try:
-            return expanded_path(self.cache)
+            return cache_folder(self.cache)
         except PathError as error:  # although the check on the submitting machine passed
             raise PathError(f"data.cache={self.cache}: {error}") from None
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ValidationInfo
 
 from powernap.model.errors import PowernapError
+from powernap.train.home import substitute_home
 
+CACHE = "~/.cache/powernap"  # of data.cache
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 # A URL or command, also inside braces: these have rules of their own, and a command runs in its own shell.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:|://|pipe:")
@@ -49,10 +51,20 @@ def expanded_path(path: str) -> Path:
     return Path(expand(path))
 
 
+def cache_folder(path: str = CACHE) -> Path:
+    """`path` expanded; without a home the default is below the substitute."""
+    try:
+        return expanded_path(path)
+    except PathError:
+        if path != CACHE:
+            raise
+    return substitute_home() / CACHE.removeprefix("~/")
+
+
 def _home(word: str) -> str:
     """The home folder for ~ or ~USER."""
     home = os.path.expanduser(word)
-    if home != word:
+    if home not in (word, str(substitute_home())):
         return home
     if word == "~":
         raise PathError("~ is nobody's folder, since HOME is not set: set it, or write the whole path")
@@ -77,7 +89,7 @@ def _at_once(expand_one: Any) -> Any:
 
 def _when_used(path: str, info: ValidationInfo) -> str:
     if (info.context or {}).get("files") not in ("shared", "elsewhere"):
-        expand(path)
+        cache_folder(path)
     return path
 
 
@@ -85,5 +97,5 @@ def _when_used(path: str, info: ValidationInfo) -> str:
 # volume is not mounted here: it would mean something else there.
 SharedPath = Annotated[str, _at_once(expand)]
 Shards = Annotated[str, _at_once(expand_shards)]
-# A folder on the machine that uses it: expanded there.
-MachinePath = Annotated[str, AfterValidator(_when_used)]
+# A cache on the machine that uses it: expanded there.
+CachePath = Annotated[str, AfterValidator(_when_used)]

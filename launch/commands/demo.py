@@ -4,6 +4,7 @@ would type."""
 import argparse
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,9 +179,8 @@ def run_demo(demo: Demo, folder: Path, seed: int, overrides: list[str]) -> int:
     print(f"\nAll models: the same {same} on the same data, {summary['seconds']:.0f} s in all.")
     print(f"Picture:   {folder / 'demo.png'}")
     print(f"Numbers:   {results}")
-    print("Curves:    make ui      (MLflow on http://127.0.0.1:5000)" if folder == Path("runs/demo") else
-          f"Curves:    powernap ui --root {folder}")  # fmt: skip
-    print('Next:      powernap recipe list; "A run of your own" in docs/start.md')
+    print(f"Curves:    powernap ui --root {shlex.quote(str(folder))}")
+    print("Next:      powernap recipe list")
     return 0
 
 

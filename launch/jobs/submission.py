@@ -20,6 +20,7 @@ from powernap.model.section import Section
 from powernap.parallel.planning.plan import in_bytes, plan_run
 from powernap.train.config import Recipe
 from powernap.train.data.check import check_data, predicting_windows
+from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.lock import ProcessLock
@@ -98,6 +99,7 @@ def prepare_submission(recipe: str, overrides: list[str], on: str, resume: bool 
     backend = cluster.backend()
     backend.check(jobs)
     for job in jobs:
+        check_folder(job.run_folder, f"run.root={job.recipe.run.root}:")
         _check_layout(job)
         if cluster.files != "elsewhere":
             check_data(job.recipe)

@@ -68,7 +68,7 @@ def test_the_demo_from_shards_to_picture(demo):
     assert commands == ["data"] * 2 + ["train"] * 3 + ["eval"] * 3
     assert "step 6/6 of sleep" in result.stdout
     table = result.stdout[result.stdout.index("Share of right answers") :]
-    assert "16 windows, a length never trained" in table and "make ui" in table
+    assert "16 windows, a length never trained" in table and "powernap ui --root " in table
     assert max(len(line) for line in table.splitlines()) <= 80
     again = runs.warm_powernap("demo", "--seed", "3", *SHORT, cwd=place)
     runs.assert_one_line(again, "results.json exists")

@@ -1,5 +1,8 @@
 """~ and $NAME in paths: expanded wherever a path may stand, or refused with a hint where it is another machine's."""
 
+import os
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -7,7 +10,7 @@ from powernap.launch import cli
 from powernap.launch.commands import arguments
 from powernap.launch.jobs.cluster import find_cluster
 from powernap.launch.jobs.description import JobDescription
-from powernap.train.config import Recipe
+from powernap.train.data.cache import ShardCache
 from powernap.train.data.text import Text
 from powernap.train.paths import PathError, expand, expand_shards
 from powernap.train.recipe_file import RecipeError, check, load_recipe
@@ -119,6 +122,9 @@ def test_without_a_home(here, monkeypatch):
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     assert find_cluster("local").kind == "local"
-    with pytest.raises(RecipeError, match="^data.cache=~/.cache/powernap: .*HOME is not set"):
-        load_recipe("tiny.yaml")
-    assert isinstance(load_recipe("tiny.yaml", ["data.cache=cache"]), Recipe)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    for cache in ([], ["data.cache=~/.cache/powernap"]):  # a run's config.yaml names the default
+        folder = load_recipe("tiny.yaml", cache).data.cache_folder
+        assert folder == ShardCache().folder == Path(f"/tmp/powernap-{os.getuid()}/.cache/powernap")
+    with pytest.raises(RecipeError, match="^data.cache=~/mine: .*HOME is not set"):
+        load_recipe("tiny.yaml", ["data.cache=~/mine"])

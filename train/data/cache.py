@@ -30,7 +30,7 @@ from powernap.train.data.shard_list import local_path
 from powernap.train.data.source import Unreachable, blocks_of, has_neighbours
 from powernap.train.data.tar_index import Damaged, index_tar, load_index, read_index, save_index
 from powernap.train.data.verify import Recorded, mismatch, not_recorded, recorded, recorded_in, sha256_of
-from powernap.train.paths import expanded_path
+from powernap.train.paths import cache_folder
 from powernap.train.run.secrets import mask_secrets
 
 FIRST_DELAY = 2.0  # seconds before the first retry; each further one waits twice as long
@@ -62,7 +62,7 @@ class ShardCache:
     its manifest, if it has one, before its index is cached.
     """
 
-    folder: Path = field(default_factory=lambda: expanded_path("~/.cache/powernap"))
+    folder: Path = field(default_factory=cache_folder)
     limit: int | None = None
     retries: int = 4
     timeout: float = 60.0

@@ -64,6 +64,8 @@ def here(folder, monkeypatch):
         ("gpus", [], ["needs", "of a GPU's 1MB", "powernap plan --suggest"]),
         ("local", ["model.patern=AG"], ["did you mean model.pattern?"]),
         ("local", ["data.train=nowhere/*.tar"], ["nowhere/*.tar"]),
+        ("local", ["run.root=tiny.yaml/runs"], ["run.root=tiny.yaml/runs", "is no folder: choose another one"]),
+        ("local", ["run.root=/proc/runs"], ["run.root=/proc/runs", "/proc cannot be written", "choose another folder"]),
         ("local", ["run.name=a,b"], ["run.name=a,b", "one name"]),
         ("local", ["run.seed=1,1"], ["two runs of the sweep tiny would have the same name"]),
         ("local", ["train.steps=9,none"], ["train.steps=none"]),

@@ -155,10 +155,13 @@ def test_wheels_and_archives_know_their_commit(tmp_path):
     git(source, "commit", "--quiet", "--message", "first")
     commit = {"commit": git(source, "rev-parse", "HEAD"), "uncommitted_changes": False}
 
+    gone = source / "build" / "lib" / "powernap" / "gone.py"  # left by an earlier build
+    gone.parent.mkdir(parents=True)
+    gone.touch()
     installed = tmp_path / "installed"
     with zipfile.ZipFile(built(source, "wheel")) as wheel:
         assert json.loads(wheel.read("powernap/train/run/commit.json")) == commit
-        assert "powernap/py.typed" in wheel.namelist()
+        assert "powernap/py.typed" in wheel.namelist() and "powernap/gone.py" not in wheel.namelist()
         wheel.extractall(installed)
     said = subprocess.check_output(
         [sys.executable, "-m", "powernap.launch.cli", "--version"],
