@@ -118,15 +118,16 @@ def accuracy_by_passes(groups: list[Group], depth: str, depth_name: str, styles:
     passes = sorted({int(n) for group in groups for n in group.all_passes})
 
     def draw(axes):
+        axes.set_xscale("log", base=2)
         for group in groups:
             style = styles[group.label]
             _line(axes, passes, [group.accuracy(str(n), depth) for n in passes], style)
-            if at_trained := group.accuracy(group.read_passes, depth):
+            trained = str(group.evaluated[0].trained_passes)
+            if at_trained := group.accuracy(trained, depth):
                 ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.4, "clip_on": False}
-                axes.plot([int(group.read_passes)], [at_trained.mean], "o", color=style["color"], **ring)
+                axes.plot([int(trained)], [at_trained.mean], "o", color=style["color"], **ring)
         _draw_floor(axes, groups, [depth] * 2, axes.get_xlim())
         _share_axis(axes)
-        axes.set_xscale("log", base=2)
         axes.set_xticks(passes, [str(n) for n in passes])
         axes.minorticks_off()
         axes.set_xlabel("N, passes of sleep when reading")

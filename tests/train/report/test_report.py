@@ -239,6 +239,7 @@ def test_positions_are_values_and_captions_say_what_is_drawn(folders, tmp_path):
     picture = figures.accuracy_by_passes(groups, "4", "hops", styles)
     assert drawn(picture)["sleep"][0] == [1, 4]
     assert "A ring marks the N" in picture.caption and "floor differs" not in picture.caption
+    assert min(drawn(picture)[figures.FLOOR_LABEL][0]) > 0  # on a logarithmic axis
     by_step, by_flops = figures.loss_curves(groups, styles)
     assert drawn(by_step)["n1"][0] == list(range(1, 41))
     assert drawn(by_flops)["n1"][0] == [float(f) for f in groups[1].runs[0].flops_until]
