@@ -66,9 +66,10 @@ def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe in train/recipes/."""
+    """Name -> file of every recipe in train/recipes/, each before those in the folder of its name."""
     folder = Path(str(resources.files("powernap.train.recipes")))
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return {name: found[name] for name in sorted(found, key=lambda name: name.split("/"))}
 
 
 def check(model: type[Section], values: Any, **context: Any) -> Any:
