@@ -408,6 +408,7 @@ def test_what_cannot_be_watched_is_one_line(tmp_path, topology):
         ([run.path, "--sample=6"], "--sample 6: the test has no such sample; they count from 0"),
         ([run.path, "--sample=-1"], "--sample -1: the test has no such sample"),
         ([run.path, f"--to={tmp_path}/nowhere/watch.png"], "no folder .*nowhere: make it first"),
+        ([run.path, "--to=watch.txt"], "--to watch.txt: write a name that ends in .png"),
     ]:
         with pytest.raises(SystemExit, match=message) as error:
             watch.main([str(argument) for argument in arguments])

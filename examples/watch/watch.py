@@ -130,6 +130,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, default=Path("watch.png"), help="the picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.to.suffix not in (".png", ".svg", ".pdf"):
+            raise PowernapError(f"--to {options.to}: write a name that ends in .png, .svg or .pdf")
         check_file(options.to, "--to")
         (task, windows), model = read_word(options.run, options.sample), load_run(options.run)
     except PowernapError as error:
