@@ -153,11 +153,6 @@ class ReportedRun:
         known = phases[phase]["flops_per_step"].get(str(passes)) if phase < len(phases) else None
         return known or self.step_flops(passes)
 
-    def held_out(self, depth: str) -> dict[int, float]:
-        """Step -> held-out accuracy at a depth and the N of the main figures, where it was evaluated while it trained."""
-        name = f"accuracy/N{self.read_passes}/depth_{depth}"
-        return {record["step"]: record[name] for record in self.metrics if name in record}
-
     @property
     def seconds(self) -> float:
         """Time of all steps so far, without evaluations and checkpoints."""
