@@ -9,7 +9,7 @@ from powernap.train.tracking.metrics import read_metrics
 
 # Metrics that depend on the clock, the machine or what is recomputed, not on the run.
 NOT_COMPARED = {"seconds", "tokens_per_second", "peak_memory_bytes", "flops"}
-
+# Fields that differ between equal runs: where they stand, not what they compute.
 OF_A_RUN = {"run.name", "run.sweep"}
 
 

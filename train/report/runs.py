@@ -1,5 +1,6 @@
 """The runs of a report: read from their folders, and grouped if they differ in their seeds only."""
 
+import functools
 import itertools
 import json
 import re
@@ -20,7 +21,7 @@ from powernap.train.data.check import predicting_windows
 from powernap.train.data.sample import DataError
 from powernap.train.evaluation.pictures import smooth
 from powernap.train.recipe_file import flatten
-from powernap.train.run.folder import RunFolder, first_manifest
+from powernap.train.run.folder import RunFolder, first_manifest, flops_of_step
 from powernap.train.run.resume import FREE
 from powernap.train.tracking.metrics import read_metrics
 
@@ -130,28 +131,19 @@ class ReportedRun:
     @cached_property
     def flops_until(self) -> list[int]:
         """Training FLOPs up to each step, as the run wrote them, or by its work.json if it is of an older version."""
-        of_step: dict[tuple[int, int], int] = {}
-        counts = []
-        for record in self.metrics:
-            kind = record.get("passes", self.trained_passes), self._phase(record["step"])
-            if "flops" not in record and kind not in of_step:
-                of_step[kind] = self._flops_of(*kind)
-            counts.append(record.get("flops") or of_step[kind])
-        return list(itertools.accumulate(counts))
+        from_recipe = functools.cache(self.step_flops)
+        of_steps = (
+            record.get("flops")
+            or flops_of_step(self.work, self.recipe, record)
+            or from_recipe(record.get("passes", self.trained_passes))
+            for record in self.metrics
+        )
+        return list(itertools.accumulate(of_steps))
 
     @property
     def flops(self) -> int:
         """Training FLOPs of all steps so far."""
         return self.flops_until[-1] if self.metrics else 0
-
-    def _phase(self, step: int) -> int:
-        """Which of the recipe's phases a step is in."""
-        return sum(start < step for start, _ in self.recipe.phases) - 1
-
-    def _flops_of(self, passes: int, phase: int) -> int:
-        phases = self.work.get("phases", [])
-        known = phases[phase]["flops_per_step"].get(str(passes)) if phase < len(phases) else None
-        return known or self.step_flops(passes)
 
     @property
     def seconds(self) -> float:

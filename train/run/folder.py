@@ -205,6 +205,14 @@ def work_of(recipe: Recipe, predicts: Sequence[Sequence[bool]], probes: Sequence
     }
 
 
+def flops_of_step(work: Mapping[str, Any], recipe: Recipe, record: Mapping[str, Any]) -> int | None:
+    """Training FLOPs of the step of a record of metrics, on all ranks, by a run's `work_of`; None if that does not say."""
+    passes = record.get("passes", max(recipe.sleep.pass_choices))
+    phase = sum(start < record["step"] for start, _ in recipe.phases) - 1
+    phases = work.get("phases", [])
+    return phases[phase]["flops_per_step"].get(str(passes)) if phase < len(phases) else None
+
+
 def first_manifest(recipe: Recipe) -> dict[str, Any] | None:
     """The manifest of the first dataset's shards, if they are local and it names the task."""
     try:

@@ -233,7 +233,7 @@ class Delivery:
         from mlflow import MlflowClient
 
         named = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = named or store_uri(self._folder.parent)
+        uri = tracking_uri(self._folder)
         self._database = None
         if path := sqlite_file(uri):
             prepare_database(path, ours=not named, thorough=self._damaged)
@@ -435,6 +435,11 @@ def prepare_mlflow(timeout: int | None = None) -> None:
 def store_uri(root: Path) -> str:
     """The database beside the runs in `root`."""
     return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def tracking_uri(run_folder: Path) -> str:
+    """Where a run is tracked: the server that the environment names, or the database beside the run."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or store_uri(Path(os.path.abspath(run_folder)).parent)
 
 
 def shorten(text: str, limit: int = 6000) -> str:

@@ -1,13 +1,12 @@
 """MLflow's model registry: an exported model becomes a version of a registered one, linked to the run that trained it."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from powernap.model.errors import PowernapError
 from powernap.train.run.folder import RunFolder
-from powernap.train.tracking.delivery import one_line, prepare_mlflow, store_uri, sync_run
+from powernap.train.tracking.delivery import one_line, prepare_mlflow, sync_run, tracking_uri
 
 
 class RegistryError(PowernapError):
@@ -33,9 +32,7 @@ class Registry:
         from mlflow import MlflowClient
 
         self._model = model
-        self._client: Any = MlflowClient(
-            os.environ.get("MLFLOW_TRACKING_URI") or store_uri(run_folder.absolute().parent)
-        )
+        self._client: Any = MlflowClient(tracking_uri(run_folder))
         self._run_id = RunFolder(run_folder).mlflow_run_id
 
     def add(self, exported: Path, step: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run says of itself in a few lines: held-out results as it trains, and a summary at its end. No torch here."""
+"""What a run says of itself in a few lines: held-out results as it trains, and a summary at its end."""
 
 import os
 import re

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from powernap.train.config import Recipe
-from powernap.train.run.folder import RunFolder
+from powernap.train.run.folder import RunFolder, flops_of_step
 from powernap.train.tracking.metrics import read_metrics
 
 HEALTH = re.compile(r"fast_weights/block_\d+/pass_\d+/(\w+)")
@@ -23,7 +23,7 @@ class Tracked:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resumed: bool) -> None:
         self._recipe, self._folder = recipe, folder
-        self._flops_per_step: list[dict[str, int]] = []
+        self._work: dict[str, Any] = {}
         self.tokens = self.flops = 0
         if resumed and folder.metrics.exists():
             for record in read_metrics(folder.metrics):
@@ -58,10 +58,7 @@ class Tracked:
 
     def flops_of(self, record: Mapping[str, Any]) -> int:
         """Training FLOPs of a step, on all ranks; 0 if the run has not recorded them: the first step does."""
-        if not self._flops_per_step:
-            with suppress(OSError, ValueError, KeyError):
-                phases = json.loads(self._folder.work.read_text())["phases"]
-                self._flops_per_step = [phase["flops_per_step"] for phase in phases]
-        phase = sum(start < record["step"] for start, _ in self._recipe.phases) - 1
-        passes = record.get("passes", max(self._recipe.sleep.pass_choices))
-        return self._flops_per_step[phase].get(str(passes), 0) if phase < len(self._flops_per_step) else 0
+        if not self._work:
+            with suppress(OSError, ValueError):
+                self._work = json.loads(self._folder.work.read_text())
+        return flops_of_step(self._work, self._recipe, record) or 0
