@@ -1,4 +1,4 @@
-"""SwiGLU between the MLP's two projections, in one of FLA's kernels each way where kernels compute."""
+"""SwiGLU between the MLP's two projections, in one kernel each way where kernels compute."""
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ class GateAndUp(torch.nn.Module):
 
         if not kernels_compute(x):
             return gate_and_up(x)
-        from powernap.model.mixers.kernels import swiglu
+        from powernap.model import swiglu_kernel
 
-        return swiglu(*x.chunk(2, dim=-1))
+        return swiglu_kernel.gate_and_up(x)
 
 
 def gate_and_up(x: torch.Tensor) -> torch.Tensor:

@@ -703,10 +703,13 @@ def _is_flat(value: object) -> bool:
 
 
 def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    # A CPU copies what it converts to float64: pieces stay in its cache.
-    pieces = [piece for g in gradients for piece in ([g] if g.is_cuda else g.view(-1).split(2**18))]
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    return torch.stack(norms or [torch.zeros((), dtype=torch.float64, device=device)]).square().sum().float()
+    if device.type == "cpu":
+        # A CPU copies what it converts to float64, three times the cost. In float32 a norm of so few numbers is right to 1e-7; of
+        # 62 million at once it was 0.7 % too small.
+        norms = [torch.linalg.vector_norm(piece) for g in gradients for piece in g.view(-1).split(2**14)]
+    else:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return torch.stack(norms or [torch.zeros((), device=device)]).double().square().sum().float()
 
 
 def _poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:

@@ -133,12 +133,14 @@ class Attention(Mixer):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """The projection, rotated q and k, the output; the log-sum-exp of each head's scores."""
+        """The projection, rotated q and k, the output; the log-sum-exp of each head's scores. On CUDA in bf16 a kernel that keeps
+        nothing writes q, k and v in the projection's place, if they are not normed."""
         if state_only:
             return 0
         queries, pairs = self.heads, self.groups  # in widths of a head
         kept = sum(self._rows) * pairs + queries
-        if self.rotated(model) or self.qk_norm:
+        in_kernel = device == "cuda" and number < FP32 and not self.qk_norm
+        if (self.rotated(model) or self.qk_norm) and not in_kernel:
             kept += queries + pairs
         if self.output_gate:
             kept += 2 * queries  # its sigmoid, the gated output
@@ -215,6 +217,7 @@ class Attention(Mixer):
         """Queries, their gates, keys, values; queries and keys are rotated. [L, B, D] -> [B, heads or groups/TP, L, width]."""
         import torch
 
+        from powernap.model.mixers.fla import kernels_compute
         from powernap.model.mixers.rotary import rotary_of, rotate
 
         projected, _ = layer.qkv_proj(hidden_states)
@@ -222,6 +225,15 @@ class Attention(Mixer):
         queries, gates, *_ = self._rows
         width, rotated = self.width(layer.model), self.rotated(layer.model)
         projected = projected.view(length, batch, self.groups // layer.tp_size, sum(self._rows), width)
+        tables = None
+        if rotated:
+            tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
+        if not self.qk_norm and kernels_compute(projected):
+            from powernap.model.mixers.rotary_kernel import unpack
+
+            query, gate, key, value = unpack(projected, tables, queries, gates)
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            return query, gate if gates else None, key, value
         # split, not indexing: the backward of n slices would fill n gradients of the full size
         turned, value = projected.split([queries + gates + 1, 1], dim=-2)
         gate = None
@@ -231,12 +243,10 @@ class Attention(Mixer):
             if self.qk_norm:
                 query, key = layer.q_norm(query), layer.k_norm(key)
             turned = torch.cat([query, key], dim=-2)
-        if rotated:
-            tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
-            if rotated == width:
-                turned = rotate(turned, *tables)
-            else:
-                turned = torch.cat([rotate(turned[..., :rotated], *tables), turned[..., rotated:]], dim=-1)
+        if tables is not None and rotated == width:
+            turned = rotate(turned, *tables)
+        elif tables is not None:
+            turned = torch.cat([rotate(turned[..., :rotated], *tables), turned[..., rotated:]], dim=-1)
         query, key = turned.split([queries, 1], dim=-2)
         query, key, value = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (query, key, value))
         return query, gate, key, value

@@ -1,7 +1,7 @@
 """From a gated delta net's projection to what FLA's kernels take, in one Triton kernel: layout, convolution, SiLU, L2 norm.
 
 The projection is head-major, with tokens before the batch. FLA's own short convolution and norm would take five copies of
-it; this kernel reads every number once and writes each of q, k and v where the delta rule reads it.
+it; this kernel reads every number once and writes each of q, k, v and the raw gates where the delta rule reads it.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from powernap.model.mixers.gated_delta_net import MIN_NORM
 
-TILE = 4096  # numbers that a program holds: tokens times channels
+TILE = 2048  # numbers that a program holds: tokens times channels
 PAD = -1e4  # as a raw gate: softplus and sigmoid are 0 in float32, and so are their gradients
 
 
@@ -58,16 +58,11 @@ class _Unpack(torch.autograd.Function):
         ctx.save_for_backward(projected, weight, mask)
         q, k = (projected.new_empty(batch, length, groups, key_dim) for _ in range(2))
         v, z = (projected.new_empty(batch, length, groups * sizes.values, value_dim) for _ in range(2))
-        _features[sizes.grid(projected, gates=True)](
-            projected, weight, mask, q, k, v, z, **sizes.constants(projected, weight)
-        )
         beta = projected.new_empty(v.shape[:3], dtype=torch.float32)
         alpha = projected.new_empty(*v.shape[:3], sizes.decays(projected), dtype=torch.float32)
-        for role, place in zip(sizes.raw_gates(projected), (beta, alpha), strict=True):
-            place.view(batch, length, groups, -1).copy_(role.transpose(0, 1))
-        if padding_mask is not None:
-            pads = ~padding_mask.t()[..., None]
-            beta.masked_fill_(pads, PAD), alpha.masked_fill_(pads[..., None], PAD)
+        _features[sizes.grid(projected, gates=True)](
+            projected, weight, mask, q, k, v, z, beta, alpha, PAD=PAD, **sizes.constants(projected, weight)
+        )
         return q, k, v, z, beta, alpha
 
     @staticmethod
@@ -81,11 +76,10 @@ class _Unpack(torch.autograd.Function):
         taps = weight.new_empty(grid[0] * batch, *weight.shape, dtype=torch.float32)
         features = (dq.contiguous(), dk.contiguous(), dv.contiguous())
         _features_backward[grid](projected, weight, mask, *features, before_silu, taps, **constants)
+        gates = (dz.contiguous(), dbeta.contiguous(), dalpha.contiguous())
         _convolution_backward[ctx.sizes.grid(projected, gates=True)](
-            before_silu, weight, mask, dz.contiguous(), gradient, **constants
+            before_silu, weight, mask, *gates, gradient, **constants
         )
-        for place, role in zip(ctx.sizes.raw_gates(gradient), (dbeta, dalpha), strict=True):
-            place.copy_(role.view(batch, length, groups, -1).transpose(0, 1))
         return gradient, taps.sum(0), None, None, None, None
 
 
@@ -95,11 +89,6 @@ class _Sizes(NamedTuple):
     values: int  # heads of values for each head of keys
     eps: float
 
-    def raw_gates(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """beta and alpha of a projection, [L, B, G, ...]."""
-        others = 2 * (self.key_dim + self.values * self.value_dim)
-        return projected.split([others, self.values, self.values * self.decays(projected)], dim=-1)[1:]
-
     def decays(self, projected: torch.Tensor) -> int:
         others = 2 * self.key_dim + self.values * (2 * self.value_dim + 1)
         return (projected.shape[-1] - others) // self.values
@@ -107,7 +96,7 @@ class _Sizes(NamedTuple):
     @property
     def width(self) -> int:
         """Channels that a program has room for."""
-        return triton.next_power_of_2(max(self.key_dim, self.value_dim))
+        return triton.next_power_of_2(max(self.key_dim, self.value_dim, self.values))
 
     @property
     def tokens(self) -> int:
@@ -115,33 +104,38 @@ class _Sizes(NamedTuple):
         return max(1, TILE // self.width)
 
     def grid(self, projected: torch.Tensor, gates: bool = False) -> tuple[int, int, int]:
-        """A program for some tokens of q, k or one head of v, and one for each head of z."""
+        """A program for some tokens of q, k or one head of v; with `gates` as many for z, one for beta, one for each alpha."""
         length, batch, groups, _ = projected.shape
-        return triton.cdiv(length, self.tokens), batch * groups, 2 + self.values * (1 + gates)
+        return triton.cdiv(length, self.tokens), batch * groups, 2 + self.values + gates * (2 * self.values + 1)
 
     def constants(self, projected: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
         length, batch, groups, rows = projected.shape
         return {
             "length": length, "batch": batch, "groups": groups, "rows": rows, "eps": self.eps,
-            "KEY": self.key_dim, "VALUE": self.value_dim, "VALUES": self.values,
+            "KEY": self.key_dim, "VALUE": self.value_dim, "VALUES": self.values, "DECAYS": self.decays(projected),
             "CHANNELS": weight.shape[1], "TAPS": weight.shape[2], "TOKENS": self.tokens, "WIDTH": self.width,
         }  # fmt: skip
 
 
 @triton.jit
-def _place(batch, groups, KEY: tl.constexpr, VALUE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+def _place(
+    batch, groups, KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, DECAYS: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """What this program computes: tokens [TOKENS], its sequence and head of keys, its role and channels [WIDTH].
 
-    Roles: 0 is q, 1 is k, from 2 on heads of v, and then as many of z.
+    Roles: 0 is q, 1 is k, from 2 on heads of v, then as many of z, beta of all of these heads, alpha of each.
     """
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     sequence, group = tl.program_id(1).to(tl.int64) // groups, tl.program_id(1) % groups
     role = tl.program_id(2)
     own = tl.arange(0, WIDTH)
-    is_value = role >= 2
-    exists = own < tl.where(is_value, VALUE, KEY)
-    channels = own + tl.where(is_value, 2 * KEY + (role - 2) * VALUE, role * KEY)
-    return tokens, sequence, group, role, own, exists, channels
+    beta = 2 + 2 * VALUES
+    first_beta = 2 * KEY + 2 * VALUES * VALUE
+    size = tl.where(role < 2, KEY, tl.where(role < beta, VALUE, tl.where(role == beta, VALUES, DECAYS)))
+    later = tl.where(role == beta, first_beta, first_beta + VALUES + (role - beta - 1) * DECAYS)
+    first = tl.where(role < 2, role * KEY, tl.where(role < beta, 2 * KEY + (role - 2) * VALUE, later))
+    return tokens, sequence, group, role, own, own < size, own + first
 
 
 @triton.jit
@@ -175,11 +169,13 @@ def _convolved(
 
 @triton.jit
 def _features(
-    projected, weight, mask, q, k, v, z, length, batch, groups, rows, eps,
-    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    projected, weight, mask, q, k, v, z, beta, alpha, length, batch, groups, rows, eps, PAD: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, DECAYS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    tokens, sequence, group, role, own, exists, channels = _place(batch, groups, KEY, VALUE, TOKENS, WIDTH)
+    tokens, sequence, group, role, own, exists, channels = _place(
+        batch, groups, KEY, VALUE, VALUES, DECAYS, TOKENS, WIDTH
+    )
     is_gate = role >= 2 + VALUES
     seen = exists & (role < 2 + VALUES)
     x = _convolved(
@@ -195,17 +191,25 @@ def _features(
     tl.store(q + key, unit.to(q.dtype.element_ty), mask=stored & (role == 0))
     tl.store(k + key, unit.to(k.dtype.element_ty), mask=stored & (role == 1))
     tl.store(v + value, x.to(v.dtype.element_ty), mask=stored & (role >= 2) & (role < 2 + VALUES))
-    tl.store(z + value - VALUES * VALUE, gate.to(z.dtype.element_ty), mask=stored & is_gate)
+    raw = role - 2 - 2 * VALUES  # 0: beta, 1 and on: alpha
+    tl.store(z + value - VALUES * VALUE, gate.to(z.dtype.element_ty), mask=stored & is_gate & (raw < 0))
+    if mask is not None:
+        kept = tl.load(mask + tokens * batch + sequence, mask=tokens < length, other=0) != 0
+        gate = tl.where(kept[:, None], gate, PAD)
+    tl.store(beta + head[:, None] * VALUES + own, gate, mask=stored & (raw == 0))
+    tl.store(alpha + (head * VALUES + raw - 1)[:, None] * DECAYS + own, gate, mask=stored & (raw > 0))
 
 
 @triton.jit
 def _features_backward(
     projected, weight, mask, dq, dk, dv, before_silu, taps, length, batch, groups, rows, eps,
-    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, DECAYS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the convolution's output, before_silu [L, B, G, CHANNELS], and each program's part of the taps'."""
-    tokens, sequence, group, role, own, exists, channels = _place(batch, groups, KEY, VALUE, TOKENS, WIDTH)
+    tokens, sequence, group, role, own, exists, channels = _place(
+        batch, groups, KEY, VALUE, VALUES, DECAYS, TOKENS, WIDTH
+    )
     pre = _convolved(
         projected, weight, mask, tokens, sequence, group, channels, exists, length, batch, groups, rows, CHANNELS, TAPS
     )
@@ -233,12 +237,14 @@ def _features_backward(
 
 @triton.jit
 def _convolution_backward(
-    before_silu, weight, mask, dz, gradient, length, batch, groups, rows, eps,
-    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    before_silu, weight, mask, dz, dbeta, dalpha, gradient, length, batch, groups, rows, eps,
+    KEY: tl.constexpr, VALUE: tl.constexpr, VALUES: tl.constexpr, DECAYS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The convolution backwards in time, and dz, into q, k, v and z of gradient [L, B, G, rows]."""
-    tokens, sequence, group, role, own, exists, channels = _place(batch, groups, KEY, VALUE, TOKENS, WIDTH)
+    """The convolution backwards in time, dz, dbeta and dalpha, into gradient [L, B, G, rows]."""
+    tokens, sequence, group, role, own, exists, channels = _place(
+        batch, groups, KEY, VALUE, VALUES, DECAYS, TOKENS, WIDTH
+    )
     is_gate = role >= 2 + VALUES
     seen = exists & (role < 2 + VALUES)
     found = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
@@ -247,11 +253,15 @@ def _convolution_backward(
         d_pre = _read(before_silu, None, later, sequence, group, channels, seen, length, batch, groups, CHANNELS)
         found += d_pre * _tap(weight, number, group, channels, seen, CHANNELS, TAPS)
     there = tokens < length
-    if mask is not None:  # a pad was a zero
+    head = (sequence * length + tokens) * groups + group
+    raw = role - 2 - 2 * VALUES
+    gate = there[:, None] & exists & is_gate
+    found += tl.load(dbeta + head[:, None] * VALUES + own, mask=gate & (raw == 0), other=0.0)
+    found += tl.load(dalpha + (head * VALUES + raw - 1)[:, None] * DECAYS + own, mask=gate & (raw > 0), other=0.0)
+    if mask is not None:  # a pad was a zero to the convolution, and its gates no numbers of the projection
         kept = tl.load(mask + tokens * batch + sequence, mask=there, other=0) != 0
         found = tl.where(kept[:, None], found, 0.0)
-    head = ((sequence * length + tokens) * groups + group) * VALUES + role - 2 - VALUES
-    gate = there[:, None] & exists & is_gate
-    found += tl.load(dz + head[:, None] * VALUE + own, mask=gate, other=0.0).to(tl.float32)
+    value = (head * VALUES + role - 2 - VALUES)[:, None] * VALUE + own
+    found += tl.load(dz + value, mask=gate & (raw < 0), other=0.0).to(tl.float32)
     at = ((tokens * batch + sequence) * groups + group) * rows
     tl.store(gradient + at[:, None] + channels, found.to(gradient.dtype.element_ty), mask=there[:, None] & exists)

@@ -1,12 +1,10 @@
-"""FLA's kernels beside its recurrences, each behind one function; conv_kernel.py has our own. Imported where kernels compute alone:
+"""FLA's kernels beside its recurrences, each behind one function; *_kernel.py are our own. Imported where kernels compute alone:
 it takes seconds.
 
 torch.compile leaves them alone: FLA launches Triton kernels in ways that it would have to follow.
 """
 
 import torch
-from fla.modules.activations import swiglu as fla_swiglu
-from fla.modules.norm.fused_norm_gate import rms_norm_gated
 from fla.modules.norm.layernorm import rms_norm
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.kda import chunk_kda
@@ -15,23 +13,11 @@ from powernap.model.mixers.conv_kernel import Unpacked
 
 
 @torch.compiler.disable
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * up."""
-    return fla_swiglu(gate, up)
-
-
-@torch.compiler.disable
 def norm_of_sum(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(RMSNorm of residual + x, that sum)."""
     return rms_norm(x, weight, None, residual, eps=eps, prenorm=True)
-
-
-@torch.compiler.disable
-def gated_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, activation: str) -> torch.Tensor:
-    """RMSNorm of x over its last dimension times `activation` of the gate, which has x's shape."""
-    return rms_norm_gated(x, gate, weight, None, activation, eps=eps)
 
 
 def gated_delta_rule(

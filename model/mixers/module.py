@@ -165,8 +165,8 @@ class HeadNorm(RMSNorm):
         return self.scaled(x, self._shared_weight)
 
     def gated(self, x: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
-        """In FLA's kernel: the norm of x times `activation` of the gate, which has x's shape."""
-        from powernap.model.mixers.kernels import gated_norm
+        """In a kernel: the norm of x times `activation` of the gate, both [B, L, H, d_v] -> [L, B, H * d_v]."""
+        from powernap.model.mixers.gated_norm_kernel import gated_norm
 
         assert not self.zero_centred
         return gated_norm(x, gate, self._shared_weight, self.eps, activation)

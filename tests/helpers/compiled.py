@@ -1,6 +1,6 @@
 """FLA's Triton kernels compiled for a card that is not here: a process of its own that writes what ptxas said as JSON.
 
-python -m tests.helpers.compiled CARD CASES OUT      CARD: of CARDS; CASES: names of test_kernels_compiled.py or SINGLE, separated by |
+python -m tests.helpers.compiled CARD CASES OUT      CARD: of CARDS; CASES: names of test_kernels_compiled.py, SINGLE or OWN, separated by |
 
 A mixer's call runs forward and back on CPU tensors of a training step's shapes and types, up to each launch. There the kernel
 is compiled to the card's machine code instead, in every configuration that FLA's autotuner would try on that card. It shows
@@ -191,15 +191,61 @@ SINGLE: dict[str, Callable[[], None]] = {
 }
 
 
+def around_the_rule(keys: int, values: int, decays: int) -> None:
+    """From a delta net's projection to the rule and from there to the output projection, forward and back."""
+    from powernap.model.mixers.conv_kernel import unpack
+    from powernap.model.mixers.gated_norm_kernel import gated_norm
+
+    heads, rows = 14, 2 * keys + 2 * values + 1 + decays
+    projected, taps, weight = bf16(1024, 4, heads, rows), bf16(heads, 2 * keys + values, 4), bf16(values)
+    mask = torch.ones(1024, 4, dtype=torch.bool)
+    parts = unpack(projected, taps, mask, keys, values, 0.0)
+    output = gated_norm(parts.v, parts.z, weight, 1e-6, "silu")
+    torch.autograd.backward([output, *parts], [torch.zeros_like(part) for part in (output, *parts)])
+
+
+def around_attention() -> None:
+    from powernap.model.mixers.rotary_kernel import unpack
+
+    tables = (
+        torch.zeros(1024, 1, 1, 1, 128, dtype=torch.bfloat16),
+        torch.zeros(1024, 1, 1, 1, 128, dtype=torch.bfloat16),
+    )
+    parts = unpack(bf16(1024, 4, 4, 2 * 4 + 2, 128), tables, 4, 4)
+    torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
+
+
+def in_the_mlp() -> None:
+    from powernap.model.swiglu_kernel import gate_and_up
+
+    output = gate_and_up(bf16(1024, 4, 2 * 4864))
+    output.backward(torch.zeros_like(output))
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+# Our own kernels, at the sizes of a 1B micro-batch, and how many of them no case before has compiled.
+OWN: dict[str, tuple[Callable[[], None], int]] = {
+    "around the rule, G": (partial(around_the_rule, 128, 128, 1), 5),
+    "around the rule, K": (partial(around_the_rule, 128, 128, 128), 3),
+    "around the rule, 96 x 192": (partial(around_the_rule, 96, 192, 1), 5),
+    "around attention": (around_attention, 2),
+    "in the MLP": (in_the_mlp, 2),
+}
+
+
 def main() -> None:
     pretend(CARDS[sys.argv[1]])
     from tests.model.mixers.test_kernels_compiled import CASES, LARGE
 
     compiler, found = Compiler(sys.argv[1]), {}
+    single = SINGLE | {name: call for name, (call, _) in OWN.items()}
     for name in sys.argv[2].split("|"):
         compiler.every, compiler.found = name in LARGE, []
         try:
-            SINGLE[name]() if name in SINGLE else run(CASES[name])
+            single[name]() if name in single else run(CASES[name])
         except (ValueError, AssertionError) as error:  # FLA's own refusal
             compiler.found.append(Compiled("", "", error=in_a_line(error)))
         found[name] = [asdict(one) for one in compiler.found]

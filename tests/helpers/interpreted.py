@@ -160,6 +160,53 @@ def mixer_errors(case, topology, device: str = "cpu") -> dict[str, float]:
     }
 
 
+def rotation_errors(case, device: str = "cpu") -> dict[str, float]:
+    """As `errors`, of attention's projection taken apart and rotated, by tables that are of each sequence or of all."""
+    from powernap.model.mixers.rotary import rotate
+    from powernap.model.mixers.rotary_kernel import unpack
+
+    generator = torch.Generator().manual_seed(case.length)
+    rows, batch = case.queries + case.gates + 2, 2
+    x = torch.randn(case.length, batch, case.groups, rows, case.width, generator=generator).to(device, case.dtype)
+    shape = (case.length, batch if case.of_each else 1, 1, 1, case.rotated // 2)
+    angles = (6 * torch.rand(shape, generator=generator)).to(device).repeat(1, 1, 1, 1, 2)
+    tables = (angles.cos().to(case.dtype), angles.sin().to(case.dtype)) if case.rotated else None
+
+    def in_torch(x):
+        wide = [table.double() for table in tables or ()]
+        query, gate, key, value = x.split([case.queries, case.gates, 1, 1], dim=-2)
+        if wide:
+            query, key = (
+                torch.cat([rotate(part[..., : case.rotated], *wide), part[..., case.rotated :]], dim=-1)
+                for part in (query, key)
+            )
+        return [part.flatten(2, 3) for part in (query, gate, key, value)]
+
+    return function_errors(in_torch, lambda x: unpack(x, tables, case.queries, case.gates), x)
+
+
+def swiglu_errors(case, device: str = "cpu") -> dict[str, float]:
+    from powernap.model import swiglu, swiglu_kernel
+
+    generator = torch.Generator().manual_seed(case.width)
+    x = torch.randn(3, 2, 2 * case.width, generator=generator).to(device, case.dtype)
+    return function_errors(lambda x: [swiglu.gate_and_up(x)], lambda x: [swiglu_kernel.gate_and_up(x)], x)
+
+
+def function_errors(in_torch, in_kernels, x: torch.Tensor) -> dict[str, float]:
+    """Of each output of a function of x, and of its gradient, relative to the largest value in float64."""
+    generator, exact, found = torch.Generator().manual_seed(7), {}, {}
+    for form, given, results in ((in_torch, x.double(), exact), (in_kernels, x.clone(), found)):
+        outputs = [part for part in form(given.requires_grad_()) if part.numel()]
+        along = [torch.randn(part.shape, generator=generator.manual_seed(7)).to(x) for part in outputs]
+        torch.autograd.backward(outputs, [by.to(part.dtype) for by, part in zip(along, outputs, strict=True)])
+        results |= {f"output {number}": part for number, part in enumerate(outputs)} | {"dx": given.grad}
+    return {
+        name: float((found[name].double() - value).detach().abs().max() / value.detach().abs().max())
+        for name, value in exact.items()
+    }
+
+
 def with_fault(fault: tuple, case, topology) -> dict[str, float]:
     """`mixer_errors` where an argument of a function is what a third makes of it."""
     path, argument, change = fault
@@ -222,6 +269,10 @@ def main() -> None:
             found[name] = errors(tests.CASES[name].rule(), tests.CASES[name])
         elif name in tests.MIXERS_IN_KERNELS:
             found[name] = mixer_errors(tests.MIXERS_IN_KERNELS[name], topology)
+        elif name in tests.ROTATIONS:
+            found[name] = rotation_errors(tests.ROTATIONS[name])
+        elif name in tests.GATED:
+            found[name] = swiglu_errors(tests.GATED[name])
         elif name in tests.FAULTS:
             found[name] = with_fault(tests.FAULTS[name], tests.FAULTY, topology)
         else:

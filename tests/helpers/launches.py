@@ -7,7 +7,7 @@ Interpreted kernels only: the process is started with TRITON_INTERPRET=1.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import ClassVar
 from unittest import mock
 
@@ -30,18 +30,53 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found: Counter[str] = Counter()
+        self._inside = False  # of what counts as one
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not _is_free(func):
-            self.found[func.overloadpacket.__name__] += 1
+            self._count(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str) -> None:
+        if not self._inside:
+            self.found[name] += 1
+
+    @contextmanager
+    def rule_as_one(self) -> Iterator[None]:
+        """FLA's gated delta rule counts as one each way, as speed.md and the issue's 2,832 count it."""
+        from fla.ops.gated_delta_rule.chunk import ChunkGatedDeltaRuleFunction as Rule
+
+        def one(way):
+            def called(*arguments):
+                self._count(f"rule, {way.__name__}")
+                with self._being_inside(True):
+                    return way(*arguments)
+
+            return staticmethod(called)
+
+        with ExitStack() as stack:
+            for way in (Rule.forward, Rule.backward):
+                stack.enter_context(mock.patch.object(Rule, way.__name__, one(way)))
+            yield
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """The first backward to ask for what it saved makes torch recompute the segment, which is not its own."""
+        return self._being_inside(False)
+
+    @contextmanager
+    def _being_inside(self, inside: bool) -> Iterator[None]:
+        before, self._inside = self._inside, inside
+        try:
+            yield
+        finally:
+            self._inside = before
 
     @contextmanager
     def counting(self) -> Iterator[Counter]:
         from triton.runtime.interpreter import InterpretedFunction
 
         def launched(function, *_, **__):
-            self.found[function.fn.__name__] += 1
+            self._count(function.fn.__name__)
 
         def attention(query, key, value, **_):
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
@@ -105,7 +140,7 @@ def of_mixer(topology, kernels: bool, batch: int = 2) -> dict[str, dict[str, int
     return {way: dict(counts) for way, counts in found.items()}
 
 
-def of_segment(topology, kernels: bool, blocks: int = 24, batch: int = 2) -> dict[str, int]:
+def of_segment(topology, kernels: bool, blocks: int = 24, batch: int = 2, rule_as_one: bool = False) -> dict[str, int]:
     """A segment of alternating attention and gated delta nets: forward, recompute and backward, without the head."""
     from powernap.model.batch import plan_segments
     from powernap.model.config import SleepConfig
@@ -125,8 +160,12 @@ def of_segment(topology, kernels: bool, blocks: int = 24, batch: int = 2) -> dic
         return *([] if hidden is None else [hidden]), *after
 
     with mock.patch("powernap.model.mixers.fla.kernels_compute", lambda x: kernels), _fla_alone():
-        with Launches().counting() as found:
-            outputs = checkpoint(run, *states, use_reentrant=False, preserve_rng_state=False)
+        launches = Launches()
+        with launches.counting() as found, launches.rule_as_one() if rule_as_one else nullcontext():
+            outputs = checkpoint(
+                run, *states, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), launches.recomputing()),
+            )  # fmt: skip
             torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     return dict(found)
 
@@ -149,4 +188,5 @@ def both_forms(topology) -> dict[str, dict[str, int]]:
         mixer = {f"mixer, {way}": sum(n.values()) for way, n in of_mixer(topology, kernels).items()}
         short, long = (sum(of_segment(topology, kernels, blocks).values()) for blocks in (2, 4))
         found[form] = mixer | {"pair of blocks": long - short}
+    found["kernels"]["segment, FLA's rule as one"] = sum(of_segment(topology, True, rule_as_one=True).values())
     return found

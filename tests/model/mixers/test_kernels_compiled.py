@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from powernap.model.mixers.fla import LARGEST_KEY_DIM
-from tests.helpers.compiled import KERNELS, SINGLE, Compiled, compile_cases
+from tests.helpers.compiled import KERNELS, OWN, SINGLE, Compiled, compile_cases
 from tests.model.mixers.test_kernels_interpreted import Case
 
 # A micro-batch of benchmarks/device.py's 1B; Mamba-2 as wide; OLMo-Hybrid's heads. Every configuration of each kernel.
@@ -39,6 +39,15 @@ needs_kernels = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kern
 
 def by_kernel(found: list[Compiled]) -> dict[str, list[Compiled]]:
     return {name: [one for one in found if one.kernel == name] for name in dict.fromkeys(one.kernel for one in found)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("card", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.wide)])
+def test_our_own_kernels_fit_the_card(card):
+    found = compile_cases(card, [*OWN])
+    for name, (_, number) in OWN.items():
+        assert len(found[name]) == number, found[name]
+        assert all(one.error is None and one.spilled == 0 for one in found[name]), found[name]
 
 
 @needs_kernels

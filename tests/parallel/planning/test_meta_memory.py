@@ -44,7 +44,7 @@ WIDE = {
     "activations kept": recipe(recompute="none"),
     "four passes": recipe(passes=4),
     "Kimi": recipe("AK"),
-    "Mamba-2": recipe("AM"),
+    "Mamba-2": recipe("AMAM"),
 }
 
 
