@@ -3,7 +3,7 @@
 import math
 
 from powernap.model.plugins import plugins
-from powernap.train.config import OptimizerConfig
+from powernap.train.config import OptimizerConfig, Recipe
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -33,3 +33,14 @@ def _plateau(step: int, steps: int, config: OptimizerConfig) -> float:
     if config.decay == "sqrt":
         return max(config.final_lr, 1.0 - math.sqrt((progress - config.hold) / (1.0 - config.hold)))
     return max(config.final_lr, (1.0 - progress) / (1.0 - config.hold))
+
+
+def rate_in_words(recipe: Recipe) -> str:
+    """The learning rate over the run, in steps."""
+    config, steps = recipe.optimizer, recipe.train.steps
+    ends = f"to {config.final_lr:g} of it"
+    after = {
+        "wsd": f"constant to step {min(steps, math.ceil(config.hold * steps)):,}, then {config.decay} {ends}",
+        "inverse_sqrt": f"inverse square root of the step, at least {config.final_lr:g} of it",
+    }.get(config.schedule, f"{config.schedule} {ends}" if config.schedule in ("cosine", "linear") else config.schedule)
+    return f"{config.lr:g} after {config.warmup_steps:,} steps of warm-up, {after} at step {steps:,}"

@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.parallel.planning.plan import plan_run
     from powernap.parallel.planning.suggest import suggest, suggestions_json, suggestions_text
-    from powernap.train.data.check import predicting_windows
+    from powernap.train.data.check import epochs, predicting_windows
     from powernap.train.recipe_file import RecipeError, load_recipe
 
     if options.devices and not options.suggest:
@@ -40,5 +40,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
         return 0
     result = plan_run(recipe, predicting_windows, options.memory)
+    if note := epochs(recipe):
+        result.notes.append(note)
     print(result.as_json() if options.json else result.text(colour=sys.stdout.isatty()))
     return 0

@@ -35,8 +35,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     fields = parts.add_parser(
         "fields",
         help="type, limits, default and meaning of every field",
-        description="Type, limits, default and meaning of every field of a recipe.",
-        epilog="examples: powernap recipe fields sleep; powernap recipe fields optimizer.lr",
+        description="Type, limits, default and meaning of every field of a recipe, and of `job`, what powernap submit requests.",
+        epilog="examples: powernap recipe fields sleep; powernap recipe fields optimizer.lr; powernap recipe fields job",
     )
     fields.add_argument("name", metavar="NAME", nargs="?", help="a section or a field alone, such as sleep")
     form = fields.add_mutually_exclusive_group()
@@ -95,13 +95,14 @@ def _annotated(values: Mapping[str, Any], given: Mapping[str, dict], prefix: str
 
 
 def show_fields(options: argparse.Namespace, _: list[str]) -> int:
+    from powernap.launch.jobs.description import JobDescription
     from powernap.train.config import Recipe
     from powernap.train.fields import chosen, fields_of, markdown, recipe_schema
 
     if options.schema:
         print(json.dumps(recipe_schema(Recipe), indent=2))
         return 0
-    entries = fields_of(Recipe)
+    entries = [*fields_of(Recipe), *fields_of(JobDescription, "job.")]
     entries = chosen(entries, options.name) if options.name else entries
     print(markdown(entries) if options.markdown else "\n".join(entry.text(terminal_width()) for entry in entries))
     return 0

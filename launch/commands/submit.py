@@ -4,10 +4,15 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from powernap.launch.commands.arguments import add_recipe
+
+if TYPE_CHECKING:
+    from powernap.launch.jobs.job import Job
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -34,6 +39,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     from powernap.launch.jobs.submission import prepare_submission, submit_all
 
     submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume)
+    for note in dict.fromkeys(note for job in submission.jobs_to_start for note in _notes_on(job)):
+        print(f"powernap: note: {note}", file=sys.stderr)
     if options.dry_run:
         for group, files in submission.rendered():
             folder = submission.folder_of(group).path
@@ -55,6 +62,16 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     print(f"powernap status {name} shows its state, powernap logs -f {records[0].run} follows its output")
 
     return 0
+
+
+def _notes_on(job: "Job") -> Iterator[str]:
+    """What is allowed, and perhaps not meant."""
+    from powernap.train.data.check import epochs
+
+    if job.recipe.train.precision == "bf16" and job.description.device == "cpu":
+        yield "bf16 without a GPU: job.device=gpu requests one for each rank"
+    if job.cluster.files != "elsewhere" and (read := epochs(job.recipe)):
+        yield read
 
 
 def _notes(patch: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """powernap train: check a recipe, start its processes or join them, train."""
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING
 
 from powernap.launch.commands.arguments import add_recipe
@@ -85,7 +86,8 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
     """What this command would do, in lines."""
     from powernap.parallel.checkpoint.manifest import checkpoints, step_of
     from powernap.parallel.planning.plan import in_bytes, in_units, plan_run
-    from powernap.train.data.check import predicting_windows
+    from powernap.train.data.check import epochs, predicting_windows
+    from powernap.train.lr_schedule import rate_in_words
     from powernap.train.tracking.about import story
 
     planned = plan_run(recipe, predicting_windows)
@@ -93,11 +95,14 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
     after = f", from step {step_of(saved[-1]):,} on" if saved else ""
     fullest = max(stage.memory.total for stage in planned.stages)
     total = sum(phase.flops for phase in planned.phases) or planned.flops_per_step * recipe.train.steps
+    read, schedule = epochs(recipe), rate_in_words(recipe)
     return [
-        f"would train {story(recipe)}",
+        *textwrap.wrap(f"would train {story(recipe)}", 80, subsequent_indent=" " * 12),
         f"into        {recipe.run_folder}{after}",
         f"layout      {recipe.parallel.grid}",
         f"            ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of {planned.micro_batch_size}",
+        *textwrap.wrap(f"rate        {schedule}", 80, subsequent_indent=" " * 12),
+        *(textwrap.wrap(f"reads       {read}", 80, subsequent_indent=" " * 12) if read else ()),
         f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank; more: powernap plan",
         "everything that can be checked before has been; nothing was written",
     ]

@@ -133,21 +133,25 @@ class Attention(Mixer):
     def activation_bytes(
         self, model: ModelConfig, sleep: SleepConfig, number: int, device: Device, state_only: bool = False
     ) -> float:
-        """The projection, rotated q and k, the output; the log-sum-exp of each head's scores. On CUDA in bf16 a kernel that keeps
-        nothing writes q, k and v in the projection's place, if they are not normed."""
+        """The projection, rotated q and k, the output; the log-sum-exp of each head's scores. On CUDA in bf16 a kernel writes q, k and
+        v in the projection's place, and keeps it where it norms them."""
         if state_only:
             return 0
         queries, pairs = self.heads, self.groups  # in widths of a head
         kept = sum(self._rows) * pairs + queries
-        in_kernel = device == "cuda" and number < FP32 and not self.qk_norm
-        if (self.rotated(model) or self.qk_norm) and not in_kernel:
+        in_kernel = device == "cuda" and number < FP32 and not (self.qk_norm and self.qk_norm_over == "width")
+        if in_kernel and self.qk_norm:
+            kept += queries + 2 * pairs
+        elif (self.rotated(model) or self.qk_norm) and not in_kernel:
             kept += queries + pairs
         if self.output_gate:
             kept += 2 * queries  # its sigmoid, the gated output
         if sleep.eviction == "sliding":
             kept += 2 * pairs  # keys and values, concatenated with the cache
         normed = 0
-        if self.qk_norm:  # divided by their root mean square, in bf16 also as float32 before; and that
+        if (
+            self.qk_norm and not in_kernel
+        ):  # divided by their root mean square, in bf16 also as float32 before; and that
             normed = (queries + pairs) * FP32 * (self.width(model) * (1 if number == FP32 else 2) + 1)
         return kept * self.width(model) * number + self.heads * FP32 + normed
 
@@ -228,10 +232,13 @@ class Attention(Mixer):
         tables = None
         if rotated:
             tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
-        if not self.qk_norm and kernels_compute(projected):
-            from powernap.model.mixers.rotary_kernel import unpack
+        if kernels_compute(projected) and not (self.qk_norm and self.qk_norm_over == "width"):
+            from powernap.model.mixers.rotary_kernel import Norms, unpack
 
-            query, gate, key, value = unpack(projected, tables, queries, gates)
+            norms = None
+            if self.qk_norm:
+                norms = Norms(layer.q_norm.multiplier(), layer.k_norm.multiplier(), layer.q_norm.eps)
+            query, gate, key, value = unpack(projected, tables, queries, gates, norms)
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return query, gate if gates else None, key, value
         # split, not indexing: the backward of n slices would fill n gradients of the full size

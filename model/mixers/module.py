@@ -171,6 +171,10 @@ class HeadNorm(RMSNorm):
         assert not self.zero_centred
         return gated_norm(x, gate, self._shared_weight, self.eps, activation)
 
+    def multiplier(self) -> torch.Tensor:
+        """What a normed head is multiplied by, [width of a head]; for kernels."""
+        return 1 + self._shared_weight.float() if self.zero_centred else self._shared_weight
+
     @property
     def _shared_weight(self) -> torch.Tensor:
         # Each shard sees its own heads, so its gradient of this shared weight is a partial sum.

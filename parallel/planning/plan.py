@@ -114,12 +114,18 @@ class Plan:
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("picture", "labels")
         }
         tables = {name: [dataclasses.asdict(row) for row in values[name]] for name in ("stages", "choices", "phases")}
-        return json.dumps({**values, **tables, "flops_of_run": self.flops_of_run}, indent=2)
+        of_run = {"flops_of_run": self.flops_of_run, "assumed_seconds_of_run": self.seconds_of_run}
+        return json.dumps({**values, **tables, **of_run}, indent=2)
 
     @property
     def flops_of_run(self) -> int:
         """Of all steps of its phases."""
         return sum(phase.flops for phase in self.phases)
+
+    @property
+    def seconds_of_run(self) -> float:
+        """If every rank computes ASSUMED_FLOPS a second from the first step to the last."""
+        return self.flops_of_run / self.ranks / ASSUMED_FLOPS
 
     def text(self, colour: bool = False) -> str:
         """The plan for a terminal of 80 columns."""
@@ -131,10 +137,10 @@ class Plan:
         }[self.windows_from]
         probes = f", {self.probes} of them forgotten" if self.probes else ""
         all_train = self.trained_parameters == self.parameters
-        trains = "" if all_train else f", {in_units(self.trained_parameters)} trained"
+        trains = "" if all_train else f", {in_counts(self.trained_parameters)} trained"
         micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         facts = {
-            "model": f"{in_units(self.parameters)} parameters{trains}, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
+            "model": f"{in_counts(self.parameters)} parameters{trains}, {len(self.pattern)} blocks {_letters(self.pattern, 40)}",
             "ranks": f"{self.ranks} = data {self.data} x tensor {self.tensor} x pipeline {self.pipeline}{shards}",
             "training": f"{self.precision}, {self.optimizer}, ZeRO {self.zero_stage}, "
             f"recompute {in_words(self.recompute, self.offload_inputs)}",
@@ -148,8 +154,13 @@ class Plan:
         }
         if self.phases:
             steps = self.phases[-1].last_step
-            tokens = in_units(steps * self.tokens_per_step)
+            tokens = in_counts(steps * self.tokens_per_step)
             facts["run"] = f"{steps:,} steps, {tokens} tokens, {in_units(self.flops_of_run)} FLOPs"
+            if self.precision == "bf16":
+                facts["time"] = (
+                    f"{_in_time(self.seconds_of_run)} if each GPU reaches {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
+                    f"(assumed, not measured)"
+                )
         lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
         if len(self.phases) > 1:
             lines += ["", *self._phase_table()]
@@ -172,7 +183,7 @@ class Plan:
             parts = (m.weights, m.gradients + m.buffers, m.optimizer, m.segments, m.activations, m.total)
             numbers = " ".join(f"{in_bytes(n):>7}" for n in parts)
             lines.append(
-                f"{s.stage:<5} {blocks:<13} {in_units(s.parameters_per_rank):>6} {s.live_segments:>5} {numbers}"
+                f"{s.stage:<5} {blocks:<13} {in_counts(s.parameters_per_rank):>6} {s.live_segments:>5} {numbers}"
             )
         saved = "of two segments" if self.offload_inputs else "of live segments"
         activations = {
@@ -214,7 +225,18 @@ class Plan:
         left = (1 - RESERVE) * self.memory_limit - total
         reserve = f"besides a reserve of {RESERVE:.0%} of {in_bytes(self.memory_limit)}"
         answer = f"yes, {in_bytes(left)} to spare" if self.fits else f"NO, {in_bytes(-left)} too much"
-        return [*lines, f"fits       {answer} {reserve}"]
+        return [*lines, f"fits       {answer} {reserve}", *self._cheaper()]
+
+    def _cheaper(self) -> list[str]:
+        """The choice with the fewest FLOPs, if it fits and the recipe has another."""
+        assert self.memory_limit is not None
+        room = (1 - RESERVE) * self.memory_limit
+        best = min((one for one in self.choices if one.bytes <= room), key=lambda one: one.flops_per_step, default=None)
+        if len(self.phases) > 1 or best is None or best.flops_per_step > 0.99 * self.flops_per_step:
+            return []
+        less = 1 - best.flops_per_step / self.flops_per_step
+        offload = " train.offload_inputs=true" if best.offload_inputs else ""
+        return [f"           train.recompute={best.recompute}{offload} fits, too: {less:.0%} fewer FLOPs"]
 
     def _choice_table(self) -> list[str]:
         lines = [f"{'recompute':<30} {'FLOPs':>7} {'a rank':>8} {'host':>8}"]
@@ -370,6 +392,9 @@ def _stages(recipe: Recipe, segments: list[Segment], memories: list[MemoryEstima
     return stages
 
 
+ASSUMED_FLOPS = 400e12  # a second, 40 % of an H100's peak in bf16
+
+
 # A product writes its bfloat16 gradient, adding it to the float32 sum reads both and writes one: 12 bytes a parameter at 3 TB/s. A
 # recomputed segment takes 8 FLOPs a parameter and token at 400 TFLOP/s. So 200 over its tokens, a tenth here.
 ENOUGH_TOKENS = 2048
@@ -398,12 +423,24 @@ def _letters(pattern: str, most: int) -> str:
     return " ".join(f"{pattern.count(kind)}{kind}" for kind in sorted(set(pattern)))
 
 
+def in_counts(number: float) -> str:
+    """Of parameters and tokens, as the field writes them: 1.4B."""
+    return _scaled(number, ("", "k", "M", "B", "T"))
+
+
 def in_units(number: float) -> str:
     return _scaled(number, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def in_bytes(number: float) -> str:
     return _scaled(number, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def _in_time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

@@ -204,14 +204,15 @@ def around_the_rule(keys: int, values: int, decays: int) -> None:
     torch.autograd.backward([output, *parts], [torch.zeros_like(part) for part in (output, *parts)])
 
 
-def around_attention() -> None:
-    from powernap.model.mixers.rotary_kernel import unpack
+def around_attention(normed: bool) -> None:
+    from powernap.model.mixers.rotary_kernel import Norms, unpack
 
     tables = (
         torch.zeros(1024, 1, 1, 1, 128, dtype=torch.bfloat16),
         torch.zeros(1024, 1, 1, 1, 128, dtype=torch.bfloat16),
     )
-    parts = unpack(bf16(1024, 4, 4, 2 * 4 + 2, 128), tables, 4, 4)
+    norms = Norms(bf16(128), bf16(128), 1e-6) if normed else None
+    parts = unpack(bf16(1024, 4, 4, 2 * 4 + 2, 128), tables, 4, 4, norms)
     torch.autograd.backward(parts, [torch.zeros_like(part) for part in parts])
 
 
@@ -231,7 +232,8 @@ OWN: dict[str, tuple[Callable[[], None], int]] = {
     "around the rule, G": (partial(around_the_rule, 128, 128, 1), 5),
     "around the rule, K": (partial(around_the_rule, 128, 128, 128), 3),
     "around the rule, 96 x 192": (partial(around_the_rule, 96, 192, 1), 5),
-    "around attention": (around_attention, 2),
+    "around attention": (partial(around_attention, False), 2),
+    "around attention, normed": (partial(around_attention, True), 2),
     "in the MLP": (in_the_mlp, 2),
 }
 

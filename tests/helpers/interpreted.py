@@ -163,18 +163,24 @@ def mixer_errors(case, topology, device: str = "cpu") -> dict[str, float]:
 def rotation_errors(case, device: str = "cpu") -> dict[str, float]:
     """As `errors`, of attention's projection taken apart and rotated, by tables that are of each sequence or of all."""
     from powernap.model.mixers.rotary import rotate
-    from powernap.model.mixers.rotary_kernel import unpack
+    from powernap.model.mixers.rotary_kernel import Norms, unpack
 
     generator = torch.Generator().manual_seed(case.length)
+    weights = [1 + torch.rand(case.width, generator=generator).to(device, case.dtype) for _ in "qk"]
     rows, batch = case.queries + case.gates + 2, 2
     x = torch.randn(case.length, batch, case.groups, rows, case.width, generator=generator).to(device, case.dtype)
     shape = (case.length, batch if case.of_each else 1, 1, 1, case.rotated // 2)
     angles = (6 * torch.rand(shape, generator=generator)).to(device).repeat(1, 1, 1, 1, 2)
     tables = (angles.cos().to(case.dtype), angles.sin().to(case.dtype)) if case.rotated else None
 
-    def in_torch(x):
+    def in_torch(x, *weights):
         wide = [table.double() for table in tables or ()]
         query, gate, key, value = x.split([case.queries, case.gates, 1, 1], dim=-2)
+        if weights:
+            query, key = (
+                torch.nn.functional.rms_norm(part, (case.width,), weight, 1e-6)
+                for part, weight in zip((query, key), weights, strict=True)
+            )
         if wide:
             query, key = (
                 torch.cat([rotate(part[..., : case.rotated], *wide), part[..., case.rotated :]], dim=-1)
@@ -182,7 +188,10 @@ def rotation_errors(case, device: str = "cpu") -> dict[str, float]:
             )
         return [part.flatten(2, 3) for part in (query, gate, key, value)]
 
-    return function_errors(in_torch, lambda x: unpack(x, tables, case.queries, case.gates), x)
+    def in_kernel(x, *weights):
+        return unpack(x, tables, case.queries, case.gates, Norms(*weights, 1e-6) if weights else None)
+
+    return function_errors(in_torch, in_kernel, x, *(weights if case.normed else ()))
 
 
 def swiglu_errors(case, device: str = "cpu") -> dict[str, float]:
@@ -193,14 +202,16 @@ def swiglu_errors(case, device: str = "cpu") -> dict[str, float]:
     return function_errors(lambda x: [swiglu.gate_and_up(x)], lambda x: [swiglu_kernel.gate_and_up(x)], x)
 
 
-def function_errors(in_torch, in_kernels, x: torch.Tensor) -> dict[str, float]:
-    """Of each output of a function of x, and of its gradient, relative to the largest value in float64."""
-    generator, exact, found = torch.Generator().manual_seed(7), {}, {}
-    for form, given, results in ((in_torch, x.double(), exact), (in_kernels, x.clone(), found)):
-        outputs = [part for part in form(given.requires_grad_()) if part.numel()]
-        along = [torch.randn(part.shape, generator=generator.manual_seed(7)).to(x) for part in outputs]
+def function_errors(in_torch, in_kernels, *inputs: torch.Tensor) -> dict[str, float]:
+    """Of each output of a function of tensors, and of their gradients, relative to the largest value in float64."""
+    generator, exact, found = torch.Generator(), {}, {}
+    for form, dtype, results in ((in_torch, torch.float64, exact), (in_kernels, inputs[0].dtype, found)):
+        given = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        outputs = [part for part in form(*given) if part.numel()]
+        along = [torch.randn(part.shape, generator=generator.manual_seed(7)).to(inputs[0]) for part in outputs]
         torch.autograd.backward(outputs, [by.to(part.dtype) for by, part in zip(along, outputs, strict=True)])
-        results |= {f"output {number}": part for number, part in enumerate(outputs)} | {"dx": given.grad}
+        results |= {f"output {number}": part for number, part in enumerate(outputs)}
+        results |= {f"gradient {number}": x.grad for number, x in enumerate(given)}
     return {
         name: float((found[name].double() - value).detach().abs().max() / value.detach().abs().max())
         for name, value in exact.items()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from powernap.model.segments import Probe, SegmentError, TokenWindow, check_probes, windows_of
+from powernap.parallel.planning.plan import in_counts
 from powernap.parallel.planning.work import round_up
 from powernap.train.config import Recipe
 from powernap.train.data.cache import cache_of
@@ -98,6 +99,32 @@ def predicting_windows(recipe: Recipe) -> tuple[list[bool] | None, list[Probe]]:
         return None, []
     sample = sequences[0]
     return _predicts([sample], _windows(sample, recipe))[0].tolist(), probes_of(sample)
+
+
+def epochs(recipe: Recipe) -> str | None:
+    """How often the training data are read, as far as local manifests count them; None: they do not, or it is not once.
+
+    Of several datasets, which are drawn by weight, all together.
+    """
+    stored = 0
+    try:
+        for spec, _ in recipe.data.datasets.values():
+            for shard in expand_shards(spec):
+                entry = recorded(path) if (path := local_path(shard)) else None
+                if entry is None:
+                    return None
+                stored += entry.tokens or entry.samples * (recipe.data.sequence_length - 1)
+    except DataError:
+        return None
+    read = sum(
+        (end - start) * part.train.global_batch_size * (part.data.sequence_length - 1)
+        for (start, part), end in zip(
+            recipe.phases, [*(s for s, _ in recipe.phases[1:]), recipe.train.steps], strict=True
+        )
+    )
+    if not stored or read <= stored:
+        return None
+    return f"{in_counts(read)} tokens from data.train, which holds {in_counts(stored)}: each is read {read / stored:,.1f} times"
 
 
 def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:

@@ -82,7 +82,7 @@ def family_of(model: ModelConfig) -> Family:
     """The family that computes `model`.
 
     Raises:
-        HuggingFaceError: naming the first field that none does.
+        HuggingFaceError: naming all fields in which the nearest one differs.
     """
     fields = next((m.model_dump() for m in model.mixers if m.section == "attention"), {})
     if set(model.pattern) == {"A"}:
@@ -98,7 +98,12 @@ def family_of(model: ModelConfig) -> Family:
         section = model_section(config_of(model, family))
     except HuggingFaceError as error:
         raise HuggingFaceError(f"{family.model_type} does not compute this model: {error}") from None
-    _compare(section, model, f"{family.model_type} does not compute this model")
+    _compare(
+        section,
+        model,
+        f"{family.model_type} does not compute this model",
+        "train with what is there, or export with --remote-code",
+    )
     return family
 
 
@@ -145,17 +150,20 @@ def config_of(model: ModelConfig, family: Family) -> dict[str, Any]:
     return found
 
 
-def _compare(section: Mapping[str, Any], model: ModelConfig, why: str) -> None:
-    """Raise HuggingFaceError unless `model` has the fields of `section`; null is the number it stands for."""
+def _compare(section: Mapping[str, Any], model: ModelConfig, why: str, instead: str = "") -> None:
+    """Raise HuggingFaceError, naming all fields, unless `model` has the fields of `section`; null is the number it stands for."""
     here = flatten(model.model_dump(mode="json"))
     implied = {"attention.kv_heads": here.get("attention.heads"), "gdn.key_heads": here.get("gdn.heads")}
     if (attention := next((m for m in model.mixers if m.section == "attention"), None)) is not None:
         implied["attention.head_dim"] = attention.width(model)  # type: ignore[attr-defined]
         implied["attention.rotary_dims"] = attention.rotated(model)  # type: ignore[attr-defined]
+    differ = []
     for key, there in flatten(section).items():
         own = implied.get(key) if here.get(key) is None else here.get(key)
         if own != there:
-            raise HuggingFaceError(f"{why}: model.{key} is {there} there, {own} here")
+            differ.append(f"model.{key} is {json.dumps(there)} there, {json.dumps(own)} here")
+    if differ:
+        raise HuggingFaceError(f"{why}: {', '.join(differ)}{'; ' * bool(instead)}{instead}")
 
 
 def _check_same(source: HuggingFaceFolder, model: ModelConfig) -> None:

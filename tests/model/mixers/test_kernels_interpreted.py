@@ -120,12 +120,16 @@ class RotationCase:
     width: int = 16
     rotated: int = 16
     of_each: bool = False
+    normed: bool = False
     dtype: torch.dtype = torch.float32
 
 
 ROTATIONS = {
     "heads": RotationCase(),
     "heads, grouped and gated, bfloat16": RotationCase(queries=3, gates=3, dtype=torch.bfloat16),
+    "heads, normed": RotationCase(length=300, width=10, rotated=6, queries=2, gates=2, normed=True),
+    "heads, normed, none rotated": RotationCase(rotated=0, normed=True),
+    "heads, normed, bfloat16": RotationCase(normed=True, dtype=torch.bfloat16),
     "heads, partly rotated, odd sizes": RotationCase(length=3, width=10, rotated=6, groups=1),
     "heads, none rotated": RotationCase(length=5, rotated=0, queries=2),
     "heads, tables of each sequence": RotationCase(length=300, queries=2, of_each=True),
@@ -224,7 +228,8 @@ def test_a_whole_mixer(found, name):
 @pytest.mark.parametrize("name", [*ROTATIONS, *GATED])
 def test_around_attention_and_in_the_mlp(found, name):
     case, errors = (ROTATIONS | GATED)[name], found[name]
-    assert len(errors) == (2 if name in GATED else 4 + bool(case.gates))  # outputs, and the gradient
+    # Outputs and gradients.
+    assert len(errors) == (2 if name in GATED else 4 + bool(case.gates) + 2 * case.normed)
     assert max(errors.values()) < (2**-8 if case.dtype == torch.bfloat16 else 1e-6), errors
 
 

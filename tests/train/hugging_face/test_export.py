@@ -104,8 +104,8 @@ def test_like_keeps_precision_and_what_is_no_text_model(nested, models, untouche
     ("fields", "message"),
     [
         ({"pattern": "AM", "mamba2": {"heads": 2, "head_dim": 4, "state_dim": 4}}, "model.pattern=AM: no class of transformers"),
-        ({"pattern": "AG"}, "qwen3_5_text does not compute this model: model.attention.qk_norm is True there, False here"),
-        ({"pattern": "A", "attention": {"heads": 2, "output_gate": True}}, "llama does not compute this model: model.attention.output_gate"),
+        ({"pattern": "AG"}, "qwen3_5_text does not compute this model: model.attention.qk_norm is true there, false here, model.attention.output_gate"),
+        ({"pattern": "A", "attention": {"heads": 2, "output_gate": True}}, "llama does not compute this model: model.attention.output_gate is false there, true here; train with"),
     ],
     ids=lambda value: value["pattern"] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 
 from powernap.parallel.planning.plan import in_bytes
 from powernap.parallel.planning.plan import plan as planned
+from powernap.train.hugging_face.export import family_of
 from powernap.train.recipe_file import load_recipe, shipped_recipes
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "sizes.md").read_text()
@@ -46,6 +47,11 @@ def test_the_row_of_a_size_is_what_plan_counts(name):
     # What the page advises of a segment and of the heads.
     assert model.window * recipe.micro_batch_size >= 2048
     assert model.gdn.heads * model.gdn.key_dim == model.hidden_size
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_class_of_transformers_loads_its_export(name):
+    assert family_of(load_recipe(name).model).model_type == "qwen3_5_text"
 
 
 def test_what_other_numbers_of_passes_cost():
