@@ -27,6 +27,7 @@ from powernap.train.run.signals import is_ignored
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+    from powernap.train.config import Recipe
     from powernap.train.run.signals import Signals
 
 MEETING_SECONDS = 900  # machines start at different times, as when one still pulls the image
@@ -134,16 +135,32 @@ def share_of_this_machine(world_size: int) -> int:
     return processes
 
 
+SMALL = 2_000_000  # parameters up to which a second thread gains nothing
+
+
+def set_threads(recipe: "Recipe", processes: int = 1) -> None:
+    """Before torch is imported: the threads of each process, unless OMP_NUM_THREADS says it.
+
+    An equal share of the cores; one for a small model. Threads wait for each other by spinning: where others use the machine, a step of
+    23,000 parameters took a hundred times as long with two.
+    """
+    from powernap.model.parameters import count_parameters
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_small = count_parameters(recipe.model, recipe.sleep) <= SMALL
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if is_small else str(max(1, cores // processes)))
+
+
 def run_alone() -> None:
     """Set the environment of a world of one process, this one."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
-def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
+def start(arguments: list[str], recipe: "Recipe", signals: "Signals") -> int:
     """Run `powernap ARGUMENTS` in this machine's processes under torchrun; return the exit code of the first to fail.
 
-    torchrun ends the others as soon as one fails. SIGTERM, SIGUSR1 and SIGHUP are forwarded to all of them, and they agree on
-    a step to stop after. If `signals` has received one before they start, exit at once: nothing is lost.
+    torchrun ends the others as soon as one fails. Signals are forwarded to all of them, and they agree on a step to stop
+    after. If `signals` has received one before they start, exit at once: nothing is lost.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -151,10 +168,10 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    world_size = recipe.parallel.world_size
     processes = share_of_this_machine(world_size)
     machines = world_size // processes
-    # Without this every process starts a thread per core, and they compete for the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    set_threads(recipe, processes)
     # The failed process has reported its error; torchrun's tables would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if machines == 1:
@@ -173,7 +190,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             "rdzv_configs": {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": MEETING_SECONDS},
         }
     # torchrun would handle these even if this process was started with them ignored.
-    handled = [number.name for number in (signal.SIGINT, signal.SIGQUIT) if not is_ignored(number)]
+    handled = [] if is_ignored(signal.SIGQUIT) else [signal.SIGQUIT.name]
     config = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,
@@ -185,7 +202,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
         shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL for the remaining processes
     )
     os.environ.update(not_to_outlive_this())
-    with forwarding(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) as forwarded:
+    with forwarding(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT) as forwarded:
         if signals.stop:  # received while torch was imported
             return exit_codes.PREEMPTED
         try:
@@ -195,7 +212,7 @@ def start(arguments: list[str], world_size: int, signals: "Signals") -> int:
             if failure.exitcode >= 0:
                 return failure.exitcode or exit_codes.FAILED
             if -failure.exitcode in forwarded:  # a rank without a handler yet: no rank has trained
-                return exit_codes.PREEMPTED
+                return exit_codes.INTERRUPTED if -failure.exitcode == signal.SIGINT else exit_codes.PREEMPTED
             name = signal.Signals(-failure.exitcode).name
             print(f"powernap: error: rank {rank} was ended by {name}; continue with --resume", file=sys.stderr)
             return 128 - failure.exitcode

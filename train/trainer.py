@@ -77,7 +77,8 @@ def train(
     ):
         trainer = Trainer(recipe, topology, resume, callbacks, loss_terms)
         with trainer.log, anomalies_detected(trainer.stage, topology, detect_anomaly):
-            stopped = trainer.train(signals)
+            with signals.saving():
+                stopped = trainer.train(signals)
         topology.progress.note("waiting for the other ranks to be done")
         topology.barrier()  # torchrun kills all ranks once one exits with an error code, as after a stop
     return not stopped
@@ -140,6 +141,8 @@ class Trainer:
             changes = Past.of_checkpoint(start.folder, start.manifest).changes(recipe, branch.OWN)
             origin = {"folder": str(start.folder), "step": start.step, "branch": True}
             self.notes.append(f"branch of {start.folder}: continues after step {start.step:,}")
+        if resume and start is None:
+            self.notes.append("no checkpoint to continue from: training begins at step 1")
         folder.create(recipe, origin)
         about = ({"started_from": origin} if origin else {}) | ({"changes": changes} if changes else {})
         folder.record(start.step if start else 0, **about)

@@ -36,7 +36,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     folder = run_folder(options.run_name)
     from powernap.launch import torchrun
+    from powernap.train.run.folder import RunFolder
 
+    torchrun.set_threads(RunFolder(folder).recipe())
     torchrun.run_alone()
     from powernap.train.evaluation.evaluate import evaluate_run
 

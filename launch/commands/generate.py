@@ -59,6 +59,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     folder = run_folder(options.run_name, ("config.yaml", "config.json"))
+    from powernap.launch import torchrun
+    from powernap.train.run.folder import RunFolder
+
+    if (folder / "config.yaml").is_file():
+        torchrun.set_threads(RunFolder(folder).recipe())
     from powernap.train.generation.generate import GenerateError, load_run
     from powernap.train.outputs import check_file
 

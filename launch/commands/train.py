@@ -71,7 +71,8 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
         if signals.stop:
             return exit_codes.PREEMPTED
         if processes > 1:
-            return torchrun.start(arguments, processes, signals)
+            return torchrun.start(arguments, recipe, signals)
+        torchrun.set_threads(recipe)
         torchrun.run_alone()
 
     from powernap.train.data.loader import readers_watched
@@ -79,7 +80,9 @@ def _run(options: argparse.Namespace, arguments: list[str], signals: "Signals") 
 
     with readers_watched():
         done = train(recipe, signals, resume=resume, detect_anomaly=options.detect_anomaly)
-    return 0 if done else exit_codes.PREEMPTED
+    if done:
+        return 0
+    return exit_codes.INTERRUPTED if signals.stop == "SIGINT" else exit_codes.PREEMPTED
 
 
 def _would_do(recipe: "Recipe", resume: bool) -> list[str]:

@@ -295,18 +295,22 @@ def test_a_shard_that_breaks_during_the_run_ends_every_process(folder):
     assert "Traceback" not in result.stderr
 
 
-def test_a_stopped_run_says_so_and_leaves_nothing_running(folder):
-    command = [*runs.COMMAND, "train", "tiny.yaml", "run.name=stopped", "train.steps=9999"]
-    command += ["data.lanes=1", "data.workers=1"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_saves_says_so_and_leaves_nothing_running(folder, processes):
+    name = f"stopped{processes}"
+    command = [*runs.COMMAND, "train", "tiny.yaml", f"run.name={name}", "train.steps=9999", "checkpoint.every=9999"]
+    command += ["data.lanes=1", "data.workers=1", f"parallel.data={processes}"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics = folder / "runs" / "stopped" / "metrics.jsonl"
+    metrics = folder / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "powernap: interrupted" in errors and "Traceback" not in errors
+    assert errors.count("stopping after this step, with a checkpoint; Ctrl-C again stops at once") == 1
+    assert "continue with --resume" in errors and "Traceback" not in errors, errors
+    assert len(list((folder / "runs" / name / "checkpoints").glob("step_*"))) == 1
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

@@ -166,7 +166,7 @@ def test_a_demo_that_is_ended_alone_leaves_no_process_behind(demo, number):
                 member.kill()
         code = process.wait(30)
     assert not left and code == {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGKILL: -9}[number]
-    assert bool(list((place / folder / "sleep" / "checkpoints").glob("step_*"))) == (number != signal.SIGINT)
+    assert list((place / folder / "sleep" / "checkpoints").glob("step_*"))
 
 
 def test_one_that_fails_ends_the_others_and_its_last_line_is_shown(tmp_path, capfd):

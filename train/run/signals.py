@@ -1,8 +1,8 @@
 """Signal handlers: no signal is lost, and a request to stop waits for the end of the step.
 
-Ctrl-C stops at once: Python raises KeyboardInterrupt wherever it is, but drops it inside the callback of a weak
-reference, of which torch has many. The run would continue, or fail a little later with an error that does not name the
-reason.
+Ctrl-C asks to stop while steps are run, which would be lost, and says so; before that, and the second time, it stops at once: Python
+raises KeyboardInterrupt wherever it is, but drops it inside the callback of a weak reference, of which torch has many. The run would
+continue, or fail a little later with an error that does not name the reason.
 
 SIGTERM and SIGUSR1 come from schedulers, SIGHUP from a terminal that closes, to one rank or to all: the ranks agree on a
 step to stop after.
@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAME = 1.0  # seconds in which copies count once: a scheduler signals launcher and ranks, and the launcher forwards
+SAME = 1.0  # seconds in which copies count once: a scheduler or terminal signals launcher and ranks, and the launcher forwards
+SAID = b"\npowernap: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 # Schedulers signal again before the grace time is over (SLURM at a time limit and in a grace time), and then kill.
 SCHEDULED = "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"
 
@@ -37,8 +38,9 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop: str | None = None
-        self._asked = 0.0  # the time of `stop`
+        self._asked = 0.0  # the time of `stop`, or of the first Ctrl-C
         self._interrupted = False
+        self._running_steps = False
         self._scheduled = any(name in os.environ for name in SCHEDULED)
 
     def check(self) -> None:
@@ -46,8 +48,25 @@ class Signals:
         if self._interrupted:
             raise KeyboardInterrupt
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a first Ctrl-C asks to stop."""
+        self._running_steps = True
+        try:
+            yield
+        finally:
+            self._running_steps = False
+
     def _interrupt(self, number: int, frame: object) -> None:
-        self._interrupted = True
+        now = time.monotonic()
+        if (self._interrupted or self.stop == "SIGINT") and now - self._asked < SAME:
+            return
+        if self._running_steps and not self.stop:
+            self.stop, self._asked = "SIGINT", now
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, SAID)  # print is not safe here
+            return
+        self._interrupted, self._asked = True, now
         raise KeyboardInterrupt
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
@@ -96,5 +115,5 @@ def outlive_one_sigterm(_: int) -> None:
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, count)
-    for number in (signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from typing import Any, Self
 
+import torch
 from tqdm import tqdm
 
 from powernap.parallel.checkpoint.writer import Outcome
@@ -108,6 +109,9 @@ class RunLog:
             passes_text(recipe),
         )
         processes = f"{topology.world_size} process{'es' if topology.world_size > 1 else ''}"
+        if topology.device.type == "cpu":
+            threads = torch.get_num_threads()
+            processes += f" of {threads} thread{'s' if threads > 1 else ''}"
         logger.info("%s on %s, %s, into %s", processes, topology.device.type, recipe.train.precision, self._folder.path)
         for line in slow_on_gpus(recipe, topology):
             logger.warning("%s", line)

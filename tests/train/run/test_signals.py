@@ -38,6 +38,19 @@ def test_an_error_that_follows_from_it_does_not_hide_it():
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
 
 
+def test_while_steps_are_run_the_first_asks_to_stop_and_the_second_stops_at_once(capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(KeyboardInterrupt), signal_handlers() as signals, signals.saving():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the launcher's copy of the same
+        assert signals.stop == "SIGINT"
+        signals._asked -= 2  # seconds
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again stops at once") == 1
+    with pytest.raises(KeyboardInterrupt), signal_handlers() as signals:  # nothing is lost yet
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_other_errors_stay_what_they_are():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="mine"), signal_handlers():
