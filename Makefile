@@ -65,7 +65,7 @@ install: .venv/installed  ## the virtual environment alone
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "powernap needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh .ci/install-venv
-	@echo "Installing into .venv: about 2 GB, some minutes the first time"
+	@echo "Installing into .venv: about 2.5 GB, some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[text,test]'

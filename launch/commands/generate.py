@@ -99,6 +99,10 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         elif output.finish_reason:
             answer = {"text": texts[output.row], "tokens": tokens[output.row], "finish": output.finish_reason}
             print(json.dumps({"prompt": output.row + 1, **answer}), flush=True)
+        if output.finish_reason == "end" and not options.json:
+            row = f"[{output.row + 1}] " if streams > 1 else ""
+            count = f"{len(tokens[output.row])} of {options.max_tokens} tokens"
+            print(f"powernap: {row}the document ended after {count}", file=sys.stderr)
     if options.save_state:
         stream.save(options.save_state)
     return 0

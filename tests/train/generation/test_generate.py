@@ -348,7 +348,7 @@ def test_text_appears_as_it_is_said(text, capfd, monkeypatch):
     seen = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: seen.append(words[0]))
     assert main(["generate", str(text), "--prompt", "a"]) == 0
-    assert seen == ["n", "", "é", ""]
+    assert seen == ["n", "", "é", "", "powernap: the document ended after 4 of 100 tokens"]
 
 
 def test_a_seed_says_the_same_again(text, capfd):
