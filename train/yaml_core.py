@@ -118,6 +118,12 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True  # for human readers, repeat a value instead of aliasing it
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Lines as lines, such as a recipe in a ConfigMap."""
+        return self.represent_scalar(f"{_TAG}str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 # Quote text that is not text in either version.
 for _first, _rules in yamlcore.CoreLoader.yaml_implicit_resolvers.items():
