@@ -1,9 +1,11 @@
-"""What trackers get of a step: its record with fast weights as summaries, sums since the run began, one accuracy.
+"""What trackers get of a step: its record with fast weights as summaries, sums since the run began, one accuracy; and the
+worst of the steps since the last one that they got.
 
 metrics.jsonl keeps the whole record.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from typing import Any
 from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder, flops_of_step
 from powernap.train.tracking.metrics import read_metrics
+from powernap.train.tracking.summary import held_out
 
 HEALTH = re.compile(r"fast_weights/block_\d+/pass_\d+/(\w+)")
 SUMMARY = {"norm": max, "alpha": min, "beta": max}  # the block and pass that is nearest to trouble
@@ -24,15 +27,25 @@ class Tracked:
     def __init__(self, recipe: Recipe, folder: RunFolder, resumed: bool) -> None:
         self._recipe, self._folder = recipe, folder
         self._work: dict[str, Any] = {}
-        self.tokens = self.flops = 0
+        self.tokens = self.flops = self.skipped_steps = self.gradient_spikes = 0
+        self._norms: list[float] = []  # of the steps since the last one that trackers got
         if resumed and folder.metrics.exists():
             for record in read_metrics(folder.metrics):
                 self.add(record)
+                if self.is_point(record):
+                    self._norms.clear()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """A step that is done."""
         self.tokens += record["tokens"]
         self.flops += record.get("flops") or self.flops_of(record)  # records of an older version lack them
+        self.skipped_steps += record.get("skipped_step", False)
+        self.gradient_spikes += record.get("gradient_spike", False)
+        self._norms.append(record["grad_norm"])
+
+    def is_point(self, record: Mapping[str, Any]) -> bool:
+        """Whether trackers get this step, wherever the process starts and ends."""
+        return record["step"] % self._recipe.train.log_every == 0 or bool(held_out(record))
 
     def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The record of the last step added, as trackers get it."""
@@ -40,6 +53,12 @@ class Tracked:
         found = rest | self._health(record) | {"total_tokens": self.tokens}
         if self.flops:
             found["total_flops"] = self.flops
+        # Skipped steps, whose norms are not finite, have a count of their own.
+        found["grad_norm_max"] = max(filter(math.isfinite, self._norms), default=record["grad_norm"])
+        self._norms.clear()
+        found["skipped_steps"] = self.skipped_steps
+        if self._recipe.train.spike_factor is not None:
+            found["gradient_spikes"] = self.gradient_spikes
         passes = max(self._recipe.sleep.pass_choices)
         depths = [value for name, value in record.items() if re.fullmatch(rf"accuracy/N{passes}/depth_\w+", name)]
         if depths:
