@@ -215,15 +215,19 @@ def test_mlflow_has_the_run(trained):
     assert run.info.status == "FINISHED"
     assert run.data.params["sleep.passes"] == "2" and run.data.params["zero.stage"] == "1"
     recorded = {
-        "loss", "grad_norm", "lr", "tokens_per_second", "seconds", "peak_memory_bytes", "accuracy/N2/depth_2", "accuracy",
-        "fast_weights/norm_max", "fast_weights/alpha_min", "fast_weights/beta_max", "total_tokens", "total_flops",
+        "loss", "grad_norm", "grad_norm_max", "skipped_steps", "gradient_spikes", "lr", "tokens_per_second", "seconds_per_step",
+        "peak_memory_bytes", "with_N2_accuracy_depth_2", "accuracy", "held_out_loss",
+        "max_norm_of_fast_weights", "min_alpha_of_fast_weights", "max_beta_of_fast_weights", "total_tokens", "total_flops",
         "system/cpu_utilization_percentage", "system/system_memory_usage_megabytes",
     }  # fmt: skip
     assert recorded <= set(run.data.metrics) and not any("block_" in name for name in run.data.metrics)
+    assert not {"tokens", "flops", "passes"} & set(run.data.metrics)  # they never change
     assert run.data.metrics["total_tokens"] == 6 * 16 * 23
+    assert run.data.metrics["skipped_steps"] == run.data.metrics["gradient_spikes"] == 0
+    assert "train.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
     work = json.loads((one_process / "work.json").read_text())
     assert run.data.metrics["total_flops"] == 6 * work["flops_per_step"]["2"]
-    depths = [run.data.metrics[f"accuracy/N2/depth_{depth}"] for depth in (1, 2)]
+    depths = [run.data.metrics[f"with_N2_accuracy_depth_{depth}"] for depth in (1, 2)]
     assert run.data.metrics["accuracy"] == pytest.approx(sum(depths) / 2)
     origin = json.loads((one_process / "origin.json").read_text())
     assert run.data.tags["mlflow.source.git.commit"] == origin["commit"]

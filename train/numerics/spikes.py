@@ -51,7 +51,7 @@ class Spikes:
         """A line for each spike of a step that was not skipped.
 
         Args:
-            metrics: of the step: grad_norm, at watched steps the fast weights' norms.
+            metrics: of the step: grad_norm, at watched steps the fast weights' norms; gets "gradient_spike" if that is one.
             norms: [trained parameters of this stage], of this rank's gradients before averaging.
         """
         if self._factor is None:
@@ -59,6 +59,7 @@ class Spikes:
         lines = []
         median = self._history.median_if_spike("gradient", metrics["grad_norm"], self._factor)
         if median is not None:
+            metrics["gradient_spike"] = True
             lines.append(
                 f"step {step}: gradient norm {metrics['grad_norm']:.4g}, {_times(metrics['grad_norm'], median)} the median "
                 f"of the last {len(self._norms)} steps ({median:.4g}); grown most: {self._grown_most(norms)}"

@@ -17,9 +17,11 @@ from powernap.train.run.secrets import mask_secrets
 from powernap.train.tracking.metrics import MetricsLog
 from powernap.train.tracking.summary import Summary, duration, held_out
 from powernap.train.tracking.tracked import Tracked
+from powernap.train.tracking.tracker import Status
 from powernap.train.tracking.trackers import Trackers
 
 logger = logging.getLogger("powernap")  # the parent of every module's logger here
+LOG = "train.log"
 step_logger = logging.getLogger("powernap.step")  # too many lines for a terminal, which has the bar
 
 
@@ -135,7 +137,7 @@ class RunLog:
             self._bar.update()
         self._summary.add(record)
         found = held_out(record)
-        if self._is_due(step) or found:
+        if self._tracked.is_point(record) or step in (self._first + 1, self._recipe.train.steps):
             self._tracker.log_metrics(step, self._tracked.of(record))
             self._log_step(step, record)
         for line in found:
@@ -160,16 +162,19 @@ class RunLog:
         if not self._enabled:
             return
         self._bar.close()
+        status: Status = "FINISHED"
         if kind is not None:
             stopped = not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit: a user's decision
+            status = "KILLED" if stopped else "FAILED"
             step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
-            self._tracker.close("KILLED" if stopped else "FAILED", timeout=5.0)
-        elif self._stopped_after is not None:  # the grace period before a kill is short
-            self._tracker.close("KILLED", timeout=5.0)
+        elif self._stopped_after is not None:
+            status = "KILLED"
         else:
             for line in self._summary.lines(time.monotonic() - self._start):
                 logger.info("%s", line)
-            self._tracker.close()
+        if (log := self._folder.logs / LOG).is_file():
+            self._tracker.log_artifact(log)
+        self._tracker.close(status, 30.0 if status == "FINISHED" else 5.0)  # the grace period before a kill is short
         self._metrics.close()
         for handler in self._handlers:
             logger.removeHandler(handler)
@@ -183,9 +188,6 @@ class RunLog:
             self._bar.n = self._bar.initial = self._bar.last_print_n = self._first + 1
             self._bar.unpause()
             self._bar.refresh()
-
-    def _is_due(self, step: int) -> bool:
-        return step % self._recipe.train.log_every == 0 or step in (self._first + 1, self._recipe.train.steps)
 
     def _log_step(self, step: int, record: dict[str, Any]) -> None:
         speed = record["tokens"] / record["seconds"]
@@ -238,6 +240,6 @@ class _LogFile(logging.FileHandler):
 
 
 def _file_handler(folder: RunFolder) -> logging.Handler:
-    handler = _LogFile(folder.logs / "train.log", encoding="utf-8")
+    handler = _LogFile(folder.logs / LOG, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler

@@ -24,6 +24,7 @@ from powernap.parallel import loopback
 from powernap.train.recipe_file import flatten
 from powernap.train.run.secrets import mask_values
 from powernap.train.tracking.about import About
+from powernap.train.tracking.charts import chart_name
 from powernap.train.tracking.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.tracking.metrics import to_json
 from powernap.train.tracking.spool import Spool, delivery_lock
@@ -94,9 +95,9 @@ class Tracker:
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Track the numbers in `metrics`, such as a record of metrics.jsonl, at `step`."""
+        """Track the numbers in `metrics`, such as a record of metrics.jsonl, at `step`, named as charts.py says."""
         values = {
-            name: float(value)
+            chart_name(name): float(value)
             for name, value in metrics.items()
             if isinstance(value, numbers.Real) and not isinstance(value, bool) and name != "step"
         }

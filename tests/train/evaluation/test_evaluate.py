@@ -125,7 +125,7 @@ def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     logged = client.get_run((run / "mlflow_run_id").read_text().strip())
-    assert logged.data.metrics["accuracy/N8/depth_2"] == saved["accuracy"]["8"]["2"]
+    assert logged.data.metrics["with_N8_accuracy_depth_2"] == saved["accuracy"]["8"]["2"]
     names = {artifact.path for artifact in client.list_artifacts(logged.info.run_id)}
     assert {"config.yaml", "evaluation.json", "evaluation.png"} <= names
 

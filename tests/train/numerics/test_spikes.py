@@ -40,10 +40,13 @@ def test_the_parameters_that_grew_most_are_named_and_not_the_largest(topology):
     usual = torch.rand(len(names)) + 1.0
     usual[0] = 1e6
     for step in range(1, 21):
-        assert watch.check(step, {"grad_norm": 1.0}, usual) == []
+        metrics = {"grad_norm": 1.0}
+        assert watch.check(step, metrics, usual) == [] and "gradient_spike" not in metrics
     spiking = usual.clone()
     spiking[5], spiking[7] = 40 * usual[5], 30 * usual[7]
-    (line,) = watch.check(21, {"grad_norm": 35.0}, spiking)
+    metrics = {"grad_norm": 35.0}
+    (line,) = watch.check(21, metrics, spiking)
+    assert metrics["gradient_spike"]
     assert line.startswith("step 21: gradient norm 35, 35.0 times the median of the last 20 steps (1); grown most: ")
     grown = line.split("grown most: ")[1].split(", ")
     assert grown[0] == f"{names[5]} 40.0 times" and grown[1] == f"{names[7]} 30.0 times"

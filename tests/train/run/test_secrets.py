@@ -115,4 +115,4 @@ def test_an_evaluation_asks_for_the_secret(folder, capfd, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "kept" / "evaluation.json").is_file()
     spool = (folder / "runs" / "kept" / "mlflow_spool.jsonl").read_text()
-    assert '"accuracy/N2/depth_1"' in spool and "hunter2" not in spool
+    assert '"with_N2_accuracy_depth_1"' in spool and "hunter2" not in spool
