@@ -1,6 +1,7 @@
 """powernap data build, inspect, stats, verify: token shards."""
 
 import argparse
+import shlex
 import sys
 
 from powernap.launch.commands.arguments import count, part, path, seed, shards, size, terminal_width, whole
@@ -24,7 +25,8 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         add_help=False,
         help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
-        "The same command resumes a build that was stopped, also after the input was fixed.",
+        "The same command resumes a build that was stopped, also after the input was fixed; another one begins anew while no shard "
+        "is finished. Samples of a task are compared with its sizes.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), automata (any elementary "
         "one, advanced window by window), track (products of permutations, window by window), program (arithmetic, window "
         "by window), gsm (word problems of 1 to 8 operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (.txt, .jsonl, .parquet, .arrow, also .gz, .zst or .bz2, "
@@ -85,7 +87,7 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def run_build(options: argparse.Namespace, _: list[str]) -> int:
+def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
     from powernap.train.data.build import build, build_task
     from powernap.train.data.corpora import CORPORA
     from powernap.train.data.sample import DataError
@@ -105,6 +107,7 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
             options.folder,
             options.workers,
             options.part,
+            _typed(arguments),
         )
         return 0
     if options.shard_size is not None:
@@ -116,8 +119,21 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
         **OF_TASKS | given,
         workers=options.workers,
         part=options.part,
+        command=_typed(arguments),
     )
     return 0
+
+
+def _typed(arguments: list[str]) -> str:
+    """The command line, without --part: whichever part ends last says what built all."""
+    words = iter(arguments)
+    kept = []
+    for word in words:
+        if word == "--part":
+            next(words, None)
+        elif not word.startswith("--part="):
+            kept.append(word)
+    return shlex.join(["powernap", *kept])
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
