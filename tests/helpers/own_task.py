@@ -3,8 +3,7 @@
 import numpy as np
 from pydantic import Field
 
-from powernap import Sample, Section
-from powernap.train.tasks.sample import draw_problem
+from powernap import Sample, Section, draw_problem
 
 
 class Copy(Section):

@@ -140,7 +140,7 @@ def repeats(folder: Path, jobs: int) -> list[str]:
     if shared := int(np.isin(found["test"], different["train"]).sum()):
         notes.append(
             f"warning: {shared:,} of {len(found['test']):,} test samples are training samples, too: on those, accuracy is memory; "
-            "sample(rng, held_out) keeps the two apart with powernap.train.tasks.sample.draw_problem"
+            "sample(rng, held_out) keeps the two apart with powernap.draw_problem"
         )
     return notes
 
