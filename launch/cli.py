@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from powernap.launch.commands import (
     cancel,
@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """argparse accepts key=value only before the options; here they may be anywhere."""
+    _Parser.typed = arguments
     parser = command_parser()
     options, rest = parser.parse_known_args(arguments)
     pairs = getattr(options, "overrides", getattr(options, "fields", None))
@@ -125,6 +126,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
+    typed: ClassVar[list[str]] = []  # all arguments of the command
+
     def error(self, message: str) -> NoReturn:
         """With an example of a complete command, if an argument is missing."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -134,9 +137,11 @@ class _Parser(argparse.ArgumentParser):
                 f"no command '{wrong[1]}'"
                 + (f": did you mean {close[0]}?" if close else f": choose one of {', '.join(known)}")
             )
-        example = re.search(r"examples?: (.*?)(; powernap|$)", self.epilog or "")
-        missing = "are required" in message
-        super().error(f"{message}, such as {example[1]}" if missing and example else message)
+        examples = re.search(r"examples?: (.*)$", self.epilog or "")
+        if "are required" in message and examples:  # of those with most of the words that are there, the first
+            alike = max(examples[1].split("; "), key=lambda example: len({*example.split()} & {*self.typed}))
+            message += f", such as {alike}"
+        super().error(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse ignores errors of writing; a --help that cannot be written must fail."""

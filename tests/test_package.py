@@ -71,6 +71,8 @@ def test_public_names_are_what_editors_see():
         public = getattr(powernap, name)
         assert public.__module__ == module and public.__doc__, name
     assert powernap.__version__ == version("powernap")
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(powernap.__all__)
     with pytest.raises(AttributeError, match="'powernap' has no attribute 'load_runs'"):
         powernap.load_runs  # noqa: B018
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT = {  # appended to commands that would take minutes
     "powernap train": "train.steps=3 optimizer.warmup_steps=1 evaluation.samples=8 evaluation.every=null train.log_every=1",
     "powernap data build track": "--train-samples 256 --test-samples 16 --samples-per-shard 128",
+    "powernap data build parity_task": "--train-samples 256 --test-samples 16 --samples-per-shard 128",
     "powernap generate": "--max-tokens 5",
 }
-WALKS = {"README.md": "## Text, from a folder to an answer", "docs/start.md": "## A run of your own"}
+WALKS = {
+    "README.md": "## Text, from a folder to an answer",
+    "docs/start.md": "## A run of your own",
+    "docs/extending.md": "## A task",
+}
 
 
 def typed(page: str, heading: str) -> list[list[str]]:
     section = (ROOT / page).read_text().partition(f"{heading}\n")[2]
     block = re.search(r"^```\n(.*?)^```$", section, re.M | re.S)[1]
-    lines = [re.sub(r"\s#\s.*", "", line) for line in block.splitlines()]
+    lines = [re.sub(r"\s#\s.*", "", line) for line in block.replace("\\\n", "").splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("powernap ")]
 
 
@@ -31,6 +37,7 @@ def test_it_works_as_it_stands(tmp_path, page):
     pages = sorted((ROOT / "docs").glob("*.md"))[:8]
     for number, source in enumerate(pages):
         (tmp_path / "FOLDER" / f"{number}.txt").write_text(source.read_text())
+    shutil.copy(ROOT / "examples" / "parity_task" / "parity_task.py", tmp_path)
     commands = typed(page, WALKS[page])
     assert len(commands) >= 4
     for command in commands:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from powernap import Callback, LossTerm, Sample, Section, build_task, fit, load_recipe
-from powernap.train.tasks.sample import draw_problem
+from powernap import Callback, LossTerm, Sample, Section, build_task, draw_problem, fit, load_recipe
 
 
 class Recall(Section):

@@ -11,8 +11,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from powernap.model.section import Section
-from powernap.train.tasks.sample import Sample, draw_problem
+from powernap import Sample, Section, draw_problem
 
 ZERO, ONE, FIRST_QUERY = 1, 2, 3  # token 0 is the pad
 

@@ -1,7 +1,10 @@
 """powernap data build, inspect, stats, verify: token shards."""
 
 import argparse
+import re
+import shlex
 import sys
+from pathlib import Path
 
 from powernap.launch.commands.arguments import count, part, path, seed, shards, size, terminal_width, whole
 
@@ -10,7 +13,9 @@ SHARD_SIZE = 64_000_000  # bytes
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("data", help="build token shards", description="Work with token shards.")
+    parser = commands.add_parser(
+        "data", help="build, inspect, count and verify token shards", description="Work with token shards."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_build(commands)
     _add_inspect(commands)
@@ -24,7 +29,8 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         add_help=False,
         help="write WebDataset shards of a task or of text",
         description="Write train-*.tar, test-*.tar (held-out problems) and manifest.json into FOLDER, on all cores. "
-        "The same command resumes a build that was stopped, also after the input was fixed.",
+        "The same command resumes a build that was stopped, also after the input was fixed; another one begins anew while no shard "
+        "is finished. Samples of a task are compared with its sizes.",
         epilog="tasks: depo (follow k edges of a cycle), rule110 (t steps of a cellular automaton), automata (any elementary "
         "one, advanced window by window), track (products of permutations, window by window), program (arithmetic, window "
         "by window), gsm (word problems of 1 to 8 operations), gsm_infinite (GSM-Infinite's published .jsonl or .parquet), text (.txt, .jsonl, .parquet, .arrow, also .gz, .zst or .bz2, "
@@ -42,7 +48,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         metavar="TASK",
         help="depo, rule110, automata, track, program, gsm, gsm_infinite, text, or package.module:Class",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=path, help="the folder to write shards to")
+    parser.add_argument("folder", metavar="FOLDER", type=_new_folder, help="the folder to write shards to")
     parser.add_argument(
         "fields", metavar="key=value", nargs="*", default=[], help="fields of the task, such as nodes=75 max_hop=16"
     )
@@ -69,23 +75,33 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_build)
 
 
+def _new_folder(text: str) -> Path:
+    """FOLDER of a build."""
+    if re.match(r"[a-z_]+=", text):
+        raise argparse.ArgumentTypeError(f"'{text:.60}': write the folder first, such as data/mine {text:.60}")
+    return path(text)
+
+
 class _Help(argparse.Action):
-    """Of a task named before it the fields, too."""
+    """Of a task named before it the fields."""
 
     def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, *_: object) -> None:
-        parser.print_help()
         if options.task:
             from powernap.train.data.corpora import CORPORA
             from powernap.train.fields import fields_of
             from powernap.train.tasks import task_kind
 
-            print(f"\nfields of {options.task}:")
-            for entry in fields_of(CORPORA.get(options.task) or task_kind(options.task)):
-                print(entry.text(terminal_width()))
+            entries = fields_of(CORPORA.get(options.task) or task_kind(options.task))
+            parser.epilog = None  # of all tasks
+            usage, heading, arguments = parser.format_help().partition("\npositional arguments:")
+            fields = "".join(f"{entry.text(terminal_width())}\n" for entry in entries)
+            print(f"{usage}\nfields of {options.task}:\n{fields}{heading}{arguments}", end="")
+        else:
+            parser.print_help()
         parser.exit()
 
 
-def run_build(options: argparse.Namespace, _: list[str]) -> int:
+def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
     from powernap.train.data.build import build, build_task
     from powernap.train.data.corpora import CORPORA
     from powernap.train.data.sample import DataError
@@ -105,6 +121,7 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
             options.folder,
             options.workers,
             options.part,
+            _typed(arguments),
         )
         return 0
     if options.shard_size is not None:
@@ -116,8 +133,21 @@ def run_build(options: argparse.Namespace, _: list[str]) -> int:
         **OF_TASKS | given,
         workers=options.workers,
         part=options.part,
+        command=_typed(arguments),
     )
     return 0
+
+
+def _typed(arguments: list[str]) -> str:
+    """The command line, without --part: whichever part ends last says what built all."""
+    words = iter(arguments)
+    kept = []
+    for word in words:
+        if word == "--part":
+            next(words, None)
+        elif not word.startswith("--part="):
+            kept.append(word)
+    return shlex.join(["powernap", *kept])
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:

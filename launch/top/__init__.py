@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the same as _MODULES, for editors and type checkers
     from powernap.train.data.task import Task
     from powernap.train.generation.generate import load_run
     from powernap.train.recipe_file import load_recipe
-    from powernap.train.tasks.sample import Sample
+    from powernap.train.tasks.sample import Sample, draw_problem
 
 _MODULES = {
     "Callback": "train.callbacks",
@@ -39,6 +39,7 @@ _MODULES = {
     "Task": "train.data.task",
     "Weight": "model.part",
     "build_task": "train.data.build",
+    "draw_problem": "train.tasks.sample",
     "fit": "launch.fit",
     "load_recipe": "train.recipe_file",
     "load_run": "train.generation.generate",

@@ -201,6 +201,8 @@ def test_every_error_of_ours_has_the_one_base():
         (["data", "inspect", "x", "--samples", "-1"], ["--samples", "'-1'"]),
         (["train"], ["required: RECIPE, such as powernap train demo run.name=mine"]),
         (["data", "build"], ["required: TASK, FOLDER, such as powernap data build depo data/depo"]),
+        (["data", "build", "text"], ["required: FOLDER, such as powernap data build text data/text inputs=corpus"]),
+        (["data", "build", "text", "inputs=a"], ["'inputs=a': write the folder first, such as data/mine inputs=a"]),
     ],
     ids=lambda value: " ".join(word[:20] for word in value),
 )  # fmt: skip

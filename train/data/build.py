@@ -4,14 +4,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,19 +24,24 @@ from tqdm import tqdm
 
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
-from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manifest
+from powernap.train.data.drawn import check_drawn, check_sizes, repeats, watch_draws
+from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manifest, unfinished_folder
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
 from powernap.train.data.tar_index import index_file, index_tar, write_index
 from powernap.train.data.task import Task
 from powernap.train.data.tokenizer import use_threads
 from powernap.train.data.unique import HASH, find_duplicates, hash_file, without
+from powernap.train.recipe_file import flatten
 from powernap.train.tasks.sample import PAD, Sample
 
 # Arguments that may differ when a build is continued, because each job records its own input.
 _MAY_CHANGE = ("command", "files")
 DUPLICATES = "the same as one before"  # why documents are left out
-_SHOWN = 5  # skipped documents in the report
+_SHOWN = 5  # skipped documents, or fields that differ, in a report
+_WIDEST = 40  # letters of a field's value there
+_RUNNING = ".running"
+COLUMNS = 80
 
 
 def build_task(
@@ -48,15 +55,16 @@ def build_task(
     seed: int,
     workers: int | None = None,
     part: tuple[int, int] | None = None,
+    command: str | None = None,
 ) -> None:
-    """`build` for samples drawn by a task.
+    """`build` for samples drawn by a task, each of which is compared with what the task says of itself.
 
     Args:
         task: one of powernap.train.tasks.TASKS with its sizes.
         samples_per_shard: the maximum; a split's samples are spread evenly over its shards.
 
     Raises:
-        DataError: if a number is out of range, and as `build` does.
+        DataError: if a number is out of range, or a sample is not what the task says, and as `build` does.
     """
     limits = {"train-samples": train_samples, "test-samples": test_samples, "samples-per-shard": samples_per_shard}
     for option, value in limits.items():
@@ -65,23 +73,35 @@ def build_task(
             raise DataError(f"--{option}={value}: write {least} or more")
     if seed < 0:
         raise DataError(f"--seed={seed}: write 0 or more")
-    for held_out in (False, True):  # sizes that allow no sample are reported before any process starts
-        task.sample(np.random.default_rng(seed), held_out)
+    check_sizes(name, task)
+    with watch_draws(name) as drawn:
+        for held_out in (False, True):  # mistakes are reported before any process starts
+            sample = task.sample(np.random.default_rng(seed), held_out)
+            drawn.set()
+            check_drawn(name, task, sample, f"a sample with held_out={held_out}")
     counts = {"train": train_samples, "test": test_samples}
-    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers, part)
+    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers, part, command)
 
 
-def build(source: Source, folder: Path, workers: int | None = None, part: tuple[int, int] | None = None) -> None:
+def build(
+    source: Source,
+    folder: Path,
+    workers: int | None = None,
+    part: tuple[int, int] | None = None,
+    command: str | None = None,
+) -> None:
     """Write train-000000.tar ..., test-000000.tar ... (held out) and manifest.json into a new folder.
 
     The same arguments give the same bytes, on any number of cores. The folder appears when everything is written. Until
     then the shards are in `.NAME.unfinished` beside it, and the same command continues an interrupted build: shards
-    whose input has changed since are rebuilt, the others are kept.
+    whose input has changed since are rebuilt, the others are kept. What another command began is begun anew if it has
+    finished no shard.
 
     Args:
         workers: processes at most; None: one per core. With fewer shards to build than that, several threads tokenize for each.
         part: (i, n), from 1: build every n-th shard alone, from the i-th. Parts may run at the same time, on several machines with
             the folder in common; the one that ends last writes the manifest.
+        command: what was typed, for the manifest; None: a command that says the same.
 
     Raises:
         DataError: if the folder holds something else or cannot be written, or the input cannot be read or is empty.
@@ -89,14 +109,15 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
     folder, task = Path(folder), source.task
     workers = workers or len(os.sched_getaffinity(0))
     use_threads(workers)
-    print("".join(f"{note}\n" for note in source.notes()), end="")
+    for note in source.notes():
+        _say(note)
     pad = getattr(task, "pad_token_id", PAD)
     fields = [
         f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
     ]
     about = {
         **source.about(),
-        "command": " ".join(["powernap data build", source.name, folder.name, *fields, *source.options()]),
+        "command": command or " ".join(["powernap data build", source.name, folder.name, *fields, *source.options()]),
         "vocab_size": task.vocab_size,
         "sequence_length": task.sequence_length,
         "context_length": task.context_length,
@@ -106,28 +127,44 @@ def build(source: Source, folder: Path, workers: int | None = None, part: tuple[
     try:
         splits = _finished(folder, about)
         if splits is None:
-            unfinished = _begin(folder, about)
-            if about["fields"].get("unique"):
-                _refuse_while_another_part_finishes(folder)
-            made = _make_all(source, unfinished, workers, part)
-            if missing := made.count(None):
-                print(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
-                return
-            splits = _finish(about, [note for note in made if note is not None], unfinished, folder, workers)
+            with _begin(folder, about) as unfinished:
+                if about["fields"].get("unique"):
+                    _refuse_while_another_part_finishes(folder)
+                made = _make_all(source, unfinished, workers, part)
+                if missing := made.count(None):
+                    _say(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
+                    return
+                splits = _finish(about, [note for note in made if note is not None], unfinished, folder, workers)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
-    train, test = (_describe(**splits[split]) for split in SPLITS)
-    print(f"{folder}: {train} to train on, {test} held out")
+    _summarize(folder, splits)
     train_shards, test_shards = (
-        f"{folder}/{split}-*.tar" if splits[split]["shards"] else missing
+        shlex.quote(f"{folder}/{split}-*.tar") if splits[split]["shards"] else missing
         for split, missing in zip(SPLITS, ("...", "null"), strict=True)
     )
-    print(f"for the recipe: data.train={train_shards} data.test={test_shards}")
-    print(
-        f"  data.sequence_length={task.sequence_length} model.vocab_size={task.vocab_size} model.window={task.window} "
-        f"model.pad_token_id={pad}" + (" data.documents=whole" if getattr(task, "documents", "") == "whole" else "")
-    )
+    print("for the recipe:")
+    sizes = [f"data.sequence_length={task.sequence_length}", f"model.vocab_size={task.vocab_size}"]
+    sizes += [f"model.window={task.window}", f"model.pad_token_id={pad}"]
+    sizes += ["data.documents=whole"] if getattr(task, "documents", "") == "whole" else []
+    words = " ".join([f"data.train={train_shards}", f"data.test={test_shards}", *sizes])
+    print("  " + " \\\n  ".join(_wrap(words, COLUMNS - 4)))  # as a shell reads it
+
+
+def _say(text: str) -> None:
+    """Print a sentence in lines of at most COLUMNS, unless a word is longer."""
+    print("\n  ".join(_wrap(text, COLUMNS - 2)))
+
+
+def _wrap(text: str, columns: int) -> list[str]:
+    return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
+
+
+def _summarize(folder: Path, splits: dict[str, dict[str, int]]) -> None:
+    train, test = (_describe(**splits[split]) for split in SPLITS)
+    tokens = {split: splits[split].get("tokens", 0) for split in SPLITS}
+    share = f", {tokens['test'] / sum(tokens.values()):.1%} of the tokens" if all(tokens.values()) else ""
+    _say(f"{folder}: {train} to train on, {test} held out{share}")
 
 
 def _finish(
@@ -142,6 +179,7 @@ def _finish(
             return splits
         if about["fields"].get("unique"):
             made = _leave_out_duplicates(made, unfinished, workers)
+        notes = [] if about["task"] in CORPORA else repeats(unfinished, len(made))
         manifest = _manifest(about, made)
         try:
             _refuse_empty(manifest, unfinished)
@@ -156,6 +194,8 @@ def _finish(
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         unfinished.rename(folder)
         lock.unlink()
+    for note in notes:
+        _say(note)
     _report(manifest)
     return manifest["splits"]
 
@@ -194,17 +234,18 @@ def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
 def _report(manifest: dict[str, Any]) -> None:
     """Print what was skipped or changed."""
     for reason, count in (manifest.get("left_out") or {}).items():
-        print(f"{count:,} documents left out: {reason}")
+        _say(f"{count:,} documents left out: {reason}")
     if skipped := manifest.get("skipped"):
         print(f"{len(skipped)} documents skipped:")
-        print("".join(f"  {reason}\n" for reason in skipped[:_SHOWN]), end="")
+        for reason in skipped[:_SHOWN]:
+            _say(f"- {reason}")
         if len(skipped) > _SHOWN:
-            print(f"  ... the others are listed in {MANIFEST}")
+            print(f"- ... the others are listed in {MANIFEST}")
     if changed := manifest.get("changed"):
-        print(
-            f"{changed} of {manifest['decoded']} texts that were decoded again do not come back as they were; the first:"
+        _say(
+            f"{changed} of {manifest['decoded']} texts that were decoded again do not come back as they were; the first: "
+            f"{manifest['changed_example']}"
         )
-        print(f"  {manifest['changed_example']}")
 
 
 def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:
@@ -217,25 +258,83 @@ def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] 
         if shards == {path.name: path.stat().st_size for path in folder.glob("*.tar")}:
             print(f"{folder} is built already")
             return manifest["splits"]
+        raise DataError(
+            f"{folder} was built with the same fields, but its shards are others now: choose another folder"
+        )
+    if manifest.get("shards"):
+        raise DataError(
+            f"{folder} is a finished build, which differs ({_differences(manifest, about)}): nothing is written over; choose "
+            "another folder, or remove it"
+        )
     raise DataError(f"{folder} exists and is not empty: nothing is written over; choose another folder")
 
 
-def _begin(folder: Path, about: dict[str, Any]) -> Path:
-    """The folder to work in: new, or left by the same command when it was interrupted."""
-    unfinished = folder.parent / f".{folder.name}.unfinished"
+def _differences(before: dict[str, Any], about: dict[str, Any]) -> str:
+    """In which fields two builds differ, the first of them."""
+    there, here = (
+        flatten({key: value for key, value in values.items() if key not in _MAY_CHANGE}) for values in (before, about)
+    )
+    found = [
+        f"{key.removeprefix('fields.')}={_short(there.get(key))} there, {_short(value)} here"
+        for key, value in here.items()
+        if there.get(key) != value
+    ]
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more if found else "the input has changed"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+@contextmanager
+def _begin(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """The folder to work in: new, or left by the same command when it was interrupted.
+
+    Meanwhile a lock in it says that a process works there.
+    """
+    unfinished = unfinished_folder(folder)
+    if _is_another(unfinished, about):
+        shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True, exist_ok=True)
+    running = unfinished / f"{uuid4().hex}{_RUNNING}"
+    with FileLock(running):
+        _note_what_is_built(unfinished, about)
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # it is empty
+        try:
+            yield unfinished
+        finally:
+            running.unlink(missing_ok=True)
+
+
+def _is_another(unfinished: Path, about: dict[str, Any]) -> bool:
+    """Whether another build has begun, which is over and has finished no shard. Raises DataError if it has, or goes on."""
     note = unfinished / MANIFEST
-    if note.exists():
-        before = json.loads(note.read_text())
-        if any(before.get(key) != about.get(key) for key in (before.keys() | about.keys()) - {*_MAY_CHANGE}):
-            raise DataError(f"{unfinished} holds part of another build: finish that, or remove the folder")
-    else:
+    if not note.exists():
+        return False
+    before = json.loads(note.read_text())
+    if all(before.get(key) == about.get(key) for key in (before.keys() | about.keys()) - {*_MAY_CHANGE}):
+        return False
+    other = f"part of another build ({_differences(before, about)})"
+    for running in unfinished.glob(f"*{_RUNNING}"):
+        try:
+            with FileLock(running, timeout=0):
+                pass
+        except Timeout:
+            raise DataError(f"{unfinished} holds {other}, which is running: choose another folder") from None
+    if any(unfinished.glob("*.done")):
+        raise DataError(f"{unfinished} holds {other}: finish that, or remove the folder")
+    return True
+
+
+def _note_what_is_built(unfinished: Path, about: dict[str, Any]) -> None:
+    note = unfinished / MANIFEST
+    if not note.exists():
         temporary = unfinished / f"manifest-{uuid4().hex}.tmp"  # other parts may begin now, too
         temporary.write_text(json.dumps(about))
         temporary.rename(note)
-    with suppress(FileNotFoundError):
-        folder.rmdir()  # it is empty
-    return unfinished
 
 
 def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] | None) -> list[dict[str, Any] | None]:

@@ -23,6 +23,7 @@ from powernap.train.data.tokenizer import threads
 
 PIECE = 2**17  # bytes of a document that are tokenized at once
 DECODED_FIRST, DECODED_ONE_IN = 2**18, 64  # bytes of a job that are decoded again: the first, and a share of the others
+_OFFERED = 8  # fields in a message
 HEAD = 2**20  # bytes of a document that decide between train and test
 _BOM = b"\xef\xbb\xbf"
 
@@ -89,7 +90,9 @@ class Tally:
     documents: int = 0
     text_bytes: dict[str, int] = field(default_factory=dict)  # of the documents that are text, by split
     left_out: dict[str, int] = field(default_factory=dict)  # documents by the reason why they are not wanted
-    hashes: dict[str, list[bytes]] = field(default_factory=dict)  # of the documents in the shards, by split, if wanted
+    hashes: dict[str, list[bytes]] = field(
+        default_factory=dict
+    )  # of a shard's documents, or a task's samples, by split, if wanted
     decoded: int = 0  # pieces whose tokens were decoded again, and
     changed: int = 0  # those that came back as another text
     example: str = ""
@@ -422,10 +425,21 @@ def field_of(value: Any, field: str, line: object, option: str = "text_field") -
             break
         found, rest = found[first], later
     before = field.removesuffix(rest)
-    names = (
-        f" with one of {', '.join(f'{before}{name}' for name in found)}" if isinstance(found, dict) and found else ""
-    )
+    leaves = [f"{before}{path}" for path in text_paths(found)] if isinstance(found, dict) else []
+    more = ", ..." if len(leaves) > _OFFERED else ""
+    names = f" with one of {', '.join(leaves[:_OFFERED])}{more}" if leaves else ""
     raise DataError(f"{line} is no JSON object with '{field}': write {option}=...{names}")
+
+
+def text_paths(value: dict[str, Any], before: str = "") -> list[str]:
+    """The dotted paths of what may be read as text: text, or lists, which may be tokens or conversations."""
+    paths = []
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            paths += text_paths(inner, f"{before}{name}.")
+        elif isinstance(inner, str | list):
+            paths.append(f"{before}{name}")
+    return paths
 
 
 def _of_rows(part: Part, rows: Iterator[tuple[str, Any]]) -> Iterator[Piece | Tokens | DataError]:

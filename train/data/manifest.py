@@ -21,6 +21,23 @@ def end_and_pad(manifest: dict[str, Any]) -> tuple[int | None, int | None]:
     return (pad - 1 if end is None and pad else end), pad
 
 
+def unfinished_folder(folder: Path) -> Path:
+    """Where shards are until all of a build are there."""
+    return folder.parent / f".{folder.name}.unfinished"
+
+
+def no_shards_yet(folder: Path) -> str | None:
+    """What to do about a folder that a build has not finished; None if none has begun."""
+    unfinished = unfinished_folder(folder)
+    if not unfinished.is_dir() or (folder / MANIFEST).exists():
+        return None
+    built = len(list(unfinished.glob("*.done")))
+    return (
+        f"{folder}: its build is not finished, {built} shard{'' if built == 1 else 's'} of it are in {unfinished}: repeat the "
+        "command that began it, or wait for its other parts"
+    )
+
+
 def read_manifest(shard: Path) -> dict[str, Any]:
     """The manifest beside a shard; empty if there is none.
 

@@ -136,11 +136,11 @@ def decode(members: dict[str, object], sequence_length: int | None = None, vocab
         )
     if not loss_mask[1:].any():  # the first token is never predicted
         raise DataError(f"{location}: loss_mask.npy marks no token after the first: there is nothing to learn from")
-    _check_answers(answers, loss_mask, location)
+    check_answers(answers, loss_mask, location)
     if "probes.npy" not in members:
         return Sample(tokens, loss_mask, answers)
     probes = _array(members, "probes.npy", location)
-    _check_probes(probes, loss_mask, location)
+    check_probes(probes, loss_mask, location)
     return Sample(tokens, loss_mask, answers, probes)
 
 
@@ -185,27 +185,28 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.
     return shape, "F" if is_fortran else "C", dtype
 
 
-def _check_answers(answers: np.ndarray, loss_mask: np.ndarray, location: Location) -> None:
+def check_answers(answers: np.ndarray, loss_mask: np.ndarray, location: object, name: str = "answers.npy") -> None:
+    """Raises DataError unless the rows of `answers` lie in the loss mask."""
     if answers.ndim != 2 or answers.shape[1] != 3 or answers.dtype.kind not in "iu":
         raise DataError(
-            f"{location}: answers.npy must hold integer rows (start, stop, depth), "
-            f"not {answers.dtype} {list(answers.shape)}"
+            f"{location}: {name} must hold integer rows (start, stop, depth), not {answers.dtype} {list(answers.shape)}"
         )
     for start, stop, _ in answers.tolist():
         if not (1 <= start < stop <= len(loss_mask) and loss_mask[start:stop].all()):
-            raise DataError(f"{location}: answers.npy names tokens {start}..{stop - 1}, which are not all loss tokens")
+            raise DataError(f"{location}: {name} names tokens {start}..{stop - 1}, which are not all loss tokens")
 
 
-def _check_probes(probes: np.ndarray, loss_mask: np.ndarray, location: Location) -> None:
+def check_probes(probes: np.ndarray, loss_mask: np.ndarray, location: object, name: str = "probes.npy") -> None:
+    """Raises DataError unless the rows of `probes` rise, and what bears loss in them is predicted in them."""
     if probes.ndim != 2 or probes.shape[1] != 2 or probes.dtype.kind not in "iu":
         raise DataError(
-            f"{location}: probes.npy must hold integer rows (start, stop), not {probes.dtype} {list(probes.shape)}"
+            f"{location}: {name} must hold integer rows (start, stop), not {probes.dtype} {list(probes.shape)}"
         )
     before = 0
     for start, stop in probes.tolist():
         if not before <= start < stop - 1 < len(loss_mask):
             raise DataError(
-                f"{location}: probes.npy names tokens {start}..{stop - 1}: probes follow each other in a sample of "
+                f"{location}: {name} names tokens {start}..{stop - 1}: probes follow each other in a sample of "
                 f"{len(loss_mask)} tokens, each with a question and an answer"
             )
         # Predicted in a probe are its own tokens after the first; its last token and the one before it predict nothing.

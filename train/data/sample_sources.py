@@ -11,6 +11,7 @@ import numpy as np
 
 from powernap.train.data.corpus import Corpus
 from powernap.train.data.documents import Tally
+from powernap.train.data.drawn import check_drawn, context_note, hash_of, watch_draws
 from powernap.train.data.input_files import describe_left_out, size_of, version_of
 from powernap.train.data.manifest import SPLITS
 from powernap.train.data.sample import Documents
@@ -64,7 +65,8 @@ class TaskSource:
         return jobs
 
     def notes(self) -> list[str]:
-        return []
+        note = context_note(self.name, self.task)
+        return [note] if note else []
 
     def tally(self) -> Tally:
         return Tally()
@@ -79,9 +81,15 @@ class TaskSource:
         """Split, key and sample."""
         split, first = job.what
         random = np.random.default_rng([self.seed, SPLITS.index(split), job.number])
-        for number in range(first, first + job.amount):
-            tally.advance(1)
-            yield split, f"{split}-{number:09d}", self.task.sample(random, held_out=split == "test")
+        with watch_draws(self.name) as drawn:
+            for number in range(first, first + job.amount):
+                tally.advance(1)
+                key = f"{split}-{number:09d}"
+                sample = self.task.sample(random, held_out=split == "test")
+                drawn.set()
+                check_drawn(self.name, self.task, sample, key)
+                tally.hashes.setdefault(split, []).append(hash_of(sample))
+                yield split, key, sample
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ train/data/task.py defines the protocol. Powernap's own tasks are synthetic and 
 evicted context.
 """
 
-import importlib
+import importlib.util
 import inspect
+import os
+import sys
 from typing import Any
 
 from powernap.model.plugins import PluginError, plugins
@@ -32,7 +34,8 @@ def task_kind(name: str) -> type[Any]:
     """The class of a task.
 
     Args:
-        name: Powernap's own, an entry point of `powernap.tasks`, or `package.module:Class`.
+        name: Powernap's own, an entry point of `powernap.tasks`, or `package.module:Class`, which is installed, or lies in the
+            current folder, which is searched last.
 
     Raises:
         PluginError: if there is none, or it is not a task.
@@ -42,11 +45,12 @@ def task_kind(name: str) -> type[Any]:
     module, colon, attribute = name.partition(":")
     if colon:
         try:
+            _search_current_folder_for(module)
             kind = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # third-party code may raise anything
             raise PluginError(
-                f"task {name}: cannot be imported ({type(error).__name__}: {error}); install its package, or name its "
-                "folder in PYTHONPATH"
+                f"task {name}: cannot be imported ({type(error).__name__}: {error}); run the command in the folder of its "
+                "module, install its package, or name its folder in PYTHONPATH"
             ) from error
     else:
         offered = plugins("tasks")
@@ -60,6 +64,12 @@ def task_kind(name: str) -> type[Any]:
     if missing := [part for part in REQUIRED if not hasattr(kind, part) and part not in kind.model_fields]:
         raise PluginError(f"task {name}: {kind.__name__} has no {missing[0]}, which every task has (docs/extending.md)")
     return kind
+
+
+def _search_current_folder_for(module: str) -> None:
+    """Let Python, here and in processes that this one starts, find a module in the current folder."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def task_name(task: object) -> str:

@@ -93,9 +93,10 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, capsys):
         "splits": {"train": {"shards": 3, "samples": 10}, "test": {"shards": 1, "samples": 3}},
     }
     said = capsys.readouterr().out
+    assert max(len(line) for line in said.replace(f"{tmp_path}/", "").splitlines()) <= 80
+    said = " ".join(said.replace("\\\n", "").split())
     assert "10 samples in 3 shards" in said and "3 samples in 1 shard " in said
     assert "data.sequence_length=18 model.vocab_size=16 model.window=12" in said
-    assert len(said.splitlines()) <= 4
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
@@ -109,7 +110,9 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_nothing_is_written_over(tmp_path):
     folder = build_small(tmp_path / "data")
     before = (folder / "train-000000.tar").read_bytes()
-    with pytest.raises(DataError, match="data exists and is not empty: nothing is written over"):
+    with pytest.raises(
+        DataError, match=r"data is a finished build, which differs \(seed=5 there, 9 here\): nothing is written over"
+    ):
         build_small(folder, seed=9)
     assert (folder / "train-000000.tar").read_bytes() == before
     (tmp_path / "file").write_text("")
@@ -124,7 +127,7 @@ def test_a_finished_build_is_left_alone(tmp_path, capsys):
     assert "is built already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     (folder / "train-000001.tar").write_bytes(b"half")
-    with pytest.raises(DataError, match="exists and is not empty"):
+    with pytest.raises(DataError, match="was built with the same fields, but its shards are others now"):
         build_small(folder)
 
 
@@ -143,7 +146,9 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_small(tmp_path / "data")
     assert [path.name for path in tmp_path.iterdir()] == [".data.unfinished"]
-    with pytest.raises(DataError, match="holds part of another build: finish that, or remove the folder"):
+    with pytest.raises(
+        DataError, match=r"holds part of another build \(seed=5 there, 6 here\): finish that, or remove the folder"
+    ):
         build_small(tmp_path / "data", seed=6)
     drawn.clear()
     drawn += [1] * 10
@@ -152,6 +157,32 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert bytes_of(tmp_path / "data") == bytes_of(build_small(tmp_path / "whole"), "whole", "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
+
+
+def test_what_has_no_finished_shard_blocks_no_other_build(tmp_path, monkeypatch):
+    """Unless it is running."""
+    monkeypatch.setattr(build, "make_shards", interrupt := Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        build_small(tmp_path / "data")
+    assert (tmp_path / ".data.unfinished" / "manifest.json").exists()
+    interrupt.meanwhile = lambda: build_small(tmp_path / "data", seed=7)
+    with pytest.raises(DataError, match=r"another build \(seed=6 there, 7 here\), which is running"):
+        build_small(tmp_path / "data", seed=6)
+    monkeypatch.undo()
+    build_small(tmp_path / "data", seed=7)
+    assert bytes_of(tmp_path / "data") == bytes_of(build_small(tmp_path / "other" / "data", seed=7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "other"]
+
+
+class Interrupt:
+    """Stands for `make_shards`."""
+
+    def __init__(self):
+        self.meanwhile = lambda: None
+
+    def __call__(self, *_):
+        self.meanwhile()
+        raise KeyboardInterrupt
 
 
 def test_any_number_of_cores_gives_the_same_bytes(tmp_path):
@@ -192,7 +223,7 @@ def test_numbers_without_sense_are_refused(tmp_path, change, message):
 def test_a_test_set_alone(tmp_path, capsys):
     folder = build_small(tmp_path / "data", train_samples=0)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "test-000000.index", "test-000000.tar"]
-    assert f"data.train=... data.test={folder}/test-*.tar" in capsys.readouterr().out
+    assert f"data.train=... \\\n  data.test='{folder}/test-*.tar'" in capsys.readouterr().out
     build_small(tmp_path / "data", train_samples=0)
     assert "is built already" in capsys.readouterr().out
 

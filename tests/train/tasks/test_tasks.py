@@ -1,10 +1,13 @@
 """Tasks: the exact formats, right answers, and a held-out fifth that training never sees."""
 
+import shutil
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from powernap.launch import cli
 from powernap.train.data.build import build_task
 from powernap.train.data.vocabulary import described_by
 from powernap.train.recipe_file import RecipeError, check
@@ -13,6 +16,7 @@ from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.elementary import after
 from powernap.train.tasks.rule110 import Rule110
 from powernap.train.tasks.sample import TaskError, draw_problem, is_held_out
+from tests.helpers import own_task
 
 ENDS = Depo(nodes=8, max_hop=4, queries=18, names="ends")
 WORDS = Depo(nodes=12, max_hop=5, queries=2, alphabet=4)
@@ -30,6 +34,32 @@ def read_word(tokens, position, alphabet):
     assert all(1 <= token <= alphabet for token in tokens[position : stop - 1])
     assert alphabet < tokens[stop - 1] <= 2 * alphabet
     return tuple(tokens[position:stop]), stop
+
+
+def test_a_task_in_the_current_folder_is_found_by_the_processes_that_build_too(tmp_path, monkeypatch, capsys):
+    shutil.copy(own_task.__file__, tmp_path / "letters_again.py")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    build = [
+        "data",
+        "build",
+        "letters_again:Copy",
+        "data",
+        "--train-samples",
+        "8",
+        "--test-samples",
+        "4",
+        "--samples-per-shard",
+        "4",
+    ]
+    assert cli.main([*build, "--workers", "2"]) == 0
+    assert sys.path[-1] == str(tmp_path)
+    assert cli.main(["data", "inspect", "data", "--samples", "1"]) == 0
+    assert "[again] *" in capsys.readouterr().out
+    assert cli.main(["data", "build", "nowhere:Copy", "data"]) == 2
+    assert "run the command in the folder of its module" in capsys.readouterr().err
+    assert cli.main(["data", "build", "nowhere:Copy", "--help"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_the_defaults_are_the_papers_sizes():
