@@ -76,18 +76,22 @@ class RunSection(Section):
 
 
 class DatasetConfig(Section):
-    """One dataset of a mixture."""
+    """One dataset of a mixture; shards alone have weight 1."""
 
     shards: Shards | list[Shards] = Field(description="path, glob, brace list or URL, or a list of them")
-    weight: float = Field(1.0, gt=0, description="its share of the samples, relative to the other datasets")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="its share of the sequences read, relative to the other datasets; one that ends begins anew",
+    )
 
 
 class DataConfig(Section):
     """Token shards: WebDataset tars with tokens, loss mask and answers (see `powernap data build`)."""
 
     train: Shards | list[Shards] | dict[str, DatasetConfig] = Field(
-        description="shards to train on: path, glob, brace list or URL, or a list of them; or a mixture, such as "
-        "{web: {shards: web-*.tar, weight: 3}, depo: {shards: depo-*.tar, weight: 1}}"
+        description="shards to train on: path, glob, brace list or URL, or a list of them; or a mixture, in quotes on a command "
+        "line: '{web: {shards: web-*.tar, weight: 3}, depo: depo-*.tar}'; without a weight it is 1"
     )
     test: Shards | list[Shards] | dict[str, Shards | list[Shards]] | None = Field(
         None,
@@ -133,6 +137,13 @@ class DataConfig(Section):
         le=1e6,
         description="seconds without data from a remote shard's server or command, after which it is tried again",
     )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _shards_alone(cls, train: object) -> object:
+        if not isinstance(train, dict):
+            return train
+        return {name: {"shards": given} if isinstance(given, str | list) else given for name, given in train.items()}
 
     @field_validator("train")
     @classmethod

@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,10 +46,20 @@ def parse_overrides(
     values = {} if into is None else into
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"'{override}' is no override: write key=value, such as train.steps=100")
+        if not equals or not key or re.search(r"[{}\[\]]", key):
+            raise RecipeError(f"'{override}' is no override: {_advice(overrides)}")
         _set(values, key, text, model)
     return values
+
+
+def _advice(overrides: Sequence[str]) -> str:
+    """What to write instead of a word that is no override."""
+    for word in overrides:
+        if any(word.count(opening) != word.count(closing) for opening, closing in ("{}", "[]")):
+            key, equals, _ = word.partition("=")
+            whole = f"{key}='...'" if equals else "key='{...}'"
+            return f"a value with {{ or [ is divided at blanks by the shell: put it in quotes, {whole}"
+    return "write key=value, such as train.steps=100"
 
 
 def find_recipe(name_or_path: str, folder: Path = Path(".")) -> Path:

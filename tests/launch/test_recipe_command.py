@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from powernap.launch import cli
-from powernap.train.recipe_file import load_recipe, shipped_recipes
+from powernap.train.recipe_file import RecipeError, load_recipe, shipped_recipes
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -95,3 +95,10 @@ def test_bash_completes(capsys, tmp_path, typed, found):
 
 def test_zsh_gets_a_function(capsys):
     assert printed(capsys, "completion", "zsh").startswith("#compdef powernap")
+
+
+def test_a_mixture_of_paths_and_one_without_quotes():
+    mixed = load_recipe("track", ["data.train={a: a.tar, b: {shards: [b.tar], weight: 3}}"])
+    assert mixed.data.datasets == {"a": ("a.tar", 1.0), "b": (["b.tar"], 3.0)}
+    with pytest.raises(RecipeError, match="put it in quotes, data.train='...'"):
+        load_recipe("track", ["data.train={a:", "a.tar}"])

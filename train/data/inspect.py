@@ -10,15 +10,19 @@ import numpy as np
 from powernap.model.segments import spans
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.corpus import Corpus
-from powernap.train.data.manifest import read_manifest
+from powernap.train.data.manifest import no_shards_yet, read_manifest
+from powernap.train.data.sample import DataError
 from powernap.train.data.sequences import Cutting, Sequences, document_lengths
 from powernap.train.data.shard import Shard
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.task import Task
+from powernap.train.data.tokenizer import Tokenizer
 from powernap.train.data.vocabulary import UnknownTask, described_by
-from powernap.train.tasks.sample import probes_of
+from powernap.train.tasks.sample import PAD, probes_of
 
 COLUMNS = 80
+INDENT = " " * 4
+ROWS = 4  # of a window's text
 LENGTH = 1025  # of sequences, if no manifest says what documents may be cut to
 WINDOW = 256
 LONGEST = 2**24
@@ -38,8 +42,11 @@ def inspect_shards(
     Raises:
         DataError: if a shard cannot be read, or a sample is malformed.
     """
-    if (folder := local_path(spec)) and folder.is_dir():
-        spec = f"{folder}/*.tar"
+    if folder := local_path(spec):
+        if message := no_shards_yet(folder):
+            raise DataError(message)
+        if folder.is_dir():
+            spec = f"{folder}/*.tar"
     opened = [Shard.open(name, cache) for name in expand_shards(spec, "SHARDS")]
     assert opened[0].path is not None
     manifest = read_manifest(opened[0].path)
@@ -50,11 +57,10 @@ def inspect_shards(
         task, note = described_by(manifest), []
     except UnknownTask as error:
         task, note = None, [f"tokens are shown as numbers: {error}"]
-    name_token = _names(task) if task else str
     window = window or manifest.get("window")
 
     samples = ((shard, number) for shard in shards for number in range(len(shard)))
-    blocks = [_show(*place, name_token, window) for place in itertools.islice(samples, show)]
+    blocks = [_show(*place, task, window) for place in itertools.islice(samples, show)]
     return "\n\n".join([*blocks, *note, _statistics(shards, manifest)])
 
 
@@ -78,24 +84,67 @@ def _size(value: object) -> int | None:
     return value if type(value) is int and 2 <= value <= LONGEST else None
 
 
-def _show(shard: Sequences, number: int, name_token: Callable[[int], str], window: int | None) -> str:
+def _show(shard: Sequences, number: int, task: Task | Corpus | None, window: int | None) -> str:
     sample = shard[number]
-    lines = [f"{shard.names([number])[0]}: {len(sample.tokens)} tokens, *loss tokens* in stars"]
-    words = [name_token(int(token)) for token in sample.tokens]
-    words = [f"*{word}*" if loss else word for word, loss in zip(words, sample.loss_mask, strict=True)]
-    windows = itertools.count()
-    for start, stop, probe in spans(len(words), window or len(words), probes_of(sample)):
+    tokens, loss_mask = sample.tokens, sample.loss_mask
+    pad = getattr(task, "pad_token_id", PAD)
+    everywhere = bool(loss_mask[1:][tokens[1:] != pad].all())
+    marks = "loss on all tokens" if everywhere else "*loss tokens* in stars"
+    lines = [f"{shard.names([number])[0]}: {len(tokens)} tokens, {marks}"]
+    show = _text_of(task.vocabulary, pad) if isinstance(task, Corpus) else _words_of(_names(task) if task else str)
+    stars = np.zeros_like(loss_mask) if everywhere else loss_mask
+    windows, inputs = itertools.count(), len(tokens) - 1
+    for start, stop, probe in spans(inputs, window or inputs, probes_of(sample)):
         # A window predicts if the target of one of its inputs, the next token, is a loss token.
-        predicts = sample.loss_mask[start + 1 : stop + 1].any()
-        title = "probe: " if probe else f"window {next(windows)}, {'answers' if predicts else 'slept on'}: "
-        text = " ".join(_fold(words[start:stop]))
-        lines += textwrap.wrap(
-            text, COLUMNS, initial_indent=f"  {title}", subsequent_indent="    ", break_on_hyphens=False
-        )
+        predicts = loss_mask[start + 1 : stop + 1].any()
+        name = "probe" if probe else f"window {next(windows)}"
+        if isinstance(task, Corpus) and not len(sample.answers):
+            name += "" if predicts else ", no loss"
+        elif not probe:
+            name += ", answers" if predicts else ", slept on"
+        end = len(tokens) if stop == inputs else stop  # the last token is a target only
+        lines += show(f"  {name}: ", tokens[start:end], stars[start:end])
+    name_token = _names(task) if task else str
     for start, stop, depth in sample.answers.tolist():
-        answer = " ".join(name_token(int(token)) for token in sample.tokens[start:stop])
+        answer = " ".join(name_token(int(token)) for token in tokens[start:stop])
         lines.append(f"  depth {depth}: {answer}  (tokens {start}..{stop - 1})")
     return "\n".join(lines)
+
+
+def _words_of(name_token: Callable[[int], str]) -> Callable[[str, np.ndarray, np.ndarray], list[str]]:
+    """Shows tokens as their names: title, tokens, which bear loss -> lines."""
+
+    def show(title: str, tokens: np.ndarray, loss: np.ndarray) -> list[str]:
+        words = [name_token(int(token)) for token in tokens]
+        words = [f"*{word}*" if star else word for word, star in zip(words, loss, strict=True)]
+        return _wrap(" ".join(_fold(words)), title)
+
+    return show
+
+
+def _text_of(vocabulary: Tokenizer, pad: int) -> Callable[[str, np.ndarray, np.ndarray], list[str]]:
+    """Shows tokens as the beginning of their text, with the lines that it has."""
+
+    def show(title: str, tokens: np.ndarray, loss: np.ndarray) -> list[str]:
+        text = ""
+        for (is_pad, star), group in itertools.groupby(
+            zip(tokens.tolist(), loss, strict=True), lambda t: (t[0] == pad, t[1])
+        ):
+            run = [token for token, _ in group]
+            detokenizer = vocabulary.detokenizer()
+            part = "".join([*itertools.chain.from_iterable(map(detokenizer.step, run)), *detokenizer.finish()])
+            part = f"[pad] x{len(run)}" if is_pad else part
+            text += f"*{part}*" if star else part
+        text = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+        rows = [row for line in text.splitlines() for row in textwrap.wrap(line, COLUMNS - len(INDENT)) or [""]]
+        more = [f"... {len(rows) - ROWS} lines more"] if len(rows) > ROWS + 1 else []
+        return [title.rstrip(), *(f"{INDENT}{row}".rstrip() for row in (rows[:ROWS] + more if more else rows))]
+
+    return show
+
+
+def _wrap(text: str, title: str) -> list[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent=title, subsequent_indent=INDENT, break_on_hyphens=False)
 
 
 def _fold(words: list[str]) -> list[str]:
@@ -124,7 +173,7 @@ def _statistics(shards: list[Sequences], manifest: dict) -> str:
         ("samples", f"{sum(lengths.values()):,}"),
         (
             "tokens",
-            f"{tokens:,}, {short if short == long else f'{short} to {long}'} a sample, the largest is {largest}",
+            f"{tokens:,}, {short if short == long else f'{short} to {long}'} a sample; the largest token id is {largest}",
         ),
         ("loss tokens", f"{losses:,}, {losses / max(tokens, 1):.1%}"),
     ]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from powernap.train.data.manifest import MANIFEST, SPLITS, read_manifest
+from powernap.train.data.manifest import MANIFEST, SPLITS, no_shards_yet, read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.tar_index import index_file, index_tar, read_index
 
@@ -111,6 +111,8 @@ def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> 
     """
     path = folder / MANIFEST
     if not path.is_file():
+        if message := no_shards_yet(folder):
+            raise DataError(message)
         raise DataError(
             f"{path}: no such file: nothing says what the shards were when `powernap data build` wrote them"
         )

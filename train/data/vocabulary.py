@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from powernap.model.plugins import PluginError
@@ -168,3 +169,10 @@ def described_by(manifest: dict) -> Task | Corpus | None:
     except RecipeError as error:
         raise DataError(f"{MANIFEST}: {error}") from None
     return task.built_with(*end_and_pad(manifest)) if isinstance(task, Corpus) else task
+
+
+def depth_name_of(manifest: dict | None) -> str:
+    """What the depth of a task's answers counts; "depth" if its package is not installed here."""
+    with suppress(DataError):
+        return getattr(described_by(manifest or {}), "depth_name", "depth")
+    return "depth"

@@ -17,8 +17,10 @@ from powernap.parallel.schedule import MicroBatch, predict
 from powernap.parallel.topology import Topology, distributed_session
 from powernap.train.config import DataConfig, Recipe
 from powernap.train.data.loader import Batch, evaluation_batches
+from powernap.train.data.manifest import read_manifest
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.data.test_sets import named_tests, stored_length, test_sets, test_tokens_per_byte
+from powernap.train.data.vocabulary import depth_name_of
 from powernap.train.evaluation.floors import Floor, best_guesses
 from powernap.train.evaluation.intervals import Tally
 from powernap.train.evaluation.pictures import draw_accuracy, draw_loss
@@ -199,7 +201,7 @@ def evaluate_run(
     else:
         to_read = _with_secrets(recipe, test, folder.config)
         check_folder(path, "")
-    newest = folder.newest_checkpoint()
+    newest, depth_name = folder.newest_checkpoint(), _depth_name(to_read.data)
     with distributed_session() as topology:
         stage = HybridStage(recipe.model, recipe.sleep, topology.groups, draw=False).to(topology.device)
         newest.load_weights(stage, recipe.train.precision)
@@ -207,13 +209,23 @@ def evaluate_run(
             stage, to_read, passes or evaluation_passes(recipe), samples or recipe.evaluation.samples, topology
         )
     if shards:
-        return "\n".join([f"{path.name}, after step {newest.step:,}, on {' '.join(shards)}", *_tables(result)])
+        return "\n".join(
+            [f"{path.name}, after step {newest.step:,}, on {' '.join(shards)}", *_tables(result, depth_name)]
+        )
     table, picture = path / "evaluation.json", path / "evaluation.png"
     table.write_text(json.dumps({"step": newest.step, **asdict(result)}, indent=2) + "\n")
     title = f"{path.name}: held-out {'accuracy' if result.answers else 'loss'} after step {newest.step:,}"
     if result.answers:
         others = {windows: (other.accuracy, other.interval, other.floor) for windows, other in result.lengths.items()}
-        draw_accuracy(result.accuracy, result.interval, result.floor, title=title, to=picture, lengths=others)
+        draw_accuracy(
+            result.accuracy,
+            result.interval,
+            result.floor,
+            title=title,
+            to=picture,
+            lengths=others,
+            depth_name=depth_name,
+        )
     else:
         draw_loss(result.loss, result.loss_by_window, title=title, to=picture)
     tracker = Trackers.open(recipe, path, running=False)
@@ -221,21 +233,27 @@ def evaluate_run(
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close(status=None)
-    return "\n".join([title, *_tables(result), f"{table} and {picture.name} written"])
+    return "\n".join([title, *_tables(result, depth_name), f"{table} and {picture.name} written"])
 
 
-def _tables(result: Evaluation) -> list[str]:
+def _depth_name(data: DataConfig) -> str:
+    """What the manifest beside the first test shards says that depth counts."""
+    path = local_path(expand_shards(next(iter(data.tests.values())), "data.test")[0])
+    return depth_name_of(read_manifest(path) if path else None)
+
+
+def _tables(result: Evaluation, depth_name: str) -> list[str]:
     """Lines: what is found at each length."""
     lines = [f"{result.name}:"] if result.name else []
-    lines += _described(result)
+    lines += _described(result, depth_name)
     for windows, other in result.lengths.items():
-        lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other)]
+        lines += [f"\n{windows} windows in place of {result.windows}:", *_described(other, depth_name)]
     for other in result.others.values():
-        lines += ["", *_tables(other)]
+        lines += ["", *_tables(other, depth_name)]
     return lines
 
 
-def _described(result: Evaluation) -> list[str]:
+def _described(result: Evaluation, depth_name: str) -> list[str]:
     """Lines: table of accuracy, best guess, losses."""
     lines = []
     if result.answers:
@@ -243,7 +261,7 @@ def _described(result: Evaluation) -> list[str]:
         accuracy = {f"N={n}": {d: row[d] for d in shown} for n, row in result.accuracy.items()}
         interval = {f"N={n}": {d: row[d] for d in shown} for n, row in result.interval.items()}
         floor = {depth: result.floor[depth] for depth in shown if depth in result.floor}
-        lines.append(format_accuracy(with_intervals(accuracy, interval) | {FLOOR_LABEL: floor}))
+        lines.append(format_accuracy(with_intervals(accuracy, interval) | {FLOOR_LABEL: floor}, depth_name))
         if len(shown) == len(result.answers):
             lines.append(best_guesses(result.guesses))
         lines.append(
@@ -275,7 +293,10 @@ def _with_secrets(recipe: Recipe, test: list[str] | None, config: Path) -> Recip
     known = [recipe.data.test] if isinstance(recipe.data.test, str) else recipe.data.test
     if test and mask_values(test) != mask_values(known):
         given = mask_secrets(" ".join(test))
-        raise RecipeError(f"--test {given}: not the shards of the run: data.test is {' '.join(known)} in {config}")
+        raise RecipeError(
+            f"--test {given}: not the shards of the run: data.test is {' '.join(known)} in {config}; "
+            f"for other shards write --shards {given}"
+        )
     for shard in test or known:
         if MASK in shard and local_path(shard) is None:
             raise RecipeError(

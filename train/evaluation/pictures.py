@@ -11,7 +11,6 @@ BLUE, ORANGE = "#08519c", "#d95f0e"
 GREEN = "#238b45"
 GREY = "#777777"  # for floors
 MOST_TICKS = 20
-DEPTH_LABEL = "depth (hops, steps, operations); bands: 95 %"
 
 
 def draw_loss(loss: Mapping[str, float], by_window: Mapping[str, Mapping[str, float]], *, title: str, to: Path) -> None:
@@ -42,18 +41,19 @@ def draw_accuracy(
     title: str,
     to: Path,
     lengths: Mapping[str, Curves] | None = None,
+    depth_name: str = "depth",
 ) -> None:
     """Accuracy over depth, a line with its interval for each N, and the best surface guess below them.
 
     With a single depth, N becomes the axis. lengths: those of sequences with other numbers of windows; each has a panel,
     or if each has one depth alone, all share one, over the number of windows.
     """
-    panels = _panels(lengths or {})
+    panels = _panels(lengths or {}, depth_name)
     figure, axes = new_figure(columns=1 + len(panels))
     first, *others = axes if panels else [axes]
-    _draw_panel(first, accuracy, intervals, floor)
+    _draw_panel(first, accuracy, intervals, floor, depth_name)
     for axis, (name, label, curves) in zip(others, panels, strict=True):
-        _draw_panel(axis, *curves)
+        _draw_panel(axis, *curves, depth_name)
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel(label)
     for axis in (first, *others)[:-1]:
@@ -67,7 +67,7 @@ def draw_accuracy(
     figure.savefig(to, dpi=150)
 
 
-def _panels(lengths: Mapping[str, Curves]) -> list[tuple[str, str, Curves]]:
+def _panels(lengths: Mapping[str, Curves], depth_name: str) -> list[tuple[str, str, Curves]]:
     """Title, label of the horizontal axis and curves of each panel."""
     if len(lengths) > 1 and all(len(floor) == 1 for _, _, floor in lengths.values()):
         passes = next(iter(lengths.values()))[0].keys()
@@ -75,7 +75,11 @@ def _panels(lengths: Mapping[str, Curves]) -> list[tuple[str, str, Curves]]:
         intervals = {n: {windows: _only(of[n]) for windows, (_, of, _) in lengths.items()} for n in passes}
         floor = {windows: _only(of) for windows, (_, _, of) in lengths.items()}
         return [("other lengths", "windows", (accuracy, intervals, floor))]
-    return [(f"{windows} windows", DEPTH_LABEL, curves) for windows, curves in lengths.items()]
+    return [(f"{windows} windows", _label(depth_name), curves) for windows, curves in lengths.items()]
+
+
+def _label(depth_name: str) -> str:
+    return f"{depth_name}; bands: 95 %"
 
 
 def _only(values: Mapping[str, T]) -> T:
@@ -83,7 +87,7 @@ def _only(values: Mapping[str, T]) -> T:
     return value
 
 
-def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float]) -> None:
+def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[str, float], depth_name: str) -> None:
     depths = list(floor)
     if len(depths) == 1:
         (depth,) = depths
@@ -93,7 +97,7 @@ def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[s
         axes.errorbar(list(accuracy), heights, _reach(heights, ends), fmt="none", color=BLUE, capsize=3)
         axes.axhline(floor[depth], color=GREY, linestyle=":")
         axes.annotate(FLOOR_LABEL, (0, floor[depth]), xytext=(0, 4), textcoords="offset points", color=GREY)
-        axes.set_xlabel(f"N, passes of sleep (depth {depth}; bars: 95 %)")
+        axes.set_xlabel(f"N, passes of sleep ({depth_name} {depth}; bars: 95 %)")
     else:
         for (passes, values), color in zip(accuracy.items(), _from_light_to_dark(len(accuracy)), strict=True):
             marker = "o" if len(depths) <= MOST_TICKS else "."
@@ -102,7 +106,7 @@ def _draw_panel(axes, accuracy: Accuracy, intervals: Intervals, floor: Mapping[s
             )
             _band(axes, depths, intervals[passes], color)
         axes.plot(depths, [floor[d] for d in depths], ":", color=GREY, label=FLOOR_LABEL)
-        axes.set_xlabel(DEPTH_LABEL)
+        axes.set_xlabel(_label(depth_name))
         axes.set_xticks([depths.index(depth) for depth in some_depths(depths, MOST_TICKS)])
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     share_axis(axes)

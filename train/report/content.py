@@ -1,12 +1,10 @@
 """The content of a report: sections of sentences, tables and figures, for both the page and Markdown."""
 
 import statistics
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from powernap.parallel.planning.plan import in_bytes, in_units
-from powernap.train.data.sample import DataError
-from powernap.train.data.vocabulary import described_by
+from powernap.train.data.vocabulary import depth_name_of
 from powernap.train.evaluation.tables import FLOOR_LABEL
 from powernap.train.report.figures import (
     Picture,
@@ -66,7 +64,7 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     depths = sorted({depth for run in runs for depth in run.depths}, key=int)
     tasks = {run.task for run in runs if run.task}
     task = tasks.pop() if tasks else None
-    depth_name = _depth_name(next((run.manifest for run in runs if run.manifest), None))
+    depth_name = depth_name_of(next((run.manifest for run in runs if run.manifest), None))
     count = f"{len(groups)} recipes" if len(groups) > 1 else "One recipe"
     lead = f"{count}, {len(runs)} run{'s' if len(runs) > 1 else ''}{f', task {task}' if task else ''}."
     sections = [_summary(groups, depths, depth_name, styles), _what_differs(groups)]
@@ -75,13 +73,6 @@ def report_of(groups: list[Group], title: str | None) -> Report:
     sections += [_training(groups, styles), _cost(groups), _origin(runs)]
     labels = [group.label for group in groups]
     return Report(title or ", ".join(labels[:4]) + (" ..." if len(labels) > 4 else ""), lead, _notices(runs), sections)
-
-
-def _depth_name(manifest: dict | None) -> str:
-    """What the depth of a task's answers counts; "depth" if its package is not installed here."""
-    with suppress(DataError):
-        return getattr(described_by(manifest or {}), "depth_name", "depth")
-    return "depth"
 
 
 def _notices(runs: list[ReportedRun]) -> list[tuple[str, str]]:

@@ -21,12 +21,11 @@ from powernap.train.data.sample_sources import CorpusSource
 from powernap.train.data.shard import Shard
 from powernap.train.data.tokenizer import load_tokenizer
 from powernap.train.data.verify import verify
-from powernap.train.data.vocabulary import TextVocabulary
+from powernap.train.data.vocabulary import TextVocabulary, depth_name_of
 from powernap.train.evaluation.floors import Floor
 from powernap.train.generation.export import export
 from powernap.train.generation.generate import load_run
 from powernap.train.recipe_file import RecipeError, check
-from powernap.train.report.content import _depth_name
 from powernap.train.run.folder import RunFolder
 from tests.helpers import runs
 
@@ -132,7 +131,7 @@ def test_question_problem_and_answer(tmp_path, tokenizer, real):
     assert manifest["files"].keys() == {str(tmp_path / "in" / name) for name in ("a.jsonl", "b.jsonl.bz2")}
     assert real == ("tokenizer_sha256" in manifest)
     assert not verify(tmp_path / "data").problems
-    assert _depth_name(manifest) == "operations"
+    assert depth_name_of(manifest) == "operations"
 
 
 def test_a_problem_belongs_to_one_split_whatever_is_asked_about_it(tmp_path):
@@ -160,9 +159,7 @@ def test_all_for_the_test(tmp_path, capsys):
     assert "0 samples in 0 shards to train on, 5 samples in 1 shard held out" in said
     assert f"data.test='{folder}/test-*.tar'" in said
     report = inspect_shards(str(folder), ShardCache(tmp_path / "cache"), show=1)
-    assert (
-        "window 0, slept on: H o w _ m a n y" in report and "window 1, answers: A n s w e r : *_* *3* *[end]*" in report
-    )
+    assert "window 0, slept on:\n    How many" in report and "window 1, answers:\n    Answer:* 3[end]*" in report
     assert "depth 2: _ 3 [end]" in report and "GsmInfinite" not in report
     with pytest.raises(DataError, match="all 5 samples are held out"):
         build(CorpusSource(task(inputs, test_share=0.9999), 10**6), tmp_path / "other", workers=1)

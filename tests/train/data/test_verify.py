@@ -183,3 +183,11 @@ def test_verify_without_a_manifest(data, capsys, content, words):
     manifest.unlink() if content is None else manifest.write_text(content)
     code, out, err = verify(data, capsys)
     assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_a_build_that_is_not_finished_is_named(tmp_path, capsys):
+    (tmp_path / ".data.unfinished").mkdir()
+    (tmp_path / ".data.unfinished" / "000000.done").touch()
+    for command in ("verify", "inspect"):
+        assert main(["data", command, str(tmp_path / "data")]) == 2
+        assert "data: its build is not finished, 1 shard of it" in capsys.readouterr().err

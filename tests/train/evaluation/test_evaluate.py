@@ -111,7 +111,7 @@ def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
 
     result = runs.warm_powernap("eval", "seen", "--passes", "1,2,8", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["depth", "N=1", "N=1", "N=2"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:5]] == ["hops", "N=1", "N=1", "N=2"]
     assert result.stdout.splitlines()[3].startswith("N=1 ±")
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
     run = folder / "runs" / "seen"

@@ -9,9 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from powernap.train.data.vocabulary import described_by
+from powernap.train.data.vocabulary import depth_name_of, described_by
 from powernap.train.recipe_file import RecipeError, check
-from powernap.train.report.content import _depth_name
 from powernap.train.tasks.gsm import Gsm
 from powernap.train.tasks.gsm_problem import Problem, Relation, operations, solve
 from powernap.train.tasks.gsm_words import SETTINGS, VOCABULARY, ids
@@ -367,4 +366,4 @@ def test_shards_of_generator_2_are_read():
 
 def test_the_depth_has_a_name():
     assert [Gsm(depth=depth).depth_name for depth in ("ops", "chain")] == ["operations", "steps"]
-    assert _depth_name({"task": "gsm", "fields": {"depth": "chain"}}) == "steps"
+    assert depth_name_of({"task": "gsm", "fields": {"depth": "chain"}}) == "steps"
