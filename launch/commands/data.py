@@ -140,6 +140,8 @@ def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _typed(arguments: list[str]) -> str:
     """The command line, without --part: whichever part ends last says what built all."""
+    from powernap.train.run.secrets import mask_secrets
+
     words = iter(arguments)
     kept = []
     for word in words:
@@ -147,7 +149,7 @@ def _typed(arguments: list[str]) -> str:
             next(words, None)
         elif not word.startswith("--part="):
             kept.append(word)
-    return shlex.join(["powernap", *kept])
+    return mask_secrets(shlex.join(["powernap", *kept]))  # such as a password in the URL of an input
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
