@@ -30,10 +30,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, _: list[str]) -> int:
+def run(options: argparse.Namespace, typed: list[str]) -> int:
     from powernap.launch.jobs.submission import prepare_submission, submit_all
 
-    submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume)
+    submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume, typed)
     if options.dry_run:
         for group, files in submission.rendered():
             folder = submission.folder_of(group).path
