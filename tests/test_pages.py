@@ -19,6 +19,7 @@ PAGES = [
 ]  # fmt: skip
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+INLINE = re.compile(r"`(powernap [a-z][^`]*)`")
 BLOCK = re.compile(r"^( *)```[^\n]*\n(.*?)^\1```$", re.M | re.S)
 COMMENT = re.compile(r"\s#\s.*$", re.M)
 
@@ -53,7 +54,13 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(file), target
 
 
-COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page)}
+def inline_commands(page: Path) -> list[list[str]]:
+    """Those in the text that have options or fields; the changelog's name what there was."""
+    texts = INLINE.findall(BLOCK.sub("", page.read_text())) if page.name != "CHANGELOG.md" else []
+    return [shlex.split(text)[1:] for text in texts if re.search(r"\s--(?!help)|=", text.replace("key=value", ""))]
+
+
+COMMANDS = {" ".join(words): words for page in PAGES for words in [*commands(page), *inline_commands(page)]}
 
 
 def test_there_are_commands():
@@ -62,7 +69,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_can_be_typed_as_it_stands(command):
-    words = [word for word in COMMANDS[command] if not re.fullmatch(r"\[\S+=\S+|\.\.\.\]?", word)]
+    words = [word for word in COMMANDS[command] if not re.fullmatch(r"key=value|\[\S+=\S+|\.\.\.\]?", word)]
     parser, out = command_parser(), io.StringIO()
     with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
         try:

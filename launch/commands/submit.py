@@ -35,10 +35,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, _: list[str]) -> int:
+def run(options: argparse.Namespace, typed: list[str]) -> int:
     from powernap.launch.jobs.submission import prepare_submission, submit_all
 
-    submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume)
+    submission = prepare_submission(options.recipe, options.overrides, options.on, options.resume, typed)
     for note in dict.fromkeys(note for job in submission.jobs_to_start for note in _notes_on(job)):
         print(f"powernap: note: {note}", file=sys.stderr)
     if options.dry_run:

@@ -4,7 +4,7 @@ runs/NAME/jobs/1/           the first submission; 2/ the next one, after that fa
     recipe.yaml             every field, as the ranks read it
     job.sbatch, jobset.yaml, ...    exactly what was submitted
     code.json, code.diff    the code's commit, and the uncommitted changes
-    record.json             cluster and job id
+    record.json             cluster, job id, the command as typed
     log.txt                 the job's output, if the cluster's disks are mounted here
 """
 
@@ -22,6 +22,7 @@ from powernap.launch.jobs.description import JobDescription, JobError
 from powernap.model.section import Section
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError, check
+from powernap.train.run.provenance import SUBMITTED_AS
 from powernap.train.yaml_core import dump
 
 
@@ -62,6 +63,7 @@ class Job:
         submission_id: random and unique; the scheduler keeps it with the job, so that the job can be found by it.
         attempt: number of the submission of this run, from 1.
         submit_dir: the working directory of `powernap submit`; `run_folder` is relative to it.
+        submitted_as: the command as typed, secrets masked.
     """
 
     recipe: Recipe
@@ -70,6 +72,7 @@ class Job:
     submission_id: str
     attempt: int
     submit_dir: Path
+    submitted_as: str = ""
 
     @property
     def name(self) -> str:
@@ -111,7 +114,8 @@ class Job:
     @property
     def environment(self) -> dict[str, str]:
         """Variables that are not secret."""
-        return self.cluster.network.environment | self.description.env
+        own = {SUBMITTED_AS: self.submitted_as} if self.submitted_as else {}
+        return own | self.cluster.network.environment | self.description.env
 
     def record(self, id: str | None) -> "JobRecord":
         return JobRecord(
@@ -122,6 +126,7 @@ class Job:
             description=self.description.model_dump(mode="json"),
             submission_id=self.submission_id,
             attempt=self.attempt,
+            submitted_as=self.submitted_as,
             id=id,
         )
 
@@ -136,6 +141,7 @@ class JobRecord(Section):
     description: dict[str, Any]
     submission_id: str
     attempt: int
+    submitted_as: str = ""  # records of an older version lack it
     id: str | None = Field(description="the scheduler's id; null until the scheduler has accepted the job")
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +26,7 @@ from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.lock import ProcessLock
 from powernap.train.run.provenance import code_changes, commit
+from powernap.train.run.secrets import mask_secrets
 
 
 class _Jobs(Section):
@@ -64,13 +66,16 @@ class Submission:
         return JobFolder(self.folder / "jobs" / str(next_attempt(self.folder)))
 
 
-def prepare_submission(recipe: str, overrides: list[str], on: str, resume: bool = False) -> Submission:
+def prepare_submission(
+    recipe: str, overrides: list[str], on: str, resume: bool = False, typed: list[str] | None = None
+) -> Submission:
     """Check everything that can be checked without submitting.
 
     Args:
         recipe, overrides: as for `powernap train`; values separated by commas make a sweep; `job.*` describe the job.
         on: the cluster's name or file.
         resume: continue a run that was started without `powernap submit`.
+        typed: the words of the command, to be kept with the jobs.
 
     Raises:
         PowernapError: JobError, RecipeError or DataError, one line each.
@@ -79,13 +84,17 @@ def prepare_submission(recipe: str, overrides: list[str], on: str, resume: bool 
     job_overrides = [override for override in overrides if override.startswith("job.")]
     defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
     description = check(_Jobs, parse_overrides(job_overrides, into=defaults)).job
+    command = mask_secrets(shlex.join(["powernap", *typed])) if typed else ""
     combinations = expand([override for override in overrides if not override.startswith("job.")])
     base = load_recipe(recipe, combinations[0][1], cluster.files).run
     is_sweep = len(combinations) > 1
     sweep = [f"run.sweep={base.name}"] if is_sweep else []
     jobs = [
         _job(
-            load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}", *sweep], cluster.files), description, cluster
+            load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}", *sweep], cluster.files),
+            description,
+            cluster,
+            command,
         )
         for suffix, chosen in combinations
     ]
@@ -163,7 +172,7 @@ def status_of(record: JobRecord) -> tuple[JobRecord, Status]:
     return record, backend.status(record)
 
 
-def _job(recipe: Recipe, description: JobDescription, cluster: Profile) -> Job:
+def _job(recipe: Recipe, description: JobDescription, cluster: Profile, submitted_as: str) -> Job:
     refuse_secrets(recipe)
     return Job(
         recipe=recipe,
@@ -172,6 +181,7 @@ def _job(recipe: Recipe, description: JobDescription, cluster: Profile) -> Job:
         submission_id=secrets.token_hex(8),
         attempt=next_attempt(recipe.run_folder),
         submit_dir=Path.cwd(),
+        submitted_as=submitted_as,
     )
 
 

@@ -19,7 +19,7 @@ from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.recipe_file import RecipeError, check, read_sections
 from powernap.train.run.lock import RUN_LOCK, ProcessLock
 from powernap.train.run.provenance import origin
-from powernap.train.run.resume import Past
+from powernap.train.run.resume import ON_RESUME, Past
 from powernap.train.run.secrets import mask_values
 from powernap.train.yaml_core import dump
 
@@ -172,7 +172,7 @@ class RunFolder:
             return
         if not exists:
             raise RecipeError(f"{self.path}: nothing to resume: start it without --resume")
-        self.past().check(recipe, "on --resume")
+        self.past().check(recipe, ON_RESUME)
 
     def past(self) -> Past:
         """This run up to its newest checkpoint."""

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository, if this is one
 CODE = ("launch", "model", "parallel", "train")
 IMAGE_COMMIT = Path(__file__).with_name("commit.json")  # the result of `commit` when this wheel or image was built
 NO_COMMIT = "the repository has no commit yet"
+# What `powernap submit` and a job's supervisor tell the job's run of themselves.
+SUBMITTED_AS, LOCAL_JOB = "POWERNAP_SUBMITTED_AS", "POWERNAP_LOCAL_JOB"
 LARGEST = 10 * 2**20  # bytes of a new file
 # A patch that git can apply, whatever the user's diff settings.
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")

@@ -7,6 +7,7 @@ new run. The run's history.jsonl records every change (RunFolder.record).
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 from powernap.model.config import with_sections
@@ -20,6 +21,7 @@ from powernap.train.lr_schedule import lr_factor
 from powernap.train.recipe_file import RecipeError, check, flatten
 from powernap.train.run.secrets import mask_values
 
+ON_RESUME = "on --resume"
 # Fields and sections that change the numbers of steps by no more than rounding.
 FREE = {
     "data.workers",
@@ -146,9 +148,12 @@ class Past:
     def _refusal(self, key: str, changes: dict[str, list[Any]], how: str, why: str = "") -> RecipeError:
         before, now = changes[key]
         why = why or f"{self.place} has {key}={before}"
-        return RecipeError(
-            f"{key}={now} cannot change {how}: {why}; start a new run with train.start_from={self.place}"
-        )
+        message = f"{key}={now} cannot change {how}: {why}; "
+        if how == ON_RESUME:  # more often a command without the fields of the first one than a change that was meant
+            message += (
+                f"to continue with all its fields: powernap train {quote(str(self.place / 'config.yaml'))} --resume; "
+            )
+        return RecipeError(f"{message}for a new run: train.start_from={self.place}")
 
 
 def _fingerprints(content: dict[str, Any] | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from powernap.train.config import Recipe
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.run.provenance import LOCAL_JOB, SUBMITTED_AS
 from powernap.train.run.secrets import mask_secrets
 
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens as that of model training
@@ -32,14 +33,14 @@ class About(NamedTuple):
 def about(recipe: Recipe, folder: Path) -> About:
     """Tags with MLflow's own names where it has one, and the data sets by digest, as their manifests have them."""
     origin: dict[str, Any] = {}
-    words = sys.argv[1:]
+    command = os.environ.get(SUBMITTED_AS) or shlex.join(["powernap", *sys.argv[1:]])
     with suppress(OSError, ValueError):
         origin = json.loads((folder / "origin.json").read_text())
     job = job_of_process()
     tags = {
         "mlflow.source.type": "JOB" if job else "LOCAL",
-        "mlflow.source.name": " ".join(["powernap", *words[:2]]),  # MLflow shows what follows the last slash
-        "command": mask_secrets(shlex.join(["powernap", *words])),
+        "mlflow.source.name": " ".join(shlex.split(command)[:3]),  # MLflow shows what follows the last slash
+        "command": mask_secrets(command),
         "mlflow.source.git.commit": origin.get("commit", "unknown"),
         "mlflow.note.content": story(recipe),
         "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
@@ -58,7 +59,9 @@ def about(recipe: Recipe, folder: Path) -> About:
 
 
 def job_of_process() -> str | None:
-    """The scheduler that started this process, and its name for the job or pod."""
+    """What started this process, and its name for the job or pod."""
+    if number := os.environ.get(LOCAL_JOB):
+        return f"local job {number}"
     if number := os.environ.get("SLURM_JOB_ID"):
         return f"SLURM job {number}"
     return f"Kubernetes pod {socket.gethostname()}" if "KUBERNETES_SERVICE_HOST" in os.environ else None

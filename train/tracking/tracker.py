@@ -197,8 +197,10 @@ def ui_command(root: Path, port: int = 5000) -> list[str]:
     return [
         # MLflow would also start a background job runner (six processes), of no use here.
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),
+        "PYTHONWARNINGS=ignore:starlette.middleware.wsgi",  # MLflow's own business
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--backend-store-uri", store_uri(root)),
+        *("--backend-store-uri", store_uri(root), "--registry-store-uri", store_uri(root)),
+        *("--uvicorn-opts", "--log-level warning --no-access-log"),
         *("--artifacts-destination", (root / "mlartifacts").as_uri()),
         *("--host", loopback.address(), "--port", str(port)),
         *("--workers", "1"),  # the default of 4 takes four times the memory

@@ -14,6 +14,7 @@ from powernap.launch.jobs.job import Job
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.parallel.liveness import exit_codes
 from powernap.train.config import Recipe
+from powernap.train.run.provenance import SUBMITTED_AS
 
 SUBMISSION_LABEL = (
     "powernap.io/token"  # "token" is its old name: jobs and pods of earlier versions are found by it, too
@@ -208,6 +209,8 @@ def _container(job: Job, name: str, mounts: list[dict[str, Any]]) -> dict[str, A
         "OMP_NUM_THREADS": str(description.cpus_per_process or 1),
         **job.environment,
     }
+    if SUBMITTED_AS in values:
+        values[SUBMITTED_AS] = values[SUBMITTED_AS].replace("$(", "$$(")  # else Kubernetes takes it for a variable
     index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
     references = {
         secret: {"name": cluster.secrets[secret].secret, "key": cluster.secrets[secret].key}

@@ -21,6 +21,7 @@ from powernap.launch.jobs.secret_values import read_secret_file
 from powernap.parallel.liveness.exit_codes import restart_policy
 from powernap.parallel.liveness.parent import not_to_outlive_this
 from powernap.train.run.lock import RUN_LOCK, ProcessLock
+from powernap.train.run.provenance import LOCAL_JOB
 
 LOCK = "supervisor.lock"
 MACHINE_LOCK = "local.lock"  # in the folder of all runs: one job runs at a time
@@ -90,7 +91,8 @@ class Supervisor:
         """Run the command once; return its exit code, 128 + N if signal N ended it."""
         secrets = {name: read_secret_file(name, file) for name, file in self._plan["secrets"].items() if file}
         # The run must end with its supervisor: nothing else would restart it.
-        environment = os.environ | self._plan["env"] | secrets | not_to_outlive_this()
+        own = {LOCAL_JOB: str(os.getpid())}
+        environment = os.environ | own | self._plan["env"] | secrets | not_to_outlive_this()
         self._child = subprocess.Popen(self._plan["command"], env=environment, stdin=subprocess.DEVNULL)
         if self._cancelled:  # before there was a child to terminate
             self._end()

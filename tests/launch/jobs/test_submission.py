@@ -12,7 +12,7 @@ from powernap.launch.jobs.backends.local import Local
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
 from powernap.launch.jobs.job import newest_record
 from powernap.launch.jobs.secret_values import read_secret_file
-from powernap.launch.jobs.submission import status_of
+from powernap.launch.jobs.submission import prepare_submission, status_of
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import format_duration, parse_duration, parse_size
 from powernap.train.recipe_file import RecipeError
@@ -85,6 +85,13 @@ def test_a_profile_fills_in_what_the_command_line_leaves_open(here, capfd):
     assert yaml.safe_load(printed.out)["retries"] == 7 and "runs/tiny/jobs/1/local.yaml" in printed.err
     assert "supervisor runs/tiny/jobs/1" in printed.err
     assert not (here / "runs").exists()
+
+
+def test_the_command_is_kept_as_typed_without_secrets(here):
+    typed = ["submit", "tiny.yaml", "run.name=a b", "https://me:hunter2@host/a"]
+    (job,) = prepare_submission("tiny.yaml", [], "local", typed=typed).jobs
+    assert job.submitted_as == "powernap submit tiny.yaml 'run.name=a b' https://***@host/a"
+    assert job.record(None).submitted_as == job.environment["POWERNAP_SUBMITTED_AS"] == job.submitted_as
 
 
 def test_a_run_that_exists_is_not_taken_over(here, capfd):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
@@ -47,6 +48,17 @@ def losses(run):
 
 def history(run):
     return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_resume_without_the_fields_of_the_start_names_the_command_that_has_them(folder, trained, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    command = "powernap train runs/plateau/config.yaml --resume"
+    runs.assert_refused(
+        ["train", "tiny.yaml", "run.name=plateau", "train.global_batch_size=16", "--resume"], capfd,
+        "cannot change on --resume", f"to continue with all its fields: {command}; for a new run: train.start_from=runs/plateau",
+    )  # fmt: skip
+    _, _, recipe, _ = command.split()
+    RunFolder(folder / "runs" / "plateau").check_start(load_recipe(recipe, []), resume=True)
 
 
 def test_a_branch_of_a_plateau_is_the_unbroken_run(trained):

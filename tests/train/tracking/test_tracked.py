@@ -4,6 +4,7 @@ import json
 
 from powernap.train.recipe_file import load_recipe
 from powernap.train.run.folder import RunFolder
+from powernap.train.run.provenance import LOCAL_JOB
 from powernap.train.tracking.about import datasets, job_of_process, story
 from powernap.train.tracking.charts import chart_name
 from powernap.train.tracking.metrics import to_json
@@ -125,7 +126,7 @@ def test_a_run_in_a_line_and_its_data(tmp_path):
 
 
 def test_a_job_is_named_by_its_scheduler(monkeypatch):
-    for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"):
+    for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", LOCAL_JOB):
         monkeypatch.delenv(name, raising=False)
     assert job_of_process() is None
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
@@ -133,6 +134,8 @@ def test_a_job_is_named_by_its_scheduler(monkeypatch):
     assert job_of_process() == "Kubernetes pod mine-0-abcde"
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     assert job_of_process() == "SLURM job 4711"
+    monkeypatch.setenv(LOCAL_JOB, "815")  # on a node that SLURM has given us
+    assert job_of_process() == "local job 815"
 
 
 def test_what_another_packages_mixer_watches_is_summarised_too(tmp_path):

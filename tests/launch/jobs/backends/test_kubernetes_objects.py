@@ -67,6 +67,7 @@ def job(form: str = "jobset", profile: dict | None = None, wanted: dict | None =
         "0123456789abcdef",
         1,
         Path("/"),
+        "powernap submit a.yaml 'data.train=pipe:$(cat)'",
     )
 
 
@@ -215,6 +216,9 @@ def test_what_a_cluster_needs_of_a_pod():
     assert container["resources"] == {"limits": limits, "requests": limits}
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert values["PET_MASTER_ADDR"] == "mine-1-node-0-0.mine-1" and values["PET_MASTER_PORT"] == "30000"
+    assert (
+        values["POWERNAP_SUBMITTED_AS"] == "powernap submit a.yaml 'data.train=pipe:$$(cat)'"
+    )  # as kubelet unescapes it
     assert values["A"] == "b: c # d" and values["NCCL_SOCKET_IFNAME"] == "eth0" and values["TOKEN"] is None
     shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "8192Mi"}

@@ -1,6 +1,8 @@
 """Jobs on this machine: the words of every cluster, with real processes."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -140,6 +142,12 @@ def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     parent = next(run for run in tracked if run.info.run_name == "sweep")
     below = {run.info.run_name for run in tracked if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     assert below == names and parent.info.status == "FINISHED" and not parent.data.metrics
+    for run in tracked:
+        if run.info.run_name in names:
+            record = json.loads((folder / "runs" / run.info.run_name / "jobs" / "1" / "record.json").read_text())
+            assert run.data.tags["command"] == record["submitted_as"] == shlex.join(["powernap", *sweep])
+            assert run.data.tags["mlflow.source.name"] == "powernap submit tiny.yaml"
+            assert re.fullmatch(r"local job \d+", run.data.tags["job"]) and run.data.tags["mlflow.source.type"] == "JOB"
     runs.assert_one_line(runs.powernap(*sweep, cwd=folder), "all 2 runs of the sweep sweep have succeeded already")
     listed = {row["run"] for row in json.loads(runs.powernap("list", "--json", cwd=folder).stdout)}
     assert names <= listed

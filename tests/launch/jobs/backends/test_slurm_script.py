@@ -96,6 +96,7 @@ def job(recipe, play: Play, profile: dict | None = None, submit_dir: Path | None
         submission_id="0123456789abcdef",
         attempt=1,
         submit_dir=submit_dir or play.folder,
+        submitted_as="powernap submit 'it''s $(mine)'",
     )
     (made.submit_dir / made.folder.path).mkdir(parents=True, exist_ok=True)
     return made
@@ -209,6 +210,7 @@ def test_values_reach_the_ranks_as_they_are_and_nothing_else_happens(recipe, pla
     done = play.run(script)
     assert done.returncode == 0, done.stderr
     found = dict(pair.split("=", 1) for pair in play.read("environment").split("\0") if "=" in pair)
+    assert found["POWERNAP_SUBMITTED_AS"] == made.submitted_as
     assert found["NASTY"] == NASTY and found["KEY"] == "secret value$(id)" and found["SETUP"] == "yes"
     assert (found["MASTER_ADDR"], found["OMP_NUM_THREADS"]) == ("10.0.0.7", "3")
     assert "MASTER_PORT" not in found  # the ranks draw it
