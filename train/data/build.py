@@ -7,41 +7,34 @@ import os
 import shlex
 import shutil
 import signal
-import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from powernap.train.data.build_folder import begun, finished_splits
+from powernap.train.data.build_report import COLUMNS, report, say, summarize, wrap
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
 from powernap.train.data.drawn import check_drawn, check_sizes, repeats, watch_draws
-from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, read_manifest, unfinished_folder
+from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
 from powernap.train.data.tar_index import index_file, index_tar, write_index
 from powernap.train.data.task import Task
 from powernap.train.data.tokenizer import use_threads
 from powernap.train.data.unique import HASH, find_duplicates, hash_file, without
-from powernap.train.recipe_file import flatten
 from powernap.train.tasks.sample import PAD, Sample
 
-# Arguments that may differ when a build is continued, because each job records its own input.
-_MAY_CHANGE = ("command", "files")
 DUPLICATES = "the same as one before"  # why documents are left out
-_SHOWN = 5  # skipped documents, or fields that differ, in a report
-_WIDEST = 40  # letters of a field's value there
-_RUNNING = ".running"
-COLUMNS = 80
 
 
 def build_task(
@@ -110,7 +103,7 @@ def build(
     workers = workers or len(os.sched_getaffinity(0))
     use_threads(workers)
     for note in source.notes():
-        _say(note)
+        say(note)
     pad = getattr(task, "pad_token_id", PAD)
     fields = [
         f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
@@ -125,20 +118,20 @@ def build(
         "pad_token_id": pad,
     }
     try:
-        splits = _finished(folder, about)
+        splits = finished_splits(folder, about)
         if splits is None:
-            with _begin(folder, about) as unfinished:
+            with begun(folder, about) as unfinished:
                 if about["fields"].get("unique"):
                     _refuse_while_another_part_finishes(folder)
                 made = _make_all(source, unfinished, workers, part)
                 if missing := made.count(None):
-                    _say(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
+                    say(f"{folder}: {missing} of {len(made)} shards are missing, which other parts build")
                     return
                 splits = _finish(about, [note for note in made if note is not None], unfinished, folder, workers)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
 
-    _summarize(folder, splits)
+    summarize(folder, splits)
     train_shards, test_shards = (
         shlex.quote(f"{folder}/{split}-*.tar") if splits[split]["shards"] else missing
         for split, missing in zip(SPLITS, ("...", "null"), strict=True)
@@ -148,23 +141,7 @@ def build(
     sizes += [f"model.window={task.window}", f"model.pad_token_id={pad}"]
     sizes += ["data.documents=whole"] if getattr(task, "documents", "") == "whole" else []
     words = " ".join([f"data.train={train_shards}", f"data.test={test_shards}", *sizes])
-    print("  " + " \\\n  ".join(_wrap(words, COLUMNS - 4)))  # as a shell reads it
-
-
-def _say(text: str) -> None:
-    """Print a sentence in lines of at most COLUMNS, unless a word is longer."""
-    print("\n  ".join(_wrap(text, COLUMNS - 2)))
-
-
-def _wrap(text: str, columns: int) -> list[str]:
-    return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
-
-
-def _summarize(folder: Path, splits: dict[str, dict[str, int]]) -> None:
-    train, test = (_describe(**splits[split]) for split in SPLITS)
-    tokens = {split: splits[split].get("tokens", 0) for split in SPLITS}
-    share = f", {tokens['test'] / sum(tokens.values()):.1%} of the tokens" if all(tokens.values()) else ""
-    _say(f"{folder}: {train} to train on, {test} held out{share}")
+    print("  " + " \\\n  ".join(wrap(words, COLUMNS - 4)))  # as a shell reads it
 
 
 def _finish(
@@ -174,7 +151,7 @@ def _finish(
     lock = _lock(folder)
     with FileLock(lock):
         if not unfinished.exists():
-            splits = _finished(folder, about)
+            splits = finished_splits(folder, about)
             assert splits is not None
             return splits
         if about["fields"].get("unique"):
@@ -195,8 +172,8 @@ def _finish(
         unfinished.rename(folder)
         lock.unlink()
     for note in notes:
-        _say(note)
-    _report(manifest)
+        say(note)
+    report(manifest)
     return manifest["splits"]
 
 
@@ -229,112 +206,6 @@ def _refuse_empty(manifest: dict[str, Any], unfinished: Path) -> None:
         what = f"{held_out['documents']} documents" if "documents" in held_out else f"{held_out['samples']} samples"
         raise DataError(f"all {what} are held out{skipped}: write a smaller test_share, or test_share=0")
     raise DataError(f"the input holds no text{skipped}: no samples, so no shards")
-
-
-def _report(manifest: dict[str, Any]) -> None:
-    """Print what was skipped or changed."""
-    for reason, count in (manifest.get("left_out") or {}).items():
-        _say(f"{count:,} documents left out: {reason}")
-    if skipped := manifest.get("skipped"):
-        print(f"{len(skipped)} documents skipped:")
-        for reason in skipped[:_SHOWN]:
-            _say(f"- {reason}")
-        if len(skipped) > _SHOWN:
-            print(f"- ... the others are listed in {MANIFEST}")
-    if changed := manifest.get("changed"):
-        _say(
-            f"{changed} of {manifest['decoded']} texts that were decoded again do not come back as they were; the first: "
-            f"{manifest['changed_example']}"
-        )
-
-
-def _finished(folder: Path, about: dict[str, Any]) -> dict[str, dict[str, int]] | None:
-    """The manifest's splits if the folder already holds exactly these shards; None if it is empty or missing."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    manifest = read_manifest(folder / "train-000000.tar")
-    if all(manifest.get(key) == value for key, value in about.items() if key != "command"):
-        shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-        if shards == {path.name: path.stat().st_size for path in folder.glob("*.tar")}:
-            print(f"{folder} is built already")
-            return manifest["splits"]
-        raise DataError(
-            f"{folder} was built with the same fields, but its shards are others now: choose another folder"
-        )
-    if manifest.get("shards"):
-        raise DataError(
-            f"{folder} is a finished build, which differs ({_differences(manifest, about)}): nothing is written over; choose "
-            "another folder, or remove it"
-        )
-    raise DataError(f"{folder} exists and is not empty: nothing is written over; choose another folder")
-
-
-def _differences(before: dict[str, Any], about: dict[str, Any]) -> str:
-    """In which fields two builds differ, the first of them."""
-    there, here = (
-        flatten({key: value for key, value in values.items() if key not in _MAY_CHANGE}) for values in (before, about)
-    )
-    found = [
-        f"{key.removeprefix('fields.')}={_short(there.get(key))} there, {_short(value)} here"
-        for key, value in here.items()
-        if there.get(key) != value
-    ]
-    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "; ".join(found[:_SHOWN]) + more if found else "the input has changed"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False).strip('"')
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
-
-
-@contextmanager
-def _begin(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """The folder to work in: new, or left by the same command when it was interrupted.
-
-    Meanwhile a lock in it says that a process works there.
-    """
-    unfinished = unfinished_folder(folder)
-    if _is_another(unfinished, about):
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    running = unfinished / f"{uuid4().hex}{_RUNNING}"
-    with FileLock(running):
-        _note_what_is_built(unfinished, about)
-        with suppress(FileNotFoundError):
-            folder.rmdir()  # it is empty
-        try:
-            yield unfinished
-        finally:
-            running.unlink(missing_ok=True)
-
-
-def _is_another(unfinished: Path, about: dict[str, Any]) -> bool:
-    """Whether another build has begun, which is over and has finished no shard. Raises DataError if it has, or goes on."""
-    note = unfinished / MANIFEST
-    if not note.exists():
-        return False
-    before = json.loads(note.read_text())
-    if all(before.get(key) == about.get(key) for key in (before.keys() | about.keys()) - {*_MAY_CHANGE}):
-        return False
-    other = f"part of another build ({_differences(before, about)})"
-    for running in unfinished.glob(f"*{_RUNNING}"):
-        try:
-            with FileLock(running, timeout=0):
-                pass
-        except Timeout:
-            raise DataError(f"{unfinished} holds {other}, which is running: choose another folder") from None
-    if any(unfinished.glob("*.done")):
-        raise DataError(f"{unfinished} holds {other}: finish that, or remove the folder")
-    return True
-
-
-def _note_what_is_built(unfinished: Path, about: dict[str, Any]) -> None:
-    note = unfinished / MANIFEST
-    if not note.exists():
-        temporary = unfinished / f"manifest-{uuid4().hex}.tmp"  # other parts may begin now, too
-        temporary.write_text(json.dumps(about))
-        temporary.rename(note)
 
 
 def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] | None) -> list[dict[str, Any] | None]:
@@ -599,8 +470,3 @@ def _manifest(about: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, An
             "changed_example": next((note["changed_example"] for note in made if note["changed"]), ""),
         }
     return {**about, **documents, "splits": splits, "sha256": everything, "shards": shards}
-
-
-def _describe(samples: int, shards: int, documents: int | None = None, tokens: int = 0, **_: int) -> str:
-    what = f"{samples} samples" if documents is None else f"{documents:,} documents of {tokens:,} tokens"
-    return f"{what} in {shards} shard{'' if shards == 1 else 's'}"
