@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 
@@ -232,8 +233,13 @@ def test_mlflow_has_the_run(trained):
     origin = json.loads((one_process / "origin.json").read_text())
     assert run.data.tags["mlflow.source.git.commit"] == origin["commit"]
     assert run.data.tags["folder"] == str(one_process) and run.data.tags["mlflow.source.type"] == "LOCAL"
-    assert run.data.tags["mlflow.note.content"].endswith(
-        "N=2; 6 steps of 16 sequences of 23 tokens: 2,208 tokens; 1 process, fp32"
+    what, result, how_to_continue = run.data.tags["mlflow.note.content"].split("\n\n")
+    assert what.startswith("Task depo (nodes=6 max_hop=2 queries=4 ")
+    assert what.endswith("N=2; 6 steps of 16 sequences of 23 tokens: 2,208 tokens; 1 process, fp32.")
+    assert re.fullmatch(r"Result: loss \d\.\d{4}; held out, N=2: loss .*, accuracy at depth 1 to 2: .*\.", result)
+    assert how_to_continue == (
+        f"Checkpoints: `{one_process}/checkpoints`. "
+        f"To continue: `powernap train runs/one/config.yaml --resume` in `{one_process.parents[1]}`."
     )
     shards = json.loads((one_process.parents[1] / "data" / "manifest.json").read_text())["shards"]
     inputs = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}

@@ -1,4 +1,4 @@
-"""What MLflow's pages show of a run beside its parameters: source, commit, place, data, and its story in a line."""
+"""What MLflow's pages show of a run beside its parameters: source, commit, place, data, and its story in short."""
 
 import getpass
 import hashlib
@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from powernap.train.config import Recipe
 from powernap.train.data.manifest import read_manifest
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
+from powernap.train.run.folder import first_manifest
 from powernap.train.run.provenance import LOCAL_JOB, SUBMITTED_AS
-from powernap.train.run.secrets import mask_secrets
+from powernap.train.run.secrets import mask_secrets, mask_values
 
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens as that of model training
+NOTE = "mlflow.note.content"  # the description, in Markdown
 DIGEST = 36  # characters, MLflow's limit
 
 
@@ -42,7 +45,7 @@ def about(recipe: Recipe, folder: Path) -> About:
         "mlflow.source.name": " ".join(shlex.split(command)[:3]),  # MLflow shows what follows the last slash
         "command": mask_secrets(command),
         "mlflow.source.git.commit": origin.get("commit", "unknown"),
-        "mlflow.note.content": story(recipe),
+        NOTE: description(recipe, folder),
         "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
         "host": socket.gethostname(),
         "folder": os.path.abspath(folder),
@@ -67,14 +70,35 @@ def job_of_process() -> str | None:
     return f"Kubernetes pod {socket.gethostname()}" if "KUBERNETES_SERVICE_HOST" in os.environ else None
 
 
+def description(recipe: Recipe, folder: Path, result: Sequence[str] = ()) -> str:
+    """The run in short paragraphs: what it is, its result, once it has one, and how to go on."""
+    parts = [story(recipe), "Result: " + "; ".join(result) + "." if result else "", continuation(folder)]
+    return "\n\n".join(filter(None, parts))
+
+
+def continuation(folder: Path) -> str:
+    """Where the checkpoints are, and the command that continues."""
+    where = f"Checkpoints: `{os.path.abspath(folder / 'checkpoints')}`. "
+    if SUBMITTED_AS in os.environ:
+        return where + "To continue: the command in the tag `command` again."
+    command = shlex.join(["powernap", "train", str(folder / "config.yaml"), "--resume"])
+    return where + f"To continue: `{command}`" + ("." if folder.is_absolute() else f" in `{Path.cwd()}`.")
+
+
 def story(recipe: Recipe) -> str:
-    """The run in a line."""
+    """What is trained, on what, how long and how."""
     model, train, tokens = recipe.model, recipe.train, recipe.data.sequence_length - 1
     total, world_size = train.steps * train.global_batch_size * tokens, recipe.parallel.world_size
+    task = ""
+    if manifest := first_manifest(recipe):
+        given = {name: value for name, value in mask_values(manifest.get("fields") or {}).items() if value is not None}
+        fields = " ".join(f"{name}={value}" for name, value in given.items())
+        task = f"Task {manifest['task']}{f' ({fields})' if fields else ''}. "
+    layout = f" ({recipe.parallel.grid})" if world_size > 1 else ""
     return (
-        f"{count_parameters(recipe.model, recipe.sleep):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
+        f"{task}{count_parameters(recipe.model, recipe.sleep):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
         f"{train.steps:,} steps of {train.global_batch_size} sequences of {tokens:,} tokens: {total:,} tokens; "
-        f"{world_size} process{'es' if world_size > 1 else ''}, {train.precision}"
+        f"{world_size} process{'es' if world_size > 1 else ''}{layout}, {train.precision}."
     )
 
 

@@ -16,13 +16,22 @@ from tqdm import tqdm
 from powernap.model.errors import PowernapError
 from powernap.train.run.folder import RUN_ID_FILE
 from powernap.train.run.secrets import mask_secrets
-from powernap.train.tracking.about import EXPERIMENT_KIND
+from powernap.train.tracking.about import EXPERIMENT_KIND, NOTE
 from powernap.train.tracking.database import identity, prepare_database, sqlite_file
 from powernap.train.tracking.spool import SPOOL, Line, Position, Spool, delivery_lock
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "powernap_key"  # tag of the MLflow run: our own id for it, known before the server assigns one
+# Tag of the MLflow run: our own id for it, known before the server assigns one. MLflow's pages hide tags of this prefix.
+KEY_TAG = "mlflow.powernap_key"
+OLD_KEY_TAG = "powernap_key"  # of runs that an older version began
+# What the run that stands for a sweep has of its parts.
+SHARED_IN_SWEEP = {
+    *("mlflow.user", "mlflow.source.type", "mlflow.source.name", "mlflow.source.git.commit"),
+    *("command", "host", "uncommitted_changes"),
+}
+SWEEP_METRICS = ("accuracy", "held_out_loss", "loss")
+SWEEP_TABLE = f"| run | status | {' | '.join(SWEEP_METRICS)} |"
 THREAD_NAME = "mlflow-tracking"
 VALUES_PER_REQUEST = 1000  # MLflow's limit
 SYNC_ATTEMPTS = 2  # without a record delivered, each with the long timeout
@@ -159,9 +168,13 @@ class Delivery:
                 self._log_start(start, record)
             case "artifact":
                 self._log_artifact(start, record)
+            case "description":
+                if self._client.get_run(self._run_id).data.tags.get(NOTE) == record["before"]:
+                    self._client.set_tag(self._run_id, NOTE, shorten(record["text"]))
             case "status":
                 self._remove_doubles()
                 self._client.set_terminated(self._run_id, record["status"], record["time"])
+                self._update_sweep(record["time"])
             case other:
                 self._set_aside(start, f"its type, {other}, is a newer Powernap's")
 
@@ -205,12 +218,16 @@ class Delivery:
             tags.append((start, RunTag("parameters_changed", shorten("; ".join(changes)))))
         about = dict(record.get("tags", {}))
         if sweep := about.get("sweep"):
-            about["mlflow.parentRunId"] = self._sweep_run(run.info.experiment_id, sweep)
+            about["mlflow.parentRunId"] = self._sweep_run(run.info.experiment_id, sweep, about)
+            self._log_datasets(about["mlflow.parentRunId"], record)
         tags += [(start, RunTag(name, shorten(value))) for name, value in about.items()]
         self._log("params", new)
         self._log("tags", tags)
+        self._log_datasets(self._run_id, record)
+
+    def _log_datasets(self, run_id: str | None, record: dict[str, Any]) -> None:
         if datasets := record.get("datasets"):
-            self._client.log_inputs(self._run_id, [_dataset_input(dataset) for dataset in datasets])
+            self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in datasets])
 
     def _log_artifact(self, start: int, record: dict[str, Any]) -> None:
         """Log an artifact; set it aside on any failure but the server's: the store may be on another machine."""
@@ -305,29 +322,51 @@ class Delivery:
 
     def _runs_with_key(self, experiment: str, key: str) -> list[str]:
         """Ids of the MLflow runs with our key, the oldest first."""
-        found = self._client.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'")
+        found = [
+            run
+            for tag in (KEY_TAG, OLD_KEY_TAG)
+            for run in self._client.search_runs([experiment], f"tags.`{tag}` = '{key}'")
+        ]
         return [run.info.run_id for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))]
 
     def _remove_doubles(self) -> None:
         """Delete the empty runs that a frozen server created from requests that had timed out and were sent again."""
         run = self._client.get_run(self._run_id)
-        if key := run.data.tags.get(KEY_TAG):
+        if key := run.data.tags.get(KEY_TAG) or run.data.tags.get(OLD_KEY_TAG):
             for other in self._runs_with_key(run.info.experiment_id, key):
                 if other != self._run_id and not self._client.get_run(other).data.metrics:
                     self._client.delete_run(other)
 
-    def _sweep_run(self, experiment: str, name: str) -> str:
-        """The run that stands for a sweep, under which MLflow's pages fold those of its parts. Any of them may create it."""
+    def _sweep_run(self, experiment: str, name: str, about: dict[str, str]) -> str:
+        """The run that stands for a sweep, under which MLflow's pages fold those of its parts. Any of them may create it.
+
+        about: tags of the part, of which the sweep gets those that all parts share.
+        """
         key = hashlib.sha256(os.fsencode(self._folder.parent / name)).hexdigest()
         if not self._runs_with_key(experiment, key):
-            note = f"The runs of the sweep {name} are below this one, which has no numbers of its own."
-            created = self._client.create_run(
-                experiment, run_name=name, tags={KEY_TAG: key, "mlflow.note.content": note}
-            )
+            note = f"The sweep {name}: its runs are below this one, and compared by their check boxes and Compare."
+            shared = {tag: shorten(value) for tag, value in about.items() if tag in SHARED_IN_SWEEP}
+            created = self._client.create_run(experiment, run_name=name, tags={KEY_TAG: key, NOTE: note} | shared)
             self._client.set_terminated(created.info.run_id)
             if self._runs_with_key(experiment, key)[0] != created.info.run_id:  # another part was as quick
                 self._client.delete_run(created.info.run_id)
         return self._runs_with_key(experiment, key)[0]
+
+    def _update_sweep(self, time: int) -> None:
+        """If this run, which has ended, is part of a sweep: its results are in the sweep's table, and the sweep ends with it."""
+        run = self._client.get_run(self._run_id)
+        parent = run.data.tags.get("mlflow.parentRunId")
+        if "sweep" not in run.data.tags or not parent:
+            return
+        parts = self._client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+        sweep = self._known_run(parent)
+        if sweep is None or sweep.info.lifecycle_stage != "active":  # deleted meanwhile
+            return
+        note = sweep.data.tags.get(NOTE, "")
+        self._client.set_tag(
+            parent, NOTE, shorten(f"{note.partition(SWEEP_TABLE)[0].rstrip()}\n\n{_sweep_table(parts)}")
+        )
+        self._client.set_terminated(parent, "FINISHED", time)
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -478,6 +517,20 @@ def _dataset_input(dataset: dict[str, str]) -> Any:
     source = json.dumps({"uri": dataset["source"]})
     entity = Dataset(dataset["name"], dataset["digest"], "webdataset", source)
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset["context"])])
+
+
+def _sweep_table(parts: list[Any]) -> str:
+    """In Markdown, a row for each run of a sweep."""
+    rows = []
+    for run in sorted(parts, key=lambda run: run.info.run_name):
+        values = [run.data.metrics.get(name) for name in SWEEP_METRICS]
+        cells = [
+            run.info.run_name,
+            run.info.status.lower(),
+            *("" if value is None else f"{value:.4g}" for value in values),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([SWEEP_TABLE, "|---" * (2 + len(SWEEP_METRICS)) + "|", *rows])
 
 
 def _metrics(record: dict[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets
+from powernap.train.tracking.about import description
 from powernap.train.tracking.metrics import MetricsLog
 from powernap.train.tracking.summary import Summary, duration, held_out
 from powernap.train.tracking.tracked import Tracked
@@ -172,6 +173,7 @@ class RunLog:
         else:
             for line in self._summary.lines(time.monotonic() - self._start):
                 logger.info("%s", line)
+            self._tracker.describe(description(self._recipe, self._folder.path, self._summary.result()))
         if (log := self._folder.logs / LOG).is_file():
             self._tracker.log_artifact(log)
         self._tracker.close(status, 30.0 if status == "FINISHED" else 5.0)  # the grace period before a kill is short

@@ -56,12 +56,19 @@ class Summary:
         """The summary of a run that took `seconds`."""
         lines = [f"done in {duration(seconds)}"]
         if self._last:
-            mean = statistics.fmean(record["loss"] for record in self._last)
-            over = f", the mean of the last {len(self._last):,} steps" if len(self._last) > 1 else ""
-            lines += [f"loss     {mean:.4f}{over}", *(f"         {line}" for line in self._held_out)]
+            loss, *others = self.result()
+            lines += [f"loss     {loss.removeprefix('loss ')}", *(f"         {line}" for line in others)]
             lines.append(f"speed    {self._speed()}")
         lines.append(f"files    {os.path.relpath(self._folder)}: checkpoints, metrics.jsonl, logs")
         return [*lines, f"next     {self._next()}"]
+
+    def result(self) -> list[str]:
+        """The loss, and held-out results; nothing before the first step."""
+        if not self._last:
+            return []
+        mean = statistics.fmean(record["loss"] for record in self._last)
+        over = f", the mean of the last {len(self._last):,} steps" if len(self._last) > 1 else ""
+        return [f"loss {mean:.4f}{over}", *self._held_out]
 
     def _speed(self) -> str:
         seconds = sum(record["seconds"] for record in self._last)

@@ -23,7 +23,7 @@ from powernap.model.errors import PowernapError
 from powernap.parallel import loopback
 from powernap.train.recipe_file import flatten
 from powernap.train.run.secrets import mask_values
-from powernap.train.tracking.about import About
+from powernap.train.tracking.about import NOTE, About
 from powernap.train.tracking.charts import chart_name
 from powernap.train.tracking.delivery import THREAD_NAME, Delivery, one_line, prepare_mlflow, shorten, store_uri
 from powernap.train.tracking.metrics import to_json
@@ -72,6 +72,7 @@ class Tracker:
         self._delivery = Delivery(self._folder)
         self._lock = delivery_lock(self._folder)
         self._closing = threading.Event()
+        self._description = about.tags.get(NOTE) if about else None
         earlier = self._spool.begin()
         self._put(
             type="start",
@@ -115,6 +116,10 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Track a file, in `folder` among the run's artifacts. It must stay in place until it is delivered."""
         self._put(type="artifact", path=os.path.relpath(path, self._folder), folder=folder)
+
+    def describe(self, text: str) -> None:
+        """Replace the description of the start by `text`, unless somebody has written another one meanwhile."""
+        self._put(type="description", text=text, before=self._description)
 
     def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> int:
         """Deliver the rest, waiting at most `timeout` seconds; returns how many records MLflow does not have yet.

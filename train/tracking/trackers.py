@@ -63,6 +63,12 @@ class Trackers:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         self._each(lambda tracker: tracker.log_artifact(path, folder))
 
+    def describe(self, text: str) -> None:
+        """Replace the description of the run in MLflow; other trackers have none."""
+        for tracker in self._trackers.values():
+            if isinstance(tracker, Tracker):
+                tracker.describe(text)
+
     def close(self, status: Status | None = "FINISHED", timeout: float = 30.0) -> None:
         self._each(lambda tracker: tracker.close(status, timeout))
 

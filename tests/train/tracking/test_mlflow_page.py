@@ -62,11 +62,19 @@ def test_the_page_of_a_run_answers_what_its_readers_ask(folder, pages, tmp_path)
     }
     commit = json.loads((run / "origin.json").read_text())["commit"]
     for words in (
+        "Task depo (nodes=6 ",
         "parameters, pattern AG, windows of 12 tokens, N=2",  # what it is
         "2 steps of 4 sequences of 23 tokens: 184 tokens",  # how much it reads
         "powernap train tiny.yaml", "run.name=mine", commit[:7], f"folder : {run}", "host : ",  # where it comes from
         f"data ({digest}) training",
-        "total_tokens", "total_flops", "loss", "accuracy", "held_out_loss",
+        "Result: loss ", "held out, N=2: loss ", f"{run}/checkpoints", "powernap train runs/mine/config.yaml --resume",
+        "total_tokens", "total_flops", "grad_norm_max", "skipped_steps", "gradient_spikes", "loss", "accuracy", "held_out_loss",
         "Status Finished", "sleeper",  # what became of it
     ):  # fmt: skip
         assert words in shown, words
+    assert "powernap_key" not in shown
+    charts = browser.words_of(
+        browser.source_of(f"{pages}/{experiment}/runs/{run_id}/model-metrics", tmp_path, seconds=20)
+    )
+    # One section: in it MLflow sorts by name, as test_tracked.py says. Its charts are drawn when they come into view.
+    assert "Model metrics (" in charts and charts.count("Add chart") == 1, charts

@@ -19,7 +19,7 @@ import pytest
 from powernap.launch import cli
 from powernap.train.recipe_file import flatten
 from powernap.train.tracking.about import About
-from powernap.train.tracking.delivery import Delivery, sync_run
+from powernap.train.tracking.delivery import KEY_TAG, OLD_KEY_TAG, Delivery, sync_run
 from powernap.train.tracking.tracker import Tracker
 from powernap.train.tracking.trackers import Trackers
 from tests.helpers import runs
@@ -84,6 +84,29 @@ def test_a_run_arrives_and_a_resumed_one_goes_on_in_it(run_folder, monkeypatch):
     assert run.data.params["new"] == "1"
     assert run.data.tags["resumed_at_steps"] == "3"
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2, 3, 4]
+
+
+def test_a_description_is_replaced_at_the_end_unless_somebody_has_written_another(run_folder):
+    started = About({"mlflow.note.content": "what it is"}, [])
+    for written, expected in ((None, "what it is, and its result"), ("mine", "mine")):
+        tracker = Tracker(run_folder, "sleep", CONFIG, about=started)
+        runs.wait_for(lambda tracker=tracker: not tracker._delivery.waiting())
+        run_id = (run_folder / "mlflow_run_id").read_text().strip()
+        if written:
+            open_client(run_folder).set_tag(run_id, "mlflow.note.content", written)
+        tracker.describe("what it is, and its result")
+        assert tracker.close() == 0
+        assert open_client(run_folder).get_run(run_id).data.tags["mlflow.note.content"] == expected
+
+
+def test_a_run_that_an_older_version_began_is_found_by_its_key(run_folder):
+    assert Tracker(run_folder, "sleep", CONFIG).close() == 0
+    client, run_id = open_client(run_folder), (run_folder / "mlflow_run_id").read_text().strip()
+    client.set_tag(run_id, OLD_KEY_TAG, client.get_run(run_id).data.tags[KEY_TAG])
+    client.delete_tag(run_id, KEY_TAG)
+    (run_folder / "mlflow_run_id").unlink()
+    assert Tracker(run_folder, "sleep", CONFIG, resume_step=1).close() == 0
+    assert (run_folder / "mlflow_run_id").read_text().strip() == run_id
 
 
 def test_the_pages_show_the_run_on_loopback_and_end_when_asked(run_folder, capfd):
@@ -292,8 +315,8 @@ def test_a_run_created_twice_by_a_frozen_server_is_one_in_the_end(run_folder):
     client = open_client(run_folder)
     run = client.get_run((run_folder / "mlflow_run_id").read_text().strip())
     # The server wakes up and does what was asked of it before.
-    late = client.create_run(run.info.experiment_id, tags={"powernap_key": run.data.tags["powernap_key"]})
-    other = client.create_run(run.info.experiment_id, tags={"powernap_key": "another run's"})
+    late = client.create_run(run.info.experiment_id, tags={KEY_TAG: run.data.tags[KEY_TAG]})
+    other = client.create_run(run.info.experiment_id, tags={KEY_TAG: "another run's"})
     assert Tracker(run_folder, "sleep", CONFIG, resume_step=1).close() == 0
     active = {run.info.run_id for run in client.search_runs([run.info.experiment_id])}
     assert active == {run.info.run_id, other.info.run_id}

@@ -142,6 +142,17 @@ def test_a_sweep_is_one_table_and_runs_in_turn(folder):
     parent = next(run for run in tracked if run.info.run_name == "sweep")
     below = {run.info.run_name for run in tracked if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     assert below == names and parent.info.status == "FINISHED" and not parent.data.metrics
+    shared = {"command", "mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"}
+    assert all(parent.data.tags[tag] == tracked[0].data.tags[tag] for tag in shared)
+    assert {i.dataset.name for i in parent.inputs.dataset_inputs} == {
+        i.dataset.name for i in tracked[0].inputs.dataset_inputs
+    }
+    table = {
+        line.split(" | ")[0].strip("| "): line for line in parent.data.tags["mlflow.note.content"].splitlines()[2:]
+    }
+    ended = {run.info.run_name: run for run in tracked}
+    assert all(f"finished | {ended[name].data.metrics['accuracy']:.4g} |" in table[name] for name in names)
+    assert parent.info.end_time == max(ended[name].info.end_time for name in names)
     for run in tracked:
         if run.info.run_name in names:
             record = json.loads((folder / "runs" / run.info.run_name / "jobs" / "1" / "record.json").read_text())
