@@ -45,6 +45,7 @@ def begin_session() -> str:
 
 def python() -> str:
     """Path of the executable; starts the server if it does not run yet."""
+    import shlex
     import subprocess
     from pathlib import Path
 
@@ -64,7 +65,8 @@ def python() -> str:
                 subprocess.Popen(
                     command, stdin=listener, stdout=log, stderr=log, env=environment, cwd="/", start_new_session=True
                 )
-            client.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {folder} "$@"\n')
+            command = shlex.join([sys.executable, "-IS", __file__, folder])
+            client.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             client.chmod(0o755)
     return str(client)
 
