@@ -85,6 +85,21 @@ def continuation(folder: Path) -> str:
     return where + f"To continue: `{command}`" + ("." if folder.is_absolute() else f" in `{Path.cwd()}`.")
 
 
+def passes_text(recipe: Recipe) -> str:
+    """N, with its weights and steps: `1, from step 2,001 one of [1, 4]`."""
+    parts: list[str] = []
+    for start, phase in recipe.phases:
+        passes, weights = phase.sleep.passes, phase.sleep.pass_weights
+        text = (
+            str(passes)
+            if isinstance(passes, int)
+            else f"one of {passes}" + (f" by weights {weights}" if weights else "")
+        )
+        if not parts or not parts[-1].endswith(text):
+            parts.append(f"from step {start + 1:,} {text}" if parts else text)
+    return ", ".join(parts)
+
+
 def story(recipe: Recipe) -> str:
     """What is trained, on what, how long and how."""
     model, train, tokens = recipe.model, recipe.train, recipe.data.sequence_length - 1
@@ -96,7 +111,7 @@ def story(recipe: Recipe) -> str:
         task = f"Task {manifest['task']}{f' ({fields})' if fields else ''}. "
     layout = f" ({recipe.parallel.grid})" if world_size > 1 else ""
     return (
-        f"{task}{count_parameters(recipe.model, recipe.sleep):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={recipe.sleep.passes}; "
+        f"{task}{count_parameters(recipe.model, recipe.sleep):,} parameters, pattern {model.pattern}, windows of {model.window} tokens, N={passes_text(recipe)}; "
         f"{train.steps:,} steps of {train.global_batch_size} sequences of {tokens:,} tokens: {total:,} tokens; "
         f"{world_size} process{'es' if world_size > 1 else ''}{layout}, {train.precision}."
     )

@@ -14,7 +14,7 @@ from powernap.parallel.topology import Topology
 from powernap.train.config import Recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import mask_secrets
-from powernap.train.tracking.about import description
+from powernap.train.tracking.about import description, passes_text
 from powernap.train.tracking.metrics import MetricsLog
 from powernap.train.tracking.summary import Summary, duration, held_out
 from powernap.train.tracking.tracked import Tracked
@@ -44,21 +44,6 @@ def slow_on_gpus(recipe: Recipe, topology: Topology) -> list[str]:
             "its GPUs: let every rank see all of them (SLURM: --gpus-per-node in place of --gpus-per-task)"
         )
     return found
-
-
-def passes_text(recipe: Recipe) -> str:
-    """N, with its weights and steps: `1, from step 2,001 one of [1, 4]`."""
-    parts: list[str] = []
-    for start, phase in recipe.phases:
-        passes, weights = phase.sleep.passes, phase.sleep.pass_weights
-        text = (
-            str(passes)
-            if isinstance(passes, int)
-            else f"one of {passes}" + (f" by weights {weights}" if weights else "")
-        )
-        if not parts or not parts[-1].endswith(text):
-            parts.append(f"from step {start + 1:,} {text}" if parts else text)
-    return ", ".join(parts)
 
 
 class RunLog:
