@@ -100,7 +100,7 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
     total = sum(phase.flops for phase in planned.phases) or planned.flops_per_step * recipe.train.steps
     read, schedule = epochs(recipe), rate_in_words(recipe)
     return [
-        *textwrap.wrap(f"would train {story(recipe)}", 80, subsequent_indent=" " * 12),
+        *textwrap.wrap(f"would train: {story(recipe)}", 80, subsequent_indent=" " * 12),
         f"into        {recipe.run_folder}{after}",
         f"layout      {recipe.parallel.grid}",
         f"            ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of {planned.micro_batch_size}",

@@ -248,7 +248,11 @@ def test_a_dry_run_checks_says_and_writes_nothing(folder, capsys, monkeypatch):
     before = sorted(folder.rglob("*"))
     assert cli.main(["train", "tiny.yaml", "run.name=dry", "data.lanes=1", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "would train 22,964 parameters" in said and "parallel.data=1 x tensor=1 x pipeline=1" in said
+    assert (
+        said.startswith("would train: Task depo (nodes=6 ")
+        and " 22,964 parameters" in " ".join(said.split())
+        and "parallel.data=1 x tensor=1 x pipeline=1" in said
+    )
     assert max(map(len, said.splitlines())) <= 80 and "of warm-up, constant to step" in said
     assert cli.main(["train", "tiny.yaml", "run.name=dry", "data.train=nowhere.tar", "--dry-run"]) == 2
     assert sorted(folder.rglob("*")) == before
