@@ -21,6 +21,7 @@ from powernap.train.data.test_sets import is_test, named_tests, test_sets
 from powernap.train.data.verify import mismatch, not_recorded, recorded
 from powernap.train.tasks.sample import Sample, probes_of
 
+OFTEN = 4  # epochs up to which text read again is nearly as good as new text (arXiv 2305.16264)
 SAMPLES = 64  # read from the first shard of each list
 
 
@@ -102,7 +103,7 @@ def predicting_windows(recipe: Recipe) -> tuple[list[bool] | None, list[Probe]]:
 
 
 def epochs(recipe: Recipe) -> str | None:
-    """How often the training data are read, as far as local manifests count them; None: they do not, or it is not once.
+    """How often the training data are read, as far as local manifests count them; None: they do not, or it is not often.
 
     Of several datasets, which are drawn by weight, all together.
     """
@@ -122,7 +123,7 @@ def epochs(recipe: Recipe) -> str | None:
             recipe.phases, [*(s for s, _ in recipe.phases[1:]), recipe.train.steps], strict=True
         )
     )
-    if not stored or read <= stored:
+    if not stored or read <= OFTEN * stored:
         return None
     return f"{in_counts(read)} tokens from data.train, which holds {in_counts(stored)}: each is read {read / stored:,.1f} times"
 
