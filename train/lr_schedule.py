@@ -38,9 +38,14 @@ def _plateau(step: int, steps: int, config: OptimizerConfig) -> float:
 def rate_in_words(recipe: Recipe) -> str:
     """The learning rate over the run, in steps."""
     config, steps = recipe.optimizer, recipe.train.steps
-    ends = f"to {config.final_lr:g} of it"
-    after = {
-        "wsd": f"constant to step {min(steps, math.ceil(config.hold * steps)):,}, then {config.decay} {ends}",
-        "inverse_sqrt": f"inverse square root of the step, at least {config.final_lr:g} of it",
-    }.get(config.schedule, f"{config.schedule} {ends}" if config.schedule in ("cosine", "linear") else config.schedule)
-    return f"{config.lr:g} after {config.warmup_steps:,} steps of warm-up, {after} at step {steps:,}"
+    ends = f"to {config.final_lr:g} of it at step {steps:,}"
+    match config.schedule:
+        case "wsd":
+            after = f"constant to step {min(steps, math.ceil(config.hold * steps)):,}, then {config.decay} {ends}"
+        case "cosine" | "linear":
+            after = f"{config.schedule} {ends}"
+        case "inverse_sqrt":
+            after = f"then with the inverse square root of the step, to {config.final_lr:g} of it at least"
+        case other:
+            after = f"then as {other} says"
+    return f"{config.lr:g} after {config.warmup_steps:,} steps of warm-up, {after}"

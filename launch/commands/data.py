@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -140,7 +139,7 @@ def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _typed(arguments: list[str]) -> str:
     """The command line, without --part: whichever part ends last says what built all."""
-    from powernap.train.run.secrets import mask_secrets
+    from powernap.train.run.secrets import as_typed
 
     words = iter(arguments)
     kept = []
@@ -149,7 +148,7 @@ def _typed(arguments: list[str]) -> str:
             next(words, None)
         elif not word.startswith("--part="):
             kept.append(word)
-    return mask_secrets(shlex.join(["powernap", *kept]))  # such as a password in the URL of an input
+    return as_typed(kept)
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import secrets
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +25,7 @@ from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.lock import ProcessLock
 from powernap.train.run.provenance import code_changes, commit
-from powernap.train.run.secrets import mask_secrets
+from powernap.train.run.secrets import as_typed
 
 
 class _Jobs(Section):
@@ -84,7 +83,7 @@ def prepare_submission(
     job_overrides = [override for override in overrides if override.startswith("job.")]
     defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
     description = check(_Jobs, parse_overrides(job_overrides, into=defaults)).job
-    command = mask_secrets(shlex.join(["powernap", *typed])) if typed else ""
+    command = as_typed(typed) if typed else ""
     combinations = expand([override for override in overrides if not override.startswith("job.")])
     base = load_recipe(recipe, combinations[0][1], cluster.files).run
     is_sweep = len(combinations) > 1

@@ -79,6 +79,11 @@ class Attention(Mixer):
         return self.width(model) if self.rotary_dims is None else self.rotary_dims
 
     @property
+    def has_kernels(self) -> bool:
+        """Of Powernap's, for norm and rotation; a norm over all heads has sums over tensor ranks."""
+        return not (self.qk_norm and self.qk_norm_over == "width")
+
+    @property
     def _rows(self) -> tuple[int, int, int, int]:
         """Heads in a group's rows of the projection: queries, gates, key, value."""
         queries = self.heads // self.groups
@@ -139,7 +144,7 @@ class Attention(Mixer):
             return 0
         queries, pairs = self.heads, self.groups  # in widths of a head
         kept = sum(self._rows) * pairs + queries
-        in_kernel = device == "cuda" and number < FP32 and not (self.qk_norm and self.qk_norm_over == "width")
+        in_kernel = device == "cuda" and number < FP32 and self.has_kernels
         if in_kernel and self.qk_norm:
             kept += queries + 2 * pairs
         elif (self.rotated(model) or self.qk_norm) and not in_kernel:
@@ -149,9 +154,8 @@ class Attention(Mixer):
         if sleep.eviction == "sliding":
             kept += 2 * pairs  # keys and values, concatenated with the cache
         normed = 0
-        if (
-            self.qk_norm and not in_kernel
-        ):  # divided by their root mean square, in bf16 also as float32 before; and that
+        # Divided by their root mean square, in bf16 also as float32 before; and that.
+        if self.qk_norm and not in_kernel:
             normed = (queries + pairs) * FP32 * (self.width(model) * (1 if number == FP32 else 2) + 1)
         return kept * self.width(model) * number + self.heads * FP32 + normed
 
@@ -232,7 +236,7 @@ class Attention(Mixer):
         tables = None
         if rotated:
             tables = window.once(self, lambda: rotary_of(window.positions, rotated, self.rope_base, projected))
-        if kernels_compute(projected) and not (self.qk_norm and self.qk_norm_over == "width"):
+        if self.has_kernels and kernels_compute(projected):
             from powernap.model.mixers.rotary_kernel import Norms, unpack
 
             norms = None

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from powernap.train.config import OptimizerConfig
-from powernap.train.lr_schedule import lr_factor
+from powernap.train.lr_schedule import lr_factor, rate_in_words
 from powernap.train.recipe_file import RecipeError, load_recipe
 
 STEPS, WARMUP, FINAL = 100, 10, 0.1
@@ -47,3 +47,20 @@ def test_without_a_warm_up_and_with_nothing_else(schedule):
 def test_one_that_is_not_known_is_refused():
     with pytest.raises(RecipeError, match=r"optimizer.schedule.*cosin"):
         load_recipe("demo", ["optimizer.schedule=cosin"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("wsd", "0.001 after 100 steps of warm-up, constant to step 600, then linear to 0.02 of it at step 1,000"),
+        ("cosine", "0.001 after 100 steps of warm-up, cosine to 0.02 of it at step 1,000"),
+        ("linear", "0.001 after 100 steps of warm-up, linear to 0.02 of it at step 1,000"),
+        ("inverse_sqrt", "0.001 after 100 steps of warm-up, then with the inverse square root of the step, to 0.02 of it at least"),
+    ],
+)  # fmt: skip
+def test_in_words(schedule, words):
+    chosen = ["train.steps=1000", "optimizer.lr=1e-3", "optimizer.warmup_steps=100", f"optimizer.schedule={schedule}"]
+    recipe = load_recipe("demo", chosen)
+    assert rate_in_words(recipe) == words
+    if schedule == "wsd":  # as the steps have it
+        assert [lr_factor(step, 1000, recipe.optimizer) < 1 for step in (600, 602)] == [False, True]

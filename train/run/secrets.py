@@ -1,7 +1,8 @@
 """Mask passwords and tokens in shards' URLs and commands where others can read: MLflow, config.yaml, logs, errors."""
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
@@ -37,6 +38,11 @@ def mask_secrets(text: str) -> str:
     for pattern in _SECRETS:
         text = pattern.sub(rf"\g<1>{MASK}", text)
     return text
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """The command `powernap WORDS` as a shell takes it, without its credentials."""
+    return mask_secrets(shlex.join(["powernap", *words]))
 
 
 def mask_values(values: Any) -> Any:

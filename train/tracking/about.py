@@ -19,7 +19,7 @@ from powernap.train.data.sample import DataError
 from powernap.train.data.shard_list import expand_shards, local_path
 from powernap.train.run.folder import first_manifest
 from powernap.train.run.provenance import LOCAL_JOB, SUBMITTED_AS
-from powernap.train.run.secrets import mask_secrets, mask_values
+from powernap.train.run.secrets import as_typed, mask_secrets, mask_values
 
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens as that of model training
 NOTE = "mlflow.note.content"  # the description, in Markdown
@@ -36,14 +36,14 @@ class About(NamedTuple):
 def about(recipe: Recipe, folder: Path) -> About:
     """Tags with MLflow's own names where it has one, and the data sets by digest, as their manifests have them."""
     origin: dict[str, Any] = {}
-    command = os.environ.get(SUBMITTED_AS) or shlex.join(["powernap", *sys.argv[1:]])
+    command = os.environ.get(SUBMITTED_AS) or as_typed(sys.argv[1:])
     with suppress(OSError, ValueError):
         origin = json.loads((folder / "origin.json").read_text())
     job = job_of_process()
     tags = {
         "mlflow.source.type": "JOB" if job else "LOCAL",
         "mlflow.source.name": " ".join(shlex.split(command)[:3]),  # MLflow shows what follows the last slash
-        "command": mask_secrets(command),
+        "command": command,
         "mlflow.source.git.commit": origin.get("commit", "unknown"),
         NOTE: description(recipe, folder),
         "uncommitted_changes": str(origin.get("uncommitted_changes", "unknown")).lower(),
