@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 from multiprocessing.process import BaseProcess
 from unittest import mock
@@ -79,6 +80,15 @@ def topology():
 def _one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """What a test leaves ignored, the processes of later tests would ignore too."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before, "a test has changed a signal's handler"
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     from powernap.train.run.signals import signal_handlers
 
-    with signal_handlers() as signals:  # from the start: imports take seconds
+    with signal_handlers(then_exits=True) as signals:  # from the start: imports take seconds
         return _run(options, arguments, signals)
 
 

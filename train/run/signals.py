@@ -79,8 +79,12 @@ class Signals:
 
 
 @contextmanager
-def signal_handlers() -> Iterator[Signals]:
-    """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead."""
+def signal_handlers(then_exits: bool = False) -> Iterator[Signals]:
+    """Inside, signals are remembered; leaving with another error after Ctrl-C raises KeyboardInterrupt instead.
+
+    Afterwards the handlers are those of before, but for a process that `then_exits` on request: a late copy of the signal
+    must not kill it before it has reported so.
+    """
     signals = Signals()
     # A scheduler's signals are handled even if ignored at the start, as by a batch script that must outlive its ranks.
     handlers = {signal.SIGTERM: signals._ask_to_stop, signal.SIGUSR1: signals._ask_to_stop}
@@ -96,8 +100,7 @@ def signal_handlers() -> Iterator[Signals]:
         raise
     finally:
         for number, handler in before.items():
-            # A process that stops on request must not be killed by a late copy of the signal before it has reported so.
-            leaving = signals.stop and number != signal.SIGINT
+            leaving = then_exits and signals.stop and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaving else handler)
 
 

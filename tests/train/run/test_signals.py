@@ -62,15 +62,8 @@ def test_other_errors_stay_what_they_are():
 def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(monkeypatch, launched_by_torchrun):
     if launched_by_torchrun:
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
-    changed = (
-        signal.SIGHUP,
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    )  # a process that was asked to stop ignores them
-    before = [signal.getsignal(number) for number in changed]
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    changed = (signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in changed]
     try:
         with signal_handlers() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -81,6 +74,22 @@ def test_what_was_ignored_from_the_start_stays_so_unless_torchrun_passes_it_on(m
     finally:
         for number, handler in zip(changed, before, strict=True):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("then_exits", [False, True])
+def test_only_a_process_that_then_exits_ignores_a_late_copy(then_exits):
+    """A notebook's kernel must end by SIGTERM after a `powernap.fit` that was asked to stop."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        with signal_handlers(then_exits) as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.stop == "SIGTERM"
+        after = [signal.getsignal(number) for number in numbers]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert after == ([signal.SIG_IGN] * 3 if then_exits else before)
 
 
 HEEDING = """
