@@ -28,8 +28,9 @@ ON_DEMAND = [
     "trend",
     "text",
     "retrofit",
+    "schedules",
     "device",
-]  # a quarter of an hour; hours; hours; half an hour; a CUDA device
+]  # a quarter of an hour; hours; hours; half an hour; two hours; a CUDA device
 STUDY = "study"  # study NAME ...: hours, see studies.py
 
 
@@ -45,13 +46,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder to write into")
     parser.add_argument("--tiny", action="store_true", help="device: a tiny model on the CPU, to try the script itself")
     parser.add_argument(
-        "--folder", type=Path, help="demo, trend, text, retrofit, study: where runs are kept (default: below runs/)"
+        "--folder",
+        type=Path,
+        help="demo, trend, text, retrofit, schedules, study: where runs are kept (default: below runs/)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="study, text: models trained side by side (default: %(default)s)"
+        "--jobs", type=int, default=1, help="study, text, schedules: models trained side by side (default: %(default)s)"
     )
     parser.add_argument(
-        "--page", action="store_true", help="study, text, retrofit: write the page of what is done, train nothing"
+        "--page",
+        action="store_true",
+        help="study, text, retrofit, schedules: write the page of what is done, train nothing",
     )
     options = parser.parse_args()
     common.RESULTS = options.results

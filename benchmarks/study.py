@@ -11,6 +11,7 @@ Sizes are fixed in benchmarks/studies.py before seeds are drawn. All models of a
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from typing import Any, TypeVar
 
 from benchmarks import common
 from benchmarks.common import ROOT, draw_seeds, rounded, table, write
-from powernap.launch.commands.demo import flops_of_step
 from powernap.model.parameters import count_parameters
-from powernap.parallel.planning.plan import in_units
+from powernap.parallel.planning.plan import in_units, plan_run
+from powernap.train.config import Recipe
+from powernap.train.data.check import predicting_windows
 from powernap.train.evaluation.pictures import GREY, new_figure, share_axis
 from powernap.train.evaluation.tables import FLOOR_LABEL, some_depths
 from powernap.train.recipe_file import load_recipe
+from powernap.train.report.runs import ReportedRun
 from powernap.train.run.folder import RunFolder
 
 SEEDS = 3
@@ -43,7 +46,7 @@ class Model:
     """A row of the page: the study's recipe with changes."""
 
     name: str
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # `25%` in one: the step after a quarter of all
     cost: float | None = 1.0  # its training FLOPs, in those of the study's first model; None: as many steps
 
     @property
@@ -157,14 +160,13 @@ def run_of(path: Path, seed: int, model: Model) -> tuple[Run, dict[str, Any]]:
     folder = RunFolder(path)
     recipe, evaluation = folder.recipe(), json.loads((path / "evaluation.json").read_text())
     passes = max(recipe.sleep.pass_choices)
-    work = json.loads((path / "work.json").read_text())
     run = Run(
         seed=seed,
         model=model.name,
         passes=passes,
         parameters=count_parameters(recipe.model, recipe.sleep),
         steps=evaluation["step"],
-        flops=float(evaluation["step"] * work["flops_per_step"][str(passes)]),
+        flops=float(ReportedRun(path).flops),
         commit=json.loads(folder.origin.read_text())["commit"][:10],
     )
     return run, evaluation
@@ -216,14 +218,25 @@ def _last(sizes: Iterable[str]) -> list[str]:
     return list({size.split("=")[0]: size for size in sizes}.values())
 
 
-def overrides(study: Study, home: Path, seed: int, model: Model) -> list[str]:
+def overrides(study: Study, home: Path, seed: int, model: Model, steps: int) -> list[str]:
     manifest = json.loads((home / f"data-{seed}-0" / "manifest.json").read_text())
     fields = {"data.sequence_length": "sequence_length", "model.window": "window", "model.vocab_size": "vocab_size"}
     changes = {field: f"{field}={manifest[key]}" for field, key in fields.items()}
     changes |= {change.split("=")[0]: change for change in model.overrides}
     tests = ",".join(f"{home}/data-{seed}-{number}/test-*.tar" for number in range(1 + len(study.longer)))
     shards = [f"data.train={home}/data-{seed}-0/train-*.tar", f"data.test=[{tests}]"]
-    return [f"run.name={model.folder}", f"run.root={home}/{seed}", f"run.seed={seed}", *shards, *changes.values()]
+    run = [f"run.name={model.folder}", f"run.root={home}/{seed}", f"run.seed={seed}", f"train.steps={steps}"]
+    return [*run, *shards, *(of_steps(change, steps) for change in changes.values())]
+
+
+def of_steps(change: str, steps: int) -> str:
+    """An override with its shares of the steps, such as 25%, as numbers."""
+    return re.sub(r"(\d+)%", lambda share: str(steps * int(share[1]) // 100), change)
+
+
+def flops_of_training(recipe: Recipe) -> int:
+    """Of all steps, each with the N that it has or the mean of those that are drawn."""
+    return plan_run(recipe, predicting_windows).flops_of_run
 
 
 def train(study: Study, home: Path, seed: int, model: Model, steps: int | None = None) -> None:
@@ -232,18 +245,19 @@ def train(study: Study, home: Path, seed: int, model: Model, steps: int | None =
     if (run / "evaluation.json").exists():
         return
     run.parent.mkdir(exist_ok=True)
-    arguments = overrides(study, home, seed, model)
-    recipe = load_recipe(study.recipe, arguments)
+    of_recipe = load_recipe(study.recipe).train.steps
+    recipe = load_recipe(study.recipe, overrides(study, home, seed, model, of_recipe))
     if steps is None:
-        first = load_recipe(study.recipe, overrides(study, home, seed, study.models[0]))
-        steps = first.train.steps
+        first = load_recipe(study.recipe, overrides(study, home, seed, study.models[0], of_recipe))
+        steps = of_recipe
         if model.cost is not None:
-            steps = round(model.cost * steps * flops_of_step(first) / flops_of_step(recipe))
+            steps = round(model.cost * steps * flops_of_training(first) / flops_of_training(recipe))
     print(f"{study.name}, seed {seed}: {model.name}, {steps} steps", flush=True)
     warm_up = [f"optimizer.warmup_steps={steps}"] if steps < recipe.optimizer.warmup_steps else []
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     log = run.parent / f"{model.folder}.log"
-    powernap("train", study.recipe, *arguments, f"train.steps={steps}", *warm_up, *resume, log=log)
+    arguments = overrides(study, home, seed, model, steps)
+    powernap("train", study.recipe, *arguments, *warm_up, *resume, log=log)
     powernap("eval", str(run), "--passes", str(max(recipe.sleep.pass_choices)), log=log)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, retrofit, text
+from benchmarks import common, retrofit, schedules, text
 from benchmarks.studies import STUDIES, TRACK
-from benchmarks.study import Trained, describe, draw, interval_over_seeds
+from benchmarks.study import Trained, describe, draw, flops_of_training, interval_over_seeds, of_steps
 from powernap.train.data.text import Text
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.tasks import TASKS
@@ -26,7 +26,7 @@ def test_its_models_and_sizes_are_valid(study):
         check(TASKS[study.task], {field: parse_overrides([size])[field] for field, size in sizes.items()})
     for model in study.models:
         window = [] if any("model.window" in change for change in model.overrides) else ["model.window=8"]
-        load_recipe(study.recipe, [*model.overrides, *window])
+        load_recipe(study.recipe, [*(of_steps(change, 1000) for change in model.overrides), *window])
     named = {name for claim in study.claims for name in (claim.above, *claim.below)}
     assert named <= {model.name for model in study.models}
 
@@ -89,12 +89,42 @@ def test_a_claim_about_text_holds_only_in_every_seed(tmp_path):
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_number_about_text_is_in_its_json():
-    path = common.RESULTS / "text.json"
+def test_the_models_of_the_schedules_are_valid_and_cost_the_same():
+    for of_task in schedules.STUDIES.values():
+        flops = []
+        for model in of_task.models:
+            changes = ["model.window=8", *(of_steps(change, 1000) for change in model.overrides)]
+            recipe = load_recipe(of_task.recipe, ["train.steps=1000", *changes])
+            assert max(recipe.sleep.pass_choices) == schedules.PASSES
+            flops.append(flops_of_training(recipe))
+        fixed, growing, drawn = flops
+        assert drawn < growing < fixed  # of as many steps
+
+
+def scheduled(seed: int, model: str, right: float) -> schedules.Trained:
+    run = dict(seed=seed, model=model, passes=4, parameters=10, steps=10, flops=1e12, commit="abc", task="depo")
+    return schedules.Trained(
+        **run, loss=0.1, accuracy={"4": right}, floor={"4": 0.5}, course=[(1e11, 2.0), (1e12, 0.1)]
+    )
+
+
+def test_schedules_are_compared_seed_by_seed(tmp_path):
+    shares = {(1, "N=4"): 0.5, (2, "N=4"): 0.7, (1, "N drawn"): 0.75, (2, "N drawn"): 0.75}
+    found = [scheduled(seed, model, share) for (seed, model), share in shares.items()]
+    page = "\n".join(schedules.describe(found))
+    (line,) = [line for line in page.splitlines() if line.startswith("| N drawn")]
+    assert [cell.strip() for cell in line.strip("|").split("|")][-2:] == ["75.0, 75.0", "15.0 ± 127.1"]
+    schedules.draw(found, tmp_path / "schedules.png")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", [text, schedules], ids=lambda module: module.__name__.split(".")[-1])
+def test_every_number_on_the_page_of_another_study_is_in_its_json(module):
+    path = common.RESULTS / f"{module.__name__.split('.')[-1]}.json"
     if not path.exists():
         pytest.skip("has not been run")
-    found = [text.Trained(**one) for one in json.loads(path.read_text())["trained"]]
-    assert path.with_suffix(".md").read_text().endswith("\n".join(text.describe(found)).rstrip() + "\n")
+    found = [module.Trained(**one) for one in json.loads(path.read_text())["trained"]]
+    assert path.with_suffix(".md").read_text().endswith("\n".join(module.describe(found)).rstrip() + "\n")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

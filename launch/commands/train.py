@@ -97,7 +97,6 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
     saved = checkpoints(recipe.run_folder / "checkpoints") if resume else []
     after = f", from step {step_of(saved[-1]):,} on" if saved else ""
     fullest = max(stage.memory.total for stage in planned.stages)
-    total = sum(phase.flops for phase in planned.phases) or planned.flops_per_step * recipe.train.steps
     read, schedule = epochs(recipe), rate_in_words(recipe)
     return [
         *textwrap.wrap(f"would train: {story(recipe)}", 80, subsequent_indent=" " * 12),
@@ -106,6 +105,6 @@ def _would_do(recipe: "Recipe", resume: bool) -> list[str]:
         f"            ZeRO {recipe.zero.stage}, micro-batches: {planned.micro_batches} of {planned.micro_batch_size}",
         *textwrap.wrap(f"rate        {schedule}", 80, subsequent_indent=" " * 12),
         *(textwrap.wrap(f"reads       {read}", 80, subsequent_indent=" " * 12) if read else ()),
-        f"costs       {in_units(total)}FLOP in all, {in_bytes(fullest)} on the fullest rank; more: powernap plan",
+        f"costs       {in_units(planned.flops_of_run)}FLOP in all, {in_bytes(fullest)} on the fullest rank; more: powernap plan",
         "everything that can be checked before has been; nothing was written",
     ]
