@@ -27,6 +27,7 @@ def slow(tiny: bool) -> device.Found:
     return {}
 
 
+@pytest.mark.wide
 def test_a_part_costs_itself_alone(tmp_path, monkeypatch, capsys):
     parts = [device.Part(part.__name__, 2 if part is slow else 50, part) for part in (good, bad, dead, slow)]
     monkeypatch.setattr(device, "PARTS", tuple(parts))

@@ -138,6 +138,7 @@ def test_a_tracker_of_another_package_follows_a_run(tmp_path):
     )
 
 
+@pytest.mark.wide  # two layouts; docs/extending.md is walked too
 def test_an_optimizer_and_a_schedule_of_another_package_train_in_every_layout(tmp_path):
     """Lion under a schedule of its own, on two ranks with ZeRO 1; resumed on one it ends with the same numbers as there alone."""
     page = examples("extending.md")
@@ -190,7 +191,10 @@ def test_a_cluster_of_another_package_takes_jobs(tmp_path):
 
 @pytest.mark.parametrize(
     ("run", "script", "command"),
-    [("mine", "write_shards.py", "train.sh"), ("documents", "write_documents.py", "train_documents.sh")],
+    [
+        pytest.param("mine", "write_shards.py", "train.sh", marks=pytest.mark.wide),
+        ("documents", "write_documents.py", "train_documents.sh"),
+    ],
 )
 def test_shards_of_ones_own(tmp_path, run, script, command):
     files = examples("data.md")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import runs
+from tests.helpers.cases import names
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {  # appended to commands that would take minutes
@@ -31,7 +32,7 @@ def typed(page: str, heading: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("powernap ")]
 
 
-@pytest.mark.parametrize("page", WALKS)
+@pytest.mark.parametrize("page", names(["README.md"], WALKS))
 def test_it_works_as_it_stands(tmp_path, page):
     (tmp_path / "FOLDER").mkdir()
     pages = sorted((ROOT / "docs").glob("*.md"))[:8]

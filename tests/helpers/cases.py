@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 
-def names(cases: Iterable[str], wide: Iterable[str] = ()) -> list[Any]:
-    """For pytest.mark.parametrize: `cases`, then those of `wide` with that mark."""
-    return [*cases, *(pytest.param(name, marks=pytest.mark.wide) for name in wide)]
+def names(cases: Iterable[object], wide: Iterable[object] = ()) -> list[Any]:
+    """For pytest.mark.parametrize: `cases`, then the others of `wide` with that mark."""
+    fast = list(cases)
+    return [*fast, *(pytest.param(name, marks=pytest.mark.wide) for name in wide if name not in fast)]
 
 
 def asked_for(request: pytest.FixtureRequest, cases: Mapping[str, Any], *always: str) -> dict[str, Any]:

@@ -301,6 +301,7 @@ def test_a_shard_that_breaks_during_the_run_ends_every_process(folder):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_saves_says_so_and_leaves_nothing_running(folder, processes):
     name = f"stopped{processes}"

@@ -44,7 +44,7 @@ def results(request):
     return run_cases(zero_layouts.compare, asked_for(request, CASES | WIDE | ROUNDED | WIDE_ROUNDED | BROKEN))
 
 
-@pytest.mark.parametrize("name", names(CASES, WIDE))
+@pytest.mark.parametrize("name", names(["DP2, ZeRO 2", "TP2xPP2+SP, projections apart"], CASES | WIDE))
 def test_six_steps_equal_muon_on_whole_matrices(results, name):
     check_task((CASES | WIDE)[name], results[name])
     for result in results[name]:
@@ -52,7 +52,7 @@ def test_six_steps_equal_muon_on_whole_matrices(results, name):
         assert result["weight"]["error"] < 1e-4, result["weight"]["name"]
 
 
-@pytest.mark.parametrize("name", names(ROUNDED, WIDE_ROUNDED))
+@pytest.mark.parametrize("name", names([], ROUNDED | WIDE_ROUNDED))
 def test_six_steps_come_near_in_bf16(results, name):
     check_task((ROUNDED | WIDE_ROUNDED)[name], results[name])
     for result in results[name]:

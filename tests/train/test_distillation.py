@@ -13,6 +13,7 @@ from powernap.train.recipe_file import RecipeError, load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
+from tests.helpers.cases import asked_for, names
 
 STEPS = 4
 SOURCE = ["model.pattern=AA", "sleep.passes=1", "model.window=32", "sleep.eviction=sliding", "model.hidden_size=24"]
@@ -42,10 +43,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def trained(request, folder):
     found = runs.train_in_turn(folder, 1, {"base": SOURCE})
+    asked = asked_for(request, RUNS, "window", "sequence", "alone")
     for processes in (1, 2):
-        found |= runs.train_in_turn(folder, processes, {n: o for n, (p, _, o) in RUNS.items() if p == processes})
+        found |= runs.train_in_turn(folder, processes, {n: o for n, (p, _, o) in asked.items() if p == processes})
     return found
 
 
@@ -67,7 +69,7 @@ def test_a_weight_of_zero_lets_the_teacher_rest(trained):
     assert min(found[:2]) > 1e-6 and found[2:] == [None, None]
 
 
-@pytest.mark.parametrize("name", [name for name, (_, other, _) in RUNS.items() if other])
+@pytest.mark.parametrize("name", names(["tensor"], [name for name, (_, other, _) in RUNS.items() if other]))
 def test_every_layout_trains_the_same(trained, name):
     bound = 0.02 if name == "bf16" else 1e-5
     for metric in ("loss", "grad_norm"):

@@ -10,6 +10,7 @@ from powernap.model.batch import plan_segments
 from powernap.model.dropout import Dropout, row_seeds
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs, tiny
+from tests.helpers.cases import asked_for, names
 from tests.helpers.layouts import seeded
 from tests.parallel.planning import test_plan
 
@@ -62,16 +63,18 @@ def test_it_is_applied_to_what_is_added(topology):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dropout")
     train = {"steps": STEPS, "log_every": 1, "global_batch_size": 8}
     runs.prepare(folder, train_samples=128, train=train, model={"vocab_size": 16})
     one = ["train.dropout=0.2"]
     found = runs.train_in_turn(folder, 1, {"one": one, "none": [], "small": [*one, "train.micro_batch_size=2"]})
-    return found | runs.train_in_turn(folder, 2, {name: [*one, *its] for name, (_, its) in LAYOUTS.items()})
+    return found | runs.train_in_turn(
+        folder, 2, {name: [*one, *its] for name, (_, its) in asked_for(request, LAYOUTS).items()}
+    )
 
 
-@pytest.mark.parametrize("name", ["small", *LAYOUTS])
+@pytest.mark.parametrize("name", names(["small", "sequence"], LAYOUTS))
 def test_every_layout_and_micro_batch_has_the_same_masks(trained, name):
     found, expected, none = (
         [record["loss"] for record in read_metrics(trained[one] / "metrics.jsonl")] for one in (name, "one", "none")

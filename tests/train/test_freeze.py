@@ -18,17 +18,17 @@ FIRST = ["embedding", "decoder.layers.0"]  # all of the first of two stages
 SOME = ["decoder.layers.*.mlp", "output_layer", "decoder.layers.1.self_attention.A_log"]
 # name: processes, what is frozen, overrides
 LAYOUTS = {
-    "one": (1, SOME, []),
     "zero3": (2, FIRST, ["parallel.data=2", "zero.stage=3"]),
     "sequence": (
         2,
         ["*norm*", "embedding", "decoder.layers.0.self_attention", "decoder.layers.0.mlp"],
         ["parallel.tensor=2", "parallel.sequence=true"],
     ),
-    "pipeline": (2, FIRST, ["parallel.pipeline=2"]),
-    "tensor_pipeline": (4, SOME, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 WIDE = {
+    "one": (1, SOME, []),
+    "pipeline": (2, FIRST, ["parallel.pipeline=2"]),
+    "tensor_pipeline": (4, SOME, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "zero1": (2, FIRST, ["parallel.data=2"]),
     "zero2": (2, SOME, ["parallel.data=2", "zero.stage=2"]),
     "bf16": (2, FIRST, ["parallel.pipeline=2", "train.precision=bf16"]),
@@ -39,9 +39,9 @@ WIDE = {
 # name: run that is resumed, processes, overrides
 RESUMED = {
     "pipeline_from_data": ("zero3", 2, ["parallel.pipeline=2"]),
-    "one_from_four": ("tensor_pipeline", 1, []),
 }
 WIDE_RESUMED = {
+    "one_from_four": ("tensor_pipeline", 1, []),
     "data_from_pipeline": ("pipeline", 2, ["parallel.data=2", "zero.stage=3"]),
     "tensor_from_data": ("zero2", 2, ["parallel.tensor=2"]),
 }
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 def trained(request, folder):
     """name -> the folder of that run; of a layout also NAME_still."""
     sources = (source for source, *_ in asked_for(request, RESUMED | WIDE_RESUMED).values())
-    return train_all(folder, asked_for(request, LAYOUTS | WIDE, "one", "zero3", "pipeline", *sources))
+    return train_all(folder, asked_for(request, LAYOUTS | WIDE, "zero3", *sources))
 
 
 def train_all(folder, layouts, more=()):
@@ -156,11 +156,11 @@ def test_a_checkpoint_of_a_frozen_run_goes_on_in_another_layout(trained, resumed
 
 def test_another_run_may_start_from_it_and_train_what_was_frozen(folder, trained):
     chosen = {
-        "all": ["train.start_from=pipeline", "train.steps=1", "optimizer.warmup_steps=1"],
-        "fewer": ["train.start_from=pipeline", "train.start_optimizer=true", frozen([*FIRST, "output_layer"])],
+        "all": ["train.start_from=zero3", "train.steps=1", "optimizer.warmup_steps=1"],
+        "fewer": ["train.start_from=zero3", "train.start_optimizer=true", frozen([*FIRST, "output_layer"])],
     }
     started = runs.train_in_turn(folder, 1, chosen)
-    before, after = runs.weights(trained["pipeline"]), runs.weights(started["all"])
+    before, after = runs.weights(trained["zero3"]), runs.weights(started["all"])
     assert not any(torch.equal(before[name], after[name]) for name in before)
     after = runs.weights(started["fewer"])
     assert torch.equal(before["output_layer.weight"], after["output_layer.weight"])
@@ -189,7 +189,7 @@ def test_another_run_may_start_from_it_and_train_what_was_frozen(folder, trained
         ),
         (["optimizer.groups={embedding: {momentum: 0.1}}"], "optimizer.groups.embedding.momentum"),
         (
-            ["run.name=one", "train.freeze=[embedding]", "--resume"],
+            ["run.name=zero3", "train.freeze=[embedding]", "--resume"],
             "train.freeze=['embedding'] cannot change on --resume",
         ),
         (

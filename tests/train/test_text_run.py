@@ -23,6 +23,7 @@ from powernap.train.recipe_file import check, load_recipe
 from powernap.train.run.folder import RunFolder
 from powernap.train.tracking.metrics import read_metrics
 from tests.helpers import runs
+from tests.helpers.cases import asked_for, names
 from tests.helpers.streams import sequences_of
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran to the old house. ", "we sleep when the window is full. "]
@@ -60,23 +61,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
-    return runs.train_in_turn(folder, 1, {"one": []}) | runs.train_in_turn(folder, 2, LAYOUTS)
+def trained(request, folder):
+    return runs.train_in_turn(folder, 1, {"one": []}) | runs.train_in_turn(folder, 2, asked_for(request, LAYOUTS))
 
 
-def test_the_loss_falls_on_held_out_text_the_same_in_every_layout(trained):
-    one = read_metrics(trained["one"] / "metrics.jsonl")
-    for run in trained.values():
-        records = read_metrics(run / "metrics.jsonl")
-        assert records[0]["loss"] > 5 and records[-1]["loss"] < 3.5  # a uniform guess has 5.55
-        assert records[-1]["held_out_loss/N2"] < 3.6
-        assert {"fast_weights/block_1/pass_1/norm", "fast_weights/block_1/pass_2/norm"} <= set(records[0])
-        assert "38,516 parameters" in (run / "logs" / "train.log").read_text()
-        for step in range(3):  # what is carried counts from the second on
-            assert records[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
-        assert records[-1]["held_out_loss/N2"] == pytest.approx(one[-1]["held_out_loss/N2"], rel=0.02)
+@pytest.mark.parametrize("name", names(["one", "pipeline"], LAYOUTS))
+def test_the_loss_falls_on_held_out_text_the_same_in_every_layout(trained, name):
+    one, records = (read_metrics(trained[run] / "metrics.jsonl") for run in ("one", name))
+    assert records[0]["loss"] > 5 and records[-1]["loss"] < 3.5  # a uniform guess has 5.55
+    assert records[-1]["held_out_loss/N2"] < 3.6
+    assert {"fast_weights/block_1/pass_1/norm", "fast_weights/block_1/pass_2/norm"} <= set(records[0])
+    assert "38,516 parameters" in (trained[name] / "logs" / "train.log").read_text()
+    for step in range(3):  # what is carried counts from the second on
+        assert records[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
+    assert records[-1]["held_out_loss/N2"] == pytest.approx(one[-1]["held_out_loss/N2"], rel=0.02)
 
 
+@pytest.mark.wide  # test_layouts.py has separate documents in a pipeline
 def test_separate_documents_train_alike_in_a_pipeline(folder):
     """A rank that does not read gets to know where documents begin."""
     apart = ["sleep.carry=false", "data.documents=separate", "data.lanes=null"]
@@ -90,13 +91,14 @@ def test_separate_documents_train_alike_in_a_pipeline(folder):
 
 
 @pytest.mark.faults
-def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
+@pytest.mark.parametrize("name", ["pipeline"])
+def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained, name):
     """The lines of both are equal to the last digit; without the carried fast weights they are not."""
     (folder / "again").mkdir()
-    again = shutil.copytree(trained["pipeline"], folder / "again" / "pipeline")
+    again = shutil.copytree(trained[name], folder / "again" / "pipeline")
     shutil.rmtree(again / "checkpoints" / "step_00000012")
     runs.train_in_turn(folder, 2, {"pipeline": [*LAYOUTS["pipeline"], "run.root=again", "--resume"]})
-    resumed, unbroken = (read_metrics(run / "metrics.jsonl") for run in (again, trained["pipeline"]))
+    resumed, unbroken = (read_metrics(run / "metrics.jsonl") for run in (again, trained[name]))
     assert [line["seconds"] for line in resumed[:6]] == [line["seconds"] for line in unbroken[:6]]
     assert resumed[6]["seconds"] != unbroken[6]["seconds"]
     for key in ("loss", "grad_norm"):
@@ -107,21 +109,22 @@ def test_a_resumed_run_carries_what_the_unbroken_one_carried(folder, trained):
 
 
 @pytest.mark.wide  # test_checkpoint.py reads what is carried in other layouts, without whole runs
-def test_what_is_carried_goes_on_in_another_layout(folder, trained):
+@pytest.mark.parametrize("name", ["pipeline"])
+def test_what_is_carried_goes_on_in_another_layout(folder, trained, name):
     """Written by two pipeline stages, read by one process and by two data-parallel ranks: every row's fast weights."""
     copies, again = {}, {}
-    for name in ("alone", "zero3", "forgotten"):
-        copies[name] = shutil.copytree(trained["pipeline"], folder / f"elsewhere-{name}" / "pipeline")
-        shutil.rmtree(copies[name] / "checkpoints" / "step_00000012")
-        again[name] = ["run.name=pipeline", f"run.root=elsewhere-{name}", "--resume"]
+    for reader in ("alone", "zero3", "forgotten"):
+        copies[reader] = shutil.copytree(trained[name], folder / f"elsewhere-{reader}" / "pipeline")
+        shutil.rmtree(copies[reader] / "checkpoints" / "step_00000012")
+        again[reader] = ["run.name=pipeline", f"run.root=elsewhere-{reader}", "--resume"]
     forget(copies["forgotten"] / "checkpoints" / "step_00000006")
     runs.train_in_turn(folder, 2, {"zero3": [*LAYOUTS["zero3"], *again.pop("zero3")]})
     runs.train_in_turn(folder, 1, again)
-    unbroken = read_metrics(trained["pipeline"] / "metrics.jsonl")
-    found = {name: read_metrics(run / "metrics.jsonl") for name, run in copies.items()}
-    for name in ("alone", "zero3"):
-        assert [line["samples"] for line in found[name]] == [line["samples"] for line in unbroken]
-        losses = [line["loss"] for line in found[name]]
+    unbroken = read_metrics(trained[name] / "metrics.jsonl")
+    found = {reader: read_metrics(run / "metrics.jsonl") for reader, run in copies.items()}
+    for reader in ("alone", "zero3"):
+        assert [line["samples"] for line in found[reader]] == [line["samples"] for line in unbroken]
+        losses = [line["loss"] for line in found[reader]]
         assert losses[6:9] == pytest.approx([line["loss"] for line in unbroken][6:9], rel=1e-5)
         assert losses[6:] == pytest.approx([line["loss"] for line in unbroken][6:], rel=5e-3)
     assert abs(found["forgotten"][6]["loss"] / unbroken[6]["loss"] - 1) > 1e-4
@@ -225,7 +228,7 @@ def test_eval_tells_the_loss(folder, trained):
     assert (trained["one"] / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(["pipeline"], LAYOUTS))
 def test_a_run_of_two_ranks_each_with_a_part_of_the_weights_speaks_in_one_process(
     folder, trained, topology, name, monkeypatch, capfd
 ):

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(request, folder):
     """name -> the folder of that run of RUNS."""
-    found, asked = {}, asked_for(request, RUNS, "one", "micro", "half", "sliding", "readers", "data", "drawn", "probes")
+    found, asked = {}, asked_for(request, RUNS, "one", "half", "data", "probes")
     for processes in (1, 2):
         chosen = {name: overrides for name, (needs, overrides) in asked.items() if needs == processes}
         found |= runs.train_in_turn(folder, processes, chosen)
@@ -95,17 +95,19 @@ def test_two_processes_equal_one(trained):
     assert column(trained["data"], "tokens") == [16 * 23] * 6  # of the global batch
 
 
-def test_micro_batches_and_recomputation_change_nothing(trained):
-    assert_same_training(trained["micro"], trained["one"], 1e-5)
+@pytest.mark.parametrize("name", names([], ["micro"]))  # test_layouts.py has both
+def test_micro_batches_and_recomputation_change_nothing(trained, name):
+    assert_same_training(trained[name], trained["one"], 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["probes_tensor", "probes_pipeline"])
+@pytest.mark.parametrize("layout", names(["probes_pipeline"], ["probes_tensor"]))
 def test_ranks_that_read_no_shards_know_the_probes(trained, layout):
     assert_same_training(trained[layout], trained["probes"], 3e-5)
 
 
-def test_two_readers_change_nothing(trained):
-    assert column(trained["readers"], "loss") == column(trained["one"], "loss")
+@pytest.mark.parametrize("name", names([], ["readers"]))  # test_order.py has many numbers of readers
+def test_two_readers_change_nothing(trained, name):
+    assert column(trained[name], "loss") == column(trained["one"], "loss")
 
 
 @pytest.mark.wide  # parallel/test_muon.py has every layout
@@ -121,7 +123,7 @@ def test_a_broken_all_reduce_would_be_seen(trained):
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
 
 
-RESUMED, WIDE_RESUMED = ["pipeline", "zero3"], ["one", "data"]
+RESUMED, WIDE_RESUMED = ["zero3"], ["pipeline", "one", "data"]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_other_shards_are_refused_on_resume(folder, trained, tmp_path):
     assert column(tmp_path / "runs" / "one", "step")[-1] == 3
 
 
-@pytest.mark.parametrize("name", names(["bf16_data"], wide=["bf16"]))
+@pytest.mark.parametrize("name", names([], ["bf16_data", "bf16"]))  # test_zero_layouts.py has bf16
 def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained, name):
     low, one = trained[name], trained["one"]
     assert column(low, "loss") == pytest.approx(column(one, "loss"), rel=0.03)
@@ -169,16 +171,18 @@ def test_bf16_trains_close_to_fp32_on_one_process_and_on_two(trained, name):
     assert column(low, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=0.15)
 
 
-def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(trained):
-    run = trained["drawn"]
+@pytest.mark.parametrize("name", names([], ["drawn"]))  # test_by_step.py draws in a pipeline
+def test_n_drawn_per_step_is_the_same_on_all_ranks_and_used(trained, name):
+    run = trained[name]
     assert len(set(column(run, "passes"))) > 1
     health = [record for record in read_metrics(run / "metrics.jsonl") if "fast_weights/block_1/pass_1/norm" in record]
     assert [record["step"] for record in health] == [1, 3, 6]
 
 
-def test_sliding_windows_train_and_evaluate(trained):
+@pytest.mark.parametrize("name", names([], ["sliding"]))  # test_layouts.py and test_evaluate.py have sliding windows
+def test_sliding_windows_train_and_evaluate(trained, name):
     """The weights are those of hard eviction: a model may be trained with one and go on with the other."""
-    run = trained["sliding"]
+    run = trained[name]
     records = read_metrics(run / "metrics.jsonl")
     assert {"accuracy/N2/depth_1", "accuracy/N2/depth_2"} <= set(records[-1])
     assert {name.split("/")[1] for name in records[0] if name.startswith("fast_weights")} == {"block_1"}
@@ -257,6 +261,7 @@ def test_mlflow_has_the_run(trained):
     assert "config.yaml" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
 
 
+@pytest.mark.wide
 def test_torchrun_may_start_the_processes(folder, trained):
     command = [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "powernap.launch.cli", "train", "tiny.yaml", "run.name=torchrun", "parallel.data=2"]
@@ -265,6 +270,7 @@ def test_torchrun_may_start_the_processes(folder, trained):
     assert_same_training(folder / "runs" / "torchrun", trained["one"], 1e-5)
 
 
+@pytest.mark.wide  # test_demo.py learns
 def test_a_short_training_beats_chance_and_what_was_learned_is_in_the_fast_weights(tmp_path, topology, monkeypatch):
     sections = {"train": {"steps": 90, "global_batch_size": 32, "log_every": 30}, "checkpoint": {"every": 90}}
     runs.prepare(tmp_path, train_samples=2880, max_hop=1, **sections)

@@ -117,6 +117,7 @@ def test_two_that_submit_at_once_start_one(tmp_path):
     assert runs.powernap("wait", "tiny", "--timeout", "1m", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.wide  # a process that waits for its end
 def test_submitting_that_was_cut_off_is_found_again_or_lost(tmp_path):
     runs.prepare(tmp_path, train_samples=64, data={"lanes": 1}, train={"steps": 2})
     assert runs.powernap("submit", "tiny.yaml", "--on", "local", cwd=tmp_path).returncode == 0

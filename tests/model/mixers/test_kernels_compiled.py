@@ -34,15 +34,17 @@ PARTLY_TOO_LARGE = {
     "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64",
 }
 
-needs_kernels = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there")
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there"),
+]
 
 
 def by_kernel(found: list[Compiled]) -> dict[str, list[Compiled]]:
     return {name: [one for one in found if one.kernel == name] for name in dict.fromkeys(one.kernel for one in found)}
 
 
-@needs_kernels
-@pytest.mark.parametrize("card", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("card", ["sm_90a", "sm_100a"])
 def test_our_own_kernels_fit_the_card(card):
     found = compile_cases(card, [*OWN])
     for name, (_, number) in OWN.items():
@@ -50,7 +52,6 @@ def test_our_own_kernels_fit_the_card(card):
         assert all(one.error is None and one.spilled == 0 for one in found[name]), found[name]
 
 
-@needs_kernels
 def test_what_a_card_would_not_run_is_seen():
     fits, too_large, refused, other = (one for (one,) in compile_cases("sm_90a", [*SINGLE]).values())
     assert fits.error is None and fits.shared == 192 * 1024 and 0 < fits.registers <= 255
@@ -59,8 +60,6 @@ def test_what_a_card_would_not_run_is_seen():
     assert other.error == "machine code for sm_80, not sm_90a"
 
 
-@needs_kernels
-@pytest.mark.wide  # test_what_a_card_would_not_run_is_seen, test_kernels_interpreted.py
 @pytest.mark.parametrize(
     ("card", "name"), [*(("sm_90a", name) for name in LARGE), *(("sm_100a", name) for name in ON_BLACKWELL)]
 )
@@ -76,8 +75,6 @@ def test_kernels_fit_the_card(card, name):
         assert all("of shared memory" in one.error for one in wrong), wrong
 
 
-@needs_kernels
-@pytest.mark.wide
 def test_more_keys_than_kernels_take_are_refused():
     """As `check_fla` says before a run starts."""
     found = compile_cases("sm_90a", [TOO_MANY_KEYS])[TOO_MANY_KEYS]

@@ -20,6 +20,7 @@ from powernap.model.mixers import MIXERS
 from powernap.model.mixers.recurrent import Recurrence
 from powernap.model.sleep import sleep_and_predict
 from tests.helpers import tiny
+from tests.helpers.cases import asked_for, names
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / ".venv" / "kernels"
@@ -184,8 +185,14 @@ def stage_errors(topology) -> dict[str, float]:
     }
 
 
+# One of each kind, for `make test`.
+FAST = ["G, odd sizes", "M"]
+FAST_MIXERS = ["mixer G, bfloat16", "mixer K"]
+FAST_AROUND = ["heads, grouped and gated, bfloat16", "heads, normed, none rotated", "SwiGLU, bfloat16"]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """case -> errors, all in one process: FLA's imports take ten CPU seconds."""
     if not KERNELS.is_dir():
         pytest.skip("make kernels puts Triton and FLA there")
@@ -194,14 +201,15 @@ def found(tmp_path_factory):
         **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{KERNELS}:{ROOT}", "OMP_NUM_THREADS": "1",
         "TRITON_CACHE_DIR": str(out.parent),
     }  # fmt: skip
-    names = "|".join([*CASES, *MIXERS_IN_KERNELS, *ROTATIONS, *GATED, *FAULTS, STAGE, PASSES, PLANTED, LAUNCHES])
-    command = [sys.executable, "-m", "tests.helpers.interpreted", names, str(out)]
+    cases = CASES | MIXERS_IN_KERNELS | ROTATIONS | GATED | FAULTS | dict.fromkeys([STAGE, PASSES, PLANTED, LAUNCHES])
+    asked = "|".join(asked_for(request, cases))
+    command = [sys.executable, "-m", "tests.helpers.interpreted", asked, str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(FAST, CASES))
 def test_outputs_states_and_gradients(found, name):
     case, errors = CASES[name], found[name]
     assert errors.keys() >= {"o", "S", "dq", "dk", "dv", "dg", "dbeta", "dstate"}
@@ -212,11 +220,12 @@ def test_outputs_states_and_gradients(found, name):
         assert max(errors.values()) > 1e-5
 
 
-def test_a_call_that_is_wrong_is_seen(found):
-    assert max(found[PLANTED].values()) > 2 * BF16
+@pytest.mark.parametrize("name", names([], [PLANTED]))
+def test_a_call_that_is_wrong_is_seen(found, name):
+    assert max(found[name].values()) > 2 * BF16
 
 
-@pytest.mark.parametrize("name", MIXERS_IN_KERNELS)
+@pytest.mark.parametrize("name", names(FAST_MIXERS, MIXERS_IN_KERNELS))
 def test_a_whole_mixer(found, name):
     case, errors = MIXERS_IN_KERNELS[name], found[name]
     assert len(errors) == 13  # the output, two states, two gates, two inputs, six parameters
@@ -225,7 +234,7 @@ def test_a_whole_mixer(found, name):
     assert max(errors.values()) < BOUNDS[case.dtype], errors
 
 
-@pytest.mark.parametrize("name", [*ROTATIONS, *GATED])
+@pytest.mark.parametrize("name", names(FAST_AROUND, [*ROTATIONS, *GATED]))
 def test_around_attention_and_in_the_mlp(found, name):
     case, errors = (ROTATIONS | GATED)[name], found[name]
     # Outputs and gradients.
@@ -233,25 +242,28 @@ def test_around_attention_and_in_the_mlp(found, name):
     assert max(errors.values()) < (2**-8 if case.dtype == torch.bfloat16 else 1e-6), errors
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", names(["a head's gates are another's"], FAULTS))
 def test_a_mixer_that_is_wrong_is_seen(found, fault):
     assert max(found[fault].values()) > 2 * BF16
 
 
-def test_a_whole_stage(found):
-    assert len(found[STAGE]) > 15 and max(found[STAGE].values()) < 1e-4, found[STAGE]
+@pytest.mark.parametrize("name", names([], [STAGE]))
+def test_a_whole_stage(found, name):
+    assert len(found[name]) > 15 and max(found[name].values()) < 1e-4, found[name]
 
 
-def test_the_states_error_does_not_grow_with_the_passes(found):
+@pytest.mark.parametrize("name", names([], [PASSES]))
+def test_the_states_error_does_not_grow_with_the_passes(found, name):
     """FLA keeps the state in float32 and multiplies it in bfloat16: what that costs after N=4 passes over three windows."""
-    errors = [found[PASSES][f"bfloat16, {number}"] for number in range(1, 13)]
+    errors = [found[name][f"bfloat16, {number}"] for number in range(1, 13)]
     assert 1e-4 < errors[0] < 5e-3 and max(errors) < 3 * errors[0], errors
-    assert max(found[PASSES][f"float32, {number}"] for number in range(1, 13)) < 1e-5
+    assert max(found[name][f"float32, {number}"] for number in range(1, 13)) < 1e-5
 
 
-def test_launches(found):
+@pytest.mark.parametrize("name", names([], [LAUNCHES]))
+def test_launches(found, name):
     """FLA's calls count what they launch. Two blocks of a segment: forward, recompute, backward."""
-    plain, kernels = found[LAUNCHES]["plain"], found[LAUNCHES]["kernels"]
+    plain, kernels = found[name]["plain"], found[name]["kernels"]
     assert plain["mixer, forward"] >= 42 and kernels["mixer, forward"] <= 12
     assert plain["mixer, backward"] > 75 and kernels["mixer, backward"] <= 27
     assert plain["pair of blocks"] > 240 and kernels["pair of blocks"] <= 115

@@ -32,6 +32,7 @@ child.wait()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("whose", "leaves"), [("ours", True), ("torchrun's", True), ("a shell's", False)])
 def test_a_child_stops_when_its_parent_was_killed_unless_a_shell_started_it(whose, leaves):
     command = [sys.executable, "-c", STARTING, whose, CHILD]
@@ -71,6 +72,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.faults
 def test_workers_of_a_build_of_shards_that_was_killed_end(tmp_path):
     (tmp_path / "pool.py").write_text(POOL)
     done = subprocess.run([sys.executable, "pool.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60)

@@ -120,7 +120,7 @@ def collectives(messages: list[Message]) -> list[Message]:
     return [message for message in messages if message.kind not in ("send", "receive")]
 
 
-@pytest.mark.parametrize("name", names(CASES, WIDE))
+@pytest.mark.parametrize("name", names([next(iter(CASES))], CASES | WIDE))
 def test_ranks_do_what_is_planned(ranks, name):
     recipe = (CASES | WIDE)[name]
     for rank in corners(recipe):

@@ -377,6 +377,7 @@ def test_json_holds_the_numbers():
     assert values["fits"] is True and values["pipeline_layout"] == "AG|AG" and "picture" not in values
 
 
+@pytest.mark.wide  # test_a_cheaper_choice_is_suggested_only_where_memory_asks_for_it
 def test_suggestions_can_run_and_the_best_come_first():
     sections = recipe(large_model(), sleep=SleepConfig(passes=4), train={"global_batch_size": 256, "precision": "bf16"})
     found = suggest(sections, 64, memory_limit=20 * GB)
@@ -402,6 +403,7 @@ def test_suggestions_can_run_and_the_best_come_first():
     assert all(part in text for part in found[0].overrides().split())
 
 
+@pytest.mark.wide
 def test_less_memory_asks_for_more_model_parallelism():
     def split(limit):
         sections = recipe(large_model(), train={"global_batch_size": 64, "precision": "bf16"})

@@ -79,7 +79,7 @@ def recipe(
 # Activations are most of the memory.
 LONGER = {"model": {"pattern": "AGAG", "window": 128}, "tokens": 3 * 128 + 1}
 MOST = {name: layout for name, layout in LAYOUTS.items() if name not in ("DP2, ZeRO 1", "DP2xPP2")}
-# Precision and recomputation in turn, and what only some layouts can get wrong; the rest is WIDE.
+# Precision and recomputation in turn, and what only some layouts can get wrong.
 CASES = {
     f"{name}, {precision}, recompute {kind}": recipe(precision, kind, **layout)
     for number, (name, layout) in enumerate(MOST.items())
@@ -95,6 +95,14 @@ CASES = {
     "DP2xPP2, frozen": recipe(freeze=FROZEN, data=2, pipeline=2),
     "DP2, ZeRO 3, frozen": recipe("bf16", freeze=["embedding", "*.mlp"], data=2, zero=3, model=AG),
 }
+# One of each kind, for `make test`.
+FAST = [
+    "TP2+SP, fp32, recompute segment",
+    "PP2, bf16, recompute none",
+    "DP2, ZeRO 3, bf16, recompute none",
+    "one process, probes",
+    "DP2xPP2, frozen",
+]
 WIDE = {
     f"{name}, {precision}, recompute {kind}": recipe(precision, kind, **layout)
     for name, layout in LAYOUTS.items()
@@ -128,7 +136,7 @@ def measured(request):
     return run_cases(plan_measured.measure, asked, lambda recipe: recipe.parallel.world_size)
 
 
-@pytest.mark.parametrize("name", names(CASES, WIDE))
+@pytest.mark.parametrize("name", names(FAST, CASES | WIDE))
 def test_plan_is_what_ranks_hold(measured, name):
     assert_as_planned((CASES | WIDE)[name], measured[name])
 

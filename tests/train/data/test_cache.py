@@ -23,6 +23,7 @@ from powernap.train.data import source
 from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError
 from powernap.train.data.shard import Shard
+from tests.helpers.cases import names
 from tests.helpers.servers import breaks_off, says, serving, stalls
 from tests.helpers.streams import (
     config,
@@ -221,7 +222,7 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("source", ["silent", "body", "pipe", "pipe-silent", "pipe-open", "fsspec"])
+@pytest.mark.parametrize("source", names(["body", "pipe", "fsspec"], ["silent", "pipe-silent", "pipe-open"]))
 def test_a_source_that_stalls_is_given_up_and_said(folder, server, tmp_path, monkeypatch, caplog, source):
     monkeypatch.setattr(cache_module, "SAY_EVERY", 0.1)
     file = Stalling()

@@ -11,6 +11,7 @@ from powernap.train.data.cache import ShardCache
 from powernap.train.data.sample import DataError, Documents, encode, token_type
 from powernap.train.data.sequences import Cutting, pack
 from powernap.train.data.shard import Shard
+from tests.helpers.cases import names
 from tests.helpers.streams import (
     VOCABULARY,
     evaluate,
@@ -172,7 +173,7 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("trial", range(50))
+@pytest.mark.parametrize("trial", names(range(8), range(50)))
 def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_sequences(library, trial, tmp_path):
     """Ranks, readers and cache are others before and after; documents are cut at many lengths, in every way."""
     random = np.random.RandomState(trial)

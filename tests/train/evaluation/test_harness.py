@@ -118,6 +118,7 @@ def test_the_likeliest_continuation_is_recognised(model):
     assert model._loglikelihood_tokens([(("", ""), prompts[1], [])], disable_tqdm=True) == [(0.0, True)]
 
 
+@pytest.mark.wide  # the same as test_a_local_task_of_each_kind, by the command
 def test_the_command(place, tmp_path):
     """The harness's own options, its own table."""
     options = ["--tasks", "local_choice", "--include_path", str(place), "--limit", "2"]

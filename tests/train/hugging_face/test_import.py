@@ -274,6 +274,7 @@ LAYOUTS = {"one": (1, []), "tensor": (2, ["parallel.tensor=2"]), "pipeline": (2,
            "zero3": (2, ["parallel.data=2", "zero.stage=3"])}  # fmt: skip
 
 
+@pytest.mark.wide
 def test_training_starts_from_it_in_every_layout_and_sleeps(models, tmp_path):
     """The first loss at N=2 over two windows is the same in each, and near what the next steps have."""
     folder = shutil.copytree(models["qwen3_5, shared keys"][1], tmp_path / "base")

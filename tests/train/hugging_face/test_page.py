@@ -82,6 +82,7 @@ def outputs(place):
     return found
 
 
+@pytest.mark.wide  # the other files here do each step
 def test_every_command_of_the_page(place, outputs):
     assert len(COMMANDS) == 8
     recipe = load_recipe(str(place / "retrofit.yaml"))
@@ -96,6 +97,7 @@ def test_every_command_of_the_page(place, outputs):
     assert "|story|" in next(out for c, out in outputs.items() if "lm_eval" in c).replace(" ", "")
 
 
+@pytest.mark.wide
 def test_a_stock_export_without_the_source_has_the_tokenizer(place, outputs, monkeypatch):
     import transformers
 
@@ -117,6 +119,7 @@ def test_the_answer_asleep_is_the_same_everywhere(outputs):
     assert awake  # the stock class loads it and answers; over several windows it is another model
 
 
+@pytest.mark.wide
 def test_both_exports_in_the_harness_of_others(place, outputs, topology, monkeypatch):
     """lm-evaluation-harness's own `hf` model loads them; asleep it has the log probabilities of `--model powernap`, over windows."""
     pytest.importorskip("lm_eval", reason="needs the extra eval")

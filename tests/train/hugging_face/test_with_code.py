@@ -141,6 +141,7 @@ def trained(tmp_path_factory):
     return folder, to
 
 
+@pytest.mark.wide  # the logits are compared above
 def test_transformers_generates_what_powernap_does(trained, tmp_path, capfd, monkeypatch):
     folder, to = trained
     monkeypatch.chdir(folder)

@@ -102,6 +102,7 @@ with signal_handlers() as signals:
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("scheduler", [None, "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"])
 def test_a_second_signal_ends_it_at_once_unless_a_scheduler_sends_it(scheduler):
     environment = os.environ | ({scheduler: "1"} if scheduler else {})

@@ -41,6 +41,7 @@ WIDE = {
     "pipeline": (2, "tensor", ["parallel.pipeline=2"]),
     "zero2": (2, "one", ["parallel.data=2", "zero.stage=2"]),
 }
+FAST = ["again", "from_export", "states", "norm", "zero3", "zero3_states"]  # one of each kind, for `make test`
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,16 @@ def folder(tmp_path_factory):
 def started(request, folder):
     """name -> the folder of that run of SOURCES, STARTED or WIDE."""
     found = {}
+    asked = asked_for(request, STARTED | WIDE, *FAST)
+    sources = {"one", "muon", *(source for _, source, _ in asked.values())}
     for processes in (1, 2):
-        found |= runs.train_in_turn(folder, processes, {n: o for n, (p, o) in SOURCES.items() if p == processes})
+        chosen = {n: o for n, (p, o) in SOURCES.items() if p == processes and n in sources}
+        found |= runs.train_in_turn(folder, processes, chosen)
     export(RunFolder(found["one"]).newest_checkpoint(), RunFolder(found["one"]).recipe(), folder / "exported")
     for processes in (1, 2, 4):
         chosen = {
             name: [f"train.start_from={source}", *overrides, *ALONE]
-            for name, (needs, source, overrides) in asked_for(request, STARTED | WIDE, *STARTED).items()
+            for name, (needs, source, overrides) in asked.items()
             if needs == processes
         }
         found |= runs.train_in_turn(folder, processes, chosen)
@@ -88,7 +92,7 @@ def loss_of(weights: Checkpoint, folder, topology, monkeypatch, dtype=torch.floa
     return float(total / batch.loss_mask[:, 1:].sum())
 
 
-@pytest.mark.parametrize("name", names(STARTED, WIDE))
+@pytest.mark.parametrize("name", names(FAST, STARTED | WIDE))
 def test_the_first_loss_is_that_of_the_source(folder, started, topology, monkeypatch, name):
     source = (STARTED | WIDE)[name][1]
     run = {"exported": "one", "runs/one/checkpoints/step_00000002": "one"}.get(source, source)

@@ -76,12 +76,14 @@ def processes(tmp_path_factory):
     return root, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.faults
 def test_runs_that_start_at_once_share_one_new_database(processes):
     root, found = processes
     assert found["together"] == [0, 0, 0]  # records that wait
     assert losses(root / "together") == {"a": [(1, 0.5)], "b": [(1, 0.5)], "c": [(1, 0.5)]}
 
 
+@pytest.mark.faults
 def test_a_process_killed_while_it_makes_the_database_leaves_nothing_half_made(processes):
     root, found = processes
     assert found["first"] == -9 and not found["left"]

@@ -49,6 +49,7 @@ def pages(folder):
         server.wait(30)
 
 
+@pytest.mark.wide  # a browser beside MLflow's server
 def test_the_page_of_a_run_answers_what_its_readers_ask(folder, pages, tmp_path):
     run = folder / "runs" / "mine"
     run_id = (run / "mlflow_run_id").read_text().strip()

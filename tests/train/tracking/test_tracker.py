@@ -109,6 +109,7 @@ def test_a_run_that_an_older_version_began_is_found_by_its_key(run_folder):
     assert (run_folder / "mlflow_run_id").read_text().strip() == run_id
 
 
+@pytest.mark.wide  # MLflow's server starts in ten seconds
 def test_the_pages_show_the_run_on_loopback_and_end_when_asked(run_folder, capfd):
     tracker = Tracker(run_folder, "sleep", CONFIG)
     tracker.log_metrics(1, {"loss": 0.25})
