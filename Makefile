@@ -4,6 +4,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # A file of tests on each core, in the order of tests/conftest.py.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# All of them: make test-clusters CLUSTERS=clusters
+CLUSTERS ?= clusters and not wide
 STYLE := $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/codespell && $(BIN)/mypy
 
 .PHONY: help demo check test test-faults test-clusters test-vllm test-all chaos bench docs ui image test-image install clean
@@ -18,7 +20,7 @@ check: install  ## lint, types, and the tests that start no process (within a mi
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO) --quick -q -r fE
 
-test: install .venv/kernels  ## lint, types, and the test suite
+test: install .venv/kernels  ## lint, types, and a test of everything promised: four minutes on two cores
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO)
 
@@ -28,14 +30,14 @@ test-faults: install  ## runs that are stopped, killed, damaged and taken up in 
 test-clusters: install  ## jobs on a real SLURM and a real Kubernetes API server; gets what is missing of them
 	.ci/install-slurm
 	.ci/build-kube-apiserver
-	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest $(TWO) -m clusters tests/launch
+	POWERNAP_TEST_CLUSTERS=1 $(BIN)/python -m pytest $(TWO) -m "$(CLUSTERS)" tests/launch
 
 test-vllm: install  ## exports in Hugging Face's format, served by vLLM on the CPU; gets vLLM (3.5 GB)
 	.ci/install-vllm
 	POWERNAP_TEST_VLLM=1 $(BIN)/python -m pytest tests/train/hugging_face/test_vllm.py
 
-test-all: install  ## all of these, and the whole grid of parallel layouts
-	$(BIN)/python -m pytest -m "wide or not wide"
+test-all: install .venv/kernels  ## tests, faults, and what is wide: grids in full, long walks (an hour or more)
+	$(BIN)/python -m pytest $(TWO) -m "wide or not wide"
 
 chaos: install  ## 100 runs killed, stopped or damaged at random moments, resumed and compared
 	$(BIN)/python -m tests.helpers.chaos --trials 100

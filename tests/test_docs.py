@@ -74,6 +74,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.wide  # test_walks.py has a task in the current folder
 def test_a_task_in_a_package_of_its_own(tmp_path):
     """examples/parity_task: installed by pip, built, trained, evaluated, generated from in words."""
     source, packages = tmp_path / "source", tmp_path / "packages"
@@ -193,7 +194,7 @@ def test_a_cluster_of_another_package_takes_jobs(tmp_path):
     ("run", "script", "command"),
     [
         pytest.param("mine", "write_shards.py", "train.sh", marks=pytest.mark.wide),
-        ("documents", "write_documents.py", "train_documents.sh"),
+        pytest.param("documents", "write_documents.py", "train_documents.sh", marks=pytest.mark.wide),
     ],
 )
 def test_shards_of_ones_own(tmp_path, run, script, command):

@@ -57,7 +57,7 @@ def assert_close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("passes", "pads"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("passes", "pads"), [pytest.param(1, False, marks=pytest.mark.wide), (3, False), (3, True)])
 @pytest.mark.parametrize("name", SLEEPS)
 def test_every_distribution_is_that_of_the_training_forward(topology, name, passes, pads):
     stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))

@@ -11,6 +11,7 @@ from powernap.model.health import FastWeightHealth
 from powernap.model.mixers.rotary import rotary_tables
 from powernap.model.window import mask_padding, sliding_mask
 from tests.helpers import plain, tiny
+from tests.helpers.cases import names
 
 
 def sliding(**changes) -> SleepConfig:
@@ -69,7 +70,7 @@ def test_passes_are_the_recurrence_by_hand(topology, pattern, recompute):
     assert_same(stage, output.loss, answers(stage, tokens, loss_mask, (2, 4), 3))
 
 
-@pytest.mark.parametrize("loop", [(1, 3), (2, 4), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize("loop", names([(1, 3), (1, 2)], [(2, 4), (0, 2), (2, 3)]))
 @pytest.mark.parametrize("pattern", ["AGAG", "GAGA"])
 def test_looped_blocks_repeat_and_each_cache_is_of_its_blocks_last_run(topology, pattern, loop):
     sleep = sliding(loop_range=loop)
@@ -149,7 +150,7 @@ def test_pads_leave_no_trace(topology, passes):
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("places", [[0, 1], [4, 5], [3, 10, 11, 12], list(range(6)), list(range(5, 12))])
+@pytest.mark.parametrize("places", names([[0, 1], [3, 10, 11, 12]], [[4, 5], list(range(6)), list(range(5, 12))]))
 def test_what_a_pad_is_made_of_does_not_matter(topology, places, passes):
     """Anywhere: in front, at a window's end, a whole window, across a boundary."""
     stage = tiny.build_stage(topology, sleep=sliding())

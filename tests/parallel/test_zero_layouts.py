@@ -93,7 +93,6 @@ WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4} | {
 # One of each kind, for `make test`.
 FAST = [
     "stage 1, TP2xPP2+SP, tied embeddings, N changes",
-    "stage 2, DP2, offload",
     "stage 3, DP2, tied embeddings, N changes",
     "stage 1, DP2, bf16, a rank without loss tokens",
 ]

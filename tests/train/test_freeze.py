@@ -142,7 +142,7 @@ def resumed(request, folder, trained):
     return found
 
 
-@pytest.mark.parametrize("name", names(RESUMED, WIDE_RESUMED))
+@pytest.mark.parametrize("name", names([], RESUMED | WIDE_RESUMED))
 def test_a_checkpoint_of_a_frozen_run_goes_on_in_another_layout(trained, resumed, name):
     source = (RESUMED | WIDE_RESUMED)[name][0]
     weights, expected = runs.weights(resumed[name]), runs.weights(trained[source])

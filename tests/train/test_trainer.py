@@ -123,13 +123,13 @@ def test_a_broken_all_reduce_would_be_seen(trained):
     assert max((a[name] - b[name]).abs().max() for name in a) > 1e-3
 
 
-RESUMED, WIDE_RESUMED = ["zero3"], ["pipeline", "one", "data"]
+RESUMED = ["zero3", "pipeline", "one", "data"]
 
 
 @pytest.fixture(scope="module")
 def resumed(request, folder, trained):
     """Copies of some runs, which go on from the middle with other readers; name -> folder."""
-    asked = [name for name in (*RESUMED, *WIDE_RESUMED) if name in asked_for(request, RUNS)]
+    asked = [name for name in RESUMED if name in asked_for(request, RUNS)]
     for name in asked:
         broken = shutil.copytree(trained[name], folder / "again" / name)
         shutil.rmtree(broken / "checkpoints" / "step_00000006")  # as if it had been stopped between 3 and 6
@@ -140,7 +140,7 @@ def resumed(request, folder, trained):
     return {name: folder / "again" / name for name in asked}
 
 
-@pytest.mark.parametrize("name", names(RESUMED, WIDE_RESUMED))
+@pytest.mark.parametrize("name", names([], RESUMED))  # make test-faults resumes in several layouts
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(trained, resumed, name):
     broken = resumed[name]
     assert "resumed after step 3 of 6" in (broken / "logs" / "train.log").read_text()

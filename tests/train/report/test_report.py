@@ -17,6 +17,7 @@ from powernap.train.report.write import write_report
 from powernap.train.run.folder import RunFolder, save_recipe, work_of
 from powernap.train.tracking.metrics import MetricsLog
 from tests.helpers import browser, runs
+from tests.helpers.cases import names
 
 DEPTHS = ("1", "2", "4")
 VOID = {"meta", "link", "br", "path", "use", "line", "rect"}
@@ -256,7 +257,7 @@ def test_the_floor_of_tests_that_differ_is_the_highest(tmp_path):
 
 
 @browser.needs_chromium
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", names([800], [1280, 800]))
 def test_nothing_runs_out_of_the_page(written, tmp_path, width):
     say = "document.title = `${document.documentElement.scrollWidth} of ${window.innerWidth}`"
     page = tmp_path / "page.html"

@@ -59,7 +59,7 @@ def trained(request, folder):
     return found
 
 
-@pytest.mark.parametrize("name", names(["hybrid", "zero3"], INSERTED | WIDE))
+@pytest.mark.parametrize("name", names(["zero3"], INSERTED | WIDE))
 def test_the_first_loss_is_the_sources_and_then_the_blocks_learn(trained, name):
     losses, expected = (
         [line["loss"] for line in read_metrics(trained[f"{name}_{kind}"] / "metrics.jsonl")]

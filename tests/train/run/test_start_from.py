@@ -135,6 +135,7 @@ def test_what_a_run_started_from_is_recorded(started):
     ]
 
 
+@pytest.mark.faults
 def test_a_resumed_run_does_not_read_its_source_again(folder, started):
     source = shutil.copytree(started["one"], folder / "runs" / "brief")
     chosen = ["train.start_from=brief", "train.steps=2", "checkpoint.every=1"]
