@@ -30,6 +30,7 @@ from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import RecipeError
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.secrets import MASK, mask_secrets, mask_values
+from powernap.train.tracking.tracked import main_results
 from powernap.train.tracking.trackers import Trackers
 
 
@@ -229,7 +230,8 @@ def evaluate_run(
     else:
         draw_loss(result.loss, result.loss_by_window, title=title, to=picture)
     tracker = Trackers.open(recipe, path, running=False)
-    tracker.log_metrics(newest.step, result.metrics())
+    metrics = result.metrics()
+    tracker.log_metrics(newest.step, main_results(metrics, recipe) | metrics)
     for file in (table, picture):
         tracker.log_artifact(file)
     tracker.close(status=None)

@@ -54,7 +54,9 @@ class Tracked:
 
     def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The record of the last step added, as trackers get it."""
-        found: dict[str, Any] = {"loss": record["loss"]} | self._main(record)  # in this order in a table
+        found: dict[str, Any] = {"loss": record["loss"]} | main_results(
+            record, self._recipe
+        )  # in this order in a table
         others = {name: value for name, value in record.items() if name not in self._left_out}
         found |= {RENAMED.get(name, name): value for name, value in others.items() if not HEALTH.fullmatch(name)}
         found |= self._health(record) | {"total_tokens": self.tokens}
@@ -66,17 +68,6 @@ class Tracked:
         found["skipped_steps"] = self.skipped_steps
         if self._recipe.train.spike_factor is not None:
             found["gradient_spikes"] = self.gradient_spikes
-        return found
-
-    def _main(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Held-out results at the trained N, under one name for every N."""
-        found = {}
-        passes = max(self._recipe.sleep.pass_choices)
-        depths = [value for name, value in record.items() if re.fullmatch(rf"accuracy/N{passes}/depth_\w+", name)]
-        if depths:
-            found["accuracy"] = sum(depths) / len(depths)
-        if (loss := record.get(f"held_out_loss/N{passes}")) is not None:
-            found["held_out_loss"] = loss
         return found
 
     def _health(self, record: Mapping[str, Any]) -> dict[str, float]:
@@ -93,3 +84,15 @@ class Tracked:
             with suppress(OSError, ValueError):
                 self._work = json.loads(self._folder.work.read_text())
         return flops_of_step(self._work, self._recipe, record) or 0
+
+
+def main_results(record: Mapping[str, Any], recipe: Recipe) -> dict[str, float]:
+    """Held-out results at the trained N, under one name for every N."""
+    found = {}
+    passes = max(recipe.sleep.pass_choices)
+    depths = [value for name, value in record.items() if re.fullmatch(rf"accuracy/N{passes}/depth_\w+", name)]
+    if depths:
+        found["accuracy"] = sum(depths) / len(depths)
+    if (loss := record.get(f"held_out_loss/N{passes}")) is not None:
+        found["held_out_loss"] = loss
+    return found

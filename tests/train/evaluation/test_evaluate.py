@@ -130,6 +130,21 @@ def test_eval_leaves_a_table_json_and_a_picture_and_logs_them(folder, seen):
     assert {"config.yaml", "evaluation.json", "evaluation.png"} <= names
 
 
+def test_the_one_accuracy_in_mlflow_is_the_last_evaluations(folder, seen):
+    from mlflow import MlflowClient
+
+    run = seen[0]
+    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert runs.warm_powernap("eval", "seen", "--samples", "3", cwd=folder).returncode == 0
+    saved = json.loads((run / "evaluation.json").read_text())
+    logged = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}").get_run(
+        (run / "mlflow_run_id").read_text().strip()
+    )
+    (one, two), before = saved["accuracy"]["2"].values(), [trained[f"accuracy/N2/depth_{depth}"] for depth in (1, 2)]
+    assert logged.data.metrics["accuracy"] == pytest.approx((one + two) / 2) != pytest.approx(sum(before) / 2)
+    assert logged.data.metrics["held_out_loss"] == pytest.approx(saved["loss"]["2"])
+
+
 def test_a_run_without_checkpoint_or_test_shards_is_answered_in_one_line(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder)
     run = folder / "runs" / "none"
