@@ -30,8 +30,17 @@ Context = Callable[[], AbstractContextManager]
 
 
 def keeps_activations(recompute: Recompute) -> bool:
-    """Whether more than inputs is kept: then the head's logits are, too, where they fit into one chunk."""
+    """Whether more than inputs is kept."""
     return recompute in ("none", "selective")
+
+
+def keeps_logits(recompute: Recompute, segment: Segment, pipeline: bool) -> bool:
+    """Whether the head's logits are kept for the backward pass, where they fit into one chunk.
+
+    Those of the last loss are, whatever `recompute` says: without a pipeline the backward pass that needs them follows at
+    once, so that nothing is freed by computing them again.
+    """
+    return keeps_activations(recompute) or (segment.last_loss and not pipeline)
 
 
 def run_segment(

@@ -56,6 +56,7 @@ class Segment:
     position: int = 0  # of the window's first token in the sequence
     cached: tuple[range, ...] = ()  # the tokens before the window that attention's cache holds
     probe: bool = False  # the states that the window leaves are forgotten
+    last_loss: bool = False  # no later segment predicts: its backward pass is the sequence's first
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
     dropout_seeds: tuple[int, ...] = ()  # of each sequence (model/dropout.py); (): no dropout
 
@@ -182,6 +183,7 @@ def cut(
     last_loss = max((index for index, segment in enumerate(segments) if segment.predicts), default=0)
     if sleep.carry:
         segments[last_loss + 1 :] = [replace(segment, with_grad=False) for segment in segments[last_loss + 1 :]]
+    segments[last_loss] = replace(segments[last_loss], last_loss=segments[last_loss].predicts)
     return segments
 
 

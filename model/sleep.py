@@ -11,7 +11,7 @@ import torch
 
 from powernap.model.fast_weights import LayerStates
 from powernap.model.health import FastWeightHealth
-from powernap.model.recompute import Recompute, keeps_activations, run_segment
+from powernap.model.recompute import Recompute, keeps_logits, run_segment
 from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
 
@@ -68,7 +68,7 @@ def sleep_and_predict(
             continue
         assert hidden_states is not None
         where = segment.where
-        again = not keeps_activations(recompute)
+        again = not keeps_logits(recompute, segment, pipeline=False)
         losses = stage.token_losses(hidden_states, targets[:, where], loss_mask[:, where], recompute=again)
         loss = loss + losses.sum()
         if predictions is not None and token_losses is not None:

@@ -20,7 +20,7 @@ from powernap.model.batch import find_loss_tokens
 from powernap.model.fast_weights import LayerStates, detach
 from powernap.model.health import FastWeightHealth
 from powernap.model.megatron import MegatronModule, ModelType, interleaved_1f1b, one_f_one_b
-from powernap.model.recompute import Recompute, keeps_activations, run_segment
+from powernap.model.recompute import Recompute, keeps_logits, run_segment
 from powernap.model.segments import Segment, SegmentError
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
@@ -292,7 +292,7 @@ class StageStep:
         if segment.predicts and stage.is_last:
             targets, loss_mask = batch.tokens[:, 1:][:, segment.where], batch.loss_mask[:, 1:][:, segment.where]
             taught = self._taught[number][index] if self._taught else None
-            again = not keeps_activations(self.recompute)
+            again = not keeps_logits(self.recompute, segment, pipeline=self.topology.pp_size > 1)
             with cpu.as_it_is():
                 loss = stage.token_losses(
                     hidden_states, targets, loss_mask, batch.loss_tokens[index], again, taught

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from powernap.model.errors import PowernapError
 from powernap.model.parameters import parameters
-from powernap.model.recompute import keeps_activations
+from powernap.model.recompute import keeps_logits
 from powernap.model.segments import HEAD_NUMBERS, Probe, Segment, cut, windows_of
 from powernap.parallel.planning.layout import (
     consolidation_flops,
@@ -135,7 +135,8 @@ def head_chunks(recipe: Recipe, segment: Segment) -> int:
 
 
 def recomputes_head(recipe: Recipe, segment: Segment) -> bool:
-    return not keeps_activations(recipe.train.recompute) or head_chunks(recipe, segment) > 1
+    kept = keeps_logits(recipe.train.recompute, segment, pipeline=recipe.parallel.pipeline > 1)
+    return not kept or head_chunks(recipe, segment) > 1
 
 
 def step_times(recipe: Recipe, segments: list[Segment]) -> tuple[list[list[float]], list[list[float]]]:

@@ -19,6 +19,7 @@ from powernap.train.tasks import TASKS
 from powernap.train.tasks.depo import Depo
 from powernap.train.tasks.track import Track
 from tests.helpers import runs
+from tests.helpers.cases import names
 
 SHORT = ("train.steps=6", "optimizer.warmup_steps=2", "checkpoint.every=3", "evaluation.samples=16")
 DEPO = ("--task", "depo", "--folder", "depo")
@@ -74,6 +75,7 @@ def test_the_demo_from_shards_to_picture(demo):
     runs.assert_one_line(again, "results.json exists")
 
 
+@pytest.mark.wide
 @pytest.mark.faults
 def test_depo_by_the_same_steps(depo):
     place, result = depo
@@ -137,7 +139,7 @@ def test_a_demo_that_was_stopped_in_its_second_training_goes_on(depo):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", names([signal.SIGKILL], [signal.SIGINT, signal.SIGTERM]))
 def test_a_demo_that_is_ended_alone_leaves_no_process_behind(demo, number):
     place, folder = demo[0], f"ended-{number.name}"
     for data in ("data", "data16", "data64"):

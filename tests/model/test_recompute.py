@@ -75,6 +75,19 @@ def test_what_is_computed_again_is_what_the_plan_counts(topology):
     assert planned["selective"] < 1.1 * planned["none"] and planned["blocks"] == planned["segment"] < planned["nested"]
 
 
+@pytest.mark.parametrize(("kind", "times"), [("none", 3), ("selective", 3), ("segment", 5)])
+@pytest.mark.parametrize("carry", [False, True])
+def test_the_last_head_is_not_computed_again(topology, monkeypatch, kind, times, carry):
+    """Nor where passes over the last window follow it, for the next sequence."""
+    sleep = SleepConfig(every_window=True, carry=carry)
+    stage = tiny.build_stage(topology, sleep=sleep)
+    head, runs = stage._head, []
+    monkeypatch.setattr(stage, "_head", lambda normed: runs.append(1) or head(normed))
+    tokens, loss_mask = tiny.batch(predicting=(0, 1, 2))
+    tiny.run(stage, tokens, loss_mask, 2, sleep, recompute=kind).loss.backward()
+    assert len(runs) == times
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_anomalies_are_found(topology, kind, backward):

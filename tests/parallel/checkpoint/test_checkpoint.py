@@ -37,12 +37,10 @@ LAYOUTS = {
 GRID = [(saved, loaded) for saved in SAVED for loaded in LAYOUTS if SAVED[saved] != LAYOUTS[loaded]]
 # Every way of cutting a parameter, into every other.
 SHORT = [
-    ("TP2xPP2", "TP1xPP1xDP1, ZeRO 1"),
     ("TP2xPP2", "TP1xPP1xDP4, ZeRO 3"),
     ("DP2, ZeRO 1", "TP2+SPxPP2xDP1, ZeRO 1"),
     ("DP2, ZeRO 3", "TP1xPP2xDP2, ZeRO 1"),
     ("PP2xDP2", "TP2+SPxPP1xDP2, ZeRO 2"),
-    ("PP2xDP2", "DP2, offload"),
 ]
 OTHERS = {  # name -> saved, loaded, further fields
     "tied embeddings": (Case(tensor=2, pipeline=2), Case(zero_stage=3, data=2), {"tied": True}),

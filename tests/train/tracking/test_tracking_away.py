@@ -142,6 +142,7 @@ class Training:
         return self.process.returncode, errors
 
 
+@pytest.mark.wide  # test_tracker.py has each of its parts
 def test_a_run_whose_server_comes_and_goes_is_complete_and_the_same(server, client, tmp_path, monkeypatch, capfd):
     """Frozen when it starts, killed in the middle, away when it is stopped, back when it is resumed."""
     sections = {

@@ -15,6 +15,7 @@ from kubernetes import client
 
 from powernap.launch.jobs.job import newest_record
 from tests.helpers import runs
+from tests.helpers.cases import names
 from tests.helpers.kube_cluster import NAMESPACE
 from tests.helpers.kube_controllers import JobSetController
 from tests.helpers.runs import wait_for
@@ -130,7 +131,7 @@ def objects(kube) -> int:
     return len(sets) + len(client.CoreV1Api(api).list_namespaced_config_map(NAMESPACE).items)
 
 
-@pytest.mark.parametrize("form", ["kube", "trainer"])
+@pytest.mark.parametrize("form", names(["kube"], ["trainer"]))
 def test_a_job_trains_like_a_local_run_through_a_preemption(form, submit, command, kube, nodes, local, folder):
     name = f"preempted-{form}"
     id = submit(name, on=form)
@@ -156,6 +157,7 @@ def test_a_job_trains_like_a_local_run_through_a_preemption(form, submit, comman
     assert "asked to stop" in log and f"step {STEPS}/{STEPS}" in log
 
 
+@pytest.mark.wide  # test_kube_cluster.py counts crashes
 def test_a_crash_is_counted_and_the_last_one_fails_the_job(submit, command, kube, nodes, local):
     id = submit("crashed", "job.retries=1", "train.steps=100000")
     for restarts in (0, 1):
@@ -170,6 +172,7 @@ def test_a_crash_is_counted_and_the_last_one_fails_the_job(submit, command, kube
     assert found["state"] == "failed" and found["restarts"] == 1 and "ReachedMaxRestarts" in found["reason"]
 
 
+@pytest.mark.wide  # test_slurm.py cancels
 def test_cancel_saves_and_leaves_nothing_also_where_a_finalizer_holds_on(submit, command, kube, nodes):
     id = submit("stopped", "train.steps=100000")
     wait_for(lambda: steps(nodes, "stopped") > 2)
@@ -190,6 +193,7 @@ def test_cancel_saves_and_leaves_nothing_also_where_a_finalizer_holds_on(submit,
     wait_for(lambda: steps(nodes, "stopped") > reached)
 
 
+@pytest.mark.wide  # test_kube_cluster.py restarts a server
 def test_waiting_and_following_survive_a_server_that_restarts_and_forgets(submit, command, kube, nodes, folder, local):
     submit("patient")
     ends = {}

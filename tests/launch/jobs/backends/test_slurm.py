@@ -138,6 +138,7 @@ def test_two_nodes_by_two_ranks_train_as_four_local_processes(jobs):
     assert losses(jobs.records("four")) == losses(jobs.records("four-here")) and len(jobs.records("four")) == STEPS
 
 
+@pytest.mark.wide  # test_stopping.py stops runs
 def test_whatever_stops_it_its_losses_are_those_of_an_unbroken_run(jobs):
     """A warning before the time limit, a preemption, a killed rank, a drained node: one job, five starts."""
     fields = ["parallel.data=2", "train.steps=100000", "checkpoint.every=100000"]
