@@ -8,6 +8,7 @@ import torch
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
 from tests.helpers import plain, tiny
+from tests.helpers.cases import names
 from tests.helpers.mixers import training_logits
 
 WINDOWS = 3
@@ -85,7 +86,7 @@ def test_against_the_model_written_down_a_second_time(topology):
 
 
 @pytest.mark.parametrize("pattern", ["GA", "GG", "AA"])
-@pytest.mark.parametrize("window", [1, 7])
+@pytest.mark.parametrize("window", names([7], [1]))
 def test_other_models(topology, pattern, window):
     for eviction in ("hard", "sliding"):
         stage = tiny.build_stage(
@@ -132,7 +133,7 @@ def test_the_comparison_notices_a_piece_that_does_not_see_the_one_before(topolog
     assert (found - expected[:, 3]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", SLEEPS)
+@pytest.mark.parametrize("name", names(["hard", "sliding"], SLEEPS))
 def test_a_batch_equals_its_members_one_by_one(topology, name):
     """Prompts of different lengths, then turns in which some get nothing: the windows fill at different times."""
     stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))
@@ -171,7 +172,7 @@ def test_a_stream_is_taken_up_again_to_the_last_bit(topology, name, read):
     assert all(torch.equal(a, b) for a, b in zip(again.feed_with_logits(rest), expected, strict=True))
 
 
-@pytest.mark.parametrize("name", SLEEPS)
+@pytest.mark.parametrize("name", names(["hard", "sliding"], SLEEPS))
 def test_nothing_in_a_state_is_superfluous(topology, name):
     """The control: whatever is lost of it in the middle of a window is missed. What is left of tokens is only numbers."""
     stage = tiny.build_stage(topology, sleep=SleepConfig(**SLEEPS[name]))

@@ -49,7 +49,7 @@ def test_losses_and_gradients_in_chunks(window, monkeypatch, model, numbers, rec
 
 @pytest.mark.parametrize("numbers", [2**26, 100])
 def test_it_runs_on_loss_tokens_alone(window, monkeypatch, numbers):
-    """Twice if it is recomputed, and not once more with the segment."""
+    """Twice where it comes in chunks, and not once more with the segment."""
     monkeypatch.setattr(stage_module, "HEAD_NUMBERS", numbers)
     stage, *_ = window()
     seen = []
@@ -58,11 +58,10 @@ def test_it_runs_on_loss_tokens_alone(window, monkeypatch, numbers):
     loss_mask = tiny.thin_out(loss_mask, 1)
     count = int(loss_mask[:, 1:].sum())
     assert count < 0.8 * 3 * tiny.WINDOW
-    tiny.run(stage, tokens, loss_mask, recompute="segment").loss.backward()
-    assert sum(seen) == 2 * count and (len(seen) == 2) == (numbers > 100)
-    seen.clear()
-    tiny.run(stage, tokens, loss_mask, recompute="none").loss.backward()
-    assert sum(seen) == (count if numbers > 100 else 2 * count)
+    for recompute in ("segment", "none"):
+        seen.clear()
+        tiny.run(stage, tokens, loss_mask, recompute=recompute).loss.backward()
+        assert sum(seen) == (count if numbers > 100 else 2 * count) and (len(seen) == 1) == (numbers > 100)
 
 
 def test_no_token_bears_loss(window):

@@ -11,6 +11,7 @@ from powernap.model.decoder import Decoder
 from powernap.model.mixers import MIXERS
 from powernap.model.segments import SegmentError, windows_of
 from tests.helpers import tiny
+from tests.helpers.cases import names
 
 SLEEPS = {
     "N=1": (1, {}),
@@ -47,8 +48,8 @@ def assert_equals_copies(stage, tokens, loss_mask, probes, passes, sleep, **opti
     assert tiny.largest_difference(tiny.gradients(stage, loss), tiny.gradients(stage, expected)) < 1e-12
 
 
-@pytest.mark.parametrize("pads", [False, True])
-@pytest.mark.parametrize("name", SLEEPS)
+@pytest.mark.parametrize("pads", names([True], [False]))
+@pytest.mark.parametrize("name", names(["N=3", "sliding, N=2", "last write"], SLEEPS))
 def test_equals_reading_a_copy(topology, name, pads):
     passes, changes = SLEEPS[name]
     sleep = SleepConfig(**changes)

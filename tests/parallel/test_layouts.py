@@ -230,8 +230,6 @@ BROKEN = {
 FAST = [
     "TP2, recompute segment, 2 answer windows, sliding",
     "PP2, recompute nested, 2 answer windows, sliding",
-    "TP2xPP2+SP, every other mixer, hard",
-    "TP2xPP2+SP, tied embeddings, pads",
     "TP2xPP2+SP, carried, pads",
     "TP2+SP, separate documents, further letters",
     "TP2+SP, the head in chunks",
@@ -243,7 +241,6 @@ FAST_BROKEN = [
     "fast weights' gradient lost, PP2",
     "norm gradients not summed, TP2+SP",
     "a mixer's heads of another rank, TP2",
-    "a probe remembered, TP2",
     "tied gradients not summed, PP2",
     "a mean of the ranks' means, DP2",
 ]

@@ -44,7 +44,7 @@ def results(request):
     return run_cases(zero_layouts.compare, asked_for(request, CASES | WIDE | ROUNDED | WIDE_ROUNDED | BROKEN))
 
 
-@pytest.mark.parametrize("name", names(["TP2xPP2+SP, projections apart"], CASES | WIDE))
+@pytest.mark.parametrize("name", names(["TP2"], CASES | WIDE))
 def test_six_steps_equal_muon_on_whole_matrices(results, name):
     check_task((CASES | WIDE)[name], results[name])
     for result in results[name]:

@@ -92,11 +92,11 @@ WIDE = {name: case for name, case in WIDE.items() if case.world_size <= 4} | {
 
 # One of each kind, for `make test`.
 FAST = [
-    "stage 1, TP2xPP2+SP, tied embeddings, N changes",
+    "stage 1, PP2, N changes",
     "stage 3, DP2, tied embeddings, N changes",
     "stage 1, DP2, bf16, a rank without loss tokens",
 ]
-FAST_BROKEN = ["norm gradients not summed, stage 3, TP2+SP", "tied copy counted again, PP2"]
+FAST_BROKEN = ["norm gradients not summed, stage 3, TP2+SP"]
 
 
 @pytest.fixture(scope="module")

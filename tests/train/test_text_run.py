@@ -137,6 +137,7 @@ def forget(checkpoint):
     write_manifest(checkpoint, {key: value for key, value in content.items() if key not in ("format", "sha256")})
 
 
+@pytest.mark.wide  # test_order.py and test_separate.py follow documents
 def test_long_documents_have_the_loss_of_one_long_sequence(folder, trained, topology):
     """Held-out text in sequences of three windows, carried, against all windows in one sequence: in all, and by window."""
     found = {}

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(request, folder):
     """name -> the folder of that run of RUNS."""
-    found, asked = {}, asked_for(request, RUNS, "one", "half", "data", "probes")
+    found, asked = {}, asked_for(request, RUNS, "one", "half", "data")
     for processes in (1, 2):
         chosen = {name: overrides for name, (needs, overrides) in asked.items() if needs == processes}
         found |= runs.train_in_turn(folder, processes, chosen)
@@ -100,9 +100,10 @@ def test_micro_batches_and_recomputation_change_nothing(trained, name):
     assert_same_training(trained[name], trained["one"], 1e-5)
 
 
-@pytest.mark.parametrize("layout", names(["probes_pipeline"], ["probes_tensor"]))
-def test_ranks_that_read_no_shards_know_the_probes(trained, layout):
-    assert_same_training(trained[layout], trained["probes"], 3e-5)
+@pytest.mark.wide  # test_layouts.py has probes
+@pytest.mark.parametrize(("layout", "alone"), [("probes_tensor", "probes"), ("probes_pipeline", "probes")])
+def test_ranks_that_read_no_shards_know_the_probes(trained, layout, alone):
+    assert_same_training(trained[layout], trained[alone], 3e-5)
 
 
 @pytest.mark.parametrize("name", names([], ["readers"]))  # test_order.py has many numbers of readers

@@ -107,6 +107,7 @@ def test_a_run_that_exists_is_not_taken_over(here, capfd):
         config.parent.parent.rmdir()
 
 
+@pytest.mark.faults
 def test_two_that_submit_at_once_start_one(tmp_path):
     runs.prepare(tmp_path, train_samples=64, data={"lanes": 1}, train={"steps": 2})
     command = [warm.python(), *runs.COMMAND[1:], "submit", "tiny.yaml", "--on", "local"]

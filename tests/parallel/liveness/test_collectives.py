@@ -203,6 +203,7 @@ def test_groups_by_their_ranks(ranks, words):
     assert Grid(tensor=2, data=2, pipeline=2).describe_group(ranks) == words
 
 
+@pytest.mark.faults
 def test_a_recorder_that_does_not_answer_ends_the_process():
     """NCCL's asks the device while no thread of Python can run; the exit code allows a restart."""
     code = (

@@ -8,10 +8,13 @@ import pytest
 from powernap.parallel.planning import memory
 from powernap.parallel.planning.work import segments_of
 from powernap.train.config import Recipe
-from tests.helpers.cases import asked_for, names
+from tests.helpers.cases import asked_for
 from tests.helpers.compiled import KERNELS, run_with_kernels
 
-pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there")
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(not KERNELS.is_dir(), reason="make .venv/kernels puts Triton and FLA there"),
+]
 
 
 def recipe(
@@ -37,8 +40,9 @@ def recipe(
 
 
 MANY_SEGMENTS = "many segments"
-CASES = {"four blocks": recipe(), MANY_SEGMENTS: recipe("AG", windows=12, window=256, micro_batch=1, passes=4)}
-WIDE = {
+CASES = {
+    "four blocks": recipe(),
+    MANY_SEGMENTS: recipe("AG", windows=12, window=256, micro_batch=1, passes=4),
     "1B": recipe("AG" * 12),
     "vocabulary of 152k": recipe(vocabulary=151936),
     "activations kept": recipe(recompute="none"),
@@ -50,7 +54,9 @@ WIDE = {
 
 @pytest.fixture(scope="module")
 def peaks(request):
-    return run_with_kernels("tests.helpers.meta_memory", "|".join(asked_for(request, CASES | WIDE, "four blocks")))
+    return run_with_kernels(
+        "tests.helpers.meta_memory", "|".join(asked_for(request, CASES, "four blocks", MANY_SEGMENTS))
+    )
 
 
 def planned(recipe: Recipe) -> int:
@@ -59,15 +65,14 @@ def planned(recipe: Recipe) -> int:
     return most
 
 
-@pytest.mark.parametrize("name", names(["four blocks"], CASES | WIDE))
+@pytest.mark.parametrize("name", CASES)
 def test_plan_is_what_a_gpu_would_hold(peaks, name):
-    assert planned((CASES | WIDE)[name]) == pytest.approx(peaks[name], rel=0.1)
+    assert planned(CASES[name]) == pytest.approx(peaks[name], rel=0.1)
 
 
-@pytest.mark.parametrize("name", names([], [MANY_SEGMENTS]))
-def test_a_plan_without_saved_inputs_is_seen(peaks, monkeypatch, name):
+def test_a_plan_without_saved_inputs_is_seen(peaks, monkeypatch):
     monkeypatch.setattr(memory, "handed_on", lambda *arguments: 0)
-    assert planned(CASES[name]) < 0.9 * peaks[name]
+    assert planned(CASES[MANY_SEGMENTS]) < 0.9 * peaks[MANY_SEGMENTS]
 
 
 def test_a_plan_without_the_tied_gradient_is_seen(peaks, monkeypatch):

@@ -36,6 +36,7 @@ from powernap.train.config import (
 )
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import mixers, tiny
+from tests.helpers.cases import names
 
 GB = 10**9
 
@@ -109,7 +110,7 @@ def sizes_of_two_shards() -> dict[str, dict[str, int]]:
     )
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", names([1], [2]))
 def test_parameters_are_the_models(topology, tensor):
     """Names and sizes of every stage, whole and per tensor-parallel shard."""
     if tensor == 1:

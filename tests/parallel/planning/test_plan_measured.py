@@ -98,7 +98,6 @@ CASES = {
 # One of each kind, for `make test`.
 FAST = [
     "TP2+SP, fp32, recompute segment",
-    "PP2, bf16, recompute none",
     "DP2, ZeRO 3, bf16, recompute none",
     "one process, probes",
     "DP2xPP2, frozen",

@@ -222,6 +222,7 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("source", names(["body", "pipe", "fsspec"], ["silent", "pipe-silent", "pipe-open"]))
 def test_a_source_that_stalls_is_given_up_and_said(folder, server, tmp_path, monkeypatch, caplog, source):
     monkeypatch.setattr(cache_module, "SAY_EVERY", 0.1)

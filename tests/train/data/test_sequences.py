@@ -173,7 +173,7 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("trial", names(range(8), range(50)))
+@pytest.mark.parametrize("trial", names(range(4), range(50)))
 def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_sequences(library, trial, tmp_path):
     """Ranks, readers and cache are others before and after; documents are cut at many lengths, in every way."""
     random = np.random.RandomState(trial)

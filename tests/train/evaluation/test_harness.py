@@ -78,6 +78,7 @@ def log_probability(model, context: bytes, continuation: bytes) -> float:
     return total
 
 
+@pytest.mark.wide
 def test_a_local_task_of_each_kind(place, model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

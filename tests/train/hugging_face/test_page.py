@@ -112,6 +112,7 @@ def test_a_stock_export_without_the_source_has_the_tokenizer(place, outputs, mon
     assert model.config.eos_token_id == 0
 
 
+@pytest.mark.wide
 def test_the_answer_asleep_is_the_same_everywhere(outputs):
     own = next(out for command, out in outputs.items() if command.startswith("powernap generate"))
     awake, asleep = re.fullmatch(r"awake (.*)\nasleep (.*)\n", outputs["python -m out"], re.S).groups()

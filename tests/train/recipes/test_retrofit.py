@@ -61,6 +61,7 @@ def said(tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.wide
 def test_every_command_runs(said):
     folder, printed = said
     table = printed["eval retrofit-2 --passes 1,2,4"]

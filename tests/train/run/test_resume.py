@@ -15,6 +15,9 @@ DECAY = ["train.steps=6", "optimizer.hold=0.5", "checkpoint.every=5"]  # as the 
 STEP_3 = "train.branch_from=plateau/checkpoints/step_00000003"
 
 
+pytestmark = pytest.mark.faults
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
