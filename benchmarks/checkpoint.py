@@ -24,7 +24,7 @@ from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.topology import Topology, init_distributed
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers.processes import in_processes

@@ -67,5 +67,5 @@ def stage_memory(rank: int, store: dist.Store, passes: tuple[int, ...]) -> dict:
 
 
 def step(stage: HybridStage, batches: list[MicroBatch], topology: Topology) -> None:
-    stage.zero_grad(set_to_none=False)  # gradients stay in their buffers, as in parallel/zero.py
+    stage.zero_grad(set_to_none=False)  # gradients stay in their buffers, as in parallel/zero/gradients.py
     forward_backward(stage, batches, 1e-3, topology, recompute="segment")

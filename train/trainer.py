@@ -25,7 +25,8 @@ from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.malloc import freed_memory_returned
 from powernap.parallel.schedule import forward_backward
 from powernap.parallel.topology import Topology, distributed_session
-from powernap.parallel.zero import EarlyPartition, ZeroOptimizer
+from powernap.parallel.zero.early_partition import EarlyPartition
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.batches import check_same_segments, cut_batch, fingerprint, read_batches, seed_dropout
 from powernap.train.callbacks import Callback, Callbacks
 from powernap.train.config import Recipe

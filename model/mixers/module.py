@@ -26,7 +26,7 @@ class MixerModule(MegatronModule):
     Attributes:
         gates: the mean of each named gate over the tokens of a pass, one entry per pass (model/health.py); None: off.
         unrounded: by name, the float32 values of parameters listed with `float32` that are held in bfloat16; filled and
-            renewed after each step by parallel/zero.py.
+            renewed after each step by parallel/zero/unrounded.py.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ from powernap.parallel.checkpoint import manifest
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.shards import Split, shard, shard_shape, split_of, unshard, whole_shape
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import EMA, MASTER, ZeroOptimizer
+from powernap.parallel.zero.fragment import EMA, MASTER
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 
 
 class _Extent(NamedTuple):

@@ -30,7 +30,7 @@ from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.shards import split_of, whole_shape
 from powernap.parallel.liveness.collectives import BESIDE_TRAINING
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 
 FAILURES = 3  # failed saves in a row before training stops: its further progress could not be kept
 MARGIN = 2**20  # bytes free beyond a checkpoint's, for manifest and folder

@@ -9,11 +9,11 @@ import torch
 
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
-from powernap.parallel import zero
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.topology import init_distributed
+from powernap.parallel.zero import optimizer as zero
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny, zero_layouts

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from powernap.model.megatron import parallel_state
 from powernap.model.mixers.module import MixerModule
 from powernap.parallel import schedule
-from powernap.parallel import zero as zero_module
 from powernap.parallel.planning.messages import Groups, Message
 from powernap.parallel.topology import init_distributed
+from powernap.parallel.zero import optimizer as zero_module
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from tests.helpers.plan_measured import batch

@@ -10,9 +10,10 @@ from deepspeed.runtime.zero import stage_1_and_2
 
 from powernap.model.config import SleepConfig
 from powernap.model.megatron import parallel_state
-from powernap.parallel import schedule, zero
+from powernap.parallel import schedule
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.topology import init_distributed
+from powernap.parallel.zero import optimizer as zero
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer

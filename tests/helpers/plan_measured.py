@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from powernap.model.megatron import parallel_state
 from powernap.parallel import host_inputs, schedule
-from powernap.parallel import zero as zero_module
 from powernap.parallel.topology import init_distributed
+from powernap.parallel.zero import optimizer as zero_module
 from powernap.train import trainer
 from powernap.train.config import Recipe
 from powernap.train.data.loader import Batch

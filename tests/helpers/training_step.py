@@ -11,7 +11,7 @@ from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.stage import HybridStage
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.topology import Topology
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers.live_bytes import LiveBytes

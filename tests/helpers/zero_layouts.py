@@ -22,10 +22,11 @@ from powernap.model.recompute import Recompute
 from powernap.model.segments import HEAD_NUMBERS
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
-from powernap.parallel import muon, zero
+from powernap.parallel import muon
 from powernap.parallel.checkpoint.shards import split_of
 from powernap.parallel.planning.layout import split_layers
 from powernap.parallel.topology import init_distributed
+from powernap.parallel.zero import optimizer as zero
 from powernap.train import trainer
 from powernap.train.config import OptimizerConfig
 from powernap.train.data.loader import Batch

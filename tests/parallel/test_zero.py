@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from powernap.model.batch import plan_segments
-from powernap.parallel import zero as zero_module
 from powernap.parallel.schedule import MicroBatch, forward_backward
-from powernap.parallel.zero import ZeroOptimizer, _matrices_of_blocks
+from powernap.parallel.zero import optimizer as zero_module
+from powernap.parallel.zero.gradients import matrices_of_blocks
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.lr_schedule import lr_factor
 from powernap.train.optimizer import build_optimizer, set_lr
@@ -218,14 +219,14 @@ def test_bf16_gradients_are_added_without_a_float32_copy_to_the_same_bits(topolo
         batches = [MicroBatch(segments, tokens, loss_mask)] * 2
         with zero.accumulation(), Float32Copies() as copies:
             forward_backward(stage, batches, 0.01, topology, recompute="segment")
-        weights = _matrices_of_blocks(stage)
+        weights = matrices_of_blocks(stage)
         assert len(weights) > 10
         return [zero._accumulated(p).clone() for p in stage.parameters()], copies.made, {p.shape for p in weights}
 
     totals, copies, shapes = accumulated()
     assert not any(copies[shape] for shape in shapes)
     with monkeypatch.context() as patch:
-        patch.setattr(zero_module, "_matrices_of_blocks", lambda stage: set())
+        patch.setattr(zero_module, "matrices_of_blocks", lambda stage: set())
         patch.setattr(
             ZeroOptimizer, "_add_gradient", property(lambda zero: type(zero.zero)._update_hp_grad.__get__(zero.zero))
         )

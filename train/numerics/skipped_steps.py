@@ -1,6 +1,6 @@
 """Steps whose loss or gradient was not finite: they change nothing, and leave a record of its origin.
 
-parallel/zero.py skips them. Here their diagnosis is recorded: which ranks' gradients of which parameters, and which
+parallel/zero/optimizer.py skips them. Here their diagnosis is recorded: which ranks' gradients of which parameters, and which
 samples the batch held, in runs/NAME/skipped_steps.jsonl, a line per step.
 """
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from powernap.model.stage import HybridStage
     from powernap.parallel.checkpoint.shards import Split
     from powernap.parallel.topology import Topology
-    from powernap.parallel.zero import ZeroOptimizer
+    from powernap.parallel.zero.optimizer import ZeroOptimizer
 
 SHOWN = 3  # names in a message
 

@@ -20,7 +20,7 @@ from powernap.parallel.checkpoint import manifest, writer
 from powernap.parallel.checkpoint.manifest import CheckpointError, checkpoints, newest_valid, read_manifest, verify
 from powernap.parallel.checkpoint.reader import Checkpoint
 from powernap.parallel.checkpoint.writer import Writer, _group_of_all
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.optimizer import build_optimizer
 from tests.helpers import tiny

@@ -24,7 +24,7 @@ from powernap.parallel.planning.plan import plan
 from powernap.parallel.planning.suggest import suggest, suggestions_text
 from powernap.parallel.planning.timeline import bubble, peak_live
 from powernap.parallel.planning.work import PlanError, segment_flops, segments_of
-from powernap.parallel.zero import ZeroOptimizer
+from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import (
     DataConfig,
     OptimizerConfig,

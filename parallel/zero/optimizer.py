@@ -23,244 +23,21 @@ import gc
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from powernap.model.megatron import ColumnParallelLinear, ProcessGroupCollection, RowParallelLinear
-from powernap.model.mixers.module import MixerModule
 from powernap.model.stage import HybridStage
 from powernap.parallel.muon import MOMENTUM, orthogonalised
-from powernap.parallel.planning.memory import REDUCE_BUCKET
 from powernap.parallel.schedule import sum_shared_gradients
 from powernap.parallel.topology import Topology
-
-MASTER = "master"  # float32 weights, among the names of optimizer states
-EMA = "ema"  # their running mean
-
-
-class Fragment(NamedTuple):
-    """The part of a parameter that one data-parallel rank updates: a range of the flattened tensor-parallel shard."""
-
-    partition: int  # index among this rank's
-    offset: int  # in that partition
-    start: int  # in the shard
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-
-def _bucket_size(trained: list[torch.nn.Parameter]) -> int:
-    """No more than the model needs: DeepSpeed allocates a whole bucket in every step, 2 GB to page in for a tiny model."""
-    return min(REDUCE_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in trained))
-
-
-class ModelParallelUnit:
-    """The process grid under the names that DeepSpeed expects.
-
-    To DeepSpeed, model parallelism is everything that is not data parallelism: tensor and pipeline ranks together. No
-    name with "sequence_parallel" may appear here: it takes that for its own Ulysses and then leaves the tensor ranks
-    out of the gradient norm.
-    """
-
-    def __init__(self, groups: ProcessGroupCollection):
-        self._groups = groups
-
-    def get_model_parallel_group(self):
-        return self._groups.mp
-
-    def get_model_parallel_world_size(self):
-        return self._groups.mp.size()
-
-    def get_model_parallel_rank(self):
-        return self._groups.mp.rank()
-
-    def get_data_parallel_group(self):
-        return self._groups.dp
-
-    def get_data_parallel_world_size(self):
-        return self._groups.dp.size()
-
-    def get_data_parallel_rank(self):
-        return self._groups.dp.rank()
-
-    def get_tensor_model_parallel_rank(self):
-        return self._groups.tp.rank()
-
-    def get_tensor_model_parallel_world_size(self):
-        return self._groups.tp.size()
-
-    def get_tensor_model_parallel_group(self):
-        return self._groups.tp
-
-    def get_pipeline_model_parallel_world_size(self):
-        return self._groups.pp.size()
-
-
-def _config(
-    trained: list[torch.nn.Parameter],
-    device: torch.device,
-    precision: Literal["fp32", "bf16"],
-    clip: float,
-    micro_batch_size: int,
-    zero_stage: int,
-    offload: bool,
-) -> dict[str, Any]:
-    """DeepSpeed's config."""
-    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": _bucket_size(trained)}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": zero_stage > 1,
-        "gradient_clipping": clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if (precision, zero_stage) in (("fp32", 1), ("bf16", 2)):
-        # Its buffer for gradient reduction: in float32 a second full set, alive in all backward passes; at bf16 stage 2
-        # it would be bf16.
-        zero["contiguous_gradients"] = False
-    if zero_stage == 3:
-        # A prefetcher learns one order of layers; ours changes with N.
-        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"  # the sum over data-parallel ranks too
-    return config
-
-
-class EarlyPartition:
-    """ZeRO 3 from the start: of each module that is built, this rank keeps its part alone, on the device.
-
-    DeepSpeed would split a whole model that every rank holds when its engine starts.
-    """
-
-    def __init__(self, topology: Topology, precision: Literal["fp32", "bf16"]):
-        self._group, self._dtype = topology.groups.dp, torch.bfloat16 if precision == "bf16" else torch.float32
-        self._convert: Callable[..., None] | None = None
-
-    def __call__(self, module: torch.nn.Module) -> None:
-        if self._dtype == torch.bfloat16:
-            _keep_unrounded(module)
-        module.to(self._dtype)
-        parameters = list(module.parameters())
-        if not parameters:
-            return
-        if self._convert:
-            self._convert(param_list=parameters)
-            return
-        import deepspeed
-
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        deepspeed.zero.Init(module, data_parallel_group=self._group, config_dict_or_path=config, dtype=self._dtype)
-        self._convert = parameters[0].convert_to_zero_parameters  # type: ignore[attr-defined]  # DeepSpeed's
-
-
-class _Unrounded:
-    """In bfloat16: the float32 values of the parameters that mixers list with `float32`, whole on every data rank.
-
-    DeepSpeed casts every parameter of a module (0.19.8: engine.py _cast_module_mixed_precision; keep_in_fp32_modules spares
-    buffers alone), and a parameter group of their own, which its flat buffers would allow, is empty on a stage without such
-    a mixer. So the parameters stay bfloat16 beside the others, and mixers read the master weights.
-    """
-
-    def __init__(self, stage: HybridStage, zero: "ZeroOptimizer"):
-        self._zero = zero
-        self._of = [
-            (mixer, name, parameter)
-            for mixer in _mixers(stage)
-            for name, parameter in mixer.float32_parameters().items()
-        ]
-        exact = [mixer.unrounded[name].flatten() for mixer, name, _ in self._of]
-        device = zero.topology.device
-        self._flat = torch.cat(exact).to(device, torch.float32)
-        self._parts = self._flat.split([len(values) for values in exact])
-        for (mixer, name, _), values in zip(self._of, self._parts, strict=True):
-            mixer.unrounded[name] = values.view(mixer.unrounded[name].shape)
-
-    def to_masters(self) -> None:
-        """Before the first step: DeepSpeed made its masters of rounded weights. A frozen parameter has none and stays rounded."""
-        for values, master in self._parts_here():
-            master.copy_(values)
-        self.from_masters()
-
-    def from_masters(self) -> None:
-        """After the masters have changed. All data ranks call it."""
-        self._flat.zero_()
-        for values, master in self._parts_here():
-            values.copy_(master)
-        self._zero.topology.all_reduce_over_data(self._flat)
-
-    def _parts_here(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What this rank has masters of: the values, and the masters."""
-        for (_, _, parameter), values in zip(self._of, self._parts, strict=True):
-            if fragment := self._zero.fragment(parameter):
-                start, master = self._zero.values(parameter, fragment)[MASTER]
-                yield values[fragment.start : fragment.stop], master[fragment.start - start : fragment.stop - start]
-
-
-def _matrices_of_blocks(stage: HybridStage) -> set[torch.nn.Parameter]:
-    """Of Powernap's own blocks: a segment's graph uses each once, so that autograd adds nothing up before it accumulates."""
-    return {
-        parameter
-        for layer in stage.modules()
-        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and layer is not stage.output_layer
-        for parameter in layer.parameters()
-        if parameter.ndim == 2
-    }
-
-
-def _mixers(module: torch.nn.Module) -> list[MixerModule]:
-    return [part for part in module.modules() if isinstance(part, MixerModule)]
-
-
-def _keep_unrounded(module: torch.nn.Module) -> None:
-    """Before its parameters are cast; a second call, when they are, changes nothing."""
-    for mixer in _mixers(module):
-        if not mixer.unrounded:
-            mixer.keep_unrounded()
-
-
-class _Gradients:
-    """All gradients of a stage, in a flat buffer for each parameter group that persists across steps.
-
-    DeepSpeed's bf16 optimizer keeps its own like that. Nothing grows in the middle of a step, and nothing fragments.
-    """
-
-    def __init__(self, zero: Any):
-        self.flat = [torch.zeros_like(weights) for weights in zero.bit16_groups_flat]  # laid out as DeepSpeed's weights
-        self._parts = {
-            parameter: flat.narrow(0, parameter.storage_offset(), parameter.numel())
-            for flat, group in zip(self.flat, zero.bit16_groups, strict=True)
-            for parameter in group
-        }
-
-    def attach(self) -> None:
-        """Zero the buffers, and make every parameter's gradient a view of them."""
-        for flat in self.flat:
-            flat.zero_()
-        for (
-            parameter,
-            part,
-        ) in self._parts.items():  # new views: with offloading DeepSpeed gives those of a step other data
-            parameter.grad = part.view_as(parameter)
-
-    def attached(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """The gradients, which still must be views of the buffers."""
-        found = {parameter: parameter.grad for parameter in self._parts}
-        assert all(g is not None and g.data_ptr() == self._parts[p].data_ptr() for p, g in found.items())
-        return found  # type: ignore[return-value]  # by now none is None
+from powernap.parallel.zero.engine import ModelParallelUnit, engine_config, registered
+from powernap.parallel.zero.fragment import EMA, MASTER, Fragment
+from powernap.parallel.zero.gradients import Gradients, matrices_of_blocks, poison_if_nonfinite, sum_of_squares
+from powernap.parallel.zero.unrounded import Unrounded, keep_unrounded, mixers_of
 
 
 class ZeroOptimizer:
@@ -316,7 +93,7 @@ class ZeroOptimizer:
             stage.embedding.weight.ds_pipe_replicated = True  # the first stage counts it in the gradient norm
         # Muon's update is that of the averaged, clipped gradient, and ZeRO is given the update: we average and clip first.
         self._has_muon = any(group.get("muon") for group in optimizer.param_groups)
-        config = _config(
+        config = engine_config(
             self._updated,
             topology.device,
             precision,
@@ -326,13 +103,13 @@ class ZeroOptimizer:
             offload,
         )
         if precision == "bf16":
-            _keep_unrounded(stage)
+            keep_unrounded(stage)
         import deepspeed  # late: it reads the environment that init_distributed prepares
 
         deepspeed.logger.setLevel(logging.ERROR)
         with (
             contextlib.redirect_stdout(io.StringIO()),  # its bf16 optimizer prints memory tables
-            _registered(stage, self._placeholders),
+            registered(stage, self._placeholders),
         ):
             self.engine, self.zero, _, _ = deepspeed.initialize(
                 model=stage,
@@ -342,17 +119,17 @@ class ZeroOptimizer:
             )
         if precision == "bf16":
             adds_itself = hasattr(self.zero, "_update_hp_grad")  # BF16_Optimizer: stage 1 without offloading
-            added_as_they_are = _matrices_of_blocks(stage) if adds_itself else set()
+            added_as_they_are = matrices_of_blocks(stage) if adds_itself else set()
             for parameter in self._updated:
                 if parameter not in added_as_they_are:
                     parameter.grad_dtype = torch.float32  # autograd sums several uses in a segment
             if adds_itself:
                 self.zero._update_hp_grad = self._add_gradient
-        has_unrounded = precision == "bf16" and any(mixer.unrounded for mixer in _mixers(stage))
-        self._unrounded = _Unrounded(stage, self) if has_unrounded else None
+        has_unrounded = precision == "bf16" and any(mixer.unrounded for mixer in mixers_of(stage))
+        self._unrounded = Unrounded(stage, self) if has_unrounded else None
         if self._unrounded:
             self._unrounded.to_masters()
-        self._gradients = _Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
+        self._gradients = Gradients(self.zero) if precision == "fp32" and zero_stage == 1 else None
         self._alone = self._gradients is not None and topology.dp_size == 1 and not (offload or self._has_muon)
         if self._gradients and not offload:
             self._make_weights_their_masters()
@@ -389,7 +166,7 @@ class ZeroOptimizer:
                 gradients = [self._accumulated(parameter) for parameter in self._updated]
                 self.gradient_norms = torch.stack(torch._foreach_norm(gradients))[: len(self._trained)]
                 if self._loss is not None:
-                    _poison_if_nonfinite(gradients[0].view(-1)[:1], self._loss)
+                    poison_if_nonfinite(gradients[0].view(-1)[:1], self._loss)
                     self._loss = None
             sum_shared_gradients(self.stage, self.topology, self._accumulated)
             if self.compare_ranks:
@@ -498,7 +275,7 @@ class ZeroOptimizer:
         """[groups], float32: this rank's squared norms, summed in float64; what several ranks of a model hold counts once."""
         return torch.stack(
             [
-                _sum_of_squares([gradients[p] for p in group if self._counts(p)], self.topology.device)
+                sum_of_squares([gradients[p] for p in group if self._counts(p)], self.topology.device)
                 for group in self._groups
             ]
         )
@@ -516,7 +293,7 @@ class ZeroOptimizer:
         averaged = torch._utils._unflatten_dense_tensors(flat, gradients)
         norm = self._norm_of(dict(zip(parameters, averaged, strict=True)))
         # If only the norm overflows float32, Muon's update would still be finite and the step would run.
-        _poison_if_nonfinite(flat, norm)
+        poison_if_nonfinite(flat, norm)
         if self.clip:
             flat *= torch.clamp(self.clip / (norm + 1e-6), max=1.0)
         for gradient, new in zip(gradients, averaged, strict=True):
@@ -686,32 +463,6 @@ class ZeroOptimizer:
         return self.zero.optimizer.state[partition]
 
 
-@contextlib.contextmanager
-def _registered(stage: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, the stage owns these parameters too: DeepSpeed converts and names what its module owns."""
-    names = [f"placeholder_{number}" for number in range(len(parameters))]
-    for name, parameter in zip(names, parameters, strict=True):
-        stage.register_parameter(name, parameter)
-    yield
-    for name in names:
-        delattr(stage, name)
-
-
 def _is_flat(value: object) -> bool:
     """Whether an optimizer's state is as large as the weights, and not a counter."""
     return torch.is_tensor(value) and value.ndim == 1
-
-
-def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        # A CPU copies what it converts to float64, three times the cost. In float32 a norm of so few numbers is right to 1e-7; of
-        # 62 million at once it was 0.7 % too small.
-        norms = [torch.linalg.vector_norm(piece) for g in gradients for piece in g.view(-1).split(2**14)]
-    else:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return torch.stack(norms or [torch.zeros((), device=device)]).double().square().sum().float()
-
-
-def _poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:
-    """Make `gradient` NaN, in place, if the scalar `witness` is not finite; else add zero. No wait for the device."""
-    gradient += (witness * 0).to(gradient.dtype)
