@@ -238,14 +238,11 @@ def test_mlflow_has_the_run(trained):
     origin = json.loads((one_process / "origin.json").read_text())
     assert run.data.tags["mlflow.source.git.commit"] == origin["commit"]
     assert run.data.tags["folder"] == str(one_process) and run.data.tags["mlflow.source.type"] == "LOCAL"
-    what, result, how_to_continue = run.data.tags["mlflow.note.content"].split("\n\n")
+    what, result, where = run.data.tags["mlflow.note.content"].split("\n\n")
     assert what.startswith("Task depo (nodes=6 max_hop=2 queries=4 ")
     assert what.endswith("N=2; 6 steps of 16 sequences of 23 tokens: 2,208 tokens; 1 process, fp32.")
     assert re.fullmatch(r"Result: loss \d\.\d{4}; held out, N=2: loss .*, accuracy at depth 1 to 2: .*\.", result)
-    assert how_to_continue == (
-        f"Checkpoints: `{one_process}/checkpoints`. "
-        f"To continue: `powernap train runs/one/config.yaml --resume` in `{one_process.parents[1]}`."
-    )
+    assert where == f"Checkpoints: `{one_process}/checkpoints`."
     shards = json.loads((one_process.parents[1] / "data" / "manifest.json").read_text())["shards"]
     inputs = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
     for context in ("training", "testing"):
@@ -260,6 +257,18 @@ def test_mlflow_has_the_run(trained):
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")][-1] == column(one_process, "loss")[-1]
     assert "config.yaml" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(folder, trained):
+    from mlflow import MlflowClient
+
+    run = trained["one"]
+    client, number = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}"), (run / "mlflow_run_id").read_text().strip()
+    before = client.get_run(number).data
+    done = runs.warm_powernap("train", "runs/one/config.yaml", "--resume", cwd=folder)
+    assert done.returncode == 0 and "finished before: all 6 steps are done" in done.stderr, done.stderr
+    after = client.get_run(number)
+    assert (after.data.tags, after.data.metrics) == (before.tags, before.metrics) and after.info.status == "FINISHED"
 
 
 @pytest.mark.wide

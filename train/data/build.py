@@ -24,7 +24,7 @@ from powernap.train.data.build_folder import begun, finished_splits
 from powernap.train.data.build_report import COLUMNS, report, say, summarize, wrap
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
-from powernap.train.data.drawn import check_drawn, check_sizes, repeats, watch_draws
+from powernap.train.data.drawn import check_drawn, check_guesses, check_sizes, repeats, watch_draws
 from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
@@ -72,6 +72,7 @@ def build_task(
             sample = task.sample(np.random.default_rng(seed), held_out)
             drawn.set()
             check_drawn(name, task, sample, f"a sample with held_out={held_out}")
+            check_guesses(name, task, sample)
     counts = {"train": train_samples, "test": test_samples}
     build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers, part, command)
 

@@ -125,7 +125,11 @@ def epochs(recipe: Recipe) -> str | None:
     )
     if not stored or read <= OFTEN * stored:
         return None
-    return f"{in_counts(read)} tokens from data.train, which holds {in_counts(stored)}: each is read {read / stored:,.1f} times"
+    times = read / stored
+    return (
+        f"{in_counts(read)} tokens from data.train, which holds {in_counts(stored)}: each is read "
+        f"{times:,.{int(times < 10)}f} times"
+    )
 
 
 def _first_samples(shard: str, recipe: Recipe) -> list[Sample]:

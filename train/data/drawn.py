@@ -120,6 +120,31 @@ def check_drawn(name: str, task: Task, sample: Sample, which: str) -> None:
         check_probes(sample.probes, loss_mask, where, "probes")
 
 
+def check_guesses(name: str, task: Task, sample: Sample) -> None:
+    """Check what a task guesses about a sample, where it does.
+
+    Raises:
+        DataError: naming the guess and what it gave.
+    """
+    if not hasattr(task, "surface_guesses"):
+        return
+    where, asked = f"task {name}: {type(task).__name__}.surface_guesses gave", len(sample.answers)
+    guesses = task.surface_guesses(sample)
+    if not isinstance(guesses, dict):
+        raise DataError(f"{where} {type(guesses).__name__}: return {{name: [[(token, ...), ...] for each answer]}}")
+    for guess, candidates in guesses.items():
+        if not isinstance(candidates, list | tuple) or len(candidates) != asked:
+            count = f"{len(candidates)} entries" if isinstance(candidates, list | tuple) else type(candidates).__name__
+            raise DataError(
+                f"{where} '{guess}' as {count} for {asked} answers: write a list of guesses for each answer"
+            )
+        for of_answer in candidates:
+            if not isinstance(of_answer, list) or not of_answer or not all(isinstance(one, tuple) for one in of_answer):
+                raise DataError(
+                    f"{where} '{guess}' with {of_answer!r} for an answer: write a list of guesses, each a tuple of tokens, [(3,)]"
+                )
+
+
 def hash_of(sample: Sample) -> bytes:
     """A hash of a sample's tokens, for `repeats`."""
     return hashlib.blake2b(sample.tokens.astype("<i4").tobytes(), digest_size=HASH.itemsize).digest()

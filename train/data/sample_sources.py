@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ class Job:
     what: Any  # input of the source's `samples`
 
 
+def code_of(task: Task) -> dict[str, str]:
+    """The hash of the file that defines a task of somebody else: no commit of Powernap's says which code drew the data."""
+    kind = type(task)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if kind.__module__.startswith("powernap.") or file is None:
+        return {}
+    return {"task_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+
+
 @dataclass(frozen=True)
 class TaskSource:
     """Samples drawn by a task: each shard of a split has its own random stream."""
@@ -48,6 +58,7 @@ class TaskSource:
             "seed": self.seed,
             "samples_per_shard": self.samples_per_shard,
             "asked": self.samples_of_split,
+            **code_of(self.task),
         }
 
     def options(self) -> list[str]:

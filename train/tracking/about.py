@@ -56,6 +56,8 @@ def about(recipe: Recipe, folder: Path) -> About:
         tags["mlflow.user"] = getpass.getuser()
     if job:
         tags["job"] = job
+    if code := (first_manifest(recipe) or {}).get("task_sha256"):
+        tags["task_sha256"] = code
     if recipe.run.sweep:
         tags["sweep"] = recipe.run.sweep
     return About(tags, datasets(recipe))
@@ -71,18 +73,18 @@ def job_of_process() -> str | None:
 
 
 def description(recipe: Recipe, folder: Path, result: Sequence[str] = ()) -> str:
-    """The run in short paragraphs: what it is, its result, once it has one, and how to go on."""
-    parts = [story(recipe), "Result: " + "; ".join(result) + "." if result else "", continuation(folder)]
-    return "\n\n".join(filter(None, parts))
+    """The run in short paragraphs: what it is, where its checkpoints are, and its result or how to continue."""
+    where = f"Checkpoints: `{os.path.abspath(folder / 'checkpoints')}`."
+    ending = ["Result: " + "; ".join(result) + ".", where] if result else [f"{where} {continuation(folder)}"]
+    return "\n\n".join([story(recipe), *ending])
 
 
 def continuation(folder: Path) -> str:
-    """Where the checkpoints are, and the command that continues."""
-    where = f"Checkpoints: `{os.path.abspath(folder / 'checkpoints')}`. "
+    """The command that continues."""
     if SUBMITTED_AS in os.environ:
-        return where + "To continue: the command in the tag `command` again."
+        return "To continue: the command in the tag `command` again."
     command = shlex.join(["powernap", "train", str(folder / "config.yaml"), "--resume"])
-    return where + f"To continue: `{command}`" + ("." if folder.is_absolute() else f" in `{Path.cwd()}`.")
+    return f"To continue: `{command}`" + ("." if folder.is_absolute() else f" in `{Path.cwd()}`.")
 
 
 def passes_text(recipe: Recipe) -> str:

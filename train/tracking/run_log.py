@@ -56,6 +56,7 @@ class RunLog:
         self._recipe, self._folder, self._topology = recipe, folder, topology
         self._first = resume_step or 0
         self._resume_step = resume_step
+        self._steps_left = self._first < recipe.train.steps
         self._enabled = topology.is_main
         self._tracker = Trackers()
         self._stopped_after: int | None = None
@@ -68,7 +69,8 @@ class RunLog:
         for handler in self._handlers:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-        self._tracker = Trackers.open(self._recipe, self._folder.path, self._resume_step)
+        resume_step = self._resume_step if self._steps_left else None
+        self._tracker = Trackers.open(self._recipe, self._folder.path, resume_step, running=self._steps_left)
         self._tracked = Tracked(self._recipe, self._folder, resumed=self._resume_step is not None)
         self._bar = tqdm(
             total=self._recipe.train.steps,
@@ -107,7 +109,7 @@ class RunLog:
             logger.info("%s", line)
         for reason in passed_over:
             logger.warning("passed over a checkpoint: %s", reason)
-        if self._first:
+        if self._first and self._steps_left:
             logger.info("resumed after step %d of %d", self._first, recipe.train.steps)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -155,6 +157,8 @@ class RunLog:
             step_logger.error("%s", "stopped" if stopped else "failed", exc_info=None if stopped else error)
         elif self._stopped_after is not None:
             status = "KILLED"
+        elif not self._steps_left:
+            logger.info("finished before: all %d steps are done", self._first)
         else:
             for line in self._summary.lines(time.monotonic() - self._start):
                 logger.info("%s", line)

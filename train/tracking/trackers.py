@@ -44,7 +44,8 @@ class Trackers:
         """Open the trackers in run.trackers.
 
         Args:
-            running: whether the run is training now; its evaluation does not change its status.
+            running: whether the run is training now; its evaluation, or a resume with no step left, does not change what
+                MLflow says of it.
         """
         config, opened = recipe.model_dump(mode="json"), cls()
         others = plugins("trackers") if set(recipe.run.trackers) - {"mlflow"} else {}

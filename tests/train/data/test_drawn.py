@@ -1,8 +1,12 @@
 """A task that contradicts itself is named, with the member and what it gave, when its shards are built."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +126,28 @@ def test_a_draw_without_end_is_noticed(tmp_path, capsys, monkeypatch):
         event.clear()
         time.sleep(0.1)
     assert capsys.readouterr().err.startswith("task copy:Copy: sample() has run for 0 seconds without a result")
+
+
+@pytest.mark.parametrize(
+    ("guesses", "message"),
+    [
+        ({"last": (3,)}, "'last' with 3 for an answer: write a list of guesses, each a tuple of tokens"),
+        ({"last": [(3,)]}, r"'last' with \(3,\) for an answer: write a list of guesses"),
+        ({"last": [[]]}, r"'last' with \[\] for an answer"),
+        ({"last": []}, "'last' as 0 entries for 1 answers: write a list of guesses for each answer"),
+        ({"last": {3}}, "'last' as set for 1 answers"),
+        ([(3,)], r"list: return \{name"),
+    ],
+)
+def test_guesses_of_another_form_are_named(tmp_path, guesses, message):
+    with pytest.raises(DataError, match=f"task copy:Copy: Copy.surface_guesses gave.*{message}"):
+        build_task("copy:Copy", wrong(surface_guesses=lambda self, sample: guesses), tmp_path / "shards", **SIZES)
+
+
+def test_the_manifest_says_which_code_drew_the_samples(tmp_path):
+    build_task("copy:Copy", Copy(), tmp_path / "own", **SIZES)
+    code = Path(sys.modules[Copy.__module__].__file__).read_bytes()
+    manifest = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    assert manifest["task_sha256"] == hashlib.sha256(code).hexdigest()
+    build_task("track", TASKS["track"](asked="end", windows=4, min_windows=4), tmp_path / "ours", **SIZES)
+    assert "task_sha256" not in json.loads((tmp_path / "ours" / "manifest.json").read_text())

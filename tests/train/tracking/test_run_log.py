@@ -57,7 +57,7 @@ def test_the_first_step_is_left_out_of_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(Trackers, "open", lambda *_: Trackers())
+    monkeypatch.setattr(Trackers, "open", lambda *_, **__: Trackers())
     left = {}
     with RunLog(recipe, run, ONE, None) as log:
         for step in range(1, 51):
