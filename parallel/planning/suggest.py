@@ -199,7 +199,10 @@ def suggestions_text(suggestions: Sequence[Suggestion], devices: int, most: int 
             lines.append(f"      recompute {choice}: {s.flops:.2f} x FLOPs{host}")
     words = suggestions[0].overrides().split()
     parts = [" ".join(words[first : first + 3]) for first in range(0, len(words), 3)]
-    return "\n".join([*lines, "", "the first: " + ("\n" + " " * 11).join(parts)])
+    lines += ["", "the first: " + ("\n" + " " * 11).join(parts)]
+    if suggestions[0].fits and suggestions[0].recompute != "none":
+        lines.append("           with these, `powernap plan` names a cheaper train.recompute that fits")
+    return "\n".join(lines)
 
 
 def communication(recipe: Recipe, segments: list[Segment]) -> float:

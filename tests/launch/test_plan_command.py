@@ -92,14 +92,14 @@ def test_what_is_allowed_and_perhaps_not_meant_is_said(folder, capsys, monkeypat
     plan = capsys.readouterr().out
     assert "time       0 seconds if each GPU reaches 400 TFLOP/s" in plan
     assert "train.recompute=none fits, too" in plan
-    assert "tokens from data.train, which holds" in plan and "each is read 10.0 times" in " ".join(plan.split())
+    assert "tokens from data.train, which holds" in plan and "each is read 10 times" in " ".join(plan.split())
     assert main(["plan", "tiny.yaml", "train.recompute=none", "train.steps=2", "--memory", "80GB"]) == 0
     plan = capsys.readouterr().out
     assert not any(words in plan for words in ("TFLOP/s", "fits, too", "is read"))  # fp32, the cheapest, once
     job = ["submit", "tiny.yaml", "--on", "local", "--dry-run", "data.lanes=1", "train.steps=40"]
     assert main([*job, "train.precision=bf16"]) == 0
     notes = capsys.readouterr().err
-    assert "note: bf16 without a GPU: job.device=gpu" in notes and "each is read 10.0 times" in notes
+    assert "note: bf16 without a GPU: job.device=gpu" in notes and "each is read 10 times" in notes
     assert main([*job, "train.steps=2"]) == 0 and "note" not in capsys.readouterr().err
 
 
