@@ -15,7 +15,7 @@ from powernap.launch.jobs.backends.slurm_causes import refusal
 from powernap.launch.jobs.backends.slurm_json import parse_jobs
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
-from powernap.launch.jobs.job import Job
+from powernap.launch.jobs.job import Job, TrainingJob
 from powernap.train.recipe_file import load_recipe
 from tests.helpers import runs
 
@@ -89,7 +89,7 @@ def recipe(tmp_path_factory):
 def job(recipe, play: Play, profile: dict | None = None, submit_dir: Path | None = None, **description) -> Job:
     """Of two ranks; its powernap is play's."""
     wanted = {"nodes": 2, "processes_per_node": 1, "environment": str(play.folder), "retries": 1} | description
-    made = Job(
+    made = TrainingJob(
         recipe=recipe,
         description=JobDescription(**wanted),
         cluster=parse_cluster({"kind": "slurm", **(profile or {})}),
