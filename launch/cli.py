@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank = os.environ.get("RANK", "0")
     prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         provide_home()
         code = options.run(options, arguments) or 0
         sys.stdout.flush()
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_codes.INTERRUPTED
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """argparse accepts key=value only before the options; here they may be anywhere."""
     _Parser.typed = arguments
     parser = command_parser()

@@ -75,6 +75,10 @@ class _ModelConfig(Section):
     def num_layers(self) -> int:
         return len(self.pattern)
 
+    def vocabulary_rows(self, tensor: int) -> int:
+        """Rows of the embedding and the head on each of `tensor` ranks. Those after the vocabulary are pads, zero and no token's."""
+        return -(-self.vocab_size // tensor)
+
     @property
     def initial_embedding_std(self) -> float:
         """As GPT-2 has it: with a tied head and 1 the first loss of sizes/125m is 666 nats a token, with 0.02 it is 10.5."""

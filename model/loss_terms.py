@@ -28,12 +28,17 @@ class Term(Protocol):
     def weight_at(self, step: int) -> float: ...
 
     def values(
-        self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, group: dist.ProcessGroup
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        taught: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        vocab_size: int,
     ) -> torch.Tensor:
         """[n], the same on all tensor ranks.
 
         Args:
-            logits: float32 or float64 [n, vocabulary/TP].
+            logits: float32 or float64 [n, vocabulary/TP], -inf at the pads of a vocabulary that the ranks do not divide.
             targets: [n].
             taught: [n, D] of a teacher (parallel/teacher.py); None: there is none.
         """
@@ -58,10 +63,15 @@ class LossTerm:
         return self.weight(step) if callable(self.weight) else self.weight
 
     def values(
-        self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, group: dist.ProcessGroup
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        taught: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        vocab_size: int,
     ) -> torch.Tensor:
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group)
-        values = self.function(whole, targets)
+        values = self.function(whole[:, :vocab_size], targets)
         if not torch.is_tensor(values) or values.shape != targets.shape:
             found = list(values.shape) if torch.is_tensor(values) else type(values).__name__
             raise LossTermError(
@@ -98,10 +108,15 @@ class LossTerms:
         return [f"loss/{term.name}" for term in self.active]
 
     def values(
-        self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, group: dist.ProcessGroup
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        taught: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        vocab_size: int,
     ) -> torch.Tensor:
         """[n, terms]"""
-        return torch.stack([term.values(logits, targets, taught, group) for term in self.active], dim=1)
+        return torch.stack([term.values(logits, targets, taught, group, vocab_size) for term in self.active], dim=1)
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """[n, terms] -> [n]"""

@@ -54,8 +54,9 @@ class Weight(NamedTuple):
     float32: bool = False
 
     def size(self, tensor: int = 1) -> int:
-        """Number of elements on one of `tensor` ranks."""
-        return math.prod(self.shape) // (1 if self.split is None else tensor)
+        """Number of elements on one of `tensor` ranks, with the pads of a vocabulary that they do not divide."""
+        share = math.prod(self.shape)
+        return share if self.split is None else share // self.shape[self.split] * -(-self.shape[self.split] // tensor)
 
     @property
     def is_matrix(self) -> bool:

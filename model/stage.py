@@ -65,19 +65,24 @@ class HybridStage(MegatronModule):
         self.is_first = self.blocks.start == 0
         self.is_last = self.blocks.stop == model.num_layers
         self.reinject_embeddings = sleep.reinject_embeddings
+        self._vocabulary_rows = model.vocabulary_rows(groups.tp.size())
+        padded_vocabulary = self._vocabulary_rows * groups.tp.size()
         self.embedding: VocabParallelEmbedding | None = None
         self.pass_norm: RMSNorm | None = None
         self.output_layer: ColumnParallelLinear | None = None
         if self.is_first or (self.is_last and model.tie_embeddings):
             with seeded_init("embedding"):
                 self.embedding = VocabParallelEmbedding(
-                    model.vocab_size,
+                    padded_vocabulary,
                     model.hidden_size,
-                    init_method=lambda weight: draw_normal(weight, model.initial_embedding_std, draw),
+                    init_method=lambda weight: self._draw_vocabulary(
+                        weight, lambda rows: draw_normal(rows, model.initial_embedding_std, draw)
+                    ),
                     config=config,
                     reduce_scatter_embeddings=sequence_parallel,
                     tp_group=groups.tp,
                 )
+            self.embedding.weight.whole_rows = model.vocab_size
             built("embedding", self.embedding)
         if self.is_first and sleep.pass_norm:
             self.pass_norm = RMSNorm(config, model.hidden_size, eps=model.norm_eps)
@@ -90,14 +95,16 @@ class HybridStage(MegatronModule):
             with seeded_init("output_layer"):
                 self.output_layer = ColumnParallelLinear(
                     model.hidden_size,
-                    model.vocab_size,
+                    padded_vocabulary,
                     config=_without_sequence_parallel(config),  # it gets some tokens of the whole window
-                    init_method=config.init_method,
+                    init_method=lambda weight: self._draw_vocabulary(weight, config.init_method),
                     bias=False,
                     gather_output=False,
                     skip_weight_param_allocation=model.tie_embeddings,
                     tp_group=groups.tp,
                 )
+            if not model.tie_embeddings:
+                self.output_layer.weight.whole_rows = model.vocab_size
             built("output_layer", self.output_layer)
         self.z_loss = 0.0  # times log(Z)^2, in the gradient of `token_losses`
         self.loss_terms: LossTerms | None = None  # likewise
@@ -122,6 +129,12 @@ class HybridStage(MegatronModule):
     def sequence_shards(self) -> int:
         """Number of ranks that split a window's tokens between blocks."""
         return self.tp_group.size() if self.config.sequence_parallel else 1
+
+    @property
+    def own_vocabulary(self) -> int:
+        """Tokens whose rows of embedding and head this tensor rank has; its other rows are pads."""
+        left = self.model.vocab_size - self.tp_group.rank() * self._vocabulary_rows
+        return max(0, min(left, self._vocabulary_rows))
 
     @property
     def holds_tied_copy(self) -> bool:
@@ -248,7 +261,7 @@ class HybridStage(MegatronModule):
         loss_tokens = loss_tokens if some else loss_tokens.new_zeros(1)
         row_targets = targets.t().flatten().index_select(0, loss_tokens)
         # Not from the number of loss tokens: under ZeRO-3 all data ranks run the head as often.
-        chunks = math.ceil(length * batch * self.model.vocab_size / self.tp_group.size() / HEAD_NUMBERS)
+        chunks = math.ceil(length * batch * self._vocabulary_rows / HEAD_NUMBERS)
         run = self._row_losses
         if torch.is_grad_enabled() and (recompute or chunks > 1):
             run = partial(checkpoint, self._row_losses, use_reentrant=False, preserve_rng_state=False)
@@ -285,7 +298,7 @@ class HybridStage(MegatronModule):
         of_targets = self._target_logits(logits.squeeze(1), targets) if self.z_loss and training else None
         if self.loss_terms and self.loss_terms.active and training:
             exact = logits if logits.dtype == torch.float64 else logits.float()
-            values = self.loss_terms.values(exact.squeeze(1), targets, taught, self.tp_group)
+            values = self.loss_terms.values(exact.squeeze(1), targets, taught, self.tp_group, self.model.vocab_size)
         if self.tp_group.size() == 1:  # Megatron's is float32 only
             logits = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(logits.squeeze(1), targets, reduction="none")
@@ -302,7 +315,7 @@ class HybridStage(MegatronModule):
         return (losses,) if values is None else (losses, values.detach())
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, D] of `loss_rows` -> [n, vocabulary/TP]."""
+        """rows [n, D] of `loss_rows` -> [n, vocabulary/TP], -inf at pads."""
         if not self.config.sequence_parallel:
             rows = self.decoder.final_layernorm(rows)
         return self._head(rows.unsqueeze(1)).squeeze(1)
@@ -314,7 +327,7 @@ class HybridStage(MegatronModule):
         # Not gather, which keeps the logits for its backward pass: Megatron's cross-entropy changes them in place.
         found = logits[torch.arange(len(targets), device=targets.device), within.clamp(0, own - 1)]
         found = found if found.dtype == torch.float64 else found.float()
-        found = found * ((within >= 0) & (within < own))
+        found = found.masked_fill((within < 0) | (within >= own), 0)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(found, self.tp_group)
 
     def predictions(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -323,7 +336,8 @@ class HybridStage(MegatronModule):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the next token at every position, over the whole vocabulary: [L, B, D] -> [L, B, vocabulary]."""
-        return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_states), self.tp_group)
+        return whole[..., : self.model.vocab_size]
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.decoder.final_layernorm(hidden_states)
@@ -336,14 +350,22 @@ class HybridStage(MegatronModule):
         )
 
     def _head(self, normed: torch.Tensor) -> torch.Tensor:
-        """[n, B, D] -> logits [n, B, vocabulary/TP]."""
+        """[n, B, D] -> logits [n, B, vocabulary/TP], -inf at pads."""
         assert self.output_layer is not None
         weight = None
         if self.model.tie_embeddings:
             assert self.embedding is not None
             weight = self.embedding.weight
         logits, _ = self.output_layer(normed, weight=weight)
+        if self.own_vocabulary < self._vocabulary_rows:
+            with torch.no_grad():  # what comes back for them is zero, like their share of the softmax
+                logits[..., self.own_vocabulary :] = -torch.inf
         return logits
+
+    def _draw_vocabulary(self, weight: torch.Tensor, draw: Callable[[torch.Tensor], object]) -> None:
+        """The rows of all tensor ranks: tokens' as without pads, pads zero."""
+        draw(weight[: self.model.vocab_size])
+        weight[self.model.vocab_size :] = 0
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self.embedding is not None

@@ -85,7 +85,12 @@ class Teacher:
         return hidden_states
 
     def values(
-        self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, group: dist.ProcessGroup
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        taught: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        vocab_size: int,
     ) -> torch.Tensor:
         """See model/loss_terms.py. KL(p || q) = sum p (log p - log q), with log q = z - log(sum exp z)."""
         assert taught is not None
@@ -94,6 +99,7 @@ class Teacher:
             theirs = theirs - log_sum.unsqueeze(1)
         ours, log_sum = _shifted(logits / self.temperature, group)
         # The sum of p is 1 over all ranks, so log_sum is added once, where every rank has it.
+        theirs, ours = theirs[:, : self.stage.own_vocabulary], ours[:, : self.stage.own_vocabulary]
         parts = (theirs.exp() * (theirs - ours)).sum(-1)
         return self.temperature**2 * (tensor_parallel.reduce_from_tensor_model_parallel_region(parts, group) + log_sum)
 

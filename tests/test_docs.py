@@ -221,7 +221,7 @@ def test_a_build_as_an_indexed_job(tmp_path):
     for index in range(job["spec"]["completions"]):
         environment = {"PATH": path, "JOB_COMPLETION_INDEX": str(index)}
         said = subprocess.run(container["command"], env=environment, capture_output=True, text=True, check=True).stdout
-        parts.append(cli._parse(said.split()).part)
+        parts.append(cli.parse(said.split()).part)
     assert parts == [(number, 64) for number in range(1, 65)]
 
 

@@ -396,7 +396,11 @@ class ParallelConfig(Section):
     """How many processes share the work, and how."""
 
     data: int = Field(1, ge=1, description="data-parallel ranks")
-    tensor: int = Field(1, ge=1, description="tensor-parallel ranks: heads, MLP and vocabulary are split over them")
+    tensor: int = Field(
+        1,
+        ge=1,
+        description="tensor-parallel ranks: heads, MLP and vocabulary, padded where need be, are split over them",
+    )
     sequence: bool = Field(False, description="split norms and residuals along the tokens over the tensor ranks too")
     pipeline: int = Field(1, ge=1, description="pipeline stages")
     pipeline_layout: str | None = Field(
@@ -539,7 +543,7 @@ class Recipe(Section):
     def _tensor_parallel_fits(self) -> None:
         tensor, model = self.parallel.tensor, self.model
         sizes = {f"{part.section}.{field}": size for part in model.parts for field, size in part.split_sizes().items()}
-        for field, size in {**sizes, "vocab_size": model.vocab_size}.items():
+        for field, size in sizes.items():
             if size % tensor:
                 raise ValueError(
                     f"model.{field}={size} must be a multiple of parallel.tensor={tensor}: "

@@ -21,6 +21,7 @@ from powernap.model.parameters import parameters
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.manifest import CheckpointError
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.shards import whole_shape
 from powernap.parallel.checkpoint.writer import Writer
 from powernap.parallel.malloc import freed_memory_returned
 from powernap.parallel.schedule import forward_backward
@@ -366,9 +367,7 @@ def frozen_note(recipe: Recipe) -> str | None:
 def count_parameters(stage: HybridStage, topology: Topology) -> int:
     """Parameters of the whole model."""
     sizes = {
-        # ZeRO-3 keeps a shard of each parameter here, and its full size in ds_numel.
-        stage.global_name(name): getattr(p, "ds_numel", p.numel())
-        * (topology.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
+        stage.global_name(name): float(math.prod(whole_shape(p, topology.tp_size)))
         for name, p in stage.named_parameters()
     }
     return round(sum(topology.merge_over_model(sizes).values()))

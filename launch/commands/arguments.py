@@ -16,9 +16,14 @@ WIDEST = 100  # columns that are read easily
 MOST_PASSES = 1024  # as sleep.passes
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """RECIPE key=value ..."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe such as demo")
+def add_recipe(parser: argparse.ArgumentParser, or_else: str = "") -> None:
+    """RECIPE key=value ..., where `or_else` says when there is none."""
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if or_else else None,
+        help=f"a YAML file, or the name of a shipped recipe such as demo{or_else}",
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDES)
 
 

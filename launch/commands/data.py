@@ -1,11 +1,20 @@
 """powernap data build, inspect, stats, verify: token shards."""
 
 import argparse
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from powernap.launch.commands.arguments import count, part, path, seed, shards, size, terminal_width, whole
+from powernap.parallel.liveness import exit_codes
+
+if TYPE_CHECKING:
+    from powernap.train.data.sample_sources import Source
 
 OF_TASKS = {"train_samples": 20_000, "test_samples": 1000, "samples_per_shard": 2500, "seed": 0}
 SHARD_SIZE = 64_000_000  # bytes
@@ -101,7 +110,33 @@ class _Help(argparse.Action):
 
 
 def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
-    from powernap.train.data.build import build, build_task
+    from powernap.train.data.build import build
+
+    with _left_when_asked():
+        build(source_of(options), options.folder, options.workers, options.part, _typed(arguments))
+    return 0
+
+
+@contextmanager
+def _left_when_asked() -> Iterator[None]:
+    """As a job before its time limit, or in the way of another: the same command goes on, so nothing is lost but a shard."""
+
+    def leave(*_: object) -> None:
+        os.write(2, b"powernap: asked to stop: the same command goes on\n")  # a signal may come while print prints
+        os._exit(exit_codes.PREEMPTED)
+
+    asked = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, leave) for number in asked]
+    try:
+        yield
+    finally:
+        for number, handler in zip(asked, before, strict=True):
+            signal.signal(number, handler)
+
+
+def source_of(options: argparse.Namespace) -> "Source":
+    """What a build's arguments say, checked."""
+    from powernap.train.data.build import task_source
     from powernap.train.data.corpora import CORPORA
     from powernap.train.data.sample import DataError
     from powernap.train.data.sample_sources import CorpusSource
@@ -115,26 +150,10 @@ def run_build(options: argparse.Namespace, arguments: list[str]) -> int:
             raise DataError(
                 f"--{name.replace('_', '-')}: {options.task} is read whole; --shard-size divides it into shards"
             )
-        build(
-            CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE),
-            options.folder,
-            options.workers,
-            options.part,
-            _typed(arguments),
-        )
-        return 0
+        return CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE)
     if options.shard_size is not None:
         raise DataError(f"--shard-size: {options.task} is drawn; --samples-per-shard divides it into shards")
-    build_task(
-        options.task,
-        check(task_kind(options.task), fields),
-        options.folder,
-        **OF_TASKS | given,
-        workers=options.workers,
-        part=options.part,
-        command=_typed(arguments),
-    )
-    return 0
+    return task_source(options.task, check(task_kind(options.task), fields), **OF_TASKS | given)
 
 
 def _typed(arguments: list[str]) -> str:

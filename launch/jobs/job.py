@@ -1,7 +1,7 @@
-"""A job: one run as submitted to a scheduler, and the folder that records its submission.
+"""A job: one run, or a part of a build, as submitted to a scheduler, and the folder that records its submission.
 
 runs/NAME/jobs/1/           the first submission; 2/ the next one, after that failed, and so on
-    recipe.yaml             every field, as the ranks read it
+    recipe.yaml             of a run: every field, as the ranks read it
     job.sbatch, jobset.yaml, ...    exactly what was submitted
     code.json, code.diff    the code's commit, and the uncommitted changes
     record.json             cluster, job id, the command as typed
@@ -11,6 +11,7 @@ runs/NAME/jobs/1/           the first submission; 2/ the next one, after that fa
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ class JobFolder:
         return self.path / "cancelled"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run for one cluster.
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """One run, or one part of a build, for one cluster.
 
     Attributes:
         submission_id: random and unique; the scheduler keeps it with the job, so that the job can be found by it.
@@ -66,7 +67,6 @@ class Job:
         submitted_as: the command as typed, secrets masked.
     """
 
-    recipe: Recipe
     description: JobDescription  # nodes and processes_per_node are set
     cluster: Profile
     submission_id: str
@@ -75,21 +75,34 @@ class Job:
     submitted_as: str = ""
 
     @property
-    def name(self) -> str:
-        return self.recipe.run.name
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def root(self) -> str:
+        """The folder of run folders."""
+
+    @abstractmethod
+    def command(self, recipe: str | None = None) -> list[str]:
+        """The command of every rank, or of every node. Running it again goes on from what is there.
+
+        Args:
+            recipe: of a run, where its recipe is there; None: in the job's folder.
+        """
+
+    @property
+    def recipe_text(self) -> str | None:
+        """recipe.yaml."""
+        return None
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.recipe.run_folder)
+        return Path(self.root) / self.name
 
     @property
     def folder(self) -> JobFolder:
         return JobFolder(self.run_folder / "jobs" / str(self.attempt))
-
-    @property
-    def recipe_text(self) -> str:
-        """recipe.yaml: unlike a run's config.yaml, it keeps references to secrets, such as $TOKEN in a command."""
-        return dump(self.recipe.model_dump(mode="json"))
 
     @property
     def nodes(self) -> int:
@@ -100,10 +113,6 @@ class Job:
     def processes_per_node(self) -> int:
         assert self.description.processes_per_node is not None
         return self.description.processes_per_node
-
-    def command(self, recipe: str | None = None) -> list[str]:
-        """The command of every rank, or of every node. Running it again resumes the run."""
-        return [*self._powernap, "train", recipe or str(self.folder.recipe), "--auto-resume"]
 
     @property
     def _powernap(self) -> list[str]:
@@ -129,6 +138,54 @@ class Job:
             submitted_as=self.submitted_as,
             id=id,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(Job):
+    """One run."""
+
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.recipe.run.name
+
+    @property
+    def root(self) -> str:
+        return self.recipe.run.root
+
+    @property
+    def recipe_text(self) -> str:
+        """Unlike a run's config.yaml, it keeps references to secrets, such as $TOKEN in a command."""
+        return dump(self.recipe.model_dump(mode="json"))
+
+    def command(self, recipe: str | None = None) -> list[str]:
+        return [*self._powernap, "train", recipe or str(self.folder.recipe), "--auto-resume"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildJob(Job):
+    """One part of a build of shards.
+
+    Attributes:
+        build: its name.
+        words: of `powernap data build`.
+        part: (i, n), from 1.
+    """
+
+    build: str
+    words: tuple[str, ...]
+    part: tuple[int, int]
+
+    root = "runs"
+
+    @property
+    def name(self) -> str:
+        number, parts = self.part
+        return f"{self.build}-part-{number:0{len(str(parts))}}" if parts > 1 else self.build
+
+    def command(self, recipe: str | None = None) -> list[str]:
+        return [*self._powernap, "data", "build", *self.words, "--part", "/".join(map(str, self.part))]
 
 
 class JobRecord(Section):
@@ -200,6 +257,15 @@ def newest_record(run_folder: Path) -> JobRecord | None:
     """The last submission of a run, or None. The folder of a sweep has no record, only those of its runs have."""
     path = JobFolder(run_folder / "jobs" / str(next_attempt(run_folder) - 1)).record
     return read_record(path) if path.is_file() else None
+
+
+def records_in(folder: Path) -> list[JobRecord]:
+    """The last submission of a run, or of each run of a sweep; empty: nothing was submitted."""
+    if record := newest_record(folder):
+        return [record]
+    if not (path := sweep_file(folder)).is_file():
+        return []
+    return [record for run in json.loads(path.read_text()) if (record := newest_record(Path(run)))]
 
 
 def next_attempt(run_folder: Path) -> int:

@@ -1,10 +1,9 @@
 """Submitted jobs by name, and their status."""
 
-import json
 from pathlib import Path
 
 from powernap.launch.jobs.description import JobError
-from powernap.launch.jobs.job import JobRecord, newest_record, sweep_file
+from powernap.launch.jobs.job import JobRecord, newest_record, records_in
 from powernap.launch.jobs.status import Row, read_progress
 from powernap.launch.jobs.submission import status_of
 from powernap.train.paths import expand
@@ -19,10 +18,8 @@ def find_jobs(name: str) -> list[JobRecord]:
         JobError: if nothing was submitted by that name.
     """
     for folder in (Path(expand(name)), Path("runs") / name):
-        if record := newest_record(folder):
-            return [record]
-        if (path := sweep_file(folder)).is_file():
-            return [record for run in json.loads(path.read_text()) if (record := newest_record(Path(run)))]
+        if records := records_in(folder):
+            return records
     raise JobError(f"no job '{name}': powernap list shows those submitted from here")
 
 

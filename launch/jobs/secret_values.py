@@ -53,6 +53,16 @@ def refuse_secrets(recipe: Recipe) -> None:
             )
 
 
+def refuse_secrets_in_words(words: list[str]) -> None:
+    """Raise JobError if a word of a command contains a credential."""
+    for word in words:
+        if mask_values(word) != word:
+            raise JobError(
+                f"{word.partition('=')[0]:.40} contains a credential, which a job's files would show: give it by a variable of "
+                "job.secrets, or a file that the nodes have"
+            )
+
+
 def _without_references(value: object) -> object:
     if isinstance(value, str):
         return _REFERENCE.sub(MASK, value)

@@ -5,27 +5,42 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from powernap.launch.jobs.backends import Backend
 from powernap.launch.jobs.cluster import Profile, find_cluster
 from powernap.launch.jobs.description import JobDescription, JobError, UnknownOutcomeError
-from powernap.launch.jobs.job import Job, JobFolder, JobRecord, newest_record, next_attempt, sweep_file
-from powernap.launch.jobs.secret_values import refuse_secrets
+from powernap.launch.jobs.job import (
+    BuildJob,
+    Job,
+    JobFolder,
+    JobRecord,
+    TrainingJob,
+    newest_record,
+    next_attempt,
+    records_in,
+    sweep_file,
+)
+from powernap.launch.jobs.secret_values import refuse_secrets, refuse_secrets_in_words
 from powernap.launch.jobs.status import Status
 from powernap.launch.jobs.sweep import expand
 from powernap.launch.jobs.units import parse_size
 from powernap.model.section import Section
 from powernap.parallel.planning.plan import in_bytes, plan_run
 from powernap.train.config import Recipe
+from powernap.train.data.build import check_build
 from powernap.train.data.check import check_data, predicting_windows
+from powernap.train.data.sample_sources import Source
 from powernap.train.outputs import check_folder
 from powernap.train.recipe_file import check, load_recipe, parse_overrides
 from powernap.train.run.folder import RunFolder
 from powernap.train.run.lock import ProcessLock
 from powernap.train.run.provenance import code_changes, commit
 from powernap.train.run.secrets import as_typed
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class _Jobs(Section):
@@ -34,7 +49,7 @@ class _Jobs(Section):
 
 @dataclass(frozen=True)
 class Submission:
-    """One call of `powernap submit`: a run, or the runs of a sweep.
+    """One call of `powernap submit`: a run, the runs of a sweep, or the parts of a build.
 
     Attributes:
         folder: of the run or of the sweep.
@@ -80,10 +95,7 @@ def prepare_submission(
         PowernapError: JobError, RecipeError or DataError, one line each.
     """
     cluster = find_cluster(on)
-    job_overrides = [override for override in overrides if override.startswith("job.")]
-    defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
-    description = check(_Jobs, parse_overrides(job_overrides, into=defaults)).job
-    command = as_typed(typed) if typed else ""
+    description = _description(cluster, [override for override in overrides if override.startswith("job.")])
     combinations = expand([override for override in overrides if not override.startswith("job.")])
     base = load_recipe(recipe, combinations[0][1], cluster.files).run
     is_sweep = len(combinations) > 1
@@ -93,7 +105,7 @@ def prepare_submission(
             load_recipe(recipe, [*chosen, f"run.name={base.name}{suffix}", *sweep], cluster.files),
             description,
             cluster,
-            command,
+            typed or [],
         )
         for suffix, chosen in combinations
     ]
@@ -105,7 +117,7 @@ def prepare_submission(
     if not is_sweep and sweep_file(folder).is_file():
         raise JobError(f"{folder} is a sweep: choose another run.name")
     backend = cluster.backend()
-    backend.check(jobs)
+    backend.check([*jobs])
     for job in jobs:
         check_folder(job.run_folder, f"run.root={job.recipe.run.root}:")
         _check_layout(job)
@@ -115,7 +127,53 @@ def prepare_submission(
     if not jobs_to_start:
         subject = f"all {len(jobs)} runs of the sweep {base.name} have" if is_sweep else f"{base.name} has"
         raise JobError(f"{subject} succeeded already: powernap status {base.name}; or choose another run.name")
-    return Submission(folder, jobs, jobs_to_start, cluster, backend)
+    return Submission(folder, [*jobs], [*jobs_to_start], cluster, backend)
+
+
+def prepare_build(
+    words: list[str],
+    folder: Path,
+    source: Source,
+    parts: int,
+    overrides: list[str],
+    on: str,
+    typed: list[str] | None = None,
+) -> Submission:
+    """`prepare_submission` for `powernap data build` with these words, in parts.
+
+    Args:
+        folder, source: what they say.
+        overrides: `job.*`.
+
+    Raises:
+        PowernapError: JobError or DataError, one line each.
+    """
+    cluster = find_cluster(on)
+    description = _description(cluster, overrides).resolved(1, "a part of a build")
+    refuse_secrets_in_words(words)
+    name = f"build-{folder.name}"
+    together = Path(BuildJob.root) / name
+    if records_in(together) and sweep_file(together).is_file() == (parts == 1):
+        before, write = ("one part", "1") if parts > 1 else ("several parts", "2 or more")
+        raise JobError(f"{together} was submitted as {before}: write --parts {write}, or remove that folder")
+    for record in records_in(together):  # of other numbers of parts, too: two parts must not write the same shard
+        _, status = status_of(record)
+        if not status.is_over:
+            raise JobError(f"{record.run} is {status.state}: wait for it, or powernap cancel {name}")
+    jobs: list[Job] = [
+        _numbered(
+            BuildJob(build=name, words=tuple(words), part=(number, parts), **_common(description, cluster, typed or []))
+        )
+        for number in range(1, parts + 1)
+    ]
+    backend = cluster.backend()
+    backend.check(jobs)
+    check_folder(together, "")
+    if cluster.files != "elsewhere":
+        shards = check_build(source, folder)
+        if parts > shards:
+            raise JobError(f"--parts {parts}: {shards} shards are to build: write --parts {shards} or less")
+    return Submission(together, jobs, jobs, cluster, backend)
 
 
 def submit_all(submission: Submission) -> list[JobRecord]:
@@ -171,20 +229,34 @@ def status_of(record: JobRecord) -> tuple[JobRecord, Status]:
     return record, backend.status(record)
 
 
-def _job(recipe: Recipe, description: JobDescription, cluster: Profile, submitted_as: str) -> Job:
+def _description(cluster: Profile, overrides: list[str]) -> JobDescription:
+    defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
+    return check(_Jobs, parse_overrides(overrides, into=defaults)).job
+
+
+def _job(recipe: Recipe, description: JobDescription, cluster: Profile, typed: list[str]) -> TrainingJob:
     refuse_secrets(recipe)
-    return Job(
-        recipe=recipe,
-        description=description.resolved(recipe.parallel.world_size, recipe.parallel.grid),
-        cluster=cluster,
-        submission_id=secrets.token_hex(8),
-        attempt=next_attempt(recipe.run_folder),
-        submit_dir=Path.cwd(),
-        submitted_as=submitted_as,
-    )
+    description = description.resolved(recipe.parallel.world_size, recipe.parallel.grid)
+    return _numbered(TrainingJob(recipe=recipe, **_common(description, cluster, typed)))
 
 
-def _check_layout(job: Job) -> None:
+def _numbered(job: AnyJob) -> AnyJob:
+    return replace(job, attempt=next_attempt(job.run_folder))
+
+
+def _common(description: JobDescription, cluster: Profile, typed: list[str]) -> dict[str, Any]:
+    """What jobs of every kind have."""
+    return {
+        "description": description,
+        "cluster": cluster,
+        "submission_id": secrets.token_hex(8),
+        "attempt": 1,
+        "submit_dir": Path.cwd(),
+        "submitted_as": as_typed(typed) if typed else "",
+    }
+
+
+def _check_layout(job: TrainingJob) -> None:
     """Raise JobError if, by `powernap plan`, a rank does not fit a GPU of the cluster."""
     memory = job.cluster.device_memory
     if memory is None or job.description.device == "cpu":
@@ -198,7 +270,7 @@ def _check_layout(job: Job) -> None:
         )
 
 
-def _may_start(job: Job, resume: bool) -> bool:
+def _may_start(job: TrainingJob, resume: bool) -> bool:
     """Whether to start this run, or to start it again; False if it has succeeded.
 
     Raises:
@@ -248,7 +320,8 @@ def _write_folders(submission: Submission) -> None:
     for job in submission.jobs_to_start:
         folder = job.folder
         folder.path.mkdir(parents=True)
-        folder.recipe.write_text(job.recipe_text)
+        if job.recipe_text is not None:
+            folder.recipe.write_text(job.recipe_text)
         (folder.path / "code.json").write_text(code)
         if changes:
             (folder.path / "code.diff").write_bytes(changes)

@@ -102,7 +102,7 @@ class Checkpoint:
         ranks = self._tensor_ranks if split else 1
         shape = shard_shape(entry["shape"], split, ranks)
         shards = [self._read_shard(name, kind, rank, 0, prod(shape)).view(shape) for rank in range(ranks)]
-        return unshard(shards, split)
+        return unshard(shards, split, entry["shape"])
 
     def shard(self, name: str, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
         """The master weights of a parameter that tensor rank `rank` of `ranks` has, float32 on the CPU."""
@@ -213,9 +213,7 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{self.folder}: holds another model: {sorted(missing)[:3]} differ")
         for name, parameter in parameters.items():
-            shape = whole_shape(
-                getattr(parameter, "ds_shape", parameter.shape), split_of(parameter), stage.tp_group.size()
-            )
+            shape = whole_shape(parameter, stage.tp_group.size())
             if shape != saved[name]["shape"]:
                 raise CheckpointError(
                     f"{self.folder}: holds another model: {name} is {saved[name]['shape']} there, {shape} here"

@@ -22,27 +22,37 @@ def split_of(parameter: torch.nn.Parameter) -> Split | None:
     return Split(parameter.partition_dim, parameter.partition_stride)  # type: ignore[attr-defined]  # Megatron's
 
 
-def whole_shape(shape: torch.Size, split: Split | None, ranks: int) -> list[int]:
-    """The whole parameter's shape, from that of a shard."""
-    return [size * ranks if split and dim == split.dim else size for dim, size in enumerate(shape)]
+def whole_shape(parameter: torch.nn.Parameter, ranks: int) -> list[int]:
+    """The whole parameter's shape, without pads, from the shard that one of `ranks` tensor ranks has."""
+    shape, split = (
+        list(getattr(parameter, "ds_shape", parameter.shape)),
+        split_of(parameter),
+    )  # ZeRO 3 empties the parameter
+    if split:
+        shape[split.dim] = getattr(parameter, "whole_rows", shape[split.dim] * ranks)
+    return shape
 
 
 def shard_shape(shape: list[int], split: Split | None, ranks: int) -> list[int]:
     """A shard's shape, from that of the whole parameter."""
-    return [size // ranks if split and dim == split.dim else size for dim, size in enumerate(shape)]
+    return [-(-size // ranks) if split and dim == split.dim else size for dim, size in enumerate(shape)]
 
 
-def unshard(shards: list[torch.Tensor], split: Split | None) -> torch.Tensor:
-    """The whole parameter from all tensor ranks' shards; any one of them if it is not split."""
+def unshard(shards: list[torch.Tensor], split: Split | None, shape: list[int]) -> torch.Tensor:
+    """The whole parameter of `shape` from all tensor ranks' shards, the last with pads; any one of them if it is not split."""
     if split is None or len(shards) == 1:
         return shards[0]
     pieces = [shard.chunk(split.stride, split.dim) for shard in shards]
-    return torch.cat([piece[i] for i in range(split.stride) for piece in pieces], split.dim)
+    whole = torch.cat([piece[i] for i in range(split.stride) for piece in pieces], split.dim)
+    return whole.narrow(split.dim, 0, shape[split.dim])
 
 
 def shard(whole: torch.Tensor, split: Split | None, rank: int, ranks: int) -> torch.Tensor:
-    """The shard of tensor rank `rank` of `ranks`."""
+    """The shard of tensor rank `rank` of `ranks`; pads are zero."""
     if split is None or ranks == 1:
         return whole
+    if pads := -whole.shape[split.dim] % ranks:
+        assert split == Split(0, 1)  # a vocabulary
+        whole = torch.cat([whole, whole.new_zeros(pads, *whole.shape[1:])])
     pieces = whole.chunk(split.stride * ranks, split.dim)
     return torch.cat(pieces[rank::ranks], split.dim)

@@ -216,8 +216,7 @@ class Writer:
         parameters = {}
         for name, parameter in _written_here(stage, topology):
             split = split_of(parameter)
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is empty
-            shape = whole_shape(shape, split, topology.tp_size)
+            shape = whole_shape(parameter, topology.tp_size)
             parameters[name] = {"shape": shape, "split": split and list(split), "group": group_of.get(id(parameter))}
         lanes = None
         if layer_states is not None:

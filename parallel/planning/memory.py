@@ -419,9 +419,9 @@ def head_bytes(recipe: Recipe, blocks: range, segment: Segment, device: Device =
     if not segment.predicts or blocks.stop != model.num_layers:
         return HeadBytes(0, 0, 0)
     tokens = len(segment.tokens) * recipe.micro_batch_size
-    vocabulary = model.vocab_size / recipe.parallel.tensor
+    vocabulary = model.vocabulary_rows(recipe.parallel.tensor)
     norm, rows = _norm(recipe, device), model.hidden_size * size
-    weight = int(vocabulary * rows)
+    weight = vocabulary * rows
     tied = embedding_bytes(recipe, blocks, segment) * model.tie_embeddings
     softmax = vocabulary * FP32
     gradients = 2 * softmax  # of the losses by log-probabilities, and by logits
@@ -440,7 +440,7 @@ def embedding_bytes(recipe: Recipe, blocks: range, segment: Segment) -> int:
     if not reads or not recipe.train.trains("embedding.weight"):
         return 0
     model = recipe.model
-    return model.vocab_size * model.hidden_size // recipe.parallel.tensor * bytes_per_number(recipe)
+    return model.vocabulary_rows(recipe.parallel.tensor) * model.hidden_size * bytes_per_number(recipe)
 
 
 def _block_activations(recipe: Recipe, block: int, device: Device, state_only: bool = False) -> float:

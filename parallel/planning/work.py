@@ -131,7 +131,7 @@ def flops_again(recipe: Recipe, segment: Segment, blocks: range, by_block: Seque
 def head_chunks(recipe: Recipe, segment: Segment) -> int:
     """Chunks in which the head runs, as in model/stage.py."""
     tokens = len(segment.tokens) * recipe.micro_batch_size
-    return math.ceil(tokens * recipe.model.vocab_size / recipe.parallel.tensor / HEAD_NUMBERS)
+    return math.ceil(tokens * recipe.model.vocabulary_rows(recipe.parallel.tensor) / HEAD_NUMBERS)
 
 
 def recomputes_head(recipe: Recipe, segment: Segment) -> bool:

@@ -19,7 +19,7 @@ from powernap.train.optimizer import build_optimizer
 from tests.helpers import layouts, tiny, zero_layouts
 
 BEFORE, AFTER = 3, 4  # steps
-MODEL = {"pattern": "AGAG", "vocab_size": 20, "attention": {"heads": 4}, "gdn": {"heads": 4}}
+MODEL = {"pattern": "AGAG", "attention": {"heads": 4}, "gdn": {"heads": 4}}
 # Gradients of parts that hardly matter are rounding: with the usual eps Adam would turn them into full steps.
 ADAMW = OptimizerConfig(lr=2e-3, weight_decay=0.1, warmup_steps=3, eps=1e-6)
 MUON = OptimizerConfig(name="muon", lr=2e-3, muon_lr=2e-3, warmup_steps=3, eps=1e-6)
@@ -33,6 +33,7 @@ class Saving:
     folder: str
     optimizer: OptimizerConfig = ADAMW
     tied: bool = False
+    vocab_size: int = 20
     broken: str | None = None
 
     @property
@@ -51,7 +52,7 @@ def run(case: Saving, **process_group) -> dict:
     """Losses of the steps after the checkpoint; this rank's carried states, actual and expected; the manifest."""
     layout = case.layout
     topology = init_distributed(layout.tensor, layout.pipeline, timeout_seconds=60, **process_group)
-    model = tiny.model_config(**MODEL, tie_embeddings=case.tied)
+    model = tiny.model_config(**MODEL, vocab_size=case.vocab_size, tie_embeddings=case.tied)
     blocks = split_layers(model.pattern, layout.pipeline)[topology.pp_rank]
     stage = layouts.build(model, SleepConfig(), topology.groups, blocks, layout.sequence).float()
     if isinstance(case, Loading):  # nothing may be right only because it was before

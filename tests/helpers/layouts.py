@@ -153,7 +153,7 @@ def compare(case: Case, **process_group) -> dict:
 
 
 def micro_batch(case: Case, model, sleep, seed: int) -> schedule.MicroBatch:
-    tokens, loss_mask = tiny.batch(2, case.windows, case.predicting, seed)
+    tokens, loss_mask = tiny.batch(2, case.windows, case.predicting, seed, min(17, model.vocab_size))
     stop = tokens.shape[1] - tiny.WINDOW + case.last_window
     tokens, loss_mask = tokens[:, :stop], loss_mask[:, :stop]
     starts = None
@@ -302,6 +302,8 @@ def own_slice(full: torch.Tensor, parameter: torch.Tensor, topology) -> torch.Te
     if not getattr(parameter, "tensor_model_parallel", False) or topology.tp_size == 1:
         return full
     dim, stride = parameter.partition_dim, parameter.partition_stride
+    if pads := -full.shape[dim] % topology.tp_size:
+        full = torch.cat([full, full.new_zeros(pads, *full.shape[1:])])
     parts = full.chunk(topology.tp_size * stride, dim)  # stride 2: gate and up of the SwiGLU are split each
     return torch.cat(parts[topology.tp_rank :: topology.tp_size], dim)
 
@@ -360,7 +362,7 @@ def broken(what: str | None):
     def without_fast_weights(ctx, gradient):
         return backward(ctx, gradient)[:6] + (None,) * len(ctx.needs_input_grad[6:])
 
-    run_pass, window = HybridStage.run_pass, HybridStage._window
+    run_pass, window, own_vocabulary = HybridStage.run_pass, HybridStage._window, HybridStage.own_vocabulary
 
     def remembering(stage, segment, *arguments):
         return run_pass(stage, replace(segment, probe=False), *arguments)
@@ -430,6 +432,8 @@ def broken(what: str | None):
         Dropout.mask = drawn_anew
     elif what == "loss tokens":
         schedule.find_loss_tokens = lambda loss_mask: loss_mask.flatten().nonzero().squeeze(1)
+    elif what == "pads of the vocabulary":
+        HybridStage.own_vocabulary = property(lambda stage: stage._vocabulary_rows)
     elif what in MEANS:
         trainer.forward_backward = MEANS[what]
     yield
@@ -440,5 +444,5 @@ def broken(what: str | None):
     MixerModule._parameter, Dropout.mask = parameter, mask
     HybridStage.run_pass = run_pass
     recompute_module._checkpointed, host_inputs.HostInputs._copied = checkpointed, copied
-    HybridStage._window = window
+    HybridStage._window, HybridStage.own_vocabulary = window, own_vocabulary
     stage_module.begin_anew = begin_anew

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from powernap.model import loss_terms
 from powernap.model import stage as stage_module
 from powernap.model.batch import plan_segments
-from powernap.model.config import SleepConfig
+from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.loss_terms import LossTerm, LossTerms
 from powernap.model.recompute import Recompute
 from powernap.model.segments import HEAD_NUMBERS
@@ -27,7 +27,7 @@ from tests.helpers import layouts, tiny
 from tests.helpers.processes import single_rank_groups
 
 WEIGHT, STEP, SCALE, TEMPERATURE = 0.7, 3, 0.37, 2.5
-TEACHER = tiny.model_config(pattern="AaG", vocab_size=20, hidden_size=12, window=3 * tiny.WINDOW)
+TEACHER = tiny.model_config(pattern="AaG", hidden_size=12, window=3 * tiny.WINDOW)
 EXPECTED: dict[str, tuple] = {}  # one process's, on rank 0
 
 
@@ -40,6 +40,7 @@ class Case:
     recompute: Recompute = "none"
     head_numbers: int = HEAD_NUMBERS  # logits in a chunk
     predicting: tuple[int, ...] = (1, 2)
+    vocab_size: int = 20
     sleep: dict = field(default_factory=dict)
     context: str | None = None  # of distillation, in place of `confidence`
     broken: str | None = None
@@ -59,7 +60,7 @@ def confidence(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def compare(case: Case, **process_group) -> dict:
     """Relative errors of the term's mean, the loss and this rank's worst gradient."""
     topology = init_distributed(case.tensor, case.pipeline, timeout_seconds=60, **process_group)
-    model, sleep = tiny.model_config(vocab_size=20), SleepConfig(**case.sleep)
+    model, sleep = tiny.model_config(vocab_size=case.vocab_size), SleepConfig(**case.sleep)
     batches = [micro_batch(case, model, sleep, seed) for seed in range(2 * case.data)]
     loss, value, expected = one_process(case, model, sleep, batches)
     blocks = split_layers(model.pattern, case.pipeline, None)[topology.pp_rank]
@@ -94,9 +95,13 @@ def term_of(case: Case, topology):
     if case.context is None:
         return LossTerm("confidence", confidence, weight)
     blocks = split_layers(TEACHER.pattern, case.pipeline, None)[topology.pp_rank]
-    stage = layouts.build(TEACHER, SleepConfig(), topology.groups, blocks, case.sequence).requires_grad_(False)
+    stage = layouts.build(teacher_of(case), SleepConfig(), topology.groups, blocks, case.sequence).requires_grad_(False)
     whole = case.context == "sequence"
     return Teacher(stage, topology, weight=weight, temperature=TEMPERATURE, whole_sequence=whole)
+
+
+def teacher_of(case: Case) -> ModelConfig:
+    return TEACHER.model_copy(update={"vocab_size": case.vocab_size})
 
 
 def taught_logits(teacher: HybridStage, tokens: torch.Tensor, window: range, context: str) -> torch.Tensor:
@@ -123,7 +128,7 @@ def one_process(case: Case, model, sleep, batches) -> tuple:
     key = repr((model, sleep, case.predicting, case.context, len(batches)))
     if dist.get_rank() == 0:
         if key not in EXPECTED:
-            teacher = layouts.build(TEACHER, SleepConfig(), groups) if case.context else None
+            teacher = layouts.build(teacher_of(case), SleepConfig(), groups) if case.context else None
             EXPECTED[key] = formula(layouts.build(model, sleep, groups), batches, teacher, case.context)
         found = [EXPECTED[key]]
     dist.broadcast_object_list(found, src=0)

@@ -87,10 +87,9 @@ def test_checking_a_recipe_does_not_import_torch():
         (["data.lanes=4"], ["data.lanes", "1"]),
         (["parallel.data=2", "train.global_batch_size=3"], ["train.global_batch_size=3", "parallel.data=2"]),
         (["train.micro_batch_size=3"], ["train.micro_batch_size=3", "16"]),
-        (["parallel.tensor=2"], ["model.vocab_size=15", "parallel.tensor=2", "16"]),
-        (["parallel.tensor=4", "model.vocab_size=16"], ["attention.heads=2", "parallel.tensor=4", "4 would be"]),
+        (["parallel.tensor=4"], ["attention.heads=2", "parallel.tensor=4", "4 would be"]),
         (
-            ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_size=16", "model.window=11"],
+            ["parallel.tensor=2", "parallel.sequence=true", "model.window=11"],
             ["model.window=11", "parallel.tensor=2", "12 would be"],
         ),
         (["parallel.data=2", "zero.stage=3", "optimizer.name=muon"], ["optimizer.name=muon", "zero.stage=2", "adamw"]),

@@ -103,7 +103,7 @@ def test_what_is_allowed_and_perhaps_not_meant_is_said(folder, capsys, monkeypat
     assert main([*job, "train.steps=2"]) == 0 and "note" not in capsys.readouterr().err
 
 
-TENSOR = ["parallel.tensor=2", "model.vocab_size=16"]
+TENSOR = ["parallel.tensor=2"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_suggestions(folder, capsys, monkeypatch):
         (["data.sequence_length=20"], ["data.sequence_length=20", "24"]),
         (["--devices", "4"], ["--devices", "--suggest"]),
         (["--suggest", "--devices", "7"], ["7 devices"]),
-        (["parallel.tensor=2"], ["model.vocab_size=15", "16 would be"]),
+        (["parallel.tensor=4"], ["attention.heads=2", "4 would be"]),
         (["parallel.data=2", "zero.stage=3", "optimizer.name=muon"], ["optimizer.name=muon"]),
         (["parallel.pipeline=3"], ["parallel.pipeline=3", "use at most 2"]),
         (["parallel.pipeline=2", "parallel.pipeline_layout=AG|"], ["write A|G"]),

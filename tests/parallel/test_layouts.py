@@ -14,6 +14,8 @@ from tests.helpers.layouts import FURTHER, GROUPED, Case
 from tests.helpers.processes import run_cases
 
 TIED = {"tie_embeddings": True}
+ODD = {"vocab_size": 19}  # two tensor ranks do not divide it
+FOUR = {"attention": {"heads": 4}, "gdn": {"heads": 4}}
 LAYOUTS = {
     "TP2": dict(tensor=2),
     "TP2+SP": dict(tensor=2, sequence=True),
@@ -131,6 +133,11 @@ CASES = {
     "DP2xPP2, probes, every other mixer": Case(data=2, pipeline=2, probes=True, unequal=True, model=with_others()),
     "TP2+SP, the head in chunks": Case(tensor=2, sequence=True, recompute="segment", unequal=True, head_numbers=30),
     "DP2xPP2, unequal loss tokens": Case(data=2, pipeline=2, unequal=True),
+    "TP2xPP2+SP, vocabulary padded, tied, the head in chunks": Case(
+        tensor=2, pipeline=2, sequence=True, recompute="segment", head_numbers=30, model={**TIED, **ODD}, unequal=True
+    ),
+    "DP2xTP2, vocabulary padded": Case(data=2, tensor=2, model=ODD),
+    "TP4, a rank with pads alone": Case(tensor=4, predicting=(1, 2), model=FOUR | {"vocab_size": 9}),
 }
 WIDE = {
     f"{name}, recompute {kind}, {len(windows['predicting'])} answer windows, {eviction}, N={passes}":
@@ -222,22 +229,24 @@ BROKEN = {
     "inputs of another segment, PP2": Case(
         pipeline=2, recompute="segment", offload_inputs=True, broken="inputs on the host"
     ),
+    "pads win, TP2": Case(tensor=2, model=ODD, broken="pads of the vocabulary"),
     "a mean of the ranks' means, DP2": Case(data=2, unequal=True, broken="global token mean, ranks"),
     "a mean of the ranks' means, DP2xPP2": Case(data=2, pipeline=2, unequal=True, broken="global token mean, ranks"),
     "a mean of the micro-batches' means": Case(unequal=True, broken="global token mean, micro-batches"),
 }
 # One of each kind, for `make test`.
 FAST = [
+    "TP2xPP2+SP, vocabulary padded, tied, the head in chunks",
     "TP2, recompute segment, 2 answer windows, sliding",
     "PP2, recompute nested, 2 answer windows, sliding",
     "TP2xPP2+SP, carried, pads",
     "TP2+SP, separate documents, further letters",
-    "TP2+SP, the head in chunks",
     "PP2, truncated back-propagation",
     "DP2xPP2, probes, every other mixer",
     "dropout, TP2+SP",
 ]
 FAST_BROKEN = [
+    "pads win, TP2",
     "fast weights' gradient lost, PP2",
     "norm gradients not summed, TP2+SP",
     "a mixer's heads of another rank, TP2",

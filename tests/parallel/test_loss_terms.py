@@ -14,14 +14,14 @@ CASES = {
     "one, in chunks, computed again": Case(recompute="segment", head_numbers=60),
     "text": Case(predicting=(0, 1, 2), sleep={"every_window": True}, recompute="blocks"),
     "TP2, in chunks": Case(tensor=2, head_numbers=60),
-    "TP2+SP": Case(tensor=2, sequence=True, recompute="segment"),
+    "TP2+SP, vocabulary padded": Case(tensor=2, sequence=True, recompute="segment", vocab_size=19),
     "PP2": Case(pipeline=2),
     "DP2": Case(data=2, recompute="nested"),
     "TP2xPP2": Case(tensor=2, pipeline=2, recompute="segment"),
     "distillation": Case(context="window"),
     "distillation of the sequence, in chunks": Case(context="sequence", recompute="segment", head_numbers=60),
     "distillation of text": Case(context="window", predicting=(0, 1, 2), sleep={"every_window": True}),
-    "distillation, TP2, in chunks": Case(context="window", tensor=2, head_numbers=60),
+    "distillation, TP2, in chunks, vocabulary padded": Case(context="window", tensor=2, head_numbers=60, vocab_size=19),
     "distillation of the sequence, TP2+SP": Case(context="sequence", tensor=2, sequence=True, recompute="blocks"),
     "distillation, PP2": Case(context="window", pipeline=2, recompute="segment"),
     "distillation of the sequence, PP2": Case(context="sequence", pipeline=2),
@@ -41,10 +41,10 @@ BROKEN = {
 # One of each kind, for `make test`.
 FAST = [
     "one, in chunks, computed again",
-    "TP2+SP",
+    "TP2+SP, vocabulary padded",
     "PP2",
     "distillation of text",
-    "distillation, TP2, in chunks",
+    "distillation, TP2, in chunks, vocabulary padded",
     "distillation of the sequence, PP2",
     "distillation, DP2",
 ]
@@ -77,4 +77,6 @@ def test_the_comparison_sees_what_is_broken(results, name):
 )
 def test_what_is_no_number_for_each_token_is_refused(topology, function, words):
     with pytest.raises(LossTermError, match=f"loss term odd {words}"):
-        LossTerm("odd", function).values(torch.ones(3, 5), torch.zeros(3, dtype=torch.long), None, topology.groups.tp)
+        LossTerm("odd", function).values(
+            torch.ones(3, 5), torch.zeros(3, dtype=torch.long), None, topology.groups.tp, 5
+        )

@@ -8,6 +8,7 @@ from powernap.model.batch import plan_segments
 from powernap.model.sleep import sleep_and_predict
 from powernap.model.stage import HybridStage
 from powernap.parallel.checkpoint.reader import Checkpoint
+from powernap.parallel.checkpoint.shards import Split
 from powernap.parallel.planning.memory import state_bytes
 from powernap.train.data.loader import training_batches
 from powernap.train.generation.export import ExportedWeights
@@ -44,14 +45,14 @@ RUNS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extras")
     train = {"steps": STEPS, "global_batch_size": 8, "log_every": 1}
-    sections = {"train": train, "checkpoint": {"every": 1, "keep_last": STEPS}, "model": {"vocab_size": 16}}
+    sections = {"train": train, "checkpoint": {"every": 1, "keep_last": STEPS}, "model": {"vocab_size": 17}}
     runs.prepare(folder, evaluation={"every": None}, optimizer={"hold": 1.0}, **sections)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(request, folder):
-    found, asked = {}, asked_for(request, RUNS, "ema_muon", "ema_zero3", "z", "no_z")
+    found, asked = {}, asked_for(request, RUNS, "ema_muon", "ema_zero3", "z", "z_tensor", "no_z")
     for processes in (1, 2, 4):
         found |= runs.train_in_turn(folder, processes, {n: o for n, (p, o) in asked.items() if p == processes})
     return found
@@ -133,6 +134,16 @@ def test_z_loss_is_the_same_in_other_layouts(trained, name):
     )
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[0] == pytest.approx(without[0], rel=1e-5) and found[-1] != pytest.approx(without[-1], rel=1e-4)
+
+
+def test_a_padded_vocabulary_is_saved_without_pads(trained):
+    """Two tensor ranks do not divide the 17 tokens."""
+    padded, plain = checkpoint(trained["z_tensor"]), checkpoint(trained["z"])
+    for name in ("embedding.weight", "output_layer.weight"):
+        assert padded.manifest["parameters"][name] == plain.manifest["parameters"][name]
+        torch.testing.assert_close(padded.whole(name), plain.whole(name), rtol=0, atol=1e-4)
+        last = padded.shard(name, Split(0, 1), 1, 2)
+        assert len(last) == 9 and last[-1].abs().max() == 0 and torch.equal(last[:-1], padded.whole(name)[9:])
 
 
 @pytest.mark.parametrize("name", names([], ["noise_zero3", "noise_tensor", "noise", "noise_pipeline"]))

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from powernap.train.data.build_folder import begun, finished_splits
+from powernap.train.data.build_folder import begun, check_unfinished, finished_splits
 from powernap.train.data.build_report import COLUMNS, report, say, summarize, wrap
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
@@ -32,6 +32,7 @@ from powernap.train.data.tar_index import index_file, index_tar, write_index
 from powernap.train.data.task import Task
 from powernap.train.data.tokenizer import use_threads
 from powernap.train.data.unique import HASH, find_duplicates, hash_file, without
+from powernap.train.outputs import check_folder
 from powernap.train.tasks.sample import PAD, Sample
 
 DUPLICATES = "the same as one before"  # why documents are left out
@@ -53,11 +54,32 @@ def build_task(
     """`build` for samples drawn by a task, each of which is compared with what the task says of itself.
 
     Args:
+        task, samples_per_shard: of `task_source`.
+
+    Raises:
+        DataError: as `task_source` and `build` do.
+    """
+    source = task_source(
+        name,
+        task,
+        train_samples=train_samples,
+        test_samples=test_samples,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+    )
+    build(source, folder, workers, part, command)
+
+
+def task_source(
+    name: str, task: Task, *, train_samples: int, test_samples: int, samples_per_shard: int, seed: int
+) -> TaskSource:
+    """
+    Args:
         task: one of powernap.train.tasks.TASKS with its sizes.
         samples_per_shard: the maximum; a split's samples are spread evenly over its shards.
 
     Raises:
-        DataError: if a number is out of range, or a sample is not what the task says, and as `build` does.
+        DataError: if a number is out of range, or a sample is not what the task says.
     """
     limits = {"train-samples": train_samples, "test-samples": test_samples, "samples-per-shard": samples_per_shard}
     for option, value in limits.items():
@@ -73,8 +95,21 @@ def build_task(
             drawn.set()
             check_drawn(name, task, sample, f"a sample with held_out={held_out}")
             check_guesses(name, task, sample)
-    counts = {"train": train_samples, "test": test_samples}
-    build(TaskSource(name, task, counts, samples_per_shard, seed), folder, workers, part, command)
+    return TaskSource(name, task, {"train": train_samples, "test": test_samples}, samples_per_shard, seed)
+
+
+def check_build(source: Source, folder: Path) -> int:
+    """The number of jobs that the parts of a build share.
+
+    Raises:
+        DataError, OutputError: for what `build` would refuse before it reads the input, and for a build that is finished.
+    """
+    about = _about(source, folder, None)
+    check_folder(folder, "")
+    if finished_splits(folder, about) is not None:
+        raise DataError(f"{folder} is finished: nothing is left to build")
+    check_unfinished(folder, about)
+    return len(source.jobs())
 
 
 def build(
@@ -105,19 +140,7 @@ def build(
     use_threads(workers)
     for note in source.notes():
         say(note)
-    pad = getattr(task, "pad_token_id", PAD)
-    fields = [
-        f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
-    ]
-    about = {
-        **source.about(),
-        "command": command or " ".join(["powernap data build", source.name, folder.name, *fields, *source.options()]),
-        "vocab_size": task.vocab_size,
-        "sequence_length": task.sequence_length,
-        "context_length": task.context_length,
-        "window": task.window,
-        "pad_token_id": pad,
-    }
+    about = _about(source, folder, command)
     try:
         splits = finished_splits(folder, about)
         if splits is None:
@@ -139,10 +162,27 @@ def build(
     )
     print("for the recipe:")
     sizes = [f"data.sequence_length={task.sequence_length}", f"model.vocab_size={task.vocab_size}"]
-    sizes += [f"model.window={task.window}", f"model.pad_token_id={pad}"]
+    sizes += [f"model.window={task.window}", f"model.pad_token_id={about['pad_token_id']}"]
     sizes += ["data.documents=whole"] if getattr(task, "documents", "") == "whole" else []
     words = " ".join([f"data.train={train_shards}", f"data.test={test_shards}", *sizes])
     print("  " + " \\\n  ".join(wrap(words, COLUMNS - 4)))  # as a shell reads it
+
+
+def _about(source: Source, folder: Path, command: str | None) -> dict[str, Any]:
+    """What the manifest says of a build before anything is built."""
+    task = source.task
+    fields = [
+        f"{name}={json.dumps(value)}" for name, value in task.model_dump(mode="json", exclude_defaults=True).items()
+    ]
+    return {
+        **source.about(),
+        "command": command or " ".join(["powernap data build", source.name, folder.name, *fields, *source.options()]),
+        "vocab_size": task.vocab_size,
+        "sequence_length": task.sequence_length,
+        "context_length": task.context_length,
+        "window": task.window,
+        "pad_token_id": getattr(task, "pad_token_id", PAD),
+    }
 
 
 def _finish(
@@ -277,7 +317,8 @@ def _begin_worker(advanced: Any) -> None:
 
 def _belong_to_the_parent() -> None:
     """Leave interrupts to the parent process, and exit when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
     def follow() -> None:
         parent = multiprocessing.parent_process()

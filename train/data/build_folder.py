@@ -81,6 +81,11 @@ def begun(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
             running.unlink(missing_ok=True)
 
 
+def check_unfinished(folder: Path, about: dict[str, Any]) -> None:
+    """Raise DataError if another build has begun there that `begun` would not put aside."""
+    _is_another(unfinished_folder(folder), about)
+
+
 def _is_another(unfinished: Path, about: dict[str, Any]) -> bool:
     """Whether another build has begun, which is over and has finished no shard. Raises DataError if it has, or goes on."""
     note = unfinished / MANIFEST

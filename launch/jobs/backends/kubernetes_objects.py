@@ -10,7 +10,7 @@ from typing import Any
 
 from powernap.launch.jobs.cluster import KubernetesCluster
 from powernap.launch.jobs.description import JobError, parse_mount
-from powernap.launch.jobs.job import Job
+from powernap.launch.jobs.job import Job, TrainingJob
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.parallel.liveness import exit_codes
 from powernap.train.config import Recipe
@@ -256,6 +256,8 @@ def check(jobs: list[Job]) -> None:
     """Raise JobError for mistakes that can be found without a server."""
     for job in jobs:
         description, cluster = job.description, _profile(job)
+        if not isinstance(job, TrainingJob):
+            raise JobError("--build on Kubernetes is an indexed Job of your own: docs/data.md has one to copy")
         if not description.image:
             raise JobError("job.image is missing: write the image that `make image` built and your nodes can pull")
         if description.environment:
@@ -268,11 +270,11 @@ def check(jobs: list[Job]) -> None:
         if reserved := [name for name in (*description.env, *description.secrets) if name.startswith("PET_")]:
             raise JobError(f"job.env.{reserved[0]}: names that begin with PET_ are reserved for torchrun")
         if job.run_folder.is_absolute() or ".." in job.run_folder.parts:
-            raise JobError(f"run.root={job.recipe.run.root}: write a folder relative to the volume, such as runs")
+            raise JobError(f"run.root={job.root}: write a folder relative to the volume, such as runs")
         _check_size(job)
 
 
-def _check_size(job: Job) -> None:
+def _check_size(job: TrainingJob) -> None:
     size = len(job.recipe_text.encode())
     if size > LARGEST:
         field, field_size = _largest_field(job.recipe)

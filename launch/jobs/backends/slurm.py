@@ -74,7 +74,7 @@ class Slurm:
             for one in jobs:
                 folder = one.submit_dir / one.run_folder
                 if not _is_mounted(folder, _mounts(one)):
-                    raise JobError(f"{folder} is not in the container: write job.mounts=[{one.recipe.run.root}:...]")
+                    raise JobError(f"{folder} is not in the container: write job.mounts=[{one.root}:...]")
         check_sources(description.secrets, profile.secrets)
 
     def render(self, jobs: list[Job]) -> dict[str, str]:

@@ -43,7 +43,12 @@ SHORT = [
     ("PP2xDP2", "TP2+SPxPP1xDP2, ZeRO 2"),
 ]
 OTHERS = {  # name -> saved, loaded, further fields
-    "tied embeddings": (Case(tensor=2, pipeline=2), Case(zero_stage=3, data=2), {"tied": True}),
+    "tied embeddings, vocabulary padded": (
+        Case(tensor=2, pipeline=2),
+        Case(zero_stage=3, data=2),
+        {"tied": True, "vocab_size": 19},
+    ),
+    "vocabulary padded": (Case(zero_stage=3, data=2), Case(tensor=4), {"vocab_size": 17}),
     "Muon, DP2": (Case(data=2), Case(pipeline=2), {"optimizer": MUON}),
 }
 WIDE_OTHERS = {

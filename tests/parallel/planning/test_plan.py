@@ -69,8 +69,8 @@ def large_model(**changes):
 
 
 MODELS = {
-    "untied": (tiny.model_config(pattern="AGGA", vocab_size=18), SleepConfig()),
-    "tied, pass norm": (tiny.model_config(tie_embeddings=True, vocab_size=18), SleepConfig(pass_norm=True)),
+    "untied": (tiny.model_config(pattern="AGGA", vocab_size=19), SleepConfig()),
+    "tied, pass norm": (tiny.model_config(tie_embeddings=True, vocab_size=19), SleepConfig(pass_norm=True)),
     **{
         f"one {mixer.title} block": (tiny.model_config(pattern=letter, vocab_size=18), SleepConfig())
         for letter, mixer in MIXERS.items()

@@ -48,7 +48,7 @@ FAST = ["again", "from_export", "states", "norm"]  # one of each kind, for `make
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     sections = {"train": {"steps": 4, "log_every": 1, "global_batch_size": 8}, "checkpoint": {"every": 2}}
-    runs.prepare(folder, model={"vocab_size": 16}, evaluation={"every": None}, **sections)
+    runs.prepare(folder, model={"vocab_size": 17}, evaluation={"every": None}, **sections)
     return folder
 
 
@@ -85,7 +85,7 @@ def loss_of(weights: Checkpoint, folder, topology, monkeypatch, dtype=torch.floa
     for name, parameter in stage.named_parameters():
         if not name.endswith((".A_log", ".dt_bias")):
             parameter.data = parameter.to(dtype)
-    batch, _ = next(training_batches(recipe.data, batch_size=8, vocab_size=16, rank=0, world_size=1, seed=0))
+    batch, _ = next(training_batches(recipe.data, batch_size=8, vocab_size=17, rank=0, world_size=1, seed=0))
     segments = plan_segments(batch.tokens, batch.loss_mask, recipe.model, recipe.sleep, 2)
     with torch.no_grad():
         total = sleep_and_predict(stage, segments, batch.tokens, batch.loss_mask, recompute="none").loss

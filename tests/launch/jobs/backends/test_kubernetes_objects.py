@@ -17,7 +17,7 @@ from powernap.launch.jobs.backends.kubernetes import Kubernetes
 from powernap.launch.jobs.backends.kubernetes_objects import check, object_name, objects
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
-from powernap.launch.jobs.job import Job
+from powernap.launch.jobs.job import Job, TrainingJob
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError
 from tests.helpers import kube_schema, runs
@@ -60,14 +60,14 @@ def job(form: str = "jobset", profile: dict | None = None, wanted: dict | None =
     sections = {**runs.RECIPE, "run": {"name": name}, "parallel": {"data": 4}}
     cluster = parse_cluster({"kind": "kubernetes", "form": form, "storage": {"claim": "work"}} | (profile or {}))
     description = JobDescription(**{"image": "registry.example/powernap:1"} | (wanted or {}))
-    return Job(
-        Recipe.model_validate(sections),
-        description.resolved(4, "the layout"),
-        cluster,
-        "0123456789abcdef",
-        1,
-        Path("/"),
-        "powernap submit a.yaml 'data.train=pipe:$(cat)'",
+    return TrainingJob(
+        recipe=Recipe.model_validate(sections),
+        description=description.resolved(4, "the layout"),
+        cluster=cluster,
+        submission_id="0123456789abcdef",
+        attempt=1,
+        submit_dir=Path("/"),
+        submitted_as="powernap submit a.yaml 'data.train=pipe:$(cat)'",
     )
 
 
@@ -280,7 +280,14 @@ def test_the_shipped_profile_with_all_its_examples():
     cluster = parse_cluster(values)
     sections = {**runs.RECIPE, "run": {"name": "mine"}, "parallel": {"data": 8}}
     description = cluster.job.resolved(8, "the layout")
-    one = Job(Recipe.model_validate(sections), description, cluster, "0" * 16, 1, Path("/"))
+    one = TrainingJob(
+        recipe=Recipe.model_validate(sections),
+        description=description,
+        cluster=cluster,
+        submission_id="0" * 16,
+        attempt=1,
+        submit_dir=Path("/"),
+    )
     assert not list(itertools.chain.from_iterable(findings(body) for body in objects(one)))
 
 

@@ -236,6 +236,24 @@ def test_a_sweep_is_one_array_with_a_log_for_each(jobs):
     runs.assert_one_line(jobs.powernap(*sweep), "all 2 runs of the sweep sweep have succeeded already")
 
 
+def test_a_part_of_a_build_that_is_asked_to_leave_goes_on_and_counts_no_failure(jobs):
+    shards = "nodes=8 max_hop=4 queries=18 names=ends --train-samples 8000 --test-samples 20 --samples-per-shard 250 --workers 1"
+    build = ["submit", "--on", "slurm", "--parts", "2", "--json", "--build", "depo", "built", *shards.split()]
+    done = jobs.powernap(*build)
+    assert done.returncode == 0, done.stderr
+    first, second = (job["id"] for job in json.loads(done.stdout))
+    assert second == first.replace("_0", "_1")
+    jobs.until(lambda: (jobs.folder / ".built.unfinished" / "000000.done").exists())
+    jobs.cluster.run("scancel", "--signal=USR1", first)  # as SLURM before the time limit
+    jobs.started_again(first, 1)
+    assert jobs.wait("build-built") == 0
+    assert jobs.status("build-built-part-1")["restarts"] == 1
+    assert not (jobs.folder / "runs/build-built-part-1/jobs/1/failures").exists()
+    assert "asked to stop: the same command goes on" in jobs.log("build-built-part-1")
+    assert jobs.powernap("data", "verify", "built").returncode == 0
+    assert json.loads((jobs.folder / "built" / "manifest.json").read_text())["splits"]["train"]["shards"] == 32
+
+
 def test_an_element_that_is_started_again_leaves_the_others_alone(jobs):
     """The last element's own number is that of the whole array."""
     script = 'echo "$SLURM_ARRAY_TASK_ID" >>starts; [ "$SLURM_ARRAY_TASK_ID" = 0 ] && sleep 3 || exit $((SLURM_RESTART_COUNT ? 0 : 75))'

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from powernap.launch.jobs.backends.slurm_causes import refusal
 from powernap.launch.jobs.backends.slurm_json import parse_jobs
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
-from powernap.launch.jobs.job import Job
+from powernap.launch.jobs.job import BuildJob, Job, TrainingJob
 from powernap.train.recipe_file import load_recipe
 from tests.helpers import runs
 
@@ -89,7 +89,7 @@ def recipe(tmp_path_factory):
 def job(recipe, play: Play, profile: dict | None = None, submit_dir: Path | None = None, **description) -> Job:
     """Of two ranks; its powernap is play's."""
     wanted = {"nodes": 2, "processes_per_node": 1, "environment": str(play.folder), "retries": 1} | description
-    made = Job(
+    made = TrainingJob(
         recipe=recipe,
         description=JobDescription(**wanted),
         cluster=parse_cluster({"kind": "slurm", **(profile or {})}),
@@ -195,6 +195,21 @@ def test_an_element_of_an_array_asks_for_itself(recipe, play):
     assert play.read("scontrol") == "requeue 37_1\n"
     found = json.loads(play.read("runs/other/jobs/1/state.json"))
     assert (found["id"], found["restarts"]) == ("37_1", 4)
+
+
+def test_an_element_builds_its_part(recipe, play):
+    made = job(recipe, play)
+    common = {f.name: getattr(made, f.name) for f in fields(Job)}
+    words = ("text", "out", "inputs=a b")
+    parts = [BuildJob(build="build-out", words=words, part=(number, 2), **common) for number in (1, 2)]
+    for part in parts:
+        (play.folder / part.folder.path).mkdir(parents=True)
+    play.command("powernap", '#!/bin/sh\nprintf "%s|" "$@" >>"$PLAY/ran"\n')
+    play.run(render(*parts), SLURM_ARRAY_JOB_ID="37", SLURM_ARRAY_TASK_ID="1")
+    (ran,) = set(play.read("ran").replace("data|", "\n").split("\n")[1:])
+    assert ran == "build|text|out|inputs=a b|--part|2/2|"
+    assert json.loads(play.read("runs/build-out-part-2/jobs/1/state.json"))["state"] == "succeeded"
+    assert not play.read("runs/build-out-part-1/jobs/1/state.json")
 
 
 def test_values_reach_the_ranks_as_they_are_and_nothing_else_happens(recipe, play):
