@@ -80,13 +80,14 @@ def test_a_command_can_be_typed_as_it_stands(command):
     assert all("=" in word for word in rest), rest
     if not (hasattr(options, "recipe") and hasattr(options, "overrides")):
         return
-    pairs = [*options.overrides, *rest]
+    built = getattr(options, "build", None)
+    pairs = [*([options.recipe] if built else []), *options.overrides, *rest]
     names = set(field_names(Recipe))
     sections = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for pair in pairs:
         key = pair.partition("=")[0]
         assert key in names | sections or key.startswith("job."), key
-    if not options.recipe.endswith(".yaml") and options.recipe.islower():
+    if not built and not options.recipe.endswith(".yaml") and options.recipe.islower():
         find_recipe(options.recipe)
 
 

@@ -30,7 +30,7 @@ def beating(progress: Progress, rank: int) -> Iterator[None]:
             with suppress(
                 OSError
             ):  # such as a full disk: no reason to disturb a run, and the file's time still changes
-                file.write_text(f"rank {rank}: {'starting' if progress.step is None else f'step {progress.step}'}\n")
+                _overwrite(file, f"rank {rank}: {'starting' if progress.step is None else f'step {progress.step}'}\n")
             if stopped.wait(EVERY):
                 return
 
@@ -43,3 +43,13 @@ def beating(progress: Progress, rank: int) -> Iterator[None]:
         thread.join()
         with suppress(OSError):
             file.unlink()
+
+
+def _overwrite(file: Path, line: str) -> None:
+    """In place: emptied first, it could be read so."""
+    number = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(number, line.encode(), 0)
+        os.truncate(number, len(line))
+    finally:
+        os.close(number)
