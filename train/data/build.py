@@ -54,7 +54,8 @@ def build_task(
     """`build` for samples drawn by a task, each of which is compared with what the task says of itself.
 
     Args:
-        task, samples_per_shard: of `task_source`.
+        task: its sizes and how it draws samples.
+        samples_per_shard: the most that a shard holds.
 
     Raises:
         DataError: as `task_source` and `build` do.
