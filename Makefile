@@ -20,7 +20,7 @@ check: install  ## lint, types, and the tests that start no process (within a mi
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO) --quick -q -r fE
 
-test: install .venv/kernels  ## lint, types, and a test of everything promised: four minutes on two cores
+test: install .venv/kernels  ## lint, types, and a test of everything promised: four to seven minutes on two cores
 	$(STYLE)
 	$(BIN)/python -m pytest $(TWO)
 
