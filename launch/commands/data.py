@@ -134,8 +134,8 @@ def _left_when_asked() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def source_of(options: argparse.Namespace) -> "Source":
-    """What a build's arguments say, checked."""
+def source_of(options: argparse.Namespace, files: str | None = None) -> "Source":
+    """What a build's arguments say, checked. `files`: where the files are of the cluster that builds (train/paths.py)."""
     from powernap.train.data.build import task_source
     from powernap.train.data.corpora import CORPORA
     from powernap.train.data.sample import DataError
@@ -150,7 +150,7 @@ def source_of(options: argparse.Namespace) -> "Source":
             raise DataError(
                 f"--{name.replace('_', '-')}: {options.task} is read whole; --shard-size divides it into shards"
             )
-        return CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE)
+        return CorpusSource(check(corpus, fields, files=files), options.shard_size or SHARD_SIZE)
     if options.shard_size is not None:
         raise DataError(f"--shard-size: {options.task} is drawn; --samples-per-shard divides it into shards")
     return task_source(options.task, check(task_kind(options.task), fields), **OF_TASKS | given)

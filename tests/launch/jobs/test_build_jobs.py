@@ -37,7 +37,9 @@ def here(tmp_path, monkeypatch):
         (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name} sleeps. " * 80)
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "slurm.yaml").write_text("kind: slurm\npartition: cpu\njob: {cpus_per_process: 8}\n")
-    (tmp_path / "clusters" / "pods.yaml").write_text("kind: kubernetes\nstorage: {claim: work}\n")
+    (tmp_path / "clusters" / "pods.yaml").write_text(
+        "kind: kubernetes\nstorage: {claim: work, path: /work}\njob: {image: a, nodes: 4, device: gpu, mounts: ['/data:/data:ro']}\n"
+    )
     return tmp_path
 
 
@@ -68,7 +70,10 @@ def run(job: BuildJob) -> int:
         (submit(build=[*BUILD, "inputs=https://me:pass@host/a.txt"]), ["inputs contains a credential", "job.secrets"]),
         (submit(build=["text", "corpus", *BUILD[2:]]), ["corpus", "not empty", "choose another folder"]),
         (submit(build=["text", "/proc/shards", *BUILD[2:]]), ["/proc/shards", "cannot be written"]),
-        (submit(on="pods"), ["--build on Kubernetes", "docs/data.md"]),
+        (submit(on="pods", build=["text", "~/shards", *BUILD[2:]]), ["mean other folders here than in pods"]),
+        (submit(on="pods", build=[*BUILD, "inputs=~/corpus"]), ["inputs=", "mean other folders here than in pods"]),
+        (submit(on="pods", build=["text", "/data/shards", *BUILD[2:]]), ["/data/shards is not on the volume", "/work"]),
+        (submit(on="pods", build=["text", "../shards", *BUILD[2:]]), ["../shards is not on the volume"]),
         (["submit", "--on", "local"], ["RECIPE is missing", "--build TASK FOLDER"]),
         (["submit", "demo", "--on", "local", "--parts", "3"], ["--parts without --build"]),
     ],
@@ -89,6 +94,22 @@ def test_on_slurm_the_parts_are_an_array(here, capfd):
         assert f"runs/build-shards-part-{number}/jobs/1" in script
         assert f"{shlex.join(['data', 'build', *BUILD, '--part', f'{number}/3'])})\n" in script
     assert not (here / "runs").exists()
+
+
+def test_on_kubernetes_each_part_is_a_job_of_its_own(here):
+    """Inputs are where the pods are: nothing is looked for here."""
+    words = ["text", "shards", "inputs=/work/elsewhere", "tokenizer=mine.json"]
+    build = cli.parse(["data", "build", *words])
+    source = source_of(build, files="elsewhere")
+    submission = prepare_build(words, build.folder, source, 3, ["job.cpus_per_process=2"], "pods")
+    for number, (_, files) in enumerate(submission.rendered(), 1):
+        body = yaml.safe_load(files["jobset.yaml"])
+        assert body["metadata"]["name"] == f"build-shards-part-{number}-1"
+        (container,) = body["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"] == {"cpu": "2"}  # no GPU, which the profile's runs get
+        # A pod sees all cores of its node.
+        assert container["command"] == ["powernap", "data", "build", *words, "--workers", "2", "--part", f"{number}/3"]
+    assert number == 3
 
 
 def test_one_part_on_this_machine_is_a_plain_job(here, capfd):
