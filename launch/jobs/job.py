@@ -97,6 +97,11 @@ class Job(ABC):
         return None
 
     @property
+    def written(self) -> list[Path]:
+        """Folders that it writes, as it sees them."""
+        return [self.run_folder]
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.root) / self.name
 
@@ -185,6 +190,10 @@ class BuildJob(Job):
     def name(self) -> str:
         number, parts = self.part
         return f"{self.build}-part-{number:0{len(str(parts))}}" if parts > 1 else self.build
+
+    @property
+    def written(self) -> list[Path]:
+        return [self.run_folder, self.output]
 
     def command(self, recipe: str | None = None) -> list[str]:
         cores = self.description.cpus_per_process  # in a pod a process sees all of the node's

@@ -59,7 +59,7 @@ class Submission:
     Attributes:
         folder: of the run or of the sweep.
         jobs: of all runs.
-        jobs_to_start: without those of runs that have succeeded before.
+        jobs_to_start: without those of runs that have succeeded before, and of parts of which nothing is missing.
     """
 
     folder: Path
@@ -165,7 +165,7 @@ def prepare_build(
         _, status = status_of(record)
         if not status.is_over:
             raise JobError(f"{record.run} is {status.state}: wait for it, or powernap cancel {name}")
-    jobs: list[Job] = [
+    jobs = [
         _numbered(
             BuildJob(
                 build=name,
@@ -178,13 +178,15 @@ def prepare_build(
         for number in range(1, parts + 1)
     ]
     backend = cluster.backend()
-    backend.check(jobs)
+    backend.check([*jobs])
     check_folder(together, "")
-    if cluster.files != "elsewhere":
-        shards = check_build(source, folder)
-        if parts > shards:
-            raise JobError(f"--parts {parts}: {shards} shards are to build: write --parts {shards} or less")
-    return Submission(together, jobs, jobs, cluster, backend)
+    if cluster.files == "elsewhere":
+        return Submission(together, [*jobs], [*jobs], cluster, backend)
+    done = check_build(source, folder)
+    if parts > len(done):
+        raise JobError(f"--parts {parts}: {len(done)} shards are to build: write --parts {len(done)} or less")
+    unfinished = [job for job in jobs if not all(done[job.part[0] - 1 :: parts])]
+    return Submission(together, [*jobs], [*(unfinished or jobs[:1])], cluster, backend)  # any part writes the manifest
 
 
 def submit_all(submission: Submission) -> list[JobRecord]:
