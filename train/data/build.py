@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,7 @@ def _finish(
     about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path, workers: int
 ) -> dict[str, dict[str, int]]:
     """Write the manifest and let the folder appear, unless another part just did; returns the manifest's splits."""
-    lock = _lock(folder)
-    with FileLock(lock):
+    with _finishing(folder):
         if not unfinished.exists():
             splits = finished_splits(folder, about)
             assert splits is not None
@@ -202,11 +201,7 @@ def _finish(
             made = _leave_out_duplicates(made, unfinished, workers)
         notes = [] if about["task"] in CORPORA else repeats(unfinished, len(made))
         manifest = _manifest(about, made)
-        try:
-            _refuse_empty(manifest, unfinished)
-        except DataError:
-            lock.unlink()
-            raise
+        _refuse_empty(manifest, unfinished)
         shards = [unfinished / shard["file"] for shard in manifest["shards"]]
         keep = {path.name for shard in shards for path in (shard, index_file(shard))}
         for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
@@ -214,7 +209,6 @@ def _finish(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         unfinished.rename(folder)
-        lock.unlink()
     for note in notes:
         say(note)
     report(manifest)
@@ -224,6 +218,17 @@ def _finish(
 def _lock(folder: Path) -> Path:
     """Held, and there, while a build is finished."""
     return folder.parent / f".{folder.name}.lock"
+
+
+@contextmanager
+def _finishing(folder: Path) -> Iterator[None]:
+    """One part at a time."""
+    lock = _lock(folder)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _refuse_while_another_part_finishes(folder: Path) -> None:
