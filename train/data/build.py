@@ -273,6 +273,9 @@ def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] 
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
+            if part and progress.disable:  # a job's log
+                own = range(first - 1, len(jobs), step)
+                print(f"{sum(number in done for number in own)} of {len(own)} shards of this part", flush=True)
     others = [number for number in range(len(jobs)) if number not in done]
     notes = ((number, _done(source, number, jobs[number], folder)) for number in others)  # other parts went on
     done |= {number: note for number, note in notes if note and not note.get("duplicates_left_out")}

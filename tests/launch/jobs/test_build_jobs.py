@@ -137,6 +137,7 @@ def test_a_part_that_fails_leaves_no_manifest_and_submitting_again_builds_what_i
     assert [job.part for job in prepared(2).jobs_to_start] == [(2, 2)]  # in another number of parts, too
     (job,) = prepared(3).jobs_to_start
     assert job.part == (2, 3) and run(job) == 0
+    assert "1 of 1 shards of this part\n" in capfd.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in (here / "shards").glob("*.tar")}
     assert before and before.items() < after.items()
     assert json.loads((here / "shards" / "manifest.json").read_text())["splits"]["train"]["shards"] == 3
