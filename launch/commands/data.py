@@ -77,7 +77,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "--part",
         type=part,
         metavar="I/N",
-        help="build every N-th shard alone, from the I-th, as a task of a job array: --part $SLURM_ARRAY_TASK_ID/64. The part that "
+        help="build every N-th shard alone, from the I-th, such as 3/64; powernap submit --parts has a cluster build all. The part that "
         "ends last writes the manifest; without --part, the same command builds what is missing",
     )
     parser.set_defaults(run=run_build)
