@@ -10,13 +10,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import kubernetes_validate
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from powernap.launch import cli
 from powernap.model.batch import plan_segments
 from powernap.model.decoder import Decoder
 from powernap.model.sleep import sleep_and_predict
@@ -207,22 +204,6 @@ def test_shards_of_ones_own(tmp_path, run, script, command):
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert len((tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_build_as_an_indexed_job(tmp_path):
-    """The manifest is Kubernetes', and its indexes are all the parts."""
-    job = yaml.safe_load(examples("data.md")["build-job.yaml"])
-    kubernetes_validate.validate(job, "1.37", strict=True)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    (tmp_path / "powernap").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "powernap").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    parts = []
-    for index in range(job["spec"]["completions"]):
-        environment = {"PATH": path, "JOB_COMPLETION_INDEX": str(index)}
-        said = subprocess.run(container["command"], env=environment, capture_output=True, text=True, check=True).stdout
-        parts.append(cli.parse(said.split()).part)
-    assert parts == [(number, 64) for number in range(1, 65)]
 
 
 @pytest.mark.parametrize(

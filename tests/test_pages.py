@@ -80,14 +80,17 @@ def test_a_command_can_be_typed_as_it_stands(command):
     assert all("=" in word for word in rest), rest
     if not (hasattr(options, "recipe") and hasattr(options, "overrides")):
         return
-    built = getattr(options, "build", None)
-    pairs = [*([options.recipe] if built else []), *options.overrides, *rest]
+    if getattr(options, "build", None):  # in place of a recipe
+        assert all(word.startswith("job.") for word in [options.recipe or "job.", *options.overrides])
+        assert not parser.parse_known_args(["data", "build", *options.build])[1]
+        return
+    pairs = [*options.overrides, *rest]
     names = set(field_names(Recipe))
     sections = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for pair in pairs:
         key = pair.partition("=")[0]
         assert key in names | sections or key.startswith("job."), key
-    if not built and not options.recipe.endswith(".yaml") and options.recipe.islower():
+    if not options.recipe.endswith(".yaml") and options.recipe.islower():
         find_recipe(options.recipe)
 
 

@@ -77,7 +77,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "--part",
         type=part,
         metavar="I/N",
-        help="build every N-th shard alone, from the I-th, as a task of a job array: --part $SLURM_ARRAY_TASK_ID/64. The part that "
+        help="build every N-th shard alone, from the I-th, such as 3/64; powernap submit --parts has a cluster build all. The part that "
         "ends last writes the manifest; without --part, the same command builds what is missing",
     )
     parser.set_defaults(run=run_build)
@@ -134,8 +134,8 @@ def _left_when_asked() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def source_of(options: argparse.Namespace) -> "Source":
-    """What a build's arguments say, checked."""
+def source_of(options: argparse.Namespace, files: str | None = None) -> "Source":
+    """What a build's arguments say, checked. `files`: where the files are of the cluster that builds (train/paths.py)."""
     from powernap.train.data.build import task_source
     from powernap.train.data.corpora import CORPORA
     from powernap.train.data.sample import DataError
@@ -150,7 +150,7 @@ def source_of(options: argparse.Namespace) -> "Source":
             raise DataError(
                 f"--{name.replace('_', '-')}: {options.task} is read whole; --shard-size divides it into shards"
             )
-        return CorpusSource(check(corpus, fields), options.shard_size or SHARD_SIZE)
+        return CorpusSource(check(corpus, fields, files=files), options.shard_size or SHARD_SIZE)
     if options.shard_size is not None:
         raise DataError(f"--shard-size: {options.task} is drawn; --samples-per-shard divides it into shards")
     return task_source(options.task, check(task_kind(options.task), fields), **OF_TASKS | given)

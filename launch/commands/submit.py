@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Train a recipe as a job that is restarted after preemption and failures. job.NAME=VALUE requests "
         "resources of the cluster; values separated by commas make a sweep. After a failure the same command resumes "
         "the run. A copy of everything submitted is kept in runs/NAME/jobs/. With --build the jobs are the parts of a build of shards, on "
-        "this machine one after another, on SLURM an array; the part that ends last writes the manifest.",
+        "this machine one after another, on SLURM an array, on Kubernetes a JobSet each; the part that ends last writes the manifest.",
         epilog="examples: powernap submit demo --on local run.name=mine; powernap submit demo --on slurm job.nodes=2 "
         "job.time=2h sleep.passes=1,2,4 run.seed=0,1; powernap submit --on slurm --parts 64 job.time=2h job.cpus_per_process=16 "
         "--build text /shared/text inputs=/shared/corpus",
@@ -75,6 +75,7 @@ def run(options: argparse.Namespace, typed: list[str]) -> int:
 
 
 def _prepare(options: argparse.Namespace, typed: list[str]) -> "Submission":
+    from powernap.launch.jobs.cluster import find_cluster
     from powernap.launch.jobs.description import JobError
     from powernap.launch.jobs.submission import prepare_build, prepare_submission
 
@@ -98,7 +99,8 @@ def _prepare(options: argparse.Namespace, typed: list[str]) -> "Submission":
     if build.part:
         raise JobError("--part in --build: each job gets its own; write --parts N before --build")
     overrides = [*before, *(word for word in options.build if word.startswith("job."))]
-    return prepare_build(words, build.folder, source_of(build), options.parts or 1, overrides, options.on, typed)
+    source = source_of(build, find_cluster(options.on).files)
+    return prepare_build(words, build.folder, source, options.parts or 1, overrides, options.on, typed)
 
 
 def _notes_on(job: "Job") -> Iterator[str]:

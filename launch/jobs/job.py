@@ -97,6 +97,11 @@ class Job(ABC):
         return None
 
     @property
+    def written(self) -> list[Path]:
+        """Folders that it writes, as it sees them."""
+        return [self.run_folder]
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.root) / self.name
 
@@ -169,11 +174,13 @@ class BuildJob(Job):
 
     Attributes:
         build: its name.
+        output: the folder of its shards, as the job sees it.
         words: of `powernap data build`.
         part: (i, n), from 1.
     """
 
     build: str
+    output: Path
     words: tuple[str, ...]
     part: tuple[int, int]
 
@@ -184,8 +191,14 @@ class BuildJob(Job):
         number, parts = self.part
         return f"{self.build}-part-{number:0{len(str(parts))}}" if parts > 1 else self.build
 
+    @property
+    def written(self) -> list[Path]:
+        return [self.run_folder, self.output]
+
     def command(self, recipe: str | None = None) -> list[str]:
-        return [*self._powernap, "data", "build", *self.words, "--part", "/".join(map(str, self.part))]
+        cores = self.description.cpus_per_process  # in a pod a process sees all of the node's
+        workers = ["--workers", str(cores)] if cores and "--workers" not in self.words else []
+        return [*self._powernap, "data", "build", *self.words, *workers, "--part", "/".join(map(str, self.part))]
 
 
 class JobRecord(Section):

@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,11 @@ from powernap.train.run.provenance import code_changes, commit
 from powernap.train.run.secrets import as_typed
 
 AnyJob = TypeVar("AnyJob", bound=Job)
+OF_RANKS = (
+    "nodes",
+    "processes_per_node",
+    "device",
+)  # what a profile says of runs: a part of a build is one process on CPUs
 
 
 class _Jobs(Section):
@@ -54,7 +59,7 @@ class Submission:
     Attributes:
         folder: of the run or of the sweep.
         jobs: of all runs.
-        jobs_to_start: without those of runs that have succeeded before.
+        jobs_to_start: without those of runs that have succeeded before, and of parts of which nothing is missing.
     """
 
     folder: Path
@@ -149,7 +154,7 @@ def prepare_build(
         PowernapError: JobError or DataError, one line each.
     """
     cluster = find_cluster(on)
-    description = _description(cluster, overrides).resolved(1, "a part of a build")
+    description = _description(cluster, overrides, without=OF_RANKS).resolved(1, "a part of a build")
     refuse_secrets_in_words(words)
     name = f"build-{folder.name}"
     together = Path(BuildJob.root) / name
@@ -160,20 +165,28 @@ def prepare_build(
         _, status = status_of(record)
         if not status.is_over:
             raise JobError(f"{record.run} is {status.state}: wait for it, or powernap cancel {name}")
-    jobs: list[Job] = [
+    jobs = [
         _numbered(
-            BuildJob(build=name, words=tuple(words), part=(number, parts), **_common(description, cluster, typed or []))
+            BuildJob(
+                build=name,
+                output=folder,
+                words=tuple(words),
+                part=(number, parts),
+                **_common(description, cluster, typed or []),
+            )
         )
         for number in range(1, parts + 1)
     ]
     backend = cluster.backend()
-    backend.check(jobs)
+    backend.check([*jobs])
     check_folder(together, "")
-    if cluster.files != "elsewhere":
-        shards = check_build(source, folder)
-        if parts > shards:
-            raise JobError(f"--parts {parts}: {shards} shards are to build: write --parts {shards} or less")
-    return Submission(together, jobs, jobs, cluster, backend)
+    if cluster.files == "elsewhere":
+        return Submission(together, [*jobs], [*jobs], cluster, backend)
+    done = check_build(source, folder)
+    if parts > len(done):
+        raise JobError(f"--parts {parts}: {len(done)} shards are to build: write --parts {len(done)} or less")
+    unfinished = [job for job in jobs if not all(done[job.part[0] - 1 :: parts])]
+    return Submission(together, [*jobs], [*(unfinished or jobs[:1])], cluster, backend)  # any part writes the manifest
 
 
 def submit_all(submission: Submission) -> list[JobRecord]:
@@ -229,8 +242,9 @@ def status_of(record: JobRecord) -> tuple[JobRecord, Status]:
     return record, backend.status(record)
 
 
-def _description(cluster: Profile, overrides: list[str]) -> JobDescription:
-    defaults = {"job": cluster.job.model_dump(exclude_unset=True)}
+def _description(cluster: Profile, overrides: list[str], without: Collection[str] = ()) -> JobDescription:
+    """The profile's fields, but those in `without`, and those on the command line."""
+    defaults = {"job": cluster.job.model_dump(exclude_unset=True, exclude={*without})}
     return check(_Jobs, parse_overrides(overrides, into=defaults)).job
 
 

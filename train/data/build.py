@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from powernap.train.data.build_report import COLUMNS, report, say, summarize, wr
 from powernap.train.data.corpora import CORPORA
 from powernap.train.data.documents import check_budget
 from powernap.train.data.drawn import check_drawn, check_guesses, check_sizes, repeats, watch_draws
-from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS
+from powernap.train.data.manifest import DOCUMENTS, MANIFEST, SPLITS, unfinished_folder
 from powernap.train.data.sample import DataError, Documents, encode
 from powernap.train.data.sample_sources import Job, Source, TaskSource, sha256_of
 from powernap.train.data.tar_index import index_file, index_tar, write_index
@@ -99,8 +99,8 @@ def task_source(
     return TaskSource(name, task, {"train": train_samples, "test": test_samples}, samples_per_shard, seed)
 
 
-def check_build(source: Source, folder: Path) -> int:
-    """The number of jobs that the parts of a build share.
+def check_build(source: Source, folder: Path) -> list[bool]:
+    """Of each job that the parts of a build share, in order, whether it is done.
 
     Raises:
         DataError, OutputError: for what `build` would refuse before it reads the input, and for a build that is finished.
@@ -110,7 +110,9 @@ def check_build(source: Source, folder: Path) -> int:
     if finished_splits(folder, about) is not None:
         raise DataError(f"{folder} is finished: nothing is left to build")
     check_unfinished(folder, about)
-    return len(source.jobs())
+    jobs = source.jobs()
+    done = _done_before(source, jobs, unfinished_folder(folder))
+    return [number in done for number in range(len(jobs))]
 
 
 def build(
@@ -190,8 +192,7 @@ def _finish(
     about: dict[str, Any], made: list[dict[str, Any]], unfinished: Path, folder: Path, workers: int
 ) -> dict[str, dict[str, int]]:
     """Write the manifest and let the folder appear, unless another part just did; returns the manifest's splits."""
-    lock = _lock(folder)
-    with FileLock(lock):
+    with _finishing(folder):
         if not unfinished.exists():
             splits = finished_splits(folder, about)
             assert splits is not None
@@ -200,11 +201,7 @@ def _finish(
             made = _leave_out_duplicates(made, unfinished, workers)
         notes = [] if about["task"] in CORPORA else repeats(unfinished, len(made))
         manifest = _manifest(about, made)
-        try:
-            _refuse_empty(manifest, unfinished)
-        except DataError:
-            lock.unlink()
-            raise
+        _refuse_empty(manifest, unfinished)
         shards = [unfinished / shard["file"] for shard in manifest["shards"]]
         keep = {path.name for shard in shards for path in (shard, index_file(shard))}
         for path in unfinished.iterdir():  # notes, and shards of jobs that no longer exist
@@ -212,7 +209,6 @@ def _finish(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         unfinished.rename(folder)
-        lock.unlink()
     for note in notes:
         say(note)
     report(manifest)
@@ -222,6 +218,17 @@ def _finish(
 def _lock(folder: Path) -> Path:
     """Held, and there, while a build is finished."""
     return folder.parent / f".{folder.name}.lock"
+
+
+@contextmanager
+def _finishing(folder: Path) -> Iterator[None]:
+    """One part at a time."""
+    lock = _lock(folder)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _refuse_while_another_part_finishes(folder: Path) -> None:
@@ -254,10 +261,7 @@ def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] 
     """Run the jobs of this part that are not done yet; returns the notes of all, in order; None: of another part, not done."""
     jobs = source.jobs()
     first, step = part or (1, 1)
-    notes = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
-    done = {number: note for number, note in notes if note is not None}
-    if len(done) < len(jobs):  # a document may be the first of its kind now, which was left out of these
-        done = {number: note for number, note in done.items() if not note.get("duplicates_left_out")}
+    done = _done_before(source, jobs, folder)
     missing = [number for number in range(first - 1, len(jobs), step) if number not in done]
     skipped = [reason for note in done.values() for reason in note["skipped"]]
     check_budget(skipped, source.skip_budget)
@@ -269,10 +273,22 @@ def _make_all(source: Source, folder: Path, workers: int, part: tuple[int, int] 
             done[number] = note
             skipped += note["skipped"]
             check_budget(skipped, source.skip_budget)
+            if part and progress.disable:  # a job's log
+                own = range(first - 1, len(jobs), step)
+                print(f"{sum(number in done for number in own)} of {len(own)} shards of this part", flush=True)
     others = [number for number in range(len(jobs)) if number not in done]
     notes = ((number, _done(source, number, jobs[number], folder)) for number in others)  # other parts went on
     done |= {number: note for number, note in notes if note and not note.get("duplicates_left_out")}
     return [done.get(number) for number in range(len(jobs))]
+
+
+def _done_before(source: Source, jobs: list[Job], folder: Path) -> dict[int, dict[str, Any]]:
+    """The notes of jobs that need not be run again."""
+    notes = ((number, _done(source, number, job, folder)) for number, job in enumerate(jobs))
+    done = {number: note for number, note in notes if note is not None}
+    if len(done) < len(jobs):  # a document may be the first of its kind now, which was left out of these
+        done = {number: note for number, note in done.items() if not note.get("duplicates_left_out")}
+    return done
 
 
 def _run(

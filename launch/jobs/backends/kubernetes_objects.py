@@ -1,4 +1,4 @@
-"""A job as Kubernetes objects: JobSet (or Kubeflow Trainer's TrainJob and TrainingRuntime), and a ConfigMap with the recipe.
+"""A job as Kubernetes objects: JobSet (or Kubeflow Trainer's TrainJob and TrainingRuntime), and a ConfigMap with a run's recipe.
 
 One pod per node, each with torchrun's variables; the first pod is the rendezvous. Plain values; no server is contacted.
 JobSet's fields: jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2; Trainer's: trainer.kubeflow.org/v1alpha1.
@@ -6,14 +6,16 @@ JobSet's fields: jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2; Trainer's: t
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 from powernap.launch.jobs.cluster import KubernetesCluster
 from powernap.launch.jobs.description import JobError, parse_mount
-from powernap.launch.jobs.job import Job, TrainingJob
+from powernap.launch.jobs.job import BuildJob, Job, TrainingJob
 from powernap.launch.jobs.units import parse_duration, parse_size
 from powernap.parallel.liveness import exit_codes
 from powernap.train.config import Recipe
+from powernap.train.paths import is_expanded
 from powernap.train.run.provenance import SUBMITTED_AS
 
 SUBMISSION_LABEL = (
@@ -50,6 +52,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
     metadata = {"name": name, "namespace": cluster.namespace, "labels": labels}
     queued = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"recipe.yaml": job.recipe_text}}
+    configs = [config] if job.recipe_text is not None else []
     # Kueue starts them itself.
     suspended = {"suspend": True} if cluster.queue else {}
     job_metadata = {**metadata, "labels": labels | queued}
@@ -57,7 +60,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
         job_metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": cluster.exclusive_topology}
     if cluster.form == "jobset":
         spec = {**suspended, "ttlSecondsAfterFinished": parse_duration(cluster.ttl), **_jobset(job, name)}
-        return [{"apiVersion": _version(JOBSET), "kind": "JobSet", "metadata": job_metadata, "spec": spec}, config]
+        return [{"apiVersion": _version(JOBSET), "kind": "JobSet", "metadata": job_metadata, "spec": spec}, *configs]
     template = {"spec": _jobset(job, name)}
     if annotations := job_metadata.pop("annotations", None):
         template["metadata"] = {"annotations": annotations}
@@ -80,7 +83,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
             # Without `torch` Trainer sets no variables in pods: they are ours, as in a JobSet.
             "spec": {"mlPolicy": {"numNodes": nodes}, "template": template},
         },
-        config,
+        *configs,
     ]
 
 
@@ -168,12 +171,12 @@ def _pod(job: Job, name: str) -> dict[str, Any]:
     }
     volumes: dict[str, dict[str, Any]] = {
         "storage": {"persistentVolumeClaim": {"claimName": cluster.storage.claim}},
-        "recipe": {"configMap": {"name": name}},
+        **({"recipe": {"configMap": {"name": name}}} if job.recipe_text is not None else {}),
         "shm": {"emptyDir": {"medium": "Memory", "sizeLimit": _quantity(cluster.shared_memory)}},
         "tmp": {"emptyDir": {}},
     }
     paths = {"storage": cluster.storage.path, "recipe": RECIPE.rpartition("/")[0], "shm": "/dev/shm", "tmp": "/tmp"}  # noqa: S108
-    mounts: list[dict[str, Any]] = [{"name": key, "mountPath": path} for key, path in paths.items()]
+    mounts: list[dict[str, Any]] = [{"name": key, "mountPath": paths[key]} for key in volumes]
     for number, mount in enumerate(map(parse_mount, job.description.mounts)):
         volumes[f"mount-{number}"] = {"hostPath": {"path": mount.source}}
         mounts.append({"name": f"mount-{number}", "mountPath": mount.target, "readOnly": mount.read_only})
@@ -256,8 +259,6 @@ def check(jobs: list[Job]) -> None:
     """Raise JobError for mistakes that can be found without a server."""
     for job in jobs:
         description, cluster = job.description, _profile(job)
-        if not isinstance(job, TrainingJob):
-            raise JobError("--build on Kubernetes is an indexed Job of your own: docs/data.md has one to copy")
         if not description.image:
             raise JobError("job.image is missing: write the image that `make image` built and your nodes can pull")
         if description.environment:
@@ -271,7 +272,21 @@ def check(jobs: list[Job]) -> None:
             raise JobError(f"job.env.{reserved[0]}: names that begin with PET_ are reserved for torchrun")
         if job.run_folder.is_absolute() or ".." in job.run_folder.parts:
             raise JobError(f"run.root={job.root}: write a folder relative to the volume, such as runs")
-        _check_size(job)
+        if isinstance(job, TrainingJob):
+            _check_size(job)
+        if isinstance(job, BuildJob):
+            _check_output(job)
+
+
+def _check_output(job: BuildJob) -> None:
+    """Raise JobError unless all parts see the folder of shards, which outlives them."""
+    if not all(is_expanded(word) for word in job.words if "=" not in word):
+        raise JobError("--build: ~ and $NAME mean other folders here than in pods: write the path as the pods see it")
+    storage = Path(_profile(job).storage.path)
+    mounts = map(parse_mount, job.description.mounts)
+    kept = [storage, *(Path(mount.target) for mount in mounts if not mount.read_only)]
+    if ".." in job.output.parts or not any((storage / job.output).is_relative_to(folder) for folder in kept):
+        raise JobError(f"--build: {job.output} is not on the volume: write a folder relative to {storage}, or below it")
 
 
 def _check_size(job: TrainingJob) -> None:

@@ -71,10 +71,10 @@ class Slurm:
         if re.search(forbidden, str(job.submit_dir)):
             raise JobError(f"{job.submit_dir!s:.100}: jobs cannot run in a folder with such a character in its path")
         if image:
-            for one in jobs:
-                folder = one.submit_dir / one.run_folder
-                if not _is_mounted(folder, _mounts(one)):
-                    raise JobError(f"{folder} is not in the container: write job.mounts=[{one.root}:...]")
+            mounts = _mounts(job)
+            for folder in [one.submit_dir / folder for one in jobs for folder in one.written]:
+                if not _is_mounted(folder, mounts):
+                    raise JobError(f"{folder} is not in the container: write job.mounts=[{folder.parent}:...]")
         check_sources(description.secrets, profile.secrets)
 
     def render(self, jobs: list[Job]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -12,8 +13,8 @@ from powernap.launch import cli
 from powernap.launch.commands import data
 from powernap.launch.commands.data import source_of
 from powernap.launch.jobs.job import BuildJob
-from powernap.launch.jobs.submission import prepare_build
-from powernap.parallel.liveness.exit_codes import PREEMPTED
+from powernap.launch.jobs.submission import Submission, prepare_build
+from powernap.parallel.liveness.exit_codes import INTERRUPTED, PREEMPTED
 from tests.helpers import runs
 
 BUILD = [
@@ -37,7 +38,10 @@ def here(tmp_path, monkeypatch):
         (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name} sleeps. " * 80)
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "slurm.yaml").write_text("kind: slurm\npartition: cpu\njob: {cpus_per_process: 8}\n")
-    (tmp_path / "clusters" / "pods.yaml").write_text("kind: kubernetes\nstorage: {claim: work}\n")
+    (tmp_path / "clusters" / "boxed.yaml").write_text("kind: slurm\ncontainer: pyxis\njob: {image: a}\n")
+    (tmp_path / "clusters" / "pods.yaml").write_text(
+        "kind: kubernetes\nstorage: {claim: work, path: /work}\njob: {image: a, nodes: 4, device: gpu, mounts: ['/data:/data:ro']}\n"
+    )
     return tmp_path
 
 
@@ -45,9 +49,13 @@ def submit(*words: str, on: str = "local", build: list[str] = BUILD) -> list[str
     return ["submit", "--on", on, *words, "--build", *build]
 
 
-def jobs(parts: int) -> list[BuildJob]:
+def prepared(parts: int) -> Submission:
     build = cli.parse(["data", "build", *BUILD])
-    return prepare_build(BUILD, build.folder, source_of(build), parts, [], "local").jobs
+    return prepare_build(BUILD, build.folder, source_of(build), parts, [], "local")
+
+
+def jobs(parts: int) -> list[BuildJob]:
+    return prepared(parts).jobs
 
 
 def run(job: BuildJob) -> int:
@@ -68,7 +76,14 @@ def run(job: BuildJob) -> int:
         (submit(build=[*BUILD, "inputs=https://me:pass@host/a.txt"]), ["inputs contains a credential", "job.secrets"]),
         (submit(build=["text", "corpus", *BUILD[2:]]), ["corpus", "not empty", "choose another folder"]),
         (submit(build=["text", "/proc/shards", *BUILD[2:]]), ["/proc/shards", "cannot be written"]),
-        (submit(on="pods"), ["--build on Kubernetes", "docs/data.md"]),
+        (
+            submit(on="boxed", build=["text", "/far/shards", *BUILD[2:]]),
+            ["/far/shards is not in the c", "job.mounts=[/far:"],
+        ),
+        (submit(on="pods", build=["text", "~/shards", *BUILD[2:]]), ["mean other folders here than in pods"]),
+        (submit(on="pods", build=[*BUILD, "inputs=~/corpus"]), ["inputs=", "mean other folders here than in pods"]),
+        (submit(on="pods", build=["text", "/data/shards", *BUILD[2:]]), ["/data/shards is not on the volume", "/work"]),
+        (submit(on="pods", build=["text", "../shards", *BUILD[2:]]), ["../shards is not on the volume"]),
         (["submit", "--on", "local"], ["RECIPE is missing", "--build TASK FOLDER"]),
         (["submit", "demo", "--on", "local", "--parts", "3"], ["--parts without --build"]),
     ],
@@ -91,6 +106,22 @@ def test_on_slurm_the_parts_are_an_array(here, capfd):
     assert not (here / "runs").exists()
 
 
+def test_on_kubernetes_each_part_is_a_job_of_its_own(here):
+    """Inputs are where the pods are: nothing is looked for here."""
+    words = ["text", "shards", "inputs=/work/elsewhere", "tokenizer=mine.json"]
+    build = cli.parse(["data", "build", *words])
+    source = source_of(build, files="elsewhere")
+    submission = prepare_build(words, build.folder, source, 3, ["job.cpus_per_process=2"], "pods")
+    for number, (_, files) in enumerate(submission.rendered(), 1):
+        body = yaml.safe_load(files["jobset.yaml"])
+        assert body["metadata"]["name"] == f"build-shards-part-{number}-1"
+        (container,) = body["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"] == {"cpu": "2"}  # no GPU, which the profile's runs get
+        # A pod sees all cores of its node.
+        assert container["command"] == ["powernap", "data", "build", *words, "--workers", "2", "--part", f"{number}/3"]
+    assert number == 3
+
+
 def test_one_part_on_this_machine_is_a_plain_job(here, capfd):
     assert cli.main(submit("job.retries=5", "--dry-run")) == 0
     plan = yaml.safe_load(capfd.readouterr().out)
@@ -103,13 +134,23 @@ def test_a_part_that_fails_leaves_no_manifest_and_submitting_again_builds_what_i
     printed = capfd.readouterr()
     assert not (here / "shards").exists() and "1 of 3 shards are missing" in printed.out + printed.err
     before = {path.name: path.stat().st_mtime_ns for path in (here / ".shards.unfinished").glob("*.tar")}
-    for job in jobs(3):
-        assert run(job) == 0
+    assert [job.part for job in prepared(2).jobs_to_start] == [(2, 2)]  # in another number of parts, too
+    (job,) = prepared(3).jobs_to_start
+    assert job.part == (2, 3) and run(job) == 0
+    assert "1 of 1 shards of this part\n" in capfd.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in (here / "shards").glob("*.tar")}
     assert before and before.items() < after.items()
     assert json.loads((here / "shards" / "manifest.json").read_text())["splits"]["train"]["shards"] == 3
     capfd.readouterr()
     runs.assert_refused(submit("--parts", "3"), capfd, "shards is finished: nothing is left to build")
+
+
+def test_a_build_of_which_only_the_manifest_is_missing_takes_one_part(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("powernap.train.data.build._finish", Mock(side_effect=KeyboardInterrupt))
+        assert [run(job) for job in jobs(3)] == [0, 0, INTERRUPTED]
+    (job,) = prepared(3).jobs_to_start
+    assert run(job) == 0 and (here / "shards" / "manifest.json").exists()
 
 
 def test_parts_that_are_under_way_are_waited_for(here, capfd, monkeypatch):

@@ -185,6 +185,12 @@ class Interrupt:
         raise KeyboardInterrupt
 
 
+def test_a_part_that_finishes_second_leaves_no_lock(tmp_path):
+    folder = build_small(tmp_path / "data")
+    splits = build._finish({}, [], tmp_path / ".data.unfinished", folder, workers=1)
+    assert splits["train"]["samples"] == 10 and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_any_number_of_cores_gives_the_same_bytes(tmp_path):
     one, two = build_small(tmp_path / "one"), build_small(tmp_path / "two", workers=2)
     assert bytes_of(one, "one", "two") == bytes_of(two)

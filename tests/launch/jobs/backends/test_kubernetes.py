@@ -283,6 +283,21 @@ def test_a_sweep_is_a_job_set_each_and_all_or_nothing(kube, nodes, command):
     assert command("wait", "sweep", "--timeout", "1m").returncode == 3
 
 
+def test_the_parts_of_a_build_share_the_volume(nodes, command):
+    work = nodes.claims / "work"
+    (work / "corpus").mkdir()
+    for name in "abc":
+        (work / "corpus" / f"{name}.txt").write_text(f"{name} sleeps. " * 80)
+    build = ["text", "shards", "inputs=corpus", "tokenizer=bytes", "window=32", "--shard-size", "0.0008MB"]
+    done = command("submit", "--on", "kube", "--parts", "2", "job.cpus_per_process=1", "--build", *build)
+    assert done.returncode == 0, done.stderr
+    done = command("wait", "build-shards", "--timeout", "3m")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert command("status", "build-shards").stdout.count("succeeded") == 2
+    assert "shards" in command("logs", "build-shards-part-2").stdout
+    assert runs.powernap("data", "verify", "shards", cwd=work).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "user", "words"),
     [

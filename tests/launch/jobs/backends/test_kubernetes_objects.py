@@ -17,7 +17,7 @@ from powernap.launch.jobs.backends.kubernetes import Kubernetes
 from powernap.launch.jobs.backends.kubernetes_objects import check, object_name, objects
 from powernap.launch.jobs.cluster import parse_cluster
 from powernap.launch.jobs.description import JobDescription, JobError
-from powernap.launch.jobs.job import Job, TrainingJob
+from powernap.launch.jobs.job import BuildJob, Job, TrainingJob
 from powernap.train.config import Recipe
 from powernap.train.recipe_file import RecipeError
 from tests.helpers import kube_schema, runs
@@ -146,6 +146,22 @@ def test_all_objects_are_valid(form, profile, wanted):
     }[form]  # fmt: skip
     for body in made:
         assert findings(body) == []
+
+
+@pytest.mark.parametrize("form", ["jobset", "trainjob"])
+@pytest.mark.parametrize("profile", [{}, FULL], ids=str)
+def test_a_part_of_a_build_has_no_recipe(form, profile):
+    run = job(form, profile)
+    one = {field.name: getattr(run, field.name) for field in dataclasses.fields(Job)}
+    one["description"] = JobDescription(nodes=1, processes_per_node=1, image="registry.example/powernap:1")
+    part = BuildJob(**one, build="build-mine", output=Path("mine"), words=("depo", "mine"), part=(3, 64))
+    check([part])
+    made = objects(part)
+    assert [findings(body) for body in made] == [[]] * len(made)
+    assert "ConfigMap" not in {body["kind"] for body in made}
+    pod = _at(jobset_spec(made[-1]), *SPEC[1:])
+    assert {volume["name"] for volume in pod["volumes"]} == {"storage", "shm", "tmp"}
+    assert pod["containers"][0]["command"] == ["powernap", "data", "build", "depo", "mine", "--part", "3/64"]
 
 
 def _at(body: dict, *path) -> dict:

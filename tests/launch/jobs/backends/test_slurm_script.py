@@ -201,7 +201,9 @@ def test_an_element_builds_its_part(recipe, play):
     made = job(recipe, play)
     common = {f.name: getattr(made, f.name) for f in fields(Job)}
     words = ("text", "out", "inputs=a b")
-    parts = [BuildJob(build="build-out", words=words, part=(number, 2), **common) for number in (1, 2)]
+    parts = [
+        BuildJob(build="build-out", output=Path("out"), words=words, part=(number, 2), **common) for number in (1, 2)
+    ]
     for part in parts:
         (play.folder / part.folder.path).mkdir(parents=True)
     play.command("powernap", '#!/bin/sh\nprintf "%s|" "$@" >>"$PLAY/ran"\n')
