@@ -92,10 +92,9 @@ def _into_the_buffer(parameter: torch.nn.Parameter) -> None:
 
 def main() -> None:
     without_kernels()
-    from tests.parallel.planning.test_meta_memory import CASES, WIDE
+    from tests.parallel.planning.test_meta_memory import CASES
 
-    cases = {**CASES, **WIDE}
-    Path(sys.argv[2]).write_text(json.dumps({name: peak_bytes(cases[name]) for name in sys.argv[1].split("|")}))
+    Path(sys.argv[2]).write_text(json.dumps({name: peak_bytes(CASES[name]) for name in sys.argv[1].split("|")}))
 
 
 if __name__ == "__main__":
