@@ -2,7 +2,8 @@
 
 A part that fails, or takes longer than its seconds, costs itself alone. What a part found is a line of device.jsonl as soon as it
 is done; the page is written from those lines. The same command again measures what is missing at this commit. `--tiny` runs the
-same parts with tiny models on the CPU, the kernels interpreted (make .venv/kernels), to try this script itself.
+same parts with tiny models on the CPU, the kernels of `kernels` and `blocks of 1B` interpreted (make .venv/kernels), to try this
+script itself: its lines are in device_tiny.jsonl, it writes no page.
 
 FLOPs of a step are the recipe's without recomputation (parallel/planning), so MFU, model FLOPs utilization, is bounded by 75 %
 where segments are recomputed.
@@ -13,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from powernap.model.batch import find_loss_tokens
 from powernap.model.config import SleepConfig
 from powernap.model.decoder import Decoder
 from powernap.model.mixers import fla
+from powernap.model.segments import Segment
 from powernap.model.stage import HybridStage
 from powernap.parallel import schedule
 from powernap.parallel.checkpoint.writer import Writer
@@ -71,7 +74,7 @@ def main(options: argparse.Namespace, command: str) -> None:
     tiny = options.tiny
     if not torch.cuda.is_available() and not tiny:
         sys.exit("benchmarks device: no CUDA device here (torch.cuda.is_available() is False)")
-    lines, commit = common.RESULTS / "device.jsonl", provenance.commit(common.MEASURED)["commit"]
+    lines, commit = common.RESULTS / f"device{'_tiny' * tiny}.jsonl", provenance.commit(common.MEASURED)["commit"]
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, environment(Path(cache), tiny)):
         for part in PARTS:
             if part.name in done(lines, commit):
@@ -113,12 +116,23 @@ def alone(part: Part, tiny: bool) -> Found:
     except EOFError:
         process.join()
         found = {"error": f"ended with exit code {process.exitcode}"}
-    process.kill()
-    process.join()
+    finally:
+        _kill(process)
     return {**found, "seconds": time.perf_counter() - start}
 
 
+def _kill(process: multiprocessing.process.BaseProcess) -> None:
+    """With the ranks that it started: they would keep the device's memory."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # not yet in a group of its own, or gone
+        process.kill()
+    process.join()
+
+
 def _measure(measure: Callable[[bool], Found], tiny: bool, answer) -> None:
+    os.setpgid(0, 0)
     try:
         if measure is not doctor:  # which shows what the guard does
             lift_guard()
@@ -178,16 +192,14 @@ def one_step(size: str, precision: str) -> torch.Tensor:
 
 
 def kernels(tiny: bool) -> Found:
-    """Worst of outputs and gradients against float64: FLA's gated delta rule token by token, whole mixers in kernels; the state
-    after passes."""
+    """Worst of outputs and gradients against float64: FLA's gated delta rule token by token; whole mixers, heads taken apart and
+    rotated, and SwiGLU in kernels; the state after passes."""
     if tiny:
-        sys.path.insert(0, str(ROOT / ".venv" / "kernels"))
+        interpret()
     from tests.helpers import interpreted
-    from tests.model.mixers.test_kernels_interpreted import MIXERS_IN_KERNELS, Case
+    from tests.model.mixers.test_kernels_interpreted import GATED, MIXERS_IN_KERNELS, ROTATIONS, Case
 
     if tiny:
-        interpreted.repair_triton()
-        interpreted.repair_fla()
         lengths, sizes, device = (24,), {"heads": 1, "d_k": 16, "d_v": 16}, "cpu"
     else:
         lengths, sizes, device = (24, 64, 300, 1024), {"heads": 14, "d_k": HEAD, "d_v": HEAD}, "cuda"
@@ -197,13 +209,27 @@ def kernels(tiny: bool) -> Found:
         errors = interpreted.errors(case.rule(), case, device)
         worst = max(errors, key=lambda name: errors[name])
         found[f"{str(dtype).removeprefix('torch.')}, T={length}, decay {decay:g}"] = [worst, errors[worst]]
-    topology = common.join_alone()
-    for name, mixer in list(MIXERS_IN_KERNELS.items())[: 1 if tiny else None]:
-        errors = interpreted.mixer_errors(mixer, topology, device)
-        worst = max(errors, key=lambda name: errors[name])
-        found[name] = [worst, errors[worst]]
+    forms = (
+        (MIXERS_IN_KERNELS, partial(interpreted.mixer_errors, topology=common.join_alone())),
+        (ROTATIONS, interpreted.rotation_errors),
+        (GATED, interpreted.swiglu_errors),
+    )
+    for cases, errors_of in forms:
+        for name, case in list(cases.items())[: 1 if tiny else None]:
+            errors = errors_of(case, device=device)
+            worst = max(errors, key=lambda name: errors[name])
+            found[name] = [worst, errors[worst]]
     passes, length = (2, 24) if tiny else (12, WINDOW)
     return {"worst": found, "state": interpreted.state_errors(passes, length, device)}
+
+
+def interpret() -> None:
+    """From now on this process interprets kernels, Powernap's and FLA's."""
+    sys.path.insert(0, str(ROOT / ".venv" / "kernels"))
+    from tests.helpers import interpreted
+
+    interpreted.repair_triton()
+    interpreted.repair_fla()
 
 
 def ranks_on_one_device(tiny: bool) -> Found:
@@ -318,6 +344,37 @@ def head(tiny: bool) -> Found:
     return found
 
 
+def blocks(tiny: bool) -> Found:
+    """A block of each letter with kernels of Powernap's, over one window forward and back: milliseconds in kernels and in torch."""
+    if tiny:
+        interpret()
+    topology, found = common.join_alone(), {}
+    for letter in "AGK":
+        recipe = build_recipe("tiny" if tiny else "1B", pattern=letter)
+        stage = HybridStage(recipe.model, recipe.sleep, topology.groups).to(topology.device, torch.bfloat16)
+        segment, tokens = segments_of(recipe)[-1], synthetic_batch(recipe).tokens[: recipe.train.micro_batch_size]
+        run = partial(_milliseconds, stage, segment, tokens.to(topology.device), 1 if tiny else 3)
+        with mock.patch.object(fla, "kernels_compute", lambda x: True):
+            in_kernels = run()
+        with mock.patch.object(fla, "kernels_compute", lambda x: False):
+            in_torch = run()
+        found[letter] = {"kernels_ms": in_kernels, "torch_ms": in_torch}
+    return found
+
+
+def _milliseconds(stage: HybridStage, segment: Segment, tokens: torch.Tensor, rounds: int) -> float:
+    """The shortest of some rounds, after one in which kernels are compiled."""
+    found = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        hidden_states, states = stage(segment, tokens, None, stage.empty_layer_states(len(tokens)))
+        sum(part.float().sum() for part in (hidden_states, *states)).backward()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        found.append(1e3 * (time.perf_counter() - start))
+    return min(found[1:])
+
+
 def torch_form(tiny: bool) -> Found:
     """A step of the kernels' size without them: what chunks in torch cost on the device, in both precisions."""
 
@@ -364,14 +421,17 @@ def generate(tiny: bool) -> Found:
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-def build_recipe(size: str, passes: int = 1, vocabulary: int = 32768, width: int | None = None, **changes) -> Recipe:
+def build_recipe(
+    size: str, passes: int = 1, vocabulary: int = 32768, width: int | None = None, pattern: str | None = None, **changes
+) -> Recipe:
     """changes: fields of train, or `parallel`."""
-    blocks, hidden, mlp, sequences = SIZES[size]
+    number, hidden, mlp, sequences = SIZES[size]
     tiny = size == "tiny"
     window, head = (16, 16) if tiny else (WINDOW, HEAD)
     hidden = width or hidden
     vocabulary = 64 if tiny and vocabulary == 32768 else vocabulary
     heads = hidden // head
+    delta_rule = {"heads": heads, "key_dim": head, "value_dim": head}
     parallel = changes.pop("parallel", {})
     train = {
         "steps": 1000, "global_batch_size": sequences, "micro_batch_size": sequences // 2 // parallel.get("data", 1),
@@ -380,9 +440,9 @@ def build_recipe(size: str, passes: int = 1, vocabulary: int = 32768, width: int
     return Recipe(
         run={"name": "benchmark"},
         model=dict(
-            pattern="AG" * (blocks // 2), window=window, vocab_size=vocabulary, hidden_size=hidden,
-            mlp={"ffn_hidden_size": mlp}, attention={"heads": heads},
-            gdn={"heads": heads, "key_dim": head, "value_dim": head}, tie_embeddings=True,
+            pattern=pattern or "AG" * (number // 2), window=window, vocab_size=vocabulary, hidden_size=hidden,
+            mlp={"ffn_hidden_size": mlp}, attention={"heads": heads}, gdn=delta_rule, kda=delta_rule,
+            tie_embeddings=True,
         ),
         sleep={"passes": passes},
         data={"train": "-", "sequence_length": WINDOWS * window + 1},
@@ -409,13 +469,14 @@ def device_peak_flops() -> float | None:
 WITHOUT_RECOMPUTE, ONE_SEQUENCE = {"recompute": "none"}, {"micro_batch_size": 1}
 PARTS = (  # what every later part needs first; then the main numbers
     Part("doctor", 90, doctor),
-    Part("kernels", 90, kernels),
+    Part("kernels", 120, kernels),
     Part("1B, N=1", 120, partial(steps, size="1B", profiled=True)),
     Part("1B, N=4", 70, partial(steps, size="1B", passes=4, count=2)),
     Part("1B, N=1, no recompute", 50, partial(steps, size="1B", count=3, changes=WITHOUT_RECOMPUTE)),
     Part("350M, N=1, micro-batch 1", 50, partial(steps, size="350M", count=3, profiled=True, changes=ONE_SEQUENCE)),
     Part("head of 151,936 words", 30, head),
     Part("350M, torch form", 60, torch_form),
+    Part("blocks of 1B", 90, blocks),
     Part("checkpoint of 1B", 50, checkpoint),
     Part("generate at 1B", 50, generate),
     Part("deterministic", 40, deterministic),

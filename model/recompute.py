@@ -37,10 +37,11 @@ def keeps_activations(recompute: Recompute) -> bool:
 def keeps_logits(recompute: Recompute, segment: Segment, pipeline: bool) -> bool:
     """Whether the head's logits are kept for the backward pass, where they fit into one chunk.
 
-    Those of the last loss are, whatever `recompute` says: without a pipeline the backward pass that needs them follows at
-    once, so that nothing is freed by computing them again.
+    Those of the last loss are, whatever `recompute` says: the backward pass that needs them follows at once, so that nothing
+    is freed by computing them again. In a pipeline it does if no segment follows, for then the last stage, which has the
+    head, runs forward and backward in turn.
     """
-    return keeps_activations(recompute) or (segment.last_loss and not pipeline)
+    return keeps_activations(recompute) or (segment.last_loss and (segment.is_last or not pipeline))
 
 
 def run_segment(

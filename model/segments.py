@@ -57,6 +57,7 @@ class Segment:
     cached: tuple[range, ...] = ()  # the tokens before the window that attention's cache holds
     probe: bool = False  # the states that the window leaves are forgotten
     last_loss: bool = False  # no later segment predicts: its backward pass is the sequence's first
+    is_last: bool = False  # of the sequence
     with_grad: bool = True  # False: before the last k passes of truncated back-propagation, and after the last loss
     dropout_seeds: tuple[int, ...] = ()  # of each sequence (model/dropout.py); (): no dropout
 
@@ -184,6 +185,7 @@ def cut(
     if sleep.carry:
         segments[last_loss + 1 :] = [replace(segment, with_grad=False) for segment in segments[last_loss + 1 :]]
     segments[last_loss] = replace(segments[last_loss], last_loss=segments[last_loss].predicts)
+    segments[-1] = replace(segments[-1], is_last=True)
     return segments
 
 

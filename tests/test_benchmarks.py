@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import ON_CPU
+from tests.helpers.compiled import KERNELS
 
 pytestmark = pytest.mark.wide
 
@@ -26,4 +27,11 @@ def test_a_benchmark_runs_and_writes_its_numbers(command, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text())["benchmark"] == command[0]
-    assert (tmp_path / f"{command[0]}.md").is_file() or "--tiny" in command
+    if "--tiny" not in command:
+        assert (tmp_path / f"{command[0]}.md").is_file()
+        return
+    parts = [json.loads(line) for line in (tmp_path / "device_tiny.jsonl").read_text().splitlines()]
+    interpreted = () if KERNELS.is_dir() else ("kernels", "blocks of 1B")
+    late = "took more than"  # this machine is shared
+    errors = {part["part"]: part["error"] for part in parts if not part.get("error", late).startswith(late)}
+    assert errors.keys() <= set(interpreted), errors

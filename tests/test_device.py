@@ -3,11 +3,14 @@
 import argparse
 import json
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import common, device, wheels
+from tests.helpers.runs import wait_for
 
 
 def good(tiny: bool) -> device.Found:
@@ -27,6 +30,17 @@ def slow(tiny: bool) -> device.Found:
     return {}
 
 
+def parent(tiny: bool) -> device.Found:
+    return {"child": subprocess.Popen(["sleep", "300"]).pid}
+
+
+@pytest.mark.wide
+def test_a_part_leaves_no_process_behind():
+    """Ranks of a part that took too long kept the device's memory."""
+    child = Path("/proc", str(device.alone(device.Part("parent", 100, parent), tiny=True)["child"]), "stat")
+    wait_for(lambda: not child.exists() or child.read_text().split()[2] == "Z", seconds=10)
+
+
 @pytest.mark.wide
 def test_a_part_costs_itself_alone(tmp_path, monkeypatch, capsys):
     parts = [device.Part(part.__name__, 2 if part is slow else 50, part) for part in (good, bad, dead, slow)]
@@ -34,7 +48,8 @@ def test_a_part_costs_itself_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     for _ in range(2):
         device.main(argparse.Namespace(tiny=True), "")
-    lines = [json.loads(line) for line in (tmp_path / "device.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "device_tiny.jsonl").read_text().splitlines()]
+    assert not (tmp_path / "device.jsonl").exists()  # or a device's parts would count as measured
     assert [line["part"] for line in lines] == ["good", "bad", "dead", "slow", "bad", "dead", "slow"]
     assert lines[0]["tiny"] and lines[0]["cache"]
     assert lines[1]["error"] == "RuntimeError: the kernel was refused"

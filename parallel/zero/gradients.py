@@ -1,11 +1,14 @@
 """Gradients of a stage: where they lie between steps, their norm, and how a step with a bad one is skipped."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from powernap.model.megatron import ColumnParallelLinear, RowParallelLinear
 from powernap.model.stage import HybridStage
+
+PIECE = 2**14  # numbers whose norm a CPU takes in float32
 
 
 class Gradients:
@@ -54,10 +57,18 @@ def sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch
     if device.type == "cpu":
         # A CPU copies what it converts to float64, three times the cost. In float32 a norm of so few numbers is right to 1e-7; of
         # 62 million at once it was 0.7 % too small.
-        norms = [torch.linalg.vector_norm(piece) for g in gradients for piece in g.view(-1).split(2**14)]
+        norms = [norm for g in gradients for norm in _norms_of_pieces(g.view(-1))]
     else:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return torch.stack(norms or [torch.zeros((), device=device)]).double().square().sum().float()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64)[None] for g in gradients]
+    return torch.cat(norms or [torch.zeros(1, device=device)]).double().square().sum().float()
+
+
+def _norms_of_pieces(numbers: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a matrix in one call, to the bits of a call for each; then the rest."""
+    whole = len(numbers) // PIECE * PIECE
+    yield torch.linalg.vector_norm(numbers[:whole].view(-1, PIECE), dim=1)
+    if whole < len(numbers):
+        yield torch.linalg.vector_norm(numbers[whole:])[None]
 
 
 def poison_if_nonfinite(gradient: torch.Tensor, witness: torch.Tensor) -> None:

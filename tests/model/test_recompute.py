@@ -15,7 +15,7 @@ from powernap.model.health import FastWeightHealth
 from powernap.model.mixers import MIXERS
 from powernap.model.recompute import Recompute
 from powernap.model.sleep import sleep_and_predict
-from powernap.parallel.planning.work import segments_of, step_flops
+from powernap.parallel.planning.work import recomputes_head, segments_of, step_flops
 from powernap.train.numerics.anomaly import AnomalyError, anomalies_detected
 from tests.helpers import layouts, mixers, tiny
 from tests.helpers.cases import names
@@ -87,6 +87,16 @@ def test_the_last_head_is_not_computed_again(topology, monkeypatch, kind, times,
     tokens, loss_mask = tiny.batch(predicting=(0, 1, 2))
     tiny.run(stage, tokens, loss_mask, 2, sleep, recompute=kind).loss.backward()
     assert len(runs) == times
+
+
+@pytest.mark.parametrize(("carry", "again"), [(False, [True, True, False]), (True, [True, True, True])])
+def test_in_a_pipeline_it_is_if_segments_follow(carry, again):
+    """Other micro-batches run between its forward and its backward pass. What real stages do: test_messages.py."""
+    train = dict(steps=100, global_batch_size=4, micro_batch_size=1)
+    sleep = SleepConfig(every_window=True)
+    recipe = tiny.recipe(tiny.model_config(), sleep, 2, 3 * tiny.WINDOW + 1, train=train, parallel={"pipeline": 2})
+    recipe = recipe.model_copy(update={"sleep": recipe.sleep.model_copy(update={"carry": carry})})
+    assert [recomputes_head(recipe, segment) for segment in segments_of(recipe) if segment.predicts] == again
 
 
 @pytest.mark.parametrize("kind", KINDS)

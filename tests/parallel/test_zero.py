@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from powernap.model.batch import plan_segments
 from powernap.parallel.schedule import MicroBatch, forward_backward
 from powernap.parallel.zero import optimizer as zero_module
-from powernap.parallel.zero.gradients import matrices_of_blocks
+from powernap.parallel.zero.gradients import matrices_of_blocks, sum_of_squares
 from powernap.parallel.zero.optimizer import ZeroOptimizer
 from powernap.train.config import OptimizerConfig
 from powernap.train.lr_schedule import lr_factor
@@ -159,6 +159,17 @@ def test_a_steps_memory_grows_with_passes_by_saved_inputs_alone(topology, precis
     one, two = (training_step(topology, model, tokens, loss_mask, passes, precision) for passes in (1, 2))
     grown = peak_bytes(two.run, two.weights_and_states) - peak_bytes(one.run, one.weights_and_states)
     assert 0 <= grown - windows * two.input_bytes <= 8 * windows  # each also keeps scalars
+
+
+def test_a_cpus_norm_is_that_of_small_pieces():
+    """Each in a call of its own to the bit, and right where a norm of all at once in float32 is not."""
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(size, generator=generator) for size in ((700, 100), (16384,), (3, 16384), (5,))]
+    pieces = [piece for g in gradients for piece in g.view(-1).split(2**14)]
+    squares = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).double().square().sum()
+    found = sum_of_squares(gradients, torch.device("cpu"))
+    assert found == squares.float()
+    assert float(found) == pytest.approx(sum(float(g.double().square().sum()) for g in gradients), rel=1e-6)
 
 
 def test_float32_gradients_lie_in_one_place_and_begin_at_zero(topology):

@@ -81,6 +81,15 @@ def test_dependencies_are_kept(stages, micro_batches, chunks, group):
         assert all(stop <= begin for stop, begin in zip(ends, starts[1:], strict=False))
 
 
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), GRID)
+def test_the_last_stage_goes_back_at_once_from_the_last_segment(stages, micro_batches, chunks):
+    """Which is why it keeps the head's logits: model/recompute.py."""
+    steps = schedule(stages, micro_batches, chunks)[-1]
+    for number in range(micro_batches):
+        there = steps.index(Step(FORWARD, number, chunks - 1))
+        assert steps[there + 1] == Step(BACKWARD, number, chunks - 1)
+
+
 def count_live(steps: list[Step]) -> int:
     """The most segments a stage holds at once, each from its forward to the end of its backward pass."""
     live = peak = 0
