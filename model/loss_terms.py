@@ -6,7 +6,7 @@ time, on the last pipeline stage, with the vocabulary split over tensor ranks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,18 @@ class LossTermError(PowernapError):
     """A loss term that cannot be used, in one line."""
 
 
+class Rows(NamedTuple):
+    """Some of a step's loss tokens, as the head hands them to the terms."""
+
+    logits: (
+        torch.Tensor
+    )  # float32 or float64 [n, vocabulary/TP], -inf at the pads of a vocabulary that the ranks do not divide
+    targets: torch.Tensor  # [n]
+    taught: torch.Tensor | None  # [n, D] of a teacher (parallel/teacher.py); None: there is none
+    group: dist.ProcessGroup  # the tensor ranks
+    vocab_size: int
+
+
 class Term(Protocol):
     """What `LossTerms` adds up."""
 
@@ -27,21 +39,8 @@ class Term(Protocol):
 
     def weight_at(self, step: int) -> float: ...
 
-    def values(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        taught: torch.Tensor | None,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-    ) -> torch.Tensor:
-        """[n], the same on all tensor ranks.
-
-        Args:
-            logits: float32 or float64 [n, vocabulary/TP], -inf at the pads of a vocabulary that the ranks do not divide.
-            targets: [n].
-            taught: [n, D] of a teacher (parallel/teacher.py); None: there is none.
-        """
+    def values(self, rows: Rows) -> torch.Tensor:
+        """[n], the same on all tensor ranks."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,10 @@ class LossTerm:
     def weight_at(self, step: int) -> float:
         return self.weight(step) if callable(self.weight) else self.weight
 
-    def values(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        taught: torch.Tensor | None,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-    ) -> torch.Tensor:
-        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group)
-        values = self.function(whole[:, :vocab_size], targets)
+    def values(self, rows: Rows) -> torch.Tensor:
+        targets = rows.targets
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(rows.logits, rows.group)
+        values = self.function(whole[:, : rows.vocab_size], targets)
         if not torch.is_tensor(values) or values.shape != targets.shape:
             found = list(values.shape) if torch.is_tensor(values) else type(values).__name__
             raise LossTermError(
@@ -107,16 +100,9 @@ class LossTerms:
         """Of the metrics that `sums` are of."""
         return [f"loss/{term.name}" for term in self.active]
 
-    def values(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        taught: torch.Tensor | None,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-    ) -> torch.Tensor:
+    def values(self, rows: Rows) -> torch.Tensor:
         """[n, terms]"""
-        return torch.stack([term.values(logits, targets, taught, group, vocab_size) for term in self.active], dim=1)
+        return torch.stack([term.values(rows) for term in self.active], dim=1)
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """[n, terms] -> [n]"""

@@ -15,7 +15,7 @@ from powernap.model.config import ModelConfig, SleepConfig
 from powernap.model.dropout import Dropout
 from powernap.model.fast_weights import LayerStates, begin_anew
 from powernap.model.init import seeded_init
-from powernap.model.loss_terms import LossTerms
+from powernap.model.loss_terms import LossTerms, Rows
 from powernap.model.megatron import (
     ColumnParallelLinear,
     MegatronModule,
@@ -298,7 +298,9 @@ class HybridStage(MegatronModule):
         of_targets = self._target_logits(logits.squeeze(1), targets) if self.z_loss and training else None
         if self.loss_terms and self.loss_terms.active and training:
             exact = logits if logits.dtype == torch.float64 else logits.float()
-            values = self.loss_terms.values(exact.squeeze(1), targets, taught, self.tp_group, self.model.vocab_size)
+            values = self.loss_terms.values(
+                Rows(exact.squeeze(1), targets, taught, self.tp_group, self.model.vocab_size)
+            )
         if self.tp_group.size() == 1:  # Megatron's is float32 only
             logits = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(logits.squeeze(1), targets, reduction="none")

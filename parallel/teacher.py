@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from powernap.model.loss_terms import Rows
 from powernap.model.megatron import tensor_parallel
 from powernap.model.segments import Segment, SegmentError
 from powernap.model.stage import HybridStage
@@ -84,24 +85,20 @@ class Teacher:
             return None
         return hidden_states
 
-    def values(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        taught: torch.Tensor | None,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-    ) -> torch.Tensor:
+    def values(self, rows: Rows) -> torch.Tensor:
         """See model/loss_terms.py. KL(p || q) = sum p (log p - log q), with log q = z - log(sum exp z)."""
-        assert taught is not None
+        assert rows.taught is not None
         with torch.no_grad():
-            theirs, log_sum = _shifted(self.stage.row_logits(taught).to(logits.dtype) / self.temperature, group)
+            taught = self.stage.row_logits(rows.taught).to(rows.logits.dtype)
+            theirs, log_sum = _shifted(taught / self.temperature, rows.group)
             theirs = theirs - log_sum.unsqueeze(1)
-        ours, log_sum = _shifted(logits / self.temperature, group)
+        ours, log_sum = _shifted(rows.logits / self.temperature, rows.group)
         # The sum of p is 1 over all ranks, so log_sum is added once, where every rank has it.
         theirs, ours = theirs[:, : self.stage.own_vocabulary], ours[:, : self.stage.own_vocabulary]
         parts = (theirs.exp() * (theirs - ours)).sum(-1)
-        return self.temperature**2 * (tensor_parallel.reduce_from_tensor_model_parallel_region(parts, group) + log_sum)
+        return self.temperature**2 * (
+            tensor_parallel.reduce_from_tensor_model_parallel_region(parts, rows.group) + log_sum
+        )
 
 
 def _shifted(logits: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:

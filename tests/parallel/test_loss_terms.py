@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from powernap.model.loss_terms import LossTerm, LossTermError
+from powernap.model.loss_terms import LossTerm, LossTermError, Rows
 from tests.helpers import loss_terms
 from tests.helpers.cases import asked_for, names
 from tests.helpers.loss_terms import Case
@@ -76,7 +76,6 @@ def test_the_comparison_sees_what_is_broken(results, name):
     ],
 )
 def test_what_is_no_number_for_each_token_is_refused(topology, function, words):
+    rows = Rows(torch.ones(3, 5), torch.zeros(3, dtype=torch.long), None, topology.groups.tp, 5)
     with pytest.raises(LossTermError, match=f"loss term odd {words}"):
-        LossTerm("odd", function).values(
-            torch.ones(3, 5), torch.zeros(3, dtype=torch.long), None, topology.groups.tp, 5
-        )
+        LossTerm("odd", function).values(rows)

@@ -21,7 +21,8 @@ from tests.parallel.planning import test_plan
 
 STEPS, DECAY = 4, 0.75
 EMA = [f"train.ema={DECAY}"]
-NOISE = ["train.gradient_noise=true", "train.steps=2"]
+EVEN = "model.vocab_size=16"  # its signal is a small difference: with other weights bf16 loses more of it
+NOISE = ["train.gradient_noise=true", "train.steps=2", EVEN]
 # name: processes, overrides
 RUNS = {
     "ema": (1, EMA),
@@ -149,7 +150,7 @@ def test_a_padded_vocabulary_is_saved_without_pads(trained):
 @pytest.mark.parametrize("name", names([], ["noise_zero3", "noise_tensor", "noise", "noise_pipeline"]))
 def test_noise_is_that_of_the_ranks_gradients(folder, trained, topology, monkeypatch, name):
     monkeypatch.chdir(folder)
-    recipe = load_recipe("tiny.yaml")
+    recipe = load_recipe("tiny.yaml", [EVEN])
     torch.manual_seed(0)
     stage = HybridStage(recipe.model, recipe.sleep, topology.groups)
     gradients, tokens = [], 0
