@@ -68,7 +68,7 @@ def test_the_page_of_a_run_answers_what_its_readers_ask(folder, pages, tmp_path)
         "2 steps of 4 sequences of 23 tokens: 184 tokens",  # how much it reads
         "powernap train tiny.yaml", "run.name=mine", commit[:7], f"folder : {run}", "host : ",  # where it comes from
         f"data ({digest}) training",
-        "Result: loss ", "held out, N=2: loss ", f"{run}/checkpoints", "powernap train runs/mine/config.yaml --resume",
+        "Result: loss ", "held out, N=2: loss ", f"{run}/checkpoints",
         "total_tokens", "total_flops", "grad_norm_max", "skipped_steps", "gradient_spikes", "loss", "accuracy", "held_out_loss",
         "Status Finished", "sleeper",  # what became of it
     ):  # fmt: skip
